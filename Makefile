@@ -1,0 +1,62 @@
+# Every target sets itself up first: Python 3.11 or later, make and a package index are all it takes.
+PYTHON ?= python3
+BIN := .venv/bin
+# The machine's own certificate store is trusted, as pip trusts it: behind a company proxy uv's built-in list is not enough.
+UV := UV_SYSTEM_CERTS=1 $(BIN)/uv
+UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements-dev.lock)
+stamp := .venv/.ready
+
+.PHONY: help setup up demo test test-deploy check format bench chaos lock clean
+
+help: ## what there is to make
+	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
+
+setup: $(stamp) ## make .venv with everything in it
+
+$(stamp): pyproject.toml requirements-dev.lock
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "Mayfly needs Python 3.11 or later; set PYTHON=/path/to/python3.11")'
+	test -x $(BIN)/python || $(PYTHON) -m venv .venv
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check uv==$(UV_VERSION)
+	$(UV) pip sync --quiet --compile-bytecode --python $(BIN)/python --require-hashes requirements-dev.lock
+	$(UV) pip install --quiet --python $(BIN)/python --no-deps --no-build-isolation --editable .
+	touch $@
+
+up: setup ## the service, all in one process on embedded defaults
+	$(BIN)/mayfly up
+
+demo: setup ## the whole story in under a minute, without keys or servers
+	$(BIN)/mayfly demo
+
+test: setup ## every test, on a real Redis, SQLite and PostgreSQL
+	$(BIN)/python -m pytest
+
+test-deploy: setup .venv-deploy/.ready ## build the image, run the compose stack, check the manifests
+	$(BIN)/python -m pytest -m deploy tests/deploy
+
+.venv-deploy/.ready: deploy/requirements-tools.lock | $(stamp)
+	test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy
+	$(UV) pip sync --quiet --compile-bytecode --python .venv-deploy/bin/python --require-hashes deploy/requirements-tools.lock
+	touch $@
+
+chaos: setup ## random faults against whole systems; SECONDS=60 each, SEED="1 2" or any
+	CHAOS_SECONDS=$(or $(SECONDS),60) CHAOS_SEED="$(SEED)" $(BIN)/python -m pytest -s -m chaos tests/faults
+
+bench: setup ## the benchmarks, about eight minutes; ONLY=intake selects, FULL=1 takes a million records
+	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full)
+
+check: setup ## lint, format and types
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: setup ## put the code into its form
+	$(BIN)/ruff check --fix-only .
+	$(BIN)/ruff format .
+
+lock: setup ## resolve the dependencies anew
+	$(UV) lock --upgrade
+	$(UV) export --quiet --frozen --no-dev --no-emit-project --output-file requirements.lock
+	$(UV) export --quiet --frozen --all-groups --no-emit-project --output-file requirements-dev.lock
+
+clean: ## remove what the other targets made
+	rm -rf .venv .venv-deploy .mayfly .pytest_cache .mypy_cache .ruff_cache build dist
