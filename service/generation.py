@@ -1,0 +1,130 @@
+"""What sync.so says of a generation: the wire types and how leniently they are read.
+
+Both the webhook and the polled generation are open: null, missing and extra keys are normal, models, statuses and
+input types are open sets, and the failure code has two spellings. Only the id and the status must be there.
+Source: sync.so API v2 reference, "Generation status update" webhook and "Get generation".
+"""
+
+import json
+from dataclasses import dataclass
+from typing import Annotated, Any, Final
+
+import msgspec
+
+TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "REJECTED", "CANCELED", "TIMED_OUT"})
+RUNNING: Final = frozenset({"PENDING", "PROCESSING"})
+
+MAX_ID_LENGTH = 255
+
+# What must mean the same to every reader of the body: with a key twice, two JSON readers may differ.
+_DECISIVE_KEYS = ("id", "status", "metrics", "webhookUrl")
+_QUOTED_KEYS = tuple(f'"{key}"'.encode() for key in _DECISIVE_KEYS)
+
+
+class MalformedError(ValueError):
+    """A body that is not the documented shape; answered 400, nothing is stored."""
+
+
+class Generation(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
+    """A generation as the webhook or the API tells of it; the parts nobody decides on stay raw JSON."""
+
+    id: str
+    status: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
+    model: str | None = None
+    created_at: str | None = None
+    input: msgspec.Raw = msgspec.Raw(b"null")
+    options: msgspec.Raw = msgspec.Raw(b"null")
+    segments: msgspec.Raw = msgspec.Raw(b"null")
+    output_url: str | None = None
+    output_media_url: str | None = None
+    segment_output_url: str | None = None
+    synthesized_audio_url: str | None = None
+    output_duration: float | None = None
+    output_file_name: str | None = None
+    project_id: str | None = None
+    webhook_url: str | None = None
+    error: str | None = None
+    error_code: str | None = None
+    error_code_of_webhook: str | None = msgspec.field(name="error_code", default=None)
+    metrics: msgspec.Raw | msgspec.UnsetType = msgspec.UNSET
+
+    @property
+    def is_batch(self) -> bool:
+        """Whether this is a batch notification, which alone carries metrics."""
+        return self.metrics is not msgspec.UNSET and bytes(self.metrics) != b"null"
+
+    @property
+    def is_terminal(self) -> bool:
+        """Whether the generation will not change any more."""
+        return self.status in TERMINAL
+
+    @property
+    def media_url(self) -> str | None:
+        """Where the output is: ``outputMediaUrl`` has the same value as its older name ``outputUrl``."""
+        return self.output_media_url or self.output_url
+
+    @property
+    def failure_code(self) -> str | None:
+        """The failure code: ``errorCode`` when polled, ``error_code`` in a webhook."""
+        return self.error_code or self.error_code_of_webhook
+
+
+_decoder = msgspec.json.Decoder(Generation)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What names a record: the account that received the webhook, and the generation's id, an opaque string."""
+
+    account: str
+    id: str
+
+
+def read(body: bytes) -> Generation:
+    """Decode the raw *body* of a webhook or of an API answer.
+
+    Raises: MalformedError with a sentence for the sender, and nothing else, whatever the bytes hold.
+    """
+    try:
+        body.decode()  # the decoder passes over the parts that stay raw without reading their text
+        generation = _decoder.decode(body)
+    except (msgspec.MsgspecError, UnicodeDecodeError) as error:
+        raise MalformedError(f"not a generation: {error}") from None
+    except RecursionError:
+        raise MalformedError("not a generation: nested too deeply") from None
+    _check_id(generation.id)
+    _check_keys(body)
+    _check_text(generation, body)
+    return generation
+
+
+def _check_id(generation_id: str) -> None:
+    """Refuse what cannot be one segment of a URL path: empty, a step to another folder, control characters."""
+    if not generation_id or len(generation_id) > MAX_ID_LENGTH:
+        raise MalformedError(f"not a generation: the id must have 1 to {MAX_ID_LENGTH} characters")
+    if generation_id in (".", "..") or not generation_id.isprintable():
+        raise MalformedError("not a generation: the id holds characters that no id has")
+
+
+def _check_keys(body: bytes) -> None:
+    """Refuse a decisive key that stands twice at the top level."""
+    # The slow second reading is only for bodies where it could find something: a name seen twice, or written
+    # with escapes, which no known sender does for keys.
+    if b"\\u" not in body and all(body.count(name) < 2 for name in _QUOTED_KEYS):
+        return
+    try:
+        top: list[tuple[str, Any]] = json.JSONDecoder(object_pairs_hook=list).decode(body.decode())
+    except (ValueError, RecursionError):
+        raise MalformedError("not a generation: two JSON readers would differ on it") from None
+    keys = [key for key, _ in top]
+    for key in _DECISIVE_KEYS:
+        if keys.count(key) > 1:
+            raise MalformedError(f"not a generation: the key {key} stands twice")
+
+
+def _check_text(generation: Generation, body: bytes) -> None:
+    """Refuse a NUL character in a field that becomes a text column: PostgreSQL cannot hold it."""
+    if b"\\u0000" in body and any(
+        "\0" in text for text in msgspec.structs.astuple(generation) if isinstance(text, str)
+    ):
+        raise MalformedError("not a generation: it holds a NUL character")

@@ -1,0 +1,80 @@
+"""Proof that a webhook comes from sync.so: verify what was received, sign what the simulator sends.
+
+Source: sync.so docs, "Webhooks", "Verify webhook signatures", and "Get webhook secret".
+"""
+
+import hmac
+import re
+from collections.abc import Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Literal
+
+# Far above what is ever sent (one t, one v1 of 64 digits), far below what would cost time to read.
+MAX_HEADER_LENGTH = 4096
+MAX_SIGNATURES = 16
+
+# The header as it is sent. Any other form is taken apart slowly.
+_USUAL = re.compile(r"t=([0-9]{1,12}),v1=([0-9a-f]{64})", re.ASCII)
+# ASCII digits only: int() would also take "١٢", " 12 ", "1_000" and "+5".
+_TIMESTAMP = re.compile(r"[0-9]{1,12}", re.ASCII)
+_DIGEST = re.compile(r"[0-9a-f]{64}", re.ASCII)
+
+Reason = Literal["missing", "malformed", "stale", "mismatch"]
+
+
+class SignatureError(Exception):
+    """A webhook did not prove where it came from; answered 401, never stored."""
+
+    def __init__(self, reason: Reason) -> None:
+        super().__init__(f"webhook signature rejected: {reason}")
+        self.reason: Reason = reason  # a closed set, so it can label a metric
+
+
+def verify(header: str, body: bytes, *, secrets: Sequence[bytes], now: datetime, tolerance: timedelta) -> datetime:
+    """Return the send time if *header*, ``t=<unix seconds>,v1=<hex>``, signs the raw *body* with one of *secrets*.
+
+    A secret is the full ``whsec_…`` string as UTF-8: nothing is stripped, nothing decoded. *now* is aware UTC and
+    may differ from ``t`` by *tolerance* either way. Several ``v1`` entries may stand in the header, unknown
+    entries are ignored, and the digest is lower-case hex.
+
+    Raises: SignatureError, and nothing else, whatever the header holds.
+    """
+    timestamp, digests = _parse(header)
+    signed = timestamp.encode() + b"." + body
+    # Every pair is compared, so that the time taken does not tell which secret or entry came close.
+    matches = 0
+    for secret in secrets:
+        expected = hmac.digest(secret, signed, "sha256").hex().encode()
+        for digest in digests:
+            matches |= hmac.compare_digest(expected, digest)
+    if not matches:
+        raise SignatureError("mismatch")
+    if abs(int(timestamp) - now.timestamp()) > tolerance.total_seconds():
+        raise SignatureError("stale")
+    return datetime.fromtimestamp(int(timestamp), UTC)
+
+
+def sign(body: bytes, *, secret: bytes, at: datetime) -> str:
+    """Return the header value that signs *body* as sent at the aware instant *at*."""
+    timestamp = int(at.timestamp())
+    digest = hmac.digest(secret, b"%d." % timestamp + body, "sha256").hex()
+    return f"t={timestamp},v1={digest}"
+
+
+def _parse(header: str) -> tuple[str, list[bytes]]:
+    """Split *header* into its one timestamp and its v1 digests."""
+    if usual := _USUAL.fullmatch(header):
+        return usual[1], [usual[2].encode()]
+    if not header:
+        raise SignatureError("missing")
+    if len(header) > MAX_HEADER_LENGTH:
+        raise SignatureError("malformed")
+    entries = [entry.strip().partition("=") for entry in header.split(",")]
+    timestamps = [value for name, _, value in entries if name == "t"]
+    digests = [value for name, _, value in entries if name == "v1"]
+    if len(timestamps) != 1 or not _TIMESTAMP.fullmatch(timestamps[0]):
+        raise SignatureError("malformed")
+    if not digests or len(digests) > MAX_SIGNATURES:
+        raise SignatureError("malformed")
+    # An entry that is no digest cannot match; the others may, as while a secret is rotated.
+    return timestamps[0], [digest.encode() for digest in digests if _DIGEST.fullmatch(digest)]
