@@ -1,0 +1,1 @@
+"""The steps that bring the ledger's tables to the form of this release, run by Alembic."""

@@ -1,0 +1,93 @@
+"""The ledger: records, their events, pauses and tallies."""
+
+import sqlalchemy as sa
+from alembic import op
+
+revision = "0001"
+down_revision = None
+
+_INSTANT = sa.BigInteger().with_variant(sa.DateTime(timezone=True), "postgresql")
+_NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
+
+
+def upgrade() -> None:
+    """Make the tables."""
+    _records()
+    op.create_table(
+        "events",
+        sa.Column("record", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("at", _INSTANT, nullable=False),
+        sa.Column("move", sa.String(16), nullable=False),
+        sa.Column("actor", sa.Text, nullable=False),
+        sa.Column("detail", sa.Text),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
+        "pauses",
+        sa.Column("account", sa.String(64), primary_key=True),
+        sa.Column("kind", sa.String(16), primary_key=True),
+        sa.Column("since", _INSTANT, nullable=False),
+        sa.Column("actor", sa.Text, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("until", _INSTANT),
+    )
+    op.create_table(
+        "tallies",
+        sa.Column("account", sa.String(64), primary_key=True),
+        sa.Column("day", sa.Date, primary_key=True),
+        sa.Column("deletes", sa.Integer, nullable=False),
+    )
+
+
+def _records() -> None:
+    op.create_table(
+        "records",
+        sa.Column("seq", _NUMBER, primary_key=True, autoincrement=False),
+        sa.Column("account", sa.String(64), nullable=False),
+        sa.Column("id", sa.String(255), nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("outcome", sa.String(16)),
+        sa.Column("status", sa.String(64), nullable=False),
+        sa.Column("model", sa.Text),
+        sa.Column("created_at", sa.Text),
+        sa.Column("input", sa.Text),
+        sa.Column("options", sa.Text),
+        sa.Column("segments", sa.Text),
+        sa.Column("output_url", sa.Text),
+        sa.Column("segment_output_url", sa.Text),
+        sa.Column("synthesized_audio_url", sa.Text),
+        sa.Column("output_duration", sa.Float),
+        sa.Column("output_file_name", sa.Text),
+        sa.Column("project_id", sa.Text),
+        sa.Column("webhook_url", sa.Text),
+        sa.Column("error", sa.Text),
+        sa.Column("error_code", sa.Text),
+        sa.Column("notification", sa.Text, nullable=False),
+        sa.Column("copy", sa.Text),
+        sa.Column("receipt", sa.Text),
+        sa.Column("received_at", _INSTANT, nullable=False),
+        sa.Column("due_at", _INSTANT),
+        sa.Column("copied_at", _INSTANT),
+        sa.Column("deleted_at", _INSTANT),
+        sa.Column("wake_at", _INSTANT),
+        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("failing_since", _INSTANT),
+        sa.Column("failures", sa.Integer, nullable=False),
+        sa.Column("refusals", sa.Integer, nullable=False),
+        sa.Column("last_error", sa.Text),
+        sa.Column("rule", sa.Text, nullable=False),
+        sa.Column("ttl_seconds", sa.BigInteger),
+        sa.Column("hold_by", sa.Text),
+        sa.Column("hold_reason", sa.Text),
+        sa.Column("hold_until", _INSTANT),
+    )
+    op.create_index("records_account_id", "records", ["account", "id"], unique=True)
+    op.create_index("records_state_seq", "records", ["state", "seq"])
+    for name, columns, condition in (
+        ("records_state_wake_at", ["state", "wake_at"], "wake_at IS NOT NULL"),
+        ("records_status_seq", ["status", "seq"], "status != 'COMPLETED'"),
+        ("records_project_id_seq", ["project_id", "seq"], "project_id IS NOT NULL"),
+    ):
+        where = sa.text(condition)
+        op.create_index(name, "records", columns, sqlite_where=where, postgresql_where=where)

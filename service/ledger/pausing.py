@@ -1,0 +1,90 @@
+"""Why deletions wait: pauses are rows, so that every worker sees them and none forgets one over a restart."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from enum import StrEnum
+from typing import Final
+
+from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy.exc import IntegrityError
+
+from service.ledger.schema import pauses
+
+UNLIMITED: Final = 1_000_000
+# How often one record tries whether a refused key works again.
+PROBE_EVERY: Final = timedelta(minutes=1)
+# Every account shares the pauses until there are accounts with keys of their own.
+ACCOUNT: Final = "default"
+
+
+class Kind(StrEnum):
+    """What paused the deletions."""
+
+    OPERATOR = "operator"  # a person; until a person resumes
+    UNAUTHORIZED = "unauthorized"  # the API refused the key; a probe resumes
+    DAILY_LIMIT = "daily_limit"  # MAYFLY_MAX_DELETES_PER_DAY is reached; midnight UTC resumes
+
+
+@dataclass(frozen=True, slots=True)
+class Pause:
+    """One reason to wait: *until* is the next probe, or the end, where there is one."""
+
+    kind: Kind
+    since: datetime
+    actor: str
+    reason: str
+    until: datetime | None
+
+
+def find(connection: Connection) -> list[Pause]:
+    """Return the pauses in force, oldest first."""
+    rows = connection.execute(select(pauses).where(pauses.c.account == ACCOUNT).order_by(pauses.c.since))
+    return [Pause(Kind(row.kind), row.since, row.actor, row.reason, row.until) for row in rows]
+
+
+def pause(connection: Connection, wanted: Pause) -> bool:
+    """Pause; False when that kind is in force already, which keeps its first reason and time."""
+    if any(one.kind is wanted.kind for one in find(connection)):
+        return False
+    values = {"account": ACCOUNT, "kind": wanted.kind, "since": wanted.since, "actor": wanted.actor}
+    try:
+        with connection.begin_nested():
+            connection.execute(insert(pauses).values(values | {"reason": wanted.reason, "until": wanted.until}))
+    except IntegrityError:  # another process was first, between our look and our insert
+        return False
+    return True
+
+
+def resume(connection: Connection, kinds: Sequence[Kind]) -> list[Kind]:
+    """End the pauses of *kinds* and return those that were in force."""
+    gone = [one.kind for one in find(connection) if one.kind in kinds]
+    # One by one, in the order in which allowance() takes them: in another each could wait for the other.
+    for kind in gone:
+        connection.execute(delete(pauses).where(pauses.c.account == ACCOUNT, pauses.c.kind == kind))
+    return gone
+
+
+def allowance(connection: Connection, *, now: datetime) -> int:
+    """Return how many records may be claimed now: all, none, or one that probes a refused key."""
+    allowed = UNLIMITED
+    for one in find(connection):
+        if one.kind is Kind.UNAUTHORIZED and one.until is not None and _take_turn(connection, one, now):
+            allowed = min(allowed, 1)
+        elif one.kind is Kind.DAILY_LIMIT and one.until is not None and one.until <= now:
+            resume(connection, [one.kind])
+        else:
+            return 0
+    return allowed
+
+
+def _take_turn(connection: Connection, one: Pause, now: datetime) -> bool:
+    """Take the next probe for this worker alone; False when it is not time, or another was first."""
+    if one.until is None or one.until > now:
+        return False
+    taken = connection.execute(
+        update(pauses)
+        .where(pauses.c.account == ACCOUNT, pauses.c.kind == one.kind, pauses.c.until == one.until)
+        .values(until=now + PROBE_EVERY)
+    )
+    return taken.rowcount == 1

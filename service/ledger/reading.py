@@ -1,0 +1,141 @@
+"""Looking at the ledger: one record, pages of them, and how much waits."""
+
+import base64
+import binascii
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any
+
+from sqlalchemy import ColumnElement, Connection, Row, func, literal_column, or_, select
+
+from service.generation import Key
+from service.ledger.schema import records
+from service.lifecycle import State
+
+MAX_PAGE = 500
+# The states in which a worker has something to do sooner or later.
+WATCHED = (State.SCHEDULED, State.DELETING)
+
+
+class CursorError(ValueError):
+    """A cursor that no page of ours gave."""
+
+
+@dataclass(frozen=True, slots=True)
+class Filter:
+    """What a page is narrowed to; None narrows nothing. *since* and *until* bound the time of receipt."""
+
+    state: State | None = None
+    status: str | None = None
+    project_id: str | None = None
+    since: datetime | None = None
+    until: datetime | None = None
+    text: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Page:
+    """Records, newest first, and the cursor of the page behind it, None on the last."""
+
+    rows: Sequence[Row[Any]]
+    next_cursor: str | None
+
+
+def find(connection: Connection, key: Key) -> Row[Any] | None:
+    """Return the record of *key*, None where there is none."""
+    return connection.execute(select(records).where(records.c.account == key.account, records.c.id == key.id)).first()
+
+
+def page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | None) -> Page:
+    """Return the page of up to *limit* records behind *cursor*.
+
+    Raises: CursorError.
+    """
+    statement = select(records).where(*_conditions(wanted)).order_by(records.c.seq.desc()).limit(limit + 1)
+    if cursor is not None:
+        statement = statement.where(records.c.seq < _seq_of(cursor))
+    rows = connection.execute(statement).all()
+    return Page(rows[:limit], _cursor_of(rows[limit - 1].seq) if len(rows) > limit else None)
+
+
+def next_wake(connection: Connection) -> datetime | None:
+    """Return when a worker must look at a record next; None when none waits."""
+    # One entry of the index (state, wake_at) each.
+    first = [
+        connection.scalar(
+            select(records.c.wake_at)
+            .where(records.c.state == state, records.c.wake_at.is_not(None))
+            .order_by(records.c.wake_at)
+            .limit(1)
+        )
+        for state in WATCHED
+    ]
+    return min((wake_at for wake_at in first if wake_at is not None), default=None)
+
+
+@dataclass(frozen=True, slots=True)
+class Backlog:
+    """What waits for a worker or a person: the first number that shows a silent failure is *oldest_overdue*.
+
+    A record whose next attempt was put off is not overdue before that; one whose worker died is, once its lease ends.
+    """
+
+    oldest_overdue: timedelta
+    due: int
+    failed: int
+
+
+def backlog(connection: Connection, *, now: datetime) -> Backlog:
+    """Count what is due at *now* and what was given up."""
+    first = next_wake(connection)
+    overdue = max(now - first, timedelta(0)) if first is not None else timedelta(0)
+    due = select(func.count()).where(records.c.state.in_(WATCHED), records.c.wake_at <= now)
+    failed = select(func.count()).where(records.c.state == State.FAILED)
+    return Backlog(overdue, connection.scalar(due) or 0, connection.scalar(failed) or 0)
+
+
+def counts(connection: Connection) -> dict[State, int]:
+    """Return how many records are in each state."""
+    rows = connection.execute(select(records.c.state, func.count()).group_by(records.c.state))
+    found = {State(state): number for state, number in rows}
+    return {state: found.get(state, 0) for state in State}
+
+
+def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
+    equal = (
+        (records.c.state, wanted.state),
+        (records.c.status, wanted.status),
+        (records.c.project_id, wanted.project_id),
+    )
+    conditions: list[ColumnElement[bool]] = [column == value for column, value in equal if value is not None]
+    if wanted.status not in (None, "COMPLETED"):
+        conditions.append(records.c.status != literal_column("'COMPLETED'"))  # lets the index for the others be used
+    if wanted.since is not None:
+        conditions.append(records.c.received_at >= wanted.since)
+    if wanted.until is not None:
+        conditions.append(records.c.received_at < wanted.until)
+    if wanted.text is not None:
+        columns = (
+            records.c.id,
+            records.c.output_file_name,
+            records.c.model,
+            records.c.error,
+            records.c.error_code,
+        )
+        conditions.append(or_(*(column.icontains(wanted.text, autoescape=True) for column in columns)))
+    return conditions
+
+
+def _cursor_of(seq: int) -> str:
+    return base64.urlsafe_b64encode(seq.to_bytes(8)).decode().rstrip("=")
+
+
+def _seq_of(cursor: str) -> int:
+    try:
+        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
+    except (binascii.Error, ValueError):
+        raise CursorError("the cursor is not one that a page gave") from None
+    if len(raw) != 8 or raw[0] > 0x7F:
+        raise CursorError("the cursor is not one that a page gave")
+    return int.from_bytes(raw)

@@ -1,0 +1,166 @@
+"""The tables of the ledger, as the newest migration leaves them; the same on SQLite and PostgreSQL."""
+
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+from sqlalchemy import (
+    BigInteger,
+    Column,
+    Date,
+    DateTime,
+    Dialect,
+    Float,
+    Index,
+    Integer,
+    MetaData,
+    String,
+    Table,
+    Text,
+    literal_column,
+)
+from sqlalchemy.types import TypeDecorator, TypeEngine
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+
+
+class Instant(TypeDecorator[datetime]):
+    """An aware UTC instant: timestamptz on PostgreSQL, whole microseconds since 1970 on SQLite."""
+
+    impl = BigInteger
+    cache_ok = True
+
+    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
+        """Choose the column type of *dialect*."""
+        return dialect.type_descriptor(BigInteger() if dialect.name == "sqlite" else DateTime(timezone=True))
+
+    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:  # noqa: ANN401 - two databases, two types
+        """Write an instant; a naive one is a mistake of ours and raises ValueError."""
+        if value is None:
+            return None
+        if value.tzinfo is None:
+            raise ValueError("an instant needs its zone")
+        return (value - _EPOCH) // _MICROSECOND if dialect.name == "sqlite" else value
+
+    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401 - as above
+        """Read an instant back as aware UTC."""
+        if value is None:
+            return None
+        return _EPOCH + timedelta(microseconds=value) if dialect.name == "sqlite" else value.astimezone(UTC)
+
+
+metadata = MetaData(
+    naming_convention={
+        "pk": "%(table_name)s_pk",
+        "ix": "%(table_name)s_%(column_0_N_name)s",
+        "uq": "%(table_name)s_%(column_0_N_name)s",
+    }
+)
+
+records = Table(
+    "records",
+    metadata,
+    # Time-ordered and made by the process that inserts (see sequence.py): pages are read newest first by it, and all
+    # indexes but the one on (account, id) grow at their end, so that a million records cost no more than none.
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
+    Column("account", String(64), nullable=False),
+    Column("id", String(255), nullable=False),
+    Column("state", String(16), nullable=False),
+    Column("outcome", String(16)),
+    # What sync.so says of the generation. JSON parts are kept as the text they came as.
+    Column("status", String(64), nullable=False),
+    Column("model", Text),
+    Column("created_at", Text),
+    Column("input", Text),
+    Column("options", Text),
+    Column("segments", Text),
+    Column("output_url", Text),
+    Column("segment_output_url", Text),
+    Column("synthesized_audio_url", Text),
+    Column("output_duration", Float),
+    Column("output_file_name", Text),
+    Column("project_id", Text),
+    Column("webhook_url", Text),
+    Column("error", Text),
+    Column("error_code", Text),
+    # The bodies as they came, so that a field unknown today is not lost.
+    Column("notification", Text, nullable=False),
+    Column("copy", Text),
+    Column("receipt", Text),
+    Column("received_at", Instant, nullable=False),
+    Column("due_at", Instant),
+    Column("copied_at", Instant),
+    Column("deleted_at", Instant),
+    # When a worker must look at the row next: the next attempt of a scheduled one, the end of the lease of one being
+    # deleted, NULL for all others.
+    Column("wake_at", Instant),
+    Column("attempts", Integer, nullable=False),
+    Column("failing_since", Instant),
+    Column("failures", Integer, nullable=False),
+    Column("refusals", Integer, nullable=False),
+    Column("last_error", Text),
+    Column("rule", Text, nullable=False),
+    Column("ttl_seconds", BigInteger),
+    Column("hold_by", Text),
+    Column("hold_reason", Text),
+    Column("hold_until", Instant),
+    Index("records_account_id", "account", "id", unique=True),
+    Index("records_state_seq", "state", "seq"),
+)
+# One index entry read tells what is due: without the state in it, SQLite would rather sort all that are scheduled.
+Index(
+    "records_state_wake_at",
+    records.c.state,
+    records.c.wake_at,
+    sqlite_where=records.c.wake_at.is_not(None),
+    postgresql_where=records.c.wake_at.is_not(None),
+)
+# Nearly all are COMPLETED, and a page of those is found without an index.
+Index(
+    "records_status_seq",
+    records.c.status,
+    records.c.seq,
+    sqlite_where=records.c.status != literal_column("'COMPLETED'"),
+    postgresql_where=records.c.status != literal_column("'COMPLETED'"),
+)
+Index(
+    "records_project_id_seq",
+    records.c.project_id,
+    records.c.seq,
+    sqlite_where=records.c.project_id.is_not(None),
+    postgresql_where=records.c.project_id.is_not(None),
+)
+
+# The audit trail: one row per move, never changed.
+events = Table(
+    "events",
+    metadata,
+    Column("record", BigInteger, primary_key=True, autoincrement=False),
+    Column("seq", BigInteger, primary_key=True, autoincrement=False),
+    Column("at", Instant, nullable=False),
+    Column("move", String(16), nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("detail", Text),
+    sqlite_with_rowid=False,
+)
+
+# Why deletions wait; no row, no pause. A kind is an operator's pause, a refused API key, or the day's limit.
+pauses = Table(
+    "pauses",
+    metadata,
+    Column("account", String(64), primary_key=True),
+    Column("kind", String(16), primary_key=True),
+    Column("since", Instant, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("until", Instant),
+)
+
+# How many deletions each UTC day has had, counted before each DELETE is sent.
+tallies = Table(
+    "tallies",
+    metadata,
+    Column("account", String(64), primary_key=True),
+    Column("day", Date, primary_key=True),
+    Column("deletes", Integer, nullable=False),
+)
