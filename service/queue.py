@@ -1,0 +1,178 @@
+"""The wake-up bell: delayed arq jobs in Redis, one per scheduled record.
+
+A bell may ring never, late, twice or early, and nothing depends on its ringing right: the worker asks the ledger what
+is due. A job carries the record's key and attempt number in its id, and nothing else.
+"""
+
+import asyncio
+from collections.abc import Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Any, Final, cast
+from urllib.parse import parse_qsl, unquote, urlsplit
+
+import msgspec
+import redis.asyncio as redis
+from arq.connections import ArqRedis
+from arq.constants import job_key_prefix
+from arq.jobs import serialize_job
+from redis.asyncio.retry import Retry
+from redis.asyncio.sentinel import Sentinel
+from redis.backoff import ExponentialBackoff
+
+from service.generation import Key
+from service.settings import Secret
+
+QUEUE: Final = "mayfly:v1"
+FUNCTION: Final = "cleanup"
+
+# An enqueue that takes longer is given up: the record is durable and the reconciler rings for it.
+ENQUEUE_TIMEOUT_SECONDS: Final = 2.0
+# How long a job outlives its due time in Redis; a worker that was away longer finds the record in the ledger.
+_EXPIRES_EXTRA: Final = timedelta(days=30)
+_COMMANDS_AT_ONCE: Final = 1000
+
+# A Redis that refuses connections raises OSError, which is in neither of the other two.
+_RETRIED: Final = [redis.ConnectionError, redis.TimeoutError, OSError]
+QUEUE_ERRORS: Final = (redis.RedisError, OSError, TimeoutError)
+
+
+class QueueError(Exception):
+    """Redis is set up so that jobs would be lost."""
+
+
+@dataclass(frozen=True, slots=True)
+class Bell:
+    """A wake-up for the attempt after *attempts* at the record of *key*, at the aware instant *at*."""
+
+    key: Key
+    attempts: int
+    at: datetime
+
+
+def connect(url: Secret, *, retries: int) -> ArqRedis:
+    """Return the pool that web and worker alike use, so that both write and read jobs in one form; it connects late.
+
+    *url* is ``redis://``, ``rediss://``, ``unix://`` or ``sentinel://user:password@host:port,host:port/service/db``.
+    A sentinel URL takes ``?ssl=true`` and ``&ssl_ca_certs=/path`` for its sentinels and the master alike.
+    *retries* per command: few where somebody waits for an answer, many in a worker.
+    """
+    options: dict[str, Any] = {
+        "socket_timeout": 2,
+        "socket_connect_timeout": 2,
+        "health_check_interval": 15,
+        "retry": Retry(cast("Any", ExponentialBackoff(cap=2, base=0.1)), retries),
+        "retry_on_error": _RETRIED,
+    }
+    text = url.reveal()
+    if text.startswith("sentinel://"):
+        pool = _sentinel_pool(text, options)
+    else:
+        pool = redis.BlockingConnectionPool.from_url(text, max_connections=30, timeout=5, **options)
+    return ArqRedis(
+        pool,
+        job_serializer=msgspec.msgpack.encode,
+        job_deserializer=msgspec.msgpack.decode,
+        default_queue_name=QUEUE,
+        expires_extra_ms=int(_EXPIRES_EXTRA.total_seconds() * 1000),
+    )
+
+
+def _sentinel_pool(text: str, options: dict[str, Any]) -> redis.ConnectionPool:
+    """Build the pool through master_for: arq's own Sentinel mode drops retries and timeouts."""
+    parts = urlsplit(text)
+    hosts = [host.rpartition(":") for host in parts.netloc.rpartition("@")[2].split(",")]
+    service, _, database = parts.path.strip("/").partition("/")
+    login = {
+        "username": unquote(parts.netloc.rpartition("@")[0].partition(":")[0]) or None,
+        "password": unquote(parts.netloc.rpartition("@")[0].partition(":")[2]) or None,
+    }
+    query = dict(parse_qsl(parts.query))
+    tls: dict[str, Any] = {"ssl": query.get("ssl") == "true", "ssl_ca_certs": query.get("ssl_ca_certs")}
+    if not tls["ssl"]:
+        tls = {}
+    sentinel = Sentinel(  # type: ignore[no-untyped-call] # the library has no types here
+        [(host or port, int(port) if host else 26379) for host, _, port in hosts],
+        sentinel_kwargs={"socket_timeout": 2, **tls, **login},
+        db=int(database or 0),
+        **tls,
+        **options,
+        **login,
+    )
+    return cast("redis.ConnectionPool", sentinel.master_for(service or "mymaster").connection_pool)
+
+
+async def ring_later(pool: ArqRedis, bells: Sequence[Bell], *, now: datetime) -> None:
+    """Enqueue one delayed job per bell, in one round trip.
+
+    A job that is there already is moved to its new time, which arq's own enqueue refuses; the keys are arq's.
+
+    Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS; some of the jobs may be there.
+    """
+    async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
+        for start in range(0, len(bells), _COMMANDS_AT_ONCE):
+            await _enqueue(pool, bells[start : start + _COMMANDS_AT_ONCE], now)
+
+
+# One script call for a thousand jobs: as commands of their own they cost the web process 50 µs each to pack and read.
+_ENQUEUE = """
+for i = 4, #ARGV, 2 do
+  redis.call('PSETEX', ARGV[1] .. ARGV[i], ARGV[i + 1] - ARGV[3], ARGV[2])
+  redis.call('ZADD', KEYS[1], ARGV[i + 1], ARGV[i])
+end
+"""
+
+
+async def _enqueue(pool: ArqRedis, bells: Sequence[Bell], now: datetime) -> None:
+    now_ms = _milliseconds(now)
+    payload = serialize_job(FUNCTION, (), {}, None, now_ms, serializer=pool.job_serializer)
+    jobs: list[str | int] = []
+    for bell in bells:
+        # Rounded up: a bell before the due millisecond would find nothing due.
+        jobs += (job_id_of(bell), max(now_ms, _milliseconds(bell.at) + 1))
+    script = pool.register_script(_ENQUEUE)
+    # A job lives until so long after its time, not after now.
+    await script(keys=[QUEUE], args=[job_key_prefix, payload, now_ms - pool.expires_extra_ms, *jobs])
+
+
+async def silence(pool: ArqRedis, bells: Sequence[Bell]) -> None:
+    """Take the jobs of *bells* out of the queue: what they ring for has begun.
+
+    Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS.
+    """
+    ids = [job_id_of(bell) for bell in bells]
+    async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS), pool.pipeline(transaction=False) as pipeline:
+        pipeline.zrem(QUEUE, *ids)
+        pipeline.delete(*(job_key_prefix + job_id for job_id in ids))
+        await pipeline.execute()
+
+
+def job_id_of(bell: Bell) -> str:
+    """Return the job's id, the same each time: ringing twice moves the one job, and a begun attempt can be silenced.
+
+    arq passes over an id that its last run left marked as in progress; the worker finds such a record in the ledger.
+    """
+    return f"{bell.key.account}:{bell.key.id}:{bell.attempts + 1}"
+
+
+async def check(pool: ArqRedis) -> list[str]:
+    """Return warnings about how Redis is set up.
+
+    Raises: QueueError if it would throw jobs away when it is full; one of QUEUE_ERRORS if it cannot be reached.
+    """
+    async with asyncio.timeout(5):
+        await pool.ping()
+        try:
+            config = await pool.config_get("maxmemory-policy") | await pool.config_get("appendonly")
+        except redis.ResponseError:
+            return ["Redis does not show its configuration: see to maxmemory-policy noeviction and appendonly yes"]
+    policy = config.get("maxmemory-policy", "noeviction")
+    if policy != "noeviction":
+        raise QueueError(f"Redis has maxmemory-policy {policy} and would drop jobs: set it to noeviction")
+    if config.get("appendonly") == "no":
+        return ["Redis has appendonly no: after its restart deletions wait for the reconciler"]
+    return []
+
+
+def _milliseconds(at: datetime) -> int:
+    return int(at.timestamp() * 1000)
