@@ -1,0 +1,97 @@
+"""The web side: Litestar joined to the ledger and the queue."""
+
+import asyncio
+from collections.abc import Callable
+from datetime import UTC, datetime
+from typing import Any
+
+import structlog
+from arq.connections import ArqRedis
+from litestar import Litestar, Router
+from litestar.datastructures import ResponseHeader
+from litestar.di import Provide
+from litestar.openapi import OpenAPIConfig
+from litestar.openapi.spec import Components, SecurityScheme
+
+from service import __version__, health, problems, webhook_route
+from service.ledger.database import Database
+from service.operator_api import OperatorController
+from service.records_api import OperatorToken, RecordsController
+from service.resources import Resources, open_queue
+from service.serving import serving
+from service.settings import Settings, require_webhook_secret
+from service.telemetry import Metrics
+from service.webhook import Intake, Ringer
+
+log = structlog.get_logger()
+
+_DEFAULT_ACCOUNT = "default"
+
+
+def make_app(
+    settings: Settings,
+    database: Database,
+    queue_pool: ArqRedis,
+    metrics: Metrics,
+    *,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+) -> Litestar:
+    """Build the ASGI application over resources that are open."""
+    ringer = Ringer(queue_pool, horizon=settings.queue_horizon, now=now, metrics=metrics)
+    intake = Intake(
+        database=database,
+        ring=ringer.ring,
+        secrets=[secret.reveal().encode() for secret in settings.webhook_secrets],
+        tolerance=settings.webhook_tolerance,
+        policy=settings.policy,
+        now=now,
+        metrics=metrics,
+    )
+    given = {"database": database, "queue_pool": queue_pool, "metrics": metrics, "now": now}
+    operator = Router(
+        "/api", route_handlers=[RecordsController, OperatorController], guards=[OperatorToken(settings.api_token)]
+    )
+    app = Litestar(
+        [webhook_route.webhook_route(intake, metrics), health.live, health.ready, health.show_metrics, operator],
+        dependencies={name: _provide(value) for name, value in given.items()},
+        plugins=[problems.plugin],
+        exception_handlers=problems.exception_handlers,
+        after_exception=[problems.log_fault],
+        on_shutdown=[ringer.close],
+        openapi_config=OpenAPIConfig(
+            title="Mayfly",
+            version=__version__,
+            components=Components(security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer")}),
+        ),
+        response_headers=[
+            ResponseHeader(name="X-Content-Type-Options", value="nosniff"),
+            ResponseHeader(name="Cache-Control", value="no-store"),
+        ],
+        logging_config=None,
+    )
+    paths = app.openapi_schema.paths
+    if paths is not None:
+        paths[webhook_route.PATH] = webhook_route.describe()
+    return app
+
+
+def _provide(value: object) -> Provide:
+    def give() -> Any:  # noqa: ANN401 - each name has its own type
+        return value
+
+    return Provide(give, sync_to_thread=False, use_cache=True)
+
+
+async def run_web(settings: Settings, resources: Resources, metrics: Metrics, stop: asyncio.Event) -> None:
+    """Serve until *stop* is set, then answer what is under way and return.
+
+    Raises: SettingsError without a webhook secret; QueueError for a Redis that would drop jobs; OSError when the
+    address cannot be listened on.
+    """
+    require_webhook_secret(settings)
+    async with open_queue(resources.redis_url, retries=0) as pool:
+        app = make_app(settings, resources.database, pool, metrics)
+        async with serving(app, settings.host, settings.port) as port:
+            log.info("web.started", host=settings.host, port=port)
+            await stop.wait()
+        log.info("web.stopped")

@@ -1,0 +1,132 @@
+"""How the service is: alive, ready, and in numbers."""
+
+import asyncio
+from collections.abc import Awaitable, Callable
+from datetime import datetime
+from typing import Literal, TypeVar
+
+import msgspec
+from arq.connections import ArqRedis
+from litestar import Response, get
+from litestar.di import NamedDependency
+from litestar.openapi import ResponseSpec
+from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+
+from service.ledger import migrating, pausing, reading
+from service.ledger.database import Database, LedgerUnavailableError
+from service.ledger.migrating import SchemaError
+from service.ledger.pausing import Kind, Pause
+from service.queue import QUEUE_ERRORS
+from service.telemetry import Metrics
+
+T = TypeVar("T")
+
+_CHECK_SECONDS = 0.9
+
+
+class Part(msgspec.Struct, frozen=True, omit_defaults=True):
+    """How one part is: *detail* says what fails and what that means."""
+
+    status: Literal["ok", "failing", "paused"]
+    detail: str | None = None
+
+
+class Health(msgspec.Struct, frozen=True):
+    """How the whole is: *degraded* takes webhooks and keeps them safe, but deletions wait or are late."""
+
+    status: Literal["ok", "degraded", "failing"]
+    parts: dict[str, Part]
+
+
+@get("/health/live", tags=["health"], summary="Is the process alive?")
+async def live() -> Health:
+    """Answer 200 for as long as the process can answer at all."""
+    return Health("ok", {})
+
+
+@get(
+    "/health/ready",
+    tags=["health"],
+    summary="Can it take webhooks?",
+    responses={503: ResponseSpec(Health, generate_examples=False, description="it cannot: the parts say why")},
+)
+async def ready(database: NamedDependency[Database], queue_pool: NamedDependency[ArqRedis]) -> Response[Health]:
+    """Answer 200 while webhooks can be stored, else 503; either way with the parts that fail.
+
+    A Redis that is away makes deletions late, not lost: sync.so does not send a webhook twice, so turning webhooks
+    away for it would be the greater harm.
+    """
+    parts = {
+        "ledger": await _ledger(database),
+        "redis": await _redis(queue_pool),
+        "deletions": await _deletions(database),
+    }
+    if parts["ledger"].status == "failing":
+        return Response(Health("failing", parts), status_code=503)
+    is_well = all(part.status == "ok" for part in parts.values())
+    return Response(Health("ok" if is_well else "degraded", parts))
+
+
+async def _ledger(database: Database) -> Part:
+    try:
+        await _bounded(lambda: database.read(migrating.check))
+    except SchemaError as error:
+        return Part("failing", str(error))
+    except (LedgerUnavailableError, TimeoutError):
+        return Part("failing", "the database does not answer: webhooks are refused with 503 until it does")
+    return Part("ok")
+
+
+async def _redis(queue_pool: ArqRedis) -> Part:
+    try:
+        await _bounded(queue_pool.ping)
+    except QUEUE_ERRORS:
+        return Part("failing", "Redis does not answer: webhooks are stored, deletions are started from the ledger")
+    return Part("ok")
+
+
+async def _deletions(database: Database) -> Part:
+    try:
+        pauses = await _bounded(lambda: database.read(pausing.find))
+    except (LedgerUnavailableError, TimeoutError):
+        return Part("failing", "the database does not answer")
+    return Part("paused", "; ".join(_explained(pause) for pause in pauses)) if pauses else Part("ok")
+
+
+def _explained(pause: Pause) -> str:
+    advice = {
+        Kind.OPERATOR: "mayfly resume ends it",
+        Kind.UNAUTHORIZED: "see to SYNC_API_KEY; one record a minute tries it again",
+        Kind.DAILY_LIMIT: "MAYFLY_MAX_DELETES_PER_DAY is reached; it ends at midnight UTC",
+    }
+    return f"since {pause.since:%Y-%m-%d %H:%M:%S} UTC by {pause.actor}: {pause.reason}; {advice[pause.kind]}"
+
+
+async def _bounded(call: Callable[[], Awaitable[T]]) -> T:
+    async with asyncio.timeout(_CHECK_SECONDS):
+        return await call()
+
+
+@get("/metrics", tags=["health"], summary="Prometheus metrics", media_type=CONTENT_TYPE_LATEST)
+async def show_metrics(
+    database: NamedDependency[Database], metrics: NamedDependency[Metrics], now: NamedDependency[Callable[[], datetime]]
+) -> Response[bytes]:
+    """Answer the counters of this process, and what the ledger says of all."""
+    await _read_gauges(database, metrics, now())
+    return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+
+
+async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> None:
+    """Read the ledger's gauges; without a ledger they keep still, and mayfly_ledger_up says so."""
+    try:
+        backlog = await database.read(lambda connection: reading.backlog(connection, now=now))
+        pauses = await database.read(pausing.find)
+    except LedgerUnavailableError:
+        metrics.ledger_up.set(0)
+        return
+    metrics.ledger_up.set(1)
+    metrics.oldest_overdue_seconds.set(backlog.oldest_overdue.total_seconds())
+    metrics.due_records.set(backlog.due)
+    metrics.failed_records.set(backlog.failed)
+    for kind in Kind:
+        metrics.pauses.labels(kind).set(any(pause.kind is kind for pause in pauses))

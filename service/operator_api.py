@@ -1,0 +1,113 @@
+"""What an operator does, behind the bearer token: move a record, pause and resume all deletions, see the numbers."""
+
+from collections.abc import Callable
+from datetime import datetime
+from functools import partial
+from typing import Annotated, Literal
+
+import msgspec
+from litestar import Controller, get, post
+from litestar.di import NamedDependency
+from litestar.exceptions import NotFoundException
+from litestar.params import FromPath, FromQuery, JSONBody, PathParameter
+from sqlalchemy import Connection
+
+from service.generation import Key
+from service.ledger import moving, pausing, reading
+from service.ledger.database import Database
+from service.ledger.pausing import Kind, Pause
+from service.lifecycle import Move, State
+from service.problems import documented
+from service.records_api import Record, find_record
+
+ACTOR = "operator"
+
+
+class Reason(msgspec.Struct, frozen=True):
+    """Why; it is kept in the record's history, or with the pause."""
+
+    reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
+
+
+class PauseShown(msgspec.Struct, frozen=True):
+    """One reason for which deletions wait: *until* is its end or its next probe, where it has one."""
+
+    kind: Kind
+    since: datetime
+    actor: str
+    reason: str
+    until: datetime | None
+
+
+class Stats(msgspec.Struct, rename="camel", frozen=True):
+    """The ledger in numbers."""
+
+    records: dict[State, int]
+    oldest_overdue_seconds: float
+    due: int
+    pauses: list[PauseShown]
+
+
+class OperatorController(Controller):
+    """Moves of a person."""
+
+    tags = ("operator",)
+    security = ({"bearer": []},)
+
+    @post(
+        "/records/{generation_id:str}/{move:str}",
+        status_code=200,
+        summary="Hold, release, keep or retry a record",
+        responses=documented(400, 401, 403, 404, 409, 503),
+    )
+    async def move_record(  # noqa: PLR0917 - Litestar calls it by name
+        self,
+        database: NamedDependency[Database],
+        now: NamedDependency[Callable[[], datetime]],
+        generation_id: FromPath[str],
+        move: Annotated[Literal["hold", "release", "keep", "retry"], PathParameter()],
+        data: JSONBody[Reason | None] = None,
+        account: FromQuery[str] = "default",
+    ) -> Record:
+        """Answer the record after the move; 409 when its state does not have that move."""
+        reason = data.reason if data else None
+        change = partial(_move, key=Key(account, generation_id), wanted=Move(move), now=now(), reason=reason)
+        record = await database.write(change)
+        if record is None:
+            raise NotFoundException("No record of this generation")
+        return record
+
+    @post("/pause", status_code=200, summary="Pause all deletions", responses=documented(400, 401, 403, 503))
+    async def pause(
+        self,
+        database: NamedDependency[Database],
+        now: NamedDependency[Callable[[], datetime]],
+        data: JSONBody[Reason | None] = None,
+    ) -> Stats:
+        """Pause until resume; webhooks are still taken. Those deletions under way end first."""
+        wanted = Pause(Kind.OPERATOR, now(), ACTOR, data.reason if data else "no reason given", None)
+        await database.write(partial(pausing.pause, wanted=wanted))
+        return await database.read(partial(read_stats, now=now()))
+
+    @post("/resume", status_code=200, summary="Resume deletions", responses=documented(400, 401, 403, 503))
+    async def resume(self, database: NamedDependency[Database], now: NamedDependency[Callable[[], datetime]]) -> Stats:
+        """End every pause, whatever its reason; one whose reason still holds comes back by itself."""
+        await database.write(partial(pausing.resume, kinds=list(Kind)))
+        return await database.read(partial(read_stats, now=now()))
+
+    @get("/stats", summary="The ledger in numbers", responses=documented(400, 401, 403, 503))
+    async def stats(self, database: NamedDependency[Database], now: NamedDependency[Callable[[], datetime]]) -> Stats:
+        """Answer the counts, the age of the oldest overdue record, and the pauses."""
+        return await database.read(partial(read_stats, now=now()))
+
+
+def read_stats(connection: Connection, *, now: datetime) -> Stats:
+    """Read the ledger's numbers."""
+    backlog = reading.backlog(connection, now=now)
+    pauses = [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find(connection)]
+    return Stats(reading.counts(connection), backlog.oldest_overdue.total_seconds(), backlog.due, pauses)
+
+
+def _move(connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None) -> Record | None:
+    row = moving.move(connection, key, wanted, now=now, actor=ACTOR, reason=reason)
+    return None if row is None else find_record(connection, key=key)

@@ -1,0 +1,100 @@
+"""Errors as RFC 9457 problem details: one table from what went wrong to what the client is told."""
+
+from typing import Any
+
+import msgspec
+import structlog
+from litestar import Request
+from litestar.openapi import ResponseSpec
+from litestar.plugins.problem_details import ProblemDetailsConfig, ProblemDetailsException, ProblemDetailsPlugin
+from litestar.response import Response
+
+from service.generation import MalformedError
+from service.ledger.database import LedgerUnavailableError, RefusedDataError
+from service.ledger.reading import CursorError
+from service.lifecycle import IllegalMoveError
+from service.signature import SignatureError
+from service.webhook import BodyError
+
+log = structlog.get_logger()
+
+RETRY_AFTER_SECONDS = 5
+
+
+class Problem(msgspec.Struct, frozen=True, kw_only=True):
+    """RFC 9457 problem details."""
+
+    status: int
+    title: str
+    detail: str | None = None
+
+
+def documented(*statuses: int) -> dict[int, ResponseSpec]:
+    """Describe the errors of a route for OpenAPI."""
+    descriptions = {
+        400: "the request is not one that the route knows",
+        401: "the bearer token is missing or wrong",
+        403: "the operator API is closed: no token is set",
+        404: "no record of this generation",
+        409: "the record's state does not have this move",
+        503: "the ledger does not answer",
+    }
+    return {
+        status: ResponseSpec(
+            Problem,
+            description=descriptions[status],
+            media_type="application/problem+json",
+            generate_examples=False,  # made by a library that the image does without
+        )
+        for status in statuses
+    }
+
+
+def problem(
+    status: int, title: str, detail: str = "", headers: dict[str, str] | None = None
+) -> ProblemDetailsException:
+    """Return the exception that Litestar answers as problem details."""
+    return ProblemDetailsException(status_code=status, title=title, detail=detail, headers=headers)
+
+
+def _signature(error: SignatureError) -> ProblemDetailsException:
+    advice = {
+        "missing": "the Sync-Signature header is missing",
+        "malformed": "the Sync-Signature header is not t=<unix seconds>,v1=<hex>",
+        "stale": "the signature's time is too far from ours: check both clocks",
+        "mismatch": "no secret signs these bytes: check SYNC_WEBHOOK_SECRET, and that no proxy changes the body",
+    }
+    return problem(401, "Signature rejected", advice[error.reason], {"WWW-Authenticate": "Sync-Signature"})
+
+
+def _unavailable(_error: LedgerUnavailableError) -> ProblemDetailsException:
+    detail = "the ledger cannot be reached right now; nothing was stored, send it again"
+    return problem(503, "Ledger unavailable", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+
+
+def _internal(request: Request[Any, Any, Any], _error: Exception) -> Response[Any]:
+    """Answer a fault of ours without telling of it; the log tells."""
+    return problem(500, "Internal error", "a fault of Mayfly's own; its log tells more").to_response(request)
+
+
+plugin = ProblemDetailsPlugin(
+    ProblemDetailsConfig(
+        enable_for_all_http_exceptions=True,
+        exception_to_problem_detail_map={
+            SignatureError: _signature,
+            LedgerUnavailableError: _unavailable,
+            RefusedDataError: lambda error: problem(400, "Not storable", str(error)),
+            MalformedError: lambda error: problem(400, "Not a generation", str(error)),
+            BodyError: lambda error: problem(error.status, "Body not taken", str(error)),
+            IllegalMoveError: lambda error: problem(409, "Not possible now", str(error)),
+            CursorError: lambda error: problem(400, "Bad cursor", str(error)),
+        },
+    )
+)
+exception_handlers: dict[Any, Any] = {Exception: _internal}
+
+
+async def log_fault(error: Exception, scope: Any) -> None:  # noqa: ANN401 - Litestar's hook
+    """Log what is answered with a 500: Litestar's own faults are HTTP exceptions and would pass in silence."""
+    if getattr(error, "status_code", 500) == 500 and type(error) not in plugin.config.exception_to_problem_detail_map:
+        log.error("request.crashed", path=scope.get("path"), exc_info=error)

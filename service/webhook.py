@@ -1,0 +1,161 @@
+"""Receiving: prove the webhook, store what it announces, answer, ring later. The answer comes after the commit."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+
+import structlog
+from arq.connections import ArqRedis
+
+from service import queue
+from service.generation import RUNNING, Generation, Key, read
+from service.grouping import GroupCommit
+from service.ledger import receiving
+from service.ledger.database import ConflictError, Database, LedgerUnavailableError
+from service.ledger.receiving import Arrival, Receipt
+from service.lifecycle import State
+from service.retention import Policy, decide
+from service.signature import SignatureError, verify
+from service.telemetry import Metrics
+
+log = structlog.get_logger()
+
+MAX_BODY_BYTES = 1024 * 1024
+# Bells waiting for a Redis that is slow; more are left to the reconciler.
+_MAX_BELLS = 10_000
+_GATHER_SECONDS = 0.05
+
+
+class BodyError(Exception):
+    """A body that cannot be taken: *status* 413 (too large) or 400 (broken off)."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What a 202 says: the generation, its record's state or ``ignored``, and when it is due."""
+
+    id: str
+    state: State | None
+    due_at: datetime | None
+
+
+class Intake:
+    """Takes webhooks for one account: each one is durable before accept() returns."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        ring: Callable[[Sequence[Receipt], Sequence[Arrival]], None],
+        secrets: Sequence[bytes],
+        tolerance: timedelta,
+        policy: Policy,
+        now: Callable[[], datetime],
+        metrics: Metrics,
+    ) -> None:
+        self._database = database
+        self._ring = ring
+        self._secrets = secrets
+        self._tolerance = tolerance
+        self._policy = policy
+        self._now = now
+        self._metrics = metrics
+        self._stored = metrics.webhooks.labels("stored")
+        self._known = metrics.webhooks.labels("known")
+        self._group: GroupCommit[Arrival, Receipt] = GroupCommit(self._commit)
+
+    async def accept(self, account: str, header: str, body: bytes) -> Answer:
+        """Prove, read and store one webhook.
+
+        Raises: SignatureError, MalformedError, LedgerUnavailableError; nothing is stored then.
+        """
+        now = self._now()
+        try:
+            sent_at = verify(header, body, secrets=self._secrets, now=now, tolerance=self._tolerance)
+        except SignatureError as error:
+            self._metrics.signatures_refused.labels(error.reason).inc()
+            raise
+        generation = read(body)
+        if generation.is_batch or not generation.is_terminal:
+            self._note_ignored(generation)
+            return Answer(generation.id, None, None)
+        retention = decide(self._policy, webhook_url=generation.webhook_url, sent_at=sent_at, now=now)
+        arrival = Arrival(Key(account, generation.id), generation, body.decode(), retention, now)
+        receipt = await self._group.submit(arrival)
+        (self._stored if receipt.is_new else self._known).inc()
+        self._metrics.receive_seconds.observe((self._now() - now).total_seconds())
+        if receipt.is_conflict:
+            self._metrics.conflicts.inc()
+            log.warning("webhook.conflicted", generation=generation.id, what_now="the first announcement is kept")
+        return Answer(generation.id, receipt.state, receipt.due_at)
+
+    def _note_ignored(self, generation: Generation) -> None:
+        self._metrics.webhooks.labels("batch" if generation.is_batch else "ignored").inc()
+        if not generation.is_batch and generation.status not in RUNNING:
+            self._metrics.statuses_unknown.inc()
+            log.warning(
+                "webhook.status_unknown", generation=generation.id, what_now="it is ignored, nothing is deleted"
+            )
+
+    async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
+        receipts = await self._write(arrivals)
+        self._ring(receipts, arrivals)
+        return receipts
+
+    async def _write(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
+        """Write them as new ones, else with a look at those that are known, again if another process was first."""
+        for function in (receiving.insert, receiving.receive, receiving.receive):
+            try:
+                return await self._database.write(partial(function, arrivals=arrivals))
+            except ConflictError:
+                continue
+        raise LedgerUnavailableError("other processes kept writing the same generations")
+
+
+class Ringer:
+    """Enqueues bells behind the answers' backs: a Redis that is slow or away never delays an answer."""
+
+    def __init__(self, pool: ArqRedis, *, horizon: timedelta, now: Callable[[], datetime], metrics: Metrics) -> None:
+        self._pool = pool
+        self._horizon = horizon
+        self._now = now
+        self._metrics = metrics
+        self._waiting: list[queue.Bell] = []
+        self._runner: asyncio.Task[None] | None = None
+
+    def ring(self, receipts: Sequence[Receipt], arrivals: Sequence[Arrival]) -> None:
+        """Have a bell for each record that is due within the horizon; the ledger alone keeps the others."""
+        horizon = self._now() + self._horizon
+        self._waiting += [
+            queue.Bell(arrival.key, receipt.attempts, receipt.due_at)
+            for receipt, arrival in zip(receipts, arrivals, strict=True)
+            if receipt.is_moved and receipt.state is State.SCHEDULED and receipt.due_at and receipt.due_at <= horizon
+        ]
+        if self._waiting and self._runner is None:
+            self._runner = asyncio.create_task(self._run())
+
+    async def close(self) -> None:
+        """Enqueue what waits, for as long as one round trip may take."""
+        if self._runner is not None:
+            await asyncio.wait([self._runner], timeout=queue.ENQUEUE_TIMEOUT_SECONDS)
+
+    async def _run(self) -> None:
+        try:
+            while self._waiting:
+                # No bell is urgent, the soonest due time is seconds away: many in one round trip cost less.
+                await asyncio.sleep(_GATHER_SECONDS)
+                bells, self._waiting = self._waiting[:_MAX_BELLS], []
+                try:
+                    await queue.ring_later(self._pool, bells, now=self._now())
+                except queue.QUEUE_ERRORS as error:
+                    self._metrics.enqueue_failures.inc(len(bells))
+                    what_now = "the reconciler finds these records in the ledger"
+                    log.warning("enqueue.failed", records=len(bells), error=type(error).__name__, what_now=what_now)
+        finally:
+            self._runner = None

@@ -1,0 +1,174 @@
+"""The cleanup of one record: look at the generation, keep a copy, delete it, write down how it went.
+
+The order is the promise. Nothing reaches the DELETE but a copy that is committed, under a lease that still holds.
+"""
+
+import random
+from collections.abc import Awaitable, Callable
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+
+import msgspec
+import structlog
+
+from service.ledger.cleaning import Claim, Copied, Copy, Settlement
+from service.ledger.database import LedgerUnavailableError
+from service.lifecycle import Move
+from service.retention import Step, Verdict, after_attempt
+from service.sync_api import DELETE_SECONDS, GET_SECONDS, Answer, SyncApi
+from service.telemetry import Metrics
+
+log = structlog.get_logger()
+
+# A DELETE that might still be under way when the lease ends would meet its successor.
+_DELETE_MARGIN = timedelta(seconds=DELETE_SECONDS + 1)
+ATTEMPT_MARGIN = _DELETE_MARGIN + timedelta(seconds=GET_SECONDS)
+REHEARSE_AGAIN = timedelta(hours=1)
+# Answers to a DELETE that say that nothing was deleted; after the others nobody knows.
+_NOT_DELETED = frozenset({Verdict.RUNNING, Verdict.REFUSED, Verdict.UNAUTHORIZED})
+# Copies that are durable and not followed by a DELETE, with what is said of it.
+_WAITS = {Copied.LIMITED: "MAYFLY_MAX_DELETES_PER_DAY is reached", Copied.PAUSED: "deletions were paused"}
+
+
+@dataclass(frozen=True, slots=True)
+class Cleaner:
+    """What cleaning takes: the API, the two commits (grouped with those of other records), the clock and the limits."""
+
+    api: SyncApi
+    copy: Callable[[Copy], Awaitable[Copied]]
+    settle: Callable[[Settlement], Awaitable[bool]]
+    # For one call: waits for a place at the API and a share of the budget.
+    turn: Callable[[], AbstractAsyncContextManager[None]]
+    now: Callable[[], datetime]
+    give_up_after: timedelta
+    is_dry_run: bool
+    metrics: Metrics
+
+    async def clean(self, claim: Claim) -> Verdict | None:
+        """Make one attempt at a claimed record and return what ended it; None when the lease was lost on the way.
+
+        Raises nothing: a ledger that is away leaves the record to the next attempt, once the lease ends.
+        """
+        try:
+            return await self._attempt(claim)
+        except LedgerUnavailableError as error:
+            log.warning(
+                "cleanup.interrupted",
+                **_names(claim),
+                error=str(error),
+                what_now="tried again after its lease",
+            )
+        except Exception:
+            # A fault of ours in this one record must not take the others along.
+            log.exception("cleanup.crashed", **_names(claim))
+            await self._settle_crash(claim)
+        return None
+
+    async def _attempt(self, claim: Claim) -> Verdict | None:
+        async with self.turn():
+            is_in_time = claim.lease_until - self.now() >= ATTEMPT_MARGIN
+            looked = await self.api.get(claim.key.id) if is_in_time else None
+        if looked is None:
+            return await self._decline(claim, "the worker that had it could not begin in time")
+        if looked.verdict is not Verdict.DONE or looked.generation is None or looked.body is None:
+            return await self._end(claim, looked, "GET")
+        return await self._proceed(claim, await self.copy(Copy(claim, looked.generation, looked.body)))
+
+    async def _proceed(self, claim: Claim, copied: Copied) -> Verdict | None:
+        """Delete what is copied, unless the lease, the day's limit or the dry run is against it."""
+        if copied is Copied.LOST:
+            return self._lost(claim)
+        if copied in _WAITS:
+            return await self._decline(claim, _WAITS[copied])
+        if self.is_dry_run:
+            return await self._rehearsed(claim)
+        return await self._delete(claim)
+
+    async def _delete(self, claim: Claim) -> Verdict | None:
+        """Send the DELETE, now that the copy is durable, if the lease is still long enough for it."""
+        async with self.turn():
+            is_in_time = claim.lease_until - self.now() >= _DELETE_MARGIN
+            deleted = await self.api.delete(claim.key.id) if is_in_time else None
+        if deleted is None:
+            return await self._decline(claim, "the worker that had it was too slow to delete", is_refund=True)
+        return await self._end(claim, deleted, "DELETE")
+
+    async def _end(self, claim: Claim, answer: Answer, method: str) -> Verdict | None:
+        """Write down what the answer that ended the attempt leads to."""
+        now = self.now()
+        step = after_attempt(
+            answer.verdict,
+            claim.progress,
+            now=now,
+            give_up_after=self.give_up_after,
+            retry_after=answer.retry_after,
+            jitter=random.random(),  # noqa: S311 - spreads retries, protects nothing
+        )
+        receipt = _receipt(method, answer, now) if step.move is Move.CONFIRM else None
+        is_refund = method == "DELETE" and answer.verdict in _NOT_DELETED
+        error = None if receipt else answer.error
+        if not await self.settle(Settlement(claim, answer.verdict, step, receipt, error, is_refund)):
+            return self._lost(claim)
+        self.metrics.attempts.labels(answer.verdict).inc()
+        _log_end(claim, answer, step)
+        return answer.verdict
+
+    async def _rehearsed(self, claim: Claim) -> Verdict | None:
+        step = Step(Move.DEFER, claim.progress, retry_at=self.now() + REHEARSE_AGAIN)
+        error = "dry run: it would have been deleted"
+        if not await self.settle(Settlement(claim, Verdict.DONE, step, error=error)):
+            return self._lost(claim)
+        log.info("cleanup.rehearsed", **_names(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
+        return Verdict.DONE
+
+    async def give_back(self, claim: Claim) -> None:
+        """Return a record untouched, for any worker to claim."""
+        await self._decline(claim, "the worker that had it was stopped")
+
+    async def _decline(self, claim: Claim, error: str, *, is_refund: bool = False) -> Verdict | None:
+        """Put a record back to where it was before the claim; its failures stay as they were."""
+        step = Step(Move.DEFER, claim.progress, retry_at=self.now())
+        await self.settle(Settlement(claim, Verdict.RETRY, step, error=error, is_refund=is_refund))
+        log.warning("cleanup.given_back", **_names(claim), error=error)
+        return None
+
+    async def _settle_crash(self, claim: Claim) -> None:
+        fault = Answer(Verdict.REFUSED, error="a fault of Mayfly's own; its log tells more")
+        try:
+            await self._end(claim, fault, "none")
+        except Exception:  # the lease ends by itself
+            log.exception("cleanup.crashed_again", **_names(claim))
+
+    def _lost(self, claim: Claim) -> Verdict | None:
+        log.warning("cleanup.lease_lost", **_names(claim), what_now="whoever claimed it next decides")
+        return None
+
+
+def _receipt(method: str, answer: Answer, now: datetime) -> str:
+    """Keep the answer that proves the deletion: which call, when, what the API said, word for word."""
+    receipt = {"method": method, "status": answer.status, "at": now, "body": answer.body}
+    return msgspec.json.encode(receipt).decode()
+
+
+def _log_end(claim: Claim, answer: Answer, step: Step) -> None:
+    names = _names(claim) | {"verdict": answer.verdict, "status": answer.status}
+    if step.move is Move.CONFIRM:
+        log.info("cleanup.confirmed", **names, outcome=step.outcome)
+    elif answer.verdict is Verdict.UNAUTHORIZED:
+        what_now = "all deletions wait; one record a minute tries whether the key works again: see to SYNC_API_KEY"
+        log.error("deletions.paused", **names, error=answer.error, what_now=what_now)
+    elif step.move is Move.GIVE_UP:
+        what_now = "nothing more is tried until a person retries it"
+        log.error("cleanup.given_up", **names, error=answer.error, what_now=what_now)
+    else:
+        log.info(
+            "cleanup.deferred",
+            **names,
+            error=answer.error,
+            retry_at=step.retry_at and step.retry_at.isoformat(),
+        )
+
+
+def _names(claim: Claim) -> dict[str, object]:
+    return {"account": claim.key.account, "generation": claim.key.id, "attempt": claim.attempt}

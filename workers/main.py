@@ -1,0 +1,220 @@
+"""The worker: an arq worker that hears the bells, and the dispatcher that cleans what the ledger has due."""
+
+import asyncio
+import contextlib
+import os
+import signal
+import socket
+import time
+from collections.abc import AsyncIterator, Sequence
+from contextlib import asynccontextmanager
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Any, Final
+
+import structlog
+from arq.connections import ArqRedis
+from arq.worker import Worker, func
+
+from service import queue
+from service.budget import Budget
+from service.grouping import GroupCommit
+from service.ledger import cleaning, reading
+from service.ledger.cleaning import Claim, Copied
+from service.ledger.database import Database
+from service.resources import Resources, open_queue
+from service.settings import Settings, require_api_key
+from service.sync_api import open_sync_api
+from service.telemetry import Metrics
+from workers.cleanup import ATTEMPT_MARGIN, Cleaner
+from workers.dispatch import Dispatcher
+from workers.reconcile import reconcile
+
+log = structlog.get_logger()
+
+# Longer than the longest attempt (a GET of 10 s, a DELETE of 30 s, three commits), shorter than anyone wants to wait
+# for the record of a worker that died.
+LEASE: Final = timedelta(seconds=60)
+STOP_SECONDS: Final = LEASE.total_seconds() + 5
+_LEASES_AT_ONCE: Final = 500
+_ARQ_RESTART_SECONDS: Final = 2.0
+
+
+async def ring(ctx: dict[str, Any], *_: object) -> None:
+    """The arq job: tell the dispatcher that something is due; whatever else an older release sent means nothing."""
+    dispatcher: Dispatcher = ctx["dispatcher"]
+    dispatcher.ring()
+
+
+async def run_worker(settings: Settings, resources: Resources, metrics: Metrics, stop: asyncio.Event) -> None:
+    """Work until *stop* is set, then finish what is under way and return.
+
+    Raises: SettingsError without an API key; QueueError for a Redis that would drop jobs.
+    """
+    require_api_key(settings)
+    actor = f"worker {socket.gethostname()}:{os.getpid()}"
+    async with (
+        open_queue(resources.redis_url, retries=2) as pool,
+        _dispatcher(settings, resources.database, pool, metrics, actor) as dispatcher,
+    ):
+        helpers = [
+            asyncio.create_task(_hear_bells(pool, dispatcher, metrics)),
+            asyncio.create_task(
+                reconcile(
+                    lose_leases=partial(_lose_leases, resources.database, actor),
+                    ring=dispatcher.ring,
+                    data_dir=settings.data_dir,
+                    metrics=metrics,
+                )
+            ),
+        ]
+        work = asyncio.create_task(dispatcher.run())
+        log.info("worker.started", concurrency=settings.concurrency, dry_run=settings.is_dry_run)
+        try:
+            await stop.wait()
+        finally:
+            dispatcher.stop()
+            for helper in helpers:
+                helper.cancel()
+            await asyncio.gather(*helpers, return_exceptions=True)
+            await asyncio.wait([work], timeout=STOP_SECONDS)
+            log.info("worker.stopped", is_drained=work.done())
+
+
+@asynccontextmanager
+async def _dispatcher(
+    settings: Settings, database: Database, pool: ArqRedis, metrics: Metrics, actor: str
+) -> AsyncIterator[Dispatcher]:
+    """Join the cleanup to the ledger and the API."""
+    require_api_key(settings)
+    assert settings.api_key is not None  # noqa: S101 - tells the type checker what the line above did
+
+    budget = Budget(settings.api_rate, pool, settings.api_key, clock=time.monotonic)
+    limit = None if settings.is_dry_run else settings.max_deletes_per_day
+    silencing: set[asyncio.Task[None]] = set()
+    lease, concurrency = paced(settings.concurrency, budget.seconds_per_call)
+    places = asyncio.Semaphore(concurrency)
+
+    async def copy(items: Sequence[cleaning.Copy]) -> Sequence[Copied]:
+        return await database.write(partial(cleaning.copy, copies=items, now=_now(), limit=limit, actor=actor))
+
+    async def settle(items: Sequence[cleaning.Settlement]) -> Sequence[bool]:
+        return await database.write(partial(cleaning.settle, settlements=items, now=_now(), actor=actor))
+
+    async def claim(room: int) -> Sequence[Claim]:
+        if budget.is_closed():
+            return []
+        claims = await database.write(partial(cleaning.claim, now=_now(), lease=lease, limit=room, actor=actor))
+        if claims:
+            # Behind the deletions' backs: they do not wait for Redis.
+            task = asyncio.create_task(_silence(pool, claims))
+            silencing.add(task)
+            task.add_done_callback(silencing.discard)
+        return claims
+
+    @asynccontextmanager
+    async def turn() -> AsyncIterator[None]:
+        async with places:
+            await budget.take()
+            yield
+
+    async def next_wake() -> datetime | None:
+        return await database.read(reading.next_wake)
+
+    async with open_sync_api(
+        settings.base_url, settings.api_key, connections=concurrency, metrics=metrics, on_throttled=budget.close_for
+    ) as api:
+        cleaner = Cleaner(
+            api=api,
+            copy=GroupCommit(copy).submit,
+            settle=GroupCommit(settle).submit,
+            turn=turn,
+            now=_now,
+            give_up_after=settings.give_up_after,
+            is_dry_run=settings.is_dry_run,
+            metrics=metrics,
+        )
+        yield Dispatcher(
+            claim=claim,
+            next_wake=next_wake,
+            clean=cleaner.clean,
+            give_back=cleaner.give_back,
+            now=_now,
+            # Twice as many as there are places at the API: one half waits for its commit while the other calls.
+            concurrency=2 * concurrency,
+            metrics=metrics,
+        )
+
+
+def paced(concurrency: int, seconds_per_call: float) -> tuple[timedelta, int]:
+    """Return the lease, and how many calls at once a budget of calls can serve within it.
+
+    Four times as many records are claimed, each takes two calls, and all must have begun while their lease leaves
+    time for an attempt.
+    """
+    patience = LEASE - ATTEMPT_MARGIN
+    share = timedelta(seconds=8 * seconds_per_call)
+    return LEASE + share, max(1, min(concurrency, int((patience + share) / share)))
+
+
+async def _silence(pool: ArqRedis, claims: Sequence[Claim]) -> None:
+    """Spare arq the bells of records that are being cleaned already; one that rings all the same changes nothing."""
+    bells = [queue.Bell(claim.key, claim.attempt - 1, claim.due_at) for claim in claims]
+    with contextlib.suppress(*queue.QUEUE_ERRORS):
+        await queue.silence(pool, bells)
+
+
+async def _hear_bells(pool: ArqRedis, dispatcher: Dispatcher, metrics: Metrics) -> None:
+    """Run the arq worker, again whenever Redis or an odd job ended it."""
+    while True:
+        worker = _arq_worker(pool, dispatcher)
+        try:
+            await worker.async_run()
+        except queue.QUEUE_ERRORS as error:
+            log.warning(
+                "bells.unheard",
+                error=type(error).__name__,
+                what_now="deletions start from the ledger meanwhile",
+            )
+        except Exception:  # bytes in Redis that are none of ours
+            log.exception("bells.crashed", what_now="the arq worker is started again")
+        finally:
+            # Not its close(), which would close the pool as well.
+            worker.handle_sig(signal.SIGTERM)
+        metrics.loops_failed.labels("bells").inc()
+        await asyncio.sleep(_ARQ_RESTART_SECONDS)
+
+
+def _arq_worker(pool: ArqRedis, dispatcher: Dispatcher) -> Worker:
+    return Worker(
+        functions=[func(ring, name=queue.FUNCTION)],
+        queue_name=queue.QUEUE,
+        redis_pool=pool,
+        ctx={"dispatcher": dispatcher},
+        handle_signals=False,
+        # arq refuses an id while its result lives, and the same attempt may have to be rung for again.
+        keep_result=0,
+        # A drop after some tries has no hook to tell of it.
+        max_tries=10**6,
+        job_timeout=10,
+        # One bell is enough to look at the ledger; each costs arq seven commands, and those of records that are then
+        # claimed are silenced by one.
+        max_jobs=4,
+        queue_read_limit=16,
+        poll_delay=0.2,
+        allow_abort_jobs=False,
+        log_results=False,
+        health_check_interval=15,
+        health_check_key=f"{queue.QUEUE}:health:{socket.gethostname()}:{os.getpid()}",
+        timezone=UTC,
+        job_serializer=pool.job_serializer,
+        job_deserializer=pool.job_deserializer,
+    )
+
+
+async def _lose_leases(database: Database, actor: str) -> int:
+    return await database.write(partial(cleaning.lose_leases, now=_now(), limit=_LEASES_AT_ONCE, actor=actor))
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
