@@ -1,0 +1,143 @@
+"""The mayfly command: its names, and the long-running sides; what a command does not need is not loaded."""
+
+import asyncio
+import importlib
+import signal
+import sys
+import time
+from collections.abc import Awaitable, Callable, Mapping
+from typing import Any, Final
+
+import click
+
+from service import __version__
+from service.settings import Settings, require_api_key, require_webhook_secret
+from service.telemetry import Metrics
+
+Side = Callable[[Settings, Any, Metrics, asyncio.Event], Awaitable[None]]
+
+# Commands that live elsewhere: loading them all would take half a second of each start.
+ELSEWHERE: Final[Mapping[str, str]] = {
+    "demo": "service.commands.trying",
+    "simulate": "service.commands.trying",
+    "send": "service.commands.trying",
+    "records": "service.commands.records",
+    "stats": "service.commands.operating",
+    "pause": "service.commands.operating",
+    "resume": "service.commands.operating",
+    "doctor": "service.commands.doctor",
+}
+
+
+class Commands(click.Group):
+    """A group that loads the module of a command when it is asked for."""
+
+    def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature
+        """Name all commands, the ones that run the service first."""
+        return [*self.commands, *ELSEWHERE]
+
+    def get_command(self, ctx: click.Context, cmd_name: str) -> click.Command | None:
+        """Load the command of that name."""
+        if cmd_name not in ELSEWHERE:
+            return super().get_command(ctx, cmd_name)
+        command: click.Command = getattr(importlib.import_module(ELSEWHERE[cmd_name]), cmd_name)
+        return command
+
+
+@click.group(cls=Commands, context_settings={"help_option_names": ["-h", "--help"]})
+@click.version_option(__version__, prog_name="mayfly")
+def main() -> None:
+    """Delete sync.so generations once their time is up, after keeping a durable record of each.
+
+    Everything is set by environment variables; the README lists them. Begin with `mayfly demo`.
+    """
+
+
+@main.command()
+def up() -> None:
+    """Run everything in one process: webhooks in, deletions out.
+
+    Needs SYNC_WEBHOOK_SECRET and SYNC_API_KEY. Without MAYFLY_DATABASE_URL and MAYFLY_REDIS_URL it keeps an SQLite
+    ledger and a Redis of its own in MAYFLY_DATA_DIR. Ctrl-C or SIGTERM stops it once what is under way has ended.
+    """
+    from service.app import run_web  # noqa: PLC0415 - each command loads what it runs
+    from workers.main import run_worker  # noqa: PLC0415
+
+    _serve([run_web, run_worker], require_webhook_secret, require_api_key, is_migrating=True)
+
+
+@main.command()
+def api() -> None:
+    """Run the web side: take webhooks, answer the operator API.
+
+    Needs SYNC_WEBHOOK_SECRET. Run as many as there is traffic for, on one PostgreSQL and one Redis.
+    """
+    from service.app import run_web  # noqa: PLC0415
+
+    _serve([run_web], require_webhook_secret)
+
+
+@main.command()
+@click.option("--check", is_flag=True, help="Only tell by the exit code whether the worker here is alive.")
+def worker(*, check: bool) -> None:
+    """Run the side that deletes.
+
+    Needs SYNC_API_KEY. Several may run at once: the ledger gives each record to one of them.
+    """
+    if check:
+        from service.commands.running import settings_or_exit  # noqa: PLC0415
+        from workers.reconcile import is_alive  # noqa: PLC0415
+
+        sys.exit(0 if is_alive(settings_or_exit().data_dir, now_seconds=time.time()) else 1)
+    from workers.main import run_worker  # noqa: PLC0415
+
+    _serve([run_worker], require_api_key)
+
+
+@main.command()
+def migrate() -> None:
+    """Bring the ledger's tables to the form of this release.
+
+    `mayfly up` does it by itself; beside `api` and `worker` on PostgreSQL, run it once before each new release.
+    """
+    from service.commands.running import run, settings_or_exit  # noqa: PLC0415
+    from service.embedded import prepare_data_dir  # noqa: PLC0415
+    from service.ledger import migrating  # noqa: PLC0415
+    from service.ledger.database import MIGRATION_SECONDS, open_database  # noqa: PLC0415
+
+    async def work(settings: Settings) -> None:
+        prepare_data_dir(settings.data_dir)
+        async with open_database(settings.ledger_url, write_seconds=MIGRATION_SECONDS) as database:
+            before, after = await database.write(migrating.migrate)
+        click.echo(f"The ledger's tables are {after}" + (", as they were." if before == after else "."))
+
+    run(work(settings_or_exit()))
+
+
+def _serve(sides: list[Side], *requirements: Callable[[Settings], None], is_migrating: bool = False) -> None:
+    from service.commands.running import run, settings_or_exit  # noqa: PLC0415
+
+    settings = settings_or_exit(*requirements)
+    run(_run_sides(settings, sides, is_migrating=is_migrating))
+
+
+async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: bool) -> None:
+    """Run *sides* over one set of resources until a signal comes or one of them ends."""
+    from service.resources import open_resources  # noqa: PLC0415
+
+    stop = asyncio.Event()
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, stop.set)
+    metrics = Metrics()
+    async with open_resources(settings, is_migrating=is_migrating) as resources, asyncio.TaskGroup() as group:
+        for side in sides:
+            group.create_task(_stopping(side(settings, resources, metrics, stop), stop))
+
+
+async def _stopping(side: Awaitable[None], stop: asyncio.Event) -> None:
+    """Stop the other side when one ends: half a service would look like a whole one."""
+    try:
+        await side
+    finally:
+        stop.set()

@@ -1,0 +1,203 @@
+"""`mayfly doctor`: looks at everything a deletion needs and says of each part whether it is well, or what to do."""
+
+import asyncio
+import os
+import sys
+import tempfile
+from collections.abc import Callable
+from contextlib import AsyncExitStack
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from pathlib import Path
+from typing import Final, Literal
+
+import click
+import httpx
+import msgspec
+from rich.markup import escape
+from rich.table import Table
+
+from service import queue
+from service.commands.running import (
+    EXIT_FAILED,
+    as_json,
+    console,
+    is_ledger_missing,
+    open_ledger,
+    print_json,
+    run,
+    settings_or_exit,
+)
+from service.embedded import EmbeddedRedisError, embedded_redis
+from service.ledger import pausing
+from service.ledger.database import LedgerUnavailableError
+from service.ledger.migrating import SchemaError
+from service.queue import QueueError
+from service.settings import Secret, Settings, SettingsError, require_api_key, require_webhook_secret
+
+# The date has whole seconds and the answer takes its time: less than this says nothing.
+_SKEW_NOTED: Final = timedelta(seconds=30)
+_API_SECONDS: Final = 10.0
+_MARKS = {"ok": "[green]✓ ok[/]", "warning": "[yellow]! look[/]", "failing": "[bold red]✗ failing[/]"}
+
+
+class Finding(msgspec.Struct, frozen=True):
+    """How one part is; *detail* says what to do where it is not ok."""
+
+    part: str
+    status: Literal["ok", "warning", "failing"]
+    detail: str
+
+
+class Report(msgspec.Struct, frozen=True):
+    """All that was looked at; *ok* is false when a part is failing."""
+
+    ok: bool
+    findings: list[Finding]
+
+
+@click.command()
+@as_json
+def doctor(*, is_json: bool) -> None:
+    """Check the settings, the ledger, Redis, the API key and the clock, and say what to do.
+
+    It changes nothing: the API is asked for one page of one generation. The exit code is 0 when nothing is failing,
+    1 when something is, 2 when the settings cannot be read.
+    """
+    findings = run(examine(settings_or_exit()))
+    report = Report(all(finding.status != "failing" for finding in findings), findings)
+    if is_json:
+        print_json(report)
+    else:
+        _show(report)
+    sys.exit(0 if report.ok else EXIT_FAILED)
+
+
+def _show(report: Report) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    for finding in report.findings:
+        table.add_row(finding.part, _MARKS[finding.status], escape(finding.detail))
+    console().print(table)
+
+
+async def examine(settings: Settings) -> list[Finding]:
+    """Look at each part; one that fails does not keep the others from being looked at."""
+    checks = (_webhook_secret, _data_dir, _ledger, _redis, _api, _dry_run)
+    found = await asyncio.gather(*(check(settings) for check in checks))
+    return [finding for findings in found for finding in findings]
+
+
+async def _webhook_secret(settings: Settings) -> list[Finding]:
+    return [_required("webhook secret", require_webhook_secret, settings, f"{len(settings.webhook_secrets)} set")]
+
+
+def _required(part: str, require: Callable[[Settings], None], settings: Settings, detail: str) -> Finding:
+    try:
+        require(settings)
+    except SettingsError as error:
+        return Finding(part, "failing", str(error))
+    return Finding(part, "ok", detail)
+
+
+def _nearest(path: Path) -> tuple[Path, Path]:
+    """Return *path* as absolute, and itself or the nearest of its parents that is there."""
+    path = path.absolute()
+    return path, next(one for one in (path, *path.parents) if one.exists())
+
+
+async def _data_dir(settings: Settings) -> list[Finding]:
+    """Ask whether the data directory can be written to, or made."""
+    folder, nearest = _nearest(settings.data_dir)
+    if not os.access(nearest, os.W_OK | os.X_OK):
+        return [Finding("data dir", "failing", f"{nearest} cannot be written to; see to MAYFLY_DATA_DIR")]
+    made = "" if nearest == folder else ", not there yet: the first start makes it"
+    return [Finding("data dir", "ok", f"{settings.data_dir}{made}")]
+
+
+async def _ledger(settings: Settings) -> list[Finding]:
+    if is_ledger_missing(settings):
+        return [Finding("ledger", "ok", "SQLite, not there yet: the first start makes it")]
+    try:
+        async with open_ledger(settings) as database:
+            pauses = await database.read(pausing.find)
+    except SchemaError as error:
+        return [Finding("ledger", "failing", str(error))]
+    except LedgerUnavailableError as error:
+        return [Finding("ledger", "failing", f"{error}; see to MAYFLY_DATABASE_URL")]
+    kind = "PostgreSQL" if settings.ledger_url.get_backend_name() == "postgresql" else "SQLite"
+    paused = [Finding("deletions", "warning", f"paused ({one.kind}): {one.reason}") for one in pauses]
+    return [Finding("ledger", "ok", f"{kind}, its tables are as this release needs them"), *paused]
+
+
+async def _redis(settings: Settings) -> list[Finding]:
+    """Look at the Redis that is set; without one, prove that the embedded one starts, in a folder of its own."""
+    try:
+        async with AsyncExitStack() as stack:
+            if settings.redis_url is not None:
+                return await _look_at(settings.redis_url, "")
+            folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mayfly-doctor-"))
+            url = await stack.enter_async_context(embedded_redis(Path(folder)))
+            return await _look_at(url, ": the embedded one, tried out")
+    except EmbeddedRedisError as error:
+        return [Finding("redis", "failing", str(error))]
+
+
+async def _look_at(url: Secret, detail: str) -> list[Finding]:
+    pool = queue.connect(url, retries=0)
+    try:
+        warnings = await queue.check(pool)
+    except QueueError as error:
+        return [Finding("redis", "failing", str(error))]
+    except queue.QUEUE_ERRORS as error:
+        return [Finding("redis", "failing", f"it does not answer ({type(error).__name__}); see to MAYFLY_REDIS_URL")]
+    finally:
+        await pool.aclose(close_connection_pool=True)
+    if warnings:
+        return [Finding("redis", "warning", warning) for warning in warnings]
+    return [Finding("redis", "ok", f"it answers, drops no jobs and keeps them over a restart{detail}")]
+
+
+async def _api(settings: Settings) -> list[Finding]:
+    """Ask for one generation: the cheapest call that needs the key and changes nothing."""
+    required = _required("API key", require_api_key, settings, "")
+    if settings.api_key is None:
+        return [required]
+    headers = {"x-api-key": settings.api_key.reveal(), "accept": "application/json"}
+    try:
+        async with asyncio.timeout(_API_SECONDS), httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
+            answer = await client.get(f"{settings.base_url}/v2/generations", params={"limit": 1}, headers=headers)
+    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
+        detail = f"the API cannot be reached ({type(error).__name__}); see to SYNC_BASE_URL and the network"
+        return [Finding("API key", "failing", detail)]
+    return [_judged(answer.status_code), *_clock(answer.headers.get("date", ""), settings.webhook_tolerance)]
+
+
+def _judged(status: int) -> Finding:
+    if status == 200:
+        return Finding("API key", "ok", "the API takes it")
+    if status in (401, 403):
+        return Finding("API key", "failing", f"the API refuses it ({status}); see to SYNC_API_KEY")
+    if 300 <= status < 400 or status == 404:
+        return Finding("API key", "failing", f"this is not the Sync API ({status}); see to SYNC_BASE_URL")
+    return Finding("API key", "warning", f"the API answered {status}; try again later")
+
+
+def _clock(header: str, tolerance: timedelta) -> list[Finding]:
+    """Compare our clock to the API's: both sign and check times."""
+    try:
+        theirs = parsedate_to_datetime(header)
+    except ValueError:
+        return [Finding("clock", "warning", "the API's answer has no date to compare with")]
+    skew = abs(datetime.now(UTC) - theirs.astimezone(UTC))
+    if skew > _SKEW_NOTED:
+        detail = (
+            f"it differs from the API's by {skew.total_seconds():.0f} s; set it, or webhooks will be refused as stale"
+        )
+        return [Finding("clock", "failing" if skew > tolerance else "warning", detail)]
+    return [Finding("clock", "ok", "it agrees with the API's")]
+
+
+async def _dry_run(settings: Settings) -> list[Finding]:
+    if not settings.is_dry_run:
+        return []
+    return [Finding("dry run", "warning", "MAYFLY_DRY_RUN is on: nothing is deleted")]

@@ -1,0 +1,202 @@
+"""`mayfly records`: what the ledger keeps of each generation, read directly; no running service is needed."""
+
+from datetime import UTC, datetime
+from functools import partial
+
+import click
+import msgspec
+from rich.markup import escape
+from rich.table import Table
+
+from service.commands.running import actor, as_json, console, fail, open_ledger, print_json, run, settings_or_exit
+from service.generation import Key
+from service.ledger import moving, reading
+from service.ledger.pausing import ACCOUNT
+from service.ledger.reading import MAX_PAGE, Filter
+from service.lifecycle import Move, State
+from service.records_api import Record, RecordPage, find_record, present
+from service.retention import Outcome
+from service.settings import Settings
+
+_WIDE = 100
+_STYLES = {
+    State.SCHEDULED: "yellow",
+    State.DELETING: "cyan",
+    State.DELETED: "green",
+    State.FAILED: "bold red",
+    State.HELD: "magenta",
+    State.KEPT: "blue",
+}
+
+
+@click.group()
+def records() -> None:
+    """Look at the records of generations, and decide about single ones."""
+
+
+@records.command("list")
+@click.option("--state", type=click.Choice(list(State), case_sensitive=False), help="Only records in this state.")
+@click.option("--status", help="Only generations with this sync.so status, such as FAILED.")
+@click.option("--project", help="Only generations of this project id.")
+@click.option(
+    "--find", "text", help="Only those with this text in the id or, once they are copied, in file name, model or error."
+)
+@click.option("--limit", type=click.IntRange(1, MAX_PAGE), default=50, show_default=True, help="How many.")
+@click.option("--cursor", help="The page behind this cursor, which the page before printed.")
+@as_json
+def list_records(
+    *,
+    state: State | None,
+    status: str | None,
+    project: str | None,
+    text: str | None,
+    limit: int,
+    cursor: str | None,
+    is_json: bool,
+) -> None:
+    """List records, newest first.
+
+    With --json a page is printed as the API answers it, {"items": […], "nextCursor": …}.
+    """
+    wanted = Filter(state=state, status=status, project_id=project, text=text)
+
+    async def work(settings: Settings) -> RecordPage:
+        async with open_ledger(settings) as database:
+            page = await database.read(partial(reading.page, wanted=wanted, limit=limit, cursor=cursor))
+            return RecordPage([present(row) for row in page.rows], page.next_cursor)
+
+    page = run(work(settings_or_exit()))
+    if is_json:
+        print_json(page)
+    else:
+        _print_page(page)
+
+
+def _print_page(page: RecordPage) -> None:
+    if not page.items:
+        click.echo("No records.")
+        return
+    output, now = console(), datetime.now(UTC)
+    table = Table(box=None, pad_edge=False)
+    # An id is 36 characters: what a narrow terminal has no room for is left out rather than broken up.
+    headings = ["id", "status", "state", "what comes next", *(["received"] if output.width >= _WIDE else [])]
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=36 if heading == "id" else None)
+    for record in page.items:
+        state = f"[{_STYLES[record.state]}]{record.state}[/]"
+        cells = (escape(record.id), escape(record.status), state, _next(record, now), _time(record.received_at))
+        table.add_row(*cells[: len(headings)])
+    output.print(table)
+    if page.next_cursor:
+        click.echo(f"\nMore: --cursor {page.next_cursor}")
+
+
+def _next(record: Record, now: datetime) -> str:
+    """Say in a few words what becomes of the record, or became of it."""
+    match record.state:
+        case State.SCHEDULED if record.next_attempt_at is not None:
+            retried = f", attempt {record.attempts + 1}: {record.last_error}" if record.last_error else ""
+            return escape(f"{_from(now, record.next_attempt_at)}{retried}")
+        case State.DELETED if record.deleted_at is not None:
+            gone = "" if record.outcome == Outcome.DELETED else ", was gone"
+            return f"{_from(now, record.deleted_at)}{gone}"
+        case State.FAILED:
+            return escape(f"needs a person: {record.last_error}")
+        case State.HELD if record.hold is not None:
+            return escape(f"held: {record.hold.reason}")
+        case State.KEPT:
+            return escape(record.retention.rule)
+        case _:
+            return "now"
+
+
+def _from(now: datetime, at: datetime) -> str:
+    """Say when *at* is, seen from *now*: ``in 3 h``, ``5 min ago``."""
+    seconds = int(abs(at - now).total_seconds())
+    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
+        if seconds >= 2 * size:
+            span = f"{seconds // size} {unit}"
+            return f"in {span}" if at > now else f"{span} ago"
+    return "now"
+
+
+def _time(at: datetime | None) -> str:
+    return "" if at is None else f"{at:%Y-%m-%d %H:%M:%S} UTC"
+
+
+@records.command()
+@click.argument("generation_id", metavar="ID")
+@as_json
+def show(generation_id: str, *, is_json: bool) -> None:
+    """Show the record of generation ID with its history.
+
+    Its URLs carry tokens that open the media: mind where the output goes.
+    """
+
+    async def work(settings: Settings) -> Record | None:
+        async with open_ledger(settings) as database:
+            return await database.read(partial(find_record, key=Key(ACCOUNT, generation_id)))
+
+    record = run(work(settings_or_exit()))
+    if record is None:
+        fail(f"there is no record of generation {generation_id}")
+    if is_json:
+        print_json(record)
+    else:
+        _print_record(record)
+
+
+def _mover(move: Move, explained: str) -> None:
+    """Make the command for a person's *move*."""
+
+    @records.command(move.value, help=explained)
+    @click.argument("generation_id", metavar="ID")
+    @click.option("--reason", help="Why; it stays in the record's history.")
+    def command(generation_id: str, reason: str | None) -> None:
+        wanted = partial(
+            moving.move,
+            key=Key(ACCOUNT, generation_id),
+            wanted=move,
+            now=datetime.now(UTC),
+            actor=actor(),
+            reason=reason,
+        )
+
+        async def work(settings: Settings) -> State | None:
+            async with open_ledger(settings) as database:
+                row = await database.write(wanted)
+                return None if row is None else State(row.state)
+
+        state = run(work(settings_or_exit()))
+        if state is None:
+            fail(f"there is no record of generation {generation_id}")
+        click.echo(f"{generation_id} is {state}.")
+
+
+_mover(Move.HOLD, "Stop the deletion of generation ID until it is released.")
+_mover(Move.RELEASE, "Let generation ID, which is held, be deleted when it is due; at once where that is past.")
+_mover(Move.KEEP, "Never delete generation ID.")
+_mover(Move.RETRY, "Try generation ID again, which was given up.")
+
+
+def _print_record(record: Record) -> None:
+    table = Table(box=None, pad_edge=False, show_header=False)
+    table.add_column(style="dim")
+    table.add_column(overflow="fold")
+    for name, value in msgspec.to_builtins(record, builtin_types=(datetime,)).items():
+        if name != "events" and value not in (None, [], {}):
+            table.add_row(name, escape(_text(value)))
+    console().print(table)
+    history = Table(box=None, pad_edge=False, title="\nHistory", title_justify="left")
+    for heading in ("at", "move", "by", "detail"):
+        history.add_column(heading, overflow="fold")
+    for event in record.events or []:
+        detail = "  ".join(f"{name}={_text(value)}" for name, value in (event.detail or {}).items())
+        history.add_row(_time(event.at), event.move, escape(event.actor), escape(detail))
+    console().print(history)
+
+
+def _text(value: object) -> str:
+    if isinstance(value, datetime):
+        return _time(value)
+    return value if isinstance(value, str) else msgspec.json.encode(value).decode()

@@ -1,0 +1,140 @@
+"""How every command starts and how it fails: settings read, one line per problem, an exit code that tells.
+
+Exit codes: 0 fine, 2 settings that cannot be worked with, 1 anything else, 130 for Ctrl-C.
+"""
+
+import asyncio
+import getpass
+import os
+import sys
+from collections.abc import AsyncIterator, Callable, Coroutine
+from contextlib import asynccontextmanager
+from pathlib import Path
+from typing import Any, Final, NoReturn, TypeVar
+
+import click
+import msgspec
+import structlog
+from rich.console import Console
+
+from service.embedded import EmbeddedRedisError
+from service.ledger import migrating
+from service.ledger.database import Database, LedgerUnavailableError, open_database
+from service.ledger.migrating import SchemaError
+from service.ledger.reading import CursorError
+from service.lifecycle import IllegalMoveError
+from service.queue import QueueError
+from service.settings import Settings, SettingsError, read_settings
+from service.telemetry import configure_logging
+
+log = structlog.get_logger()
+
+T = TypeVar("T")
+
+EXIT_FAILED: Final = 1
+EXIT_SETTINGS: Final = 2
+EXIT_INTERRUPTED: Final = 130
+
+# One option, spelled the same everywhere.
+as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON, for scripts.")
+
+
+def settings_or_exit(*requirements: Callable[[Settings], None]) -> Settings:
+    """Read the settings and see to what this command cannot do without; each problem is a line, exit code 2."""
+    try:
+        settings = read_settings()
+    except SettingsError as error:
+        _exit_with(error.problems)
+    if problems := [problem for require in requirements for problem in _missing(require, settings)]:
+        _exit_with(problems)
+    configure_logging(settings.log_format)
+    return settings
+
+
+def _missing(require: Callable[[Settings], None], settings: Settings) -> list[str]:
+    try:
+        require(settings)
+    except SettingsError as error:
+        return error.problems
+    return []
+
+
+def _exit_with(problems: list[str]) -> NoReturn:
+    for problem in problems:
+        click.echo(f"mayfly: {problem}", err=True)
+    sys.exit(EXIT_SETTINGS)
+
+
+def run(work: Coroutine[Any, Any, T]) -> T:
+    """Run *work* on the fastest loop there is and return its result; what goes wrong is one line and exit code 1."""
+    try:
+        import uvloop  # noqa: PLC0415 - not on Windows
+    except ImportError:
+        runner = asyncio.Runner()
+    else:
+        runner = asyncio.Runner(loop_factory=uvloop.new_event_loop)
+    try:
+        with runner:
+            return runner.run(work)
+    except KeyboardInterrupt:
+        sys.exit(EXIT_INTERRUPTED)
+    except Exception as error:  # noqa: BLE001 - the last place there is
+        _fail(error)
+
+
+def fail(problem: str) -> NoReturn:
+    """Say in one line what is wrong and end with exit code 1."""
+    click.echo(f"mayfly: {problem}", err=True)
+    sys.exit(EXIT_FAILED)
+
+
+def _fail(error: BaseException) -> NoReturn:
+    while isinstance(error, BaseExceptionGroup):
+        error = error.exceptions[0]
+    if isinstance(error, LedgerUnavailableError):
+        fail(f"the ledger cannot be opened: {error}; see to MAYFLY_DATABASE_URL")
+    if isinstance(error, (SchemaError, QueueError, EmbeddedRedisError, SettingsError, CursorError, IllegalMoveError)):
+        fail(str(error))
+    if isinstance(error, OSError):
+        fail(f"{error.strerror or error}: {error.filename or 'see to MAYFLY_HOST and MAYFLY_PORT'}")
+    log.error("mayfly.crashed", exc_info=error)
+    sys.exit(EXIT_FAILED)
+
+
+def is_ledger_missing(settings: Settings) -> bool:
+    """Whether the ledger is an SQLite file that no start has made yet; opening it would make an empty one."""
+    url = settings.ledger_url
+    return url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file()
+
+
+@asynccontextmanager
+async def open_ledger(settings: Settings) -> AsyncIterator[Database]:
+    """Open the ledger that is there, and make none.
+
+    Raises: SchemaError when there is none of this release's form; LedgerUnavailableError.
+    """
+    if is_ledger_missing(settings):
+        where = settings.ledger_url.database
+        raise SchemaError(f"there is no ledger at {where} yet: mayfly up or mayfly migrate makes it")
+    async with open_database(settings.ledger_url) as database:
+        await database.read(migrating.check)
+        yield database
+
+
+def actor() -> str:
+    """Return who gives the command, for the audit trail."""
+    try:
+        return f"{getpass.getuser()} (command line)"
+    except (KeyError, OSError):  # a container's uid without a name
+        return f"uid {os.getuid()} (command line)"
+
+
+def print_json(value: object) -> None:
+    """Print *value* as JSON, indented where a person reads it."""
+    encoded = msgspec.json.encode(value)
+    click.echo((msgspec.json.format(encoded, indent=2) if sys.stdout.isatty() else encoded).decode())
+
+
+def console() -> Console:
+    """Return where tables are printed: as wide as the terminal, and never cut where no terminal is."""
+    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)

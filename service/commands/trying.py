@@ -1,0 +1,164 @@
+"""`mayfly demo`, `simulate` and `send`: trying Mayfly out, without a sync.so account or with one."""
+
+import sys
+import uuid
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import BinaryIO, Final
+
+import click
+import httpx
+
+from service.commands.running import EXIT_FAILED, fail, run, settings_or_exit
+from service.settings import Settings, require_webhook_secret
+from service.signature import sign
+from service.simulator import Generation, Simulator, serve_forever
+from service.simulator.generation import sample_input
+from service.simulator.wire import is_loopback
+from service.telemetry import configure_logging
+
+# Longer than the simulator's own: Mayfly refuses secrets that could be guessed.
+SIMULATOR_SECRET: Final = "whsec_simulator_only"  # noqa: S105 - proves nothing to anybody
+_SEND_SECONDS: Final = 30.0
+_STATUSES: Final = ("COMPLETED", "FAILED", "REJECTED", "PROCESSING")
+
+
+@click.command()
+@click.option(
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Also save the table that shows most as SVG."
+)
+def demo(picture: Path | None) -> None:
+    """Show the whole story in under a minute, without keys or servers.
+
+    A stand-in for the Sync API and the whole of Mayfly run in this process, on real sockets, a real Redis and a
+    ledger in a temporary folder. Generations complete, fail, meet errors, are copied and deleted; at the end it is
+    checked what was copied and deleted, and the exit code is 0 when all went right.
+    """
+    from service.demo import perform  # noqa: PLC0415 - all of Mayfly, which simulate and send do without
+
+    sys.exit(0 if run(perform(picture)) else EXIT_FAILED)
+
+
+@click.command()
+@click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
+@click.option("--port", default=8090, show_default=True, help="Port to listen on; 0 lets the system choose.")
+@click.option("--api-key", default="sk-simulator", show_default=True, help="The key it takes.")
+@click.option("--webhook-secret", default=SIMULATOR_SECRET, show_default=True, help="The secret it signs with.")
+@click.option("--webhook-url", help="Make a sample generation now and then, and send its webhook there.")
+@click.option("--every", default=5.0, show_default=True, help="Seconds between two samples.")
+@click.option("--processing", default=2.0, show_default=True, help="Seconds a sample takes.")
+@click.option("--count", type=click.IntRange(1), help="Stop making samples after so many.")
+@click.option("--allow-remote", is_flag=True, help="Listen on an address that other machines reach.")
+def simulate(
+    *,
+    host: str,
+    port: int,
+    api_key: str,
+    webhook_secret: str,
+    webhook_url: str | None,
+    every: float,
+    processing: float,
+    count: int | None,
+    allow_remote: bool,
+) -> None:
+    """Run a stand-in for the Sync API, to develop and test against.
+
+    It creates, shows, lists and deletes generations and sends signed webhooks. Nothing in it is real. Faults are
+    scripted through its /simulator/ routes.
+    """
+
+    def tell(simulator: Simulator) -> None:
+        click.echo(_directions(simulator.url, api_key, webhook_secret, webhook_url))
+
+    async def serve() -> None:
+        try:
+            await serve_forever(
+                host=host,
+                port=port,
+                api_key=api_key,
+                webhook_secret=webhook_secret,
+                webhook_url=webhook_url,
+                every_seconds=every,
+                processing_seconds=processing,
+                count=count,
+                allow_remote=allow_remote,
+                on_ready=tell,
+            )
+        except OSError as error:
+            fail(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port")
+
+    if not allow_remote and not is_loopback(host):
+        fail(f"the simulator is for this machine alone; --allow-remote lets it listen on {host}")
+    configure_logging(None)
+    run(serve())
+
+
+def _directions(url: str, api_key: str, webhook_secret: str, webhook_url: str | None) -> str:
+    samples = (
+        f"Sample generations are announced to {webhook_url}."
+        if webhook_url
+        else "With --webhook-url http://127.0.0.1:8080/webhooks/sync?ttl=1m it also makes samples and announces them."
+    )
+    return f"""The simulator of the Sync API listens at {url}. Point Mayfly at it, in another terminal:
+
+  export SYNC_BASE_URL={url}
+  export SYNC_API_KEY={api_key}
+  export SYNC_WEBHOOK_SECRET={webhook_secret}
+  mayfly up
+
+{samples} Ctrl-C ends it."""
+
+
+@click.command()
+@click.option("--status", type=click.Choice(_STATUSES), default="COMPLETED", show_default=True, help="Of the sample.")
+@click.option("--id", "generation_id", help="The sample's generation id; a fresh one unless given.")
+@click.option("--file", "body_file", type=click.File("rb"), help="Send this body instead of a sample; - is stdin.")
+@click.option("--url", help="Where to; unless given, to MAYFLY_HOST and MAYFLY_PORT. Wishes in its query count.")
+@click.option("--at", help="The send time to sign, such as 2026-12-31T00:00:00Z; now unless given.")
+def send(status: str, generation_id: str | None, body_file: BinaryIO | None, url: str | None, at: str | None) -> None:
+    """Sign a webhook with SYNC_WEBHOOK_SECRET, post it, and print the answer.
+
+    The exit code is 0 for an answer of 2xx, 1 for any other or none.
+    """
+    settings = settings_or_exit(require_webhook_secret)
+    target = url or _own_url(settings)
+    body = body_file.read() if body_file else _sample(settings, status, generation_id or str(uuid.uuid4()), target)
+    secret = settings.webhook_secrets[0].reveal().encode()
+    headers = {"content-type": "application/json", "sync-signature": sign(body, secret=secret, at=_instant(at))}
+    try:
+        answer = httpx.post(target, content=body, headers=headers, timeout=_SEND_SECONDS, trust_env=False)
+    except (httpx.HTTPError, httpx.InvalidURL) as error:
+        fail(f"no answer from {target.partition('?')[0]} ({type(error).__name__}): does mayfly up run there?")
+    click.echo(f"{answer.status_code} {answer.reason_phrase}", err=True)
+    click.echo(answer.text)
+    sys.exit(0 if answer.is_success else EXIT_FAILED)
+
+
+def _own_url(settings: Settings) -> str:
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/webhooks/sync"
+
+
+def _sample(settings: Settings, status: str, generation_id: str, url: str) -> bytes:
+    sample = Generation(
+        id=generation_id,
+        status=status,
+        created_at=datetime.now(UTC),
+        token=str(uuid.uuid4()),
+        url=settings.base_url,
+        input=sample_input(text=False),
+        webhook_url=url,
+    )
+    return sample.notification()
+
+
+def _instant(text: str | None) -> datetime:
+    if text is None:
+        return datetime.now(UTC)
+    try:
+        instant = datetime.fromisoformat(text)
+    except ValueError:
+        raise click.BadParameter("an instant such as 2026-12-31T00:00:00Z", param_hint="--at") from None
+    if instant.tzinfo is None:
+        raise click.BadParameter("it needs its zone, such as 2026-12-31T00:00:00Z", param_hint="--at")
+    return instant

@@ -1,0 +1,86 @@
+"""The demo's last act: hold what Mayfly claims against what the simulator saw."""
+
+from dataclasses import dataclass
+from datetime import datetime
+
+import msgspec
+
+from service.demo.picture import Line
+from service.lifecycle import State
+from service.simulator import Generation, Operation, Simulator
+
+
+@dataclass(frozen=True, slots=True)
+class Finding:
+    """One sentence of the promise, and what speaks against it; nothing does when it was kept."""
+
+    claim: str
+    against: list[str]
+
+
+def inspect(simulator: Simulator, lines: list[Line], forged: Generation, forged_status: int) -> list[Finding]:
+    """Check every promise the demo makes; *lines* are as everything ended."""
+    deleted = [line for line in lines if line.scene.ends is State.DELETED]
+    spared = [line for line in lines if line.scene.ends is not State.DELETED]
+    return [
+        Finding("Every record ended as it should.", [p for line in lines for p in _ending(line)]),
+        Finding(
+            f"{len(deleted)} generations are deleted, none before its time and none before its copy.",
+            [p for line in deleted for p in _order(simulator, line)],
+        ),
+        Finding(
+            "Each record holds everything that the API showed of its generation.",
+            [p for line in deleted for p in _copy(line)],
+        ),
+        Finding(
+            f"{len(spared)} were to be kept, are still there, and no call touched them.",
+            [p for line in spared for p in _untouched(simulator, line.generation, line.scene.title)],
+        ),
+        Finding(
+            "The forged webhook was refused and led to nothing.",
+            [f"it was answered {forged_status}"] * (forged_status != 401)
+            + _untouched(simulator, forged, "the forged one"),
+        ),
+    ]
+
+
+def _ending(line: Line) -> list[str]:
+    state = line.record.state if line.record else None
+    outcome = line.record.outcome if line.record else None
+    if (state, outcome) == (line.scene.ends, line.scene.outcome):
+        return []
+    return [f"{line.scene.title}: {state or 'no record'} {outcome or ''}"]
+
+
+def _order(simulator: Simulator, line: Line) -> list[str]:
+    """Hold the first DELETE against the due time, and the moment it was gone against the copy's."""
+    record, gone_at = line.record, simulator.deleted.get(line.generation.id)
+    if record is None or record.due_at is None or record.copied_at is None or gone_at is None:
+        return [f"{line.scene.title}: not copied, or still there"]
+    calls = _calls(simulator, line.generation, Operation.DELETE)
+    problems = []
+    if min([*calls, gone_at]) < record.due_at:
+        problems.append(f"{line.scene.title}: a DELETE came before it was due")
+    if gone_at < record.copied_at:
+        problems.append(f"{line.scene.title}: it was gone before it was copied")
+    return problems
+
+
+def _copy(line: Line) -> list[str]:
+    kept = msgspec.to_builtins(line.record) if line.record else {}
+    shown = line.generation.body()
+    return [
+        f"{line.scene.title}: {name} is missing or different"
+        for name, value in shown.items()
+        if value is not None and kept.get(name) != value
+    ]
+
+
+def _untouched(simulator: Simulator, generation: Generation, title: str) -> list[str]:
+    if generation.id in simulator.generations and not any(c.generation_id == generation.id for c in simulator.calls):
+        return []
+    return [f"{title}: it was touched"]
+
+
+def _calls(simulator: Simulator, generation: Generation, operation: Operation) -> list[datetime]:
+    return [c.at for c in simulator.calls if c.generation_id == generation.id and c.operation is operation]

@@ -1,0 +1,137 @@
+"""The demo from the first line to the last."""
+
+import asyncio
+import contextlib
+import shutil
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Final
+
+from rich.console import Console
+from rich.live import Live
+from rich.markup import escape
+from rich.table import Table
+
+from service.demo.inspection import Finding, inspect
+from service.demo.picture import Line, table_of, what_happens
+from service.demo.scenes import Scene
+from service.demo.stage import TTL_SECONDS, Stage, open_stage
+from service.simulator import Generation
+from service.telemetry import configure_logging
+
+_LONGEST_SECONDS: Final = 50.0
+_EVERY_SECONDS: Final = 0.125
+_TITLE: Final = "Mayfly deletes sync.so generations once their time is up"
+_PICTURE_WIDTH: Final = 110
+
+Show = Callable[[list[Line]], None]
+
+
+async def perform(picture: Path | None = None) -> bool:
+    """Play the demo, print it, and return whether all went right; *picture* is where a table goes as SVG."""
+    folder = Path(tempfile.mkdtemp(prefix="mayfly-demo-"))
+    console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
+    console.print(
+        "A stand-in for the Sync API, Mayfly's two sides, a Redis and a ledger start in this process. "
+        f"Generations are kept for {TTL_SECONDS} seconds here instead of 24 hours. "
+        "The API answers some calls as badly as a real one.\n"
+    )
+    with _logs_to(folder / "mayfly.log"):
+        async with open_stage(folder) as stage:
+            lines, findings, richest = await _play(stage, console)
+    if picture is not None:
+        _save(richest, picture)
+    _conclude(console, lines, findings)
+    is_right = not any(finding.against for finding in findings)
+    if is_right:
+        shutil.rmtree(folder, ignore_errors=True)
+    else:
+        console.print(f"\nWhat Mayfly did is in [bold]{escape(str(folder / 'mayfly.log'))}[/].")
+    return is_right
+
+
+async def _play(stage: Stage, console: Console) -> tuple[list[Line], list[Finding], Table]:
+    """Play until all is over; return how it ended, what the inspection found, and the table that showed most."""
+    cast = stage.enter()
+    forged, forged_status = await stage.forge()
+    deadline = time.monotonic() + _LONGEST_SECONDS
+    richest = (0, Table())
+    with _live(console) if console.is_terminal else _plain(console) as show:
+        while True:
+            lines = await _look(stage, cast)
+            show(lines)
+            if (variety := len({line.news for line in lines})) > richest[0]:
+                richest = (variety, table_of(lines, datetime.now(UTC), _TITLE))
+            if all(_is_over(line) for line in lines) or time.monotonic() > deadline:
+                break
+            await asyncio.sleep(_EVERY_SECONDS)
+    return lines, inspect(stage.simulator, lines, forged, forged_status), richest[1]
+
+
+async def _look(stage: Stage, cast: list[tuple[Scene, Generation]]) -> list[Line]:
+    records = await stage.records()
+    return [Line(scene, generation, records.get(generation.id)) for scene, generation in cast]
+
+
+def _is_over(line: Line) -> bool:
+    return line.record is not None and line.record.state is line.scene.ends
+
+
+@contextmanager
+def _live(console: Console) -> Iterator[Show]:
+    with Live(console=console, auto_refresh=False) as live:
+        yield lambda lines: live.update(table_of(lines, datetime.now(UTC), _TITLE), refresh=True)
+
+
+@contextmanager
+def _plain(console: Console) -> Iterator[Show]:
+    """Print a line whenever something changes: what reads a pipe cannot see a table move."""
+    began, told = time.monotonic(), dict[str, tuple[object, ...]]()
+
+    def show(lines: list[Line]) -> None:
+        for line in lines:
+            if told.get(line.generation.id) != line.news:
+                told[line.generation.id] = line.news
+                state = line.record.state if line.record else ""
+                what = what_happens(line, datetime.now(UTC))
+                text = f"{time.monotonic() - began:5.1f} s  {line.scene.title:24}  {line.at_sync:10}  {state:9}  {what}"
+                console.print(text, markup=False, soft_wrap=True)
+
+    yield show
+
+
+def _conclude(console: Console, lines: list[Line], findings: list[Finding]) -> None:
+    console.print()
+    for finding in findings:
+        console.print(f"[green]✓[/] {finding.claim}" if not finding.against else f"[bold red]✗ {finding.claim}[/]")
+        for problem in finding.against:
+            console.print(f"    {problem}", markup=False)
+    names = ("outputUrl", "synthesizedAudioUrl", "outputFileName")
+    records = [line.record for line in lines if line.record and line.record.deleted_at]
+    urls = (sum(bool(r.output_url) for r in records), sum(bool(r.synthesized_audio_url) for r in records), len(records))
+    copied = ", ".join(f"{number} {name}" for number, name in zip(urls, names, strict=True))
+    console.print(f"\nCopied before they were deleted: {copied}, and all the rest of {len(records)} generations.")
+
+
+def _save(table: Table, path: Path) -> None:
+    with Path("/dev/null").open("w") as nowhere:
+        recorder = Console(record=True, width=_PICTURE_WIDTH, file=nowhere, highlight=False, force_terminal=True)
+        recorder.print(table)
+        recorder.save_svg(str(path), title="mayfly demo")
+
+
+@contextmanager
+def _logs_to(path: Path) -> Iterator[None]:
+    """Write logs to *path*: on the terminal they would tear the table apart."""
+    with path.open("w") as file:
+        with contextlib.redirect_stderr(file):
+            configure_logging("json")
+        try:
+            yield
+        finally:
+            configure_logging(None)

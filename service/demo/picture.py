@@ -1,0 +1,86 @@
+"""How the demo looks: a live table on a terminal, a line per change where there is none."""
+
+from dataclasses import dataclass
+from datetime import datetime
+from typing import Final
+
+from rich.box import SIMPLE_HEAD
+from rich.markup import escape
+from rich.table import Table
+
+from service.demo.scenes import Scene
+from service.lifecycle import State
+from service.records_api import Record
+from service.retention import Outcome
+from service.simulator import Generation
+from service.simulator.generation import UNFINISHED
+
+_STYLES: Final = {
+    State.SCHEDULED: "yellow",
+    State.DELETING: "cyan",
+    State.DELETED: "green",
+    State.FAILED: "bold red",
+    State.HELD: "magenta",
+    State.KEPT: "blue",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Line:
+    """One generation as it is right now: *at_sync* at the API, *record* in the ledger, None before its webhook."""
+
+    scene: Scene
+    generation: Generation
+    record: Record | None
+
+    @property
+    def at_sync(self) -> str:
+        """Its status at the API, or that it is gone there."""
+        return "gone" if self.generation.deleted_at else self.generation.status
+
+    @property
+    def news(self) -> tuple[object, ...]:
+        """What is worth another line when it changes."""
+        return (self.at_sync, *(() if self.record is None else (self.record.state, self.record.attempts)))
+
+
+def table_of(lines: list[Line], now: datetime, title: str) -> Table:
+    """Draw all *lines*."""
+    table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, expand=True)
+    for heading, width in (("generation", 24), ("at sync.so", 10), ("record", 9), ("tries", 5), ("copied", 6)):
+        table.add_column(heading, width=width, no_wrap=True, justify="center" if heading == "copied" else "left")
+    table.add_column("what happens", no_wrap=True, overflow="ellipsis", ratio=1)
+    for line in lines:
+        record = line.record
+        state = "" if record is None else f"[{_STYLES[record.state]}]{record.state}[/]"
+        tries = str(record.attempts) if record and record.attempts else ""
+        copied = "✓" if record and record.copied_at else ""
+        table.add_row(escape(line.scene.title), line.at_sync, state, tries, copied, escape(what_happens(line, now)))
+    return table
+
+
+def what_happens(line: Line, now: datetime) -> str:
+    """Say in a few words what the generation waits for, or what became of it."""
+    if line.record is not None:
+        return _becomes(line.record, now)
+    return "is being made" if line.generation.status in UNFINISHED else "its webhook is on its way"
+
+
+def _becomes(record: Record, now: datetime) -> str:
+    match record.state:
+        case State.SCHEDULED if record.next_attempt_at is not None:
+            wait = max((record.next_attempt_at - now).total_seconds(), 0)
+            why = (record.last_error or "").removeprefix("the API answered ")
+            return f"again in {wait:.1f} s: {why}" if why else f"due in {wait:.1f} s"
+        case State.DELETED if record.deleted_at and record.due_at:
+            late = (record.deleted_at - record.due_at).total_seconds()
+            gone = "found gone " if record.outcome == Outcome.ALREADY_GONE else ""
+            return f"{gone}{late:.1f} s after its time"
+        case State.HELD if record.hold:
+            return f"on hold until a person releases it: {record.hold.reason}"
+        case State.KEPT:
+            return f"kept for ever ({record.retention.rule})"
+        case State.FAILED:
+            return f"given up: {record.last_error}"
+        case _:
+            return "is being copied and deleted"

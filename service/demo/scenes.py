@@ -1,0 +1,35 @@
+"""What the demo plays: one generation per scene, what goes wrong with it, and how it must end."""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Final
+
+from service.lifecycle import State
+from service.retention import Outcome
+
+
+@dataclass(frozen=True, slots=True)
+class Scene:
+    """One generation: *faults* are what the API answers first, *wish* stands in the query of its webhookUrl."""
+
+    title: str
+    status: str = "COMPLETED"
+    is_spoken: bool = False  # its input is a text, so that there is a synthesizedAudioUrl to copy
+    wish: str = ""
+    faults: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    ends: State = State.DELETED
+    outcome: Outcome | None = Outcome.DELETED
+
+
+SCENES: Final = (
+    Scene("with a recorded voice"),
+    Scene("speaks a text", is_spoken=True),
+    Scene("has failed", "FAILED"),
+    Scene("was rejected", "REJECTED"),
+    Scene("still processing: 409", faults={"DELETE": ["409"]}),
+    Scene("the API breaks: 500", is_spoken=True, faults={"GET": ["500"]}),
+    Scene("too many calls: 429, 2 s", faults={"DELETE": ["429:retry_after=2"]}),
+    Scene("the answer gets lost", faults={"DELETE": ["lost"]}, outcome=Outcome.ALREADY_GONE),
+    Scene("?ttl=forever", wish="?ttl=forever", ends=State.KEPT, outcome=None),
+    Scene("?hold=legal", wish="?hold=legal", ends=State.HELD, outcome=None),
+)

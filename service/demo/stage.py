@@ -1,0 +1,111 @@
+"""Where the demo plays: the simulator and both sides of Mayfly in this process, joined by real sockets."""
+
+import asyncio
+from collections.abc import AsyncIterator
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Final
+
+import httpx
+
+from service.app import make_app
+from service.demo.scenes import SCENES, Scene
+from service.generation import Key
+from service.ledger import reading
+from service.ledger.database import Database
+from service.ledger.pausing import ACCOUNT
+from service.records_api import Record, find_record, present
+from service.resources import open_queue, open_resources
+from service.serving import serving
+from service.settings import Settings, read_settings
+from service.simulator import Generation, Simulator
+from service.telemetry import Metrics
+from workers.main import run_worker
+
+TTL_SECONDS: Final = 4
+_KEY: Final = "sk-demo"
+_SECRET: Final = "whsec_demo_0123456789abcdef"  # noqa: S105 - proves nothing to anybody
+_FORGED_SECRET: Final = "whsec_somebody_else_0123456789"  # noqa: S105 - as above
+_FIRST_SECONDS, _APART_SECONDS = 1.0, 0.35
+
+
+@dataclass(frozen=True, slots=True)
+class Stage:
+    """The demo's parts while they run."""
+
+    simulator: Simulator
+    database: Database
+    webhook_url: str
+
+    def enter(self) -> list[tuple[Scene, Generation]]:
+        """Let each scene's generation begin; its webhook comes when it is done, one after the other."""
+        return [
+            (
+                scene,
+                self.simulator.add(
+                    status=scene.status,
+                    text_input=scene.is_spoken,
+                    webhook_url=self.webhook_url + scene.wish,
+                    output_file_name=f"take {number + 1}",
+                    processing_seconds=_FIRST_SECONDS + number * _APART_SECONDS,
+                    faults=scene.faults,
+                ),
+            )
+            for number, scene in enumerate(SCENES)
+        ]
+
+    async def forge(self) -> tuple[Generation, int]:
+        """Announce a generation with somebody else's signature; return it and the status of the answer."""
+        generation = self.simulator.add(webhook_url=self.webhook_url)
+        forger = Simulator(webhook_secret=_FORGED_SECRET)
+        forger.generations[generation.id] = generation
+        body, headers = forger.webhook(generation.id)
+        async with httpx.AsyncClient(trust_env=False) as client:
+            answer = await client.post(self.webhook_url, content=body, headers=headers)
+        return generation, answer.status_code
+
+    async def records(self) -> dict[str, Record]:
+        """Read the records that are there, by generation id, without their history."""
+        page = await self.database.read(partial(reading.page, wanted=reading.Filter(), limit=100, cursor=None))
+        return {row.id: present(row) for row in page.rows}
+
+    async def record(self, generation_id: str) -> Record | None:
+        """Read one record with its history."""
+        return await self.database.read(partial(find_record, key=Key(ACCOUNT, generation_id)))
+
+
+@asynccontextmanager
+async def open_stage(folder: Path) -> AsyncIterator[Stage]:
+    """Start everything, with its data in *folder*, and stop it at the end."""
+    simulator = Simulator(api_key=_KEY, webhook_secret=_SECRET)
+    metrics, stop = Metrics(), asyncio.Event()
+    async with simulator.serve() as api_url:
+        settings = _settings(folder, api_url)
+        async with (
+            open_resources(settings, is_migrating=True) as resources,
+            open_queue(resources.redis_url, retries=0) as pool,
+            serving(make_app(settings, resources.database, pool, metrics), settings.host, settings.port) as port,
+            asyncio.TaskGroup() as group,
+        ):
+            group.create_task(run_worker(settings, resources, metrics, stop))
+            try:
+                yield Stage(simulator, resources.database, f"http://{settings.host}:{port}/webhooks/sync")
+            finally:
+                stop.set()
+
+
+def _settings(folder: Path, api_url: str) -> Settings:
+    """Make the settings from nothing but this: the caller's own environment must not come in."""
+    return read_settings(
+        {
+            "SYNC_API_KEY": _KEY,
+            "SYNC_WEBHOOK_SECRET": _SECRET,
+            "SYNC_BASE_URL": api_url,
+            "MAYFLY_TTL": f"{TTL_SECONDS}s",
+            "MAYFLY_MIN_TTL": "1s",
+            "MAYFLY_DATA_DIR": str(folder),
+            "MAYFLY_PORT": "0",
+        }
+    )

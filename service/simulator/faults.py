@@ -1,0 +1,187 @@
+"""Faults that can be scripted, and the plan that says which call meets which.
+
+A fault is written ``name`` or ``name:key=value,key=value``, such as ``429:retry_after=2``. In a script
+``*20`` behind it repeats it, and ``*`` alone repeats it for ever.
+"""
+
+import random
+import re
+from collections import deque
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from enum import StrEnum
+
+from service.simulator.calls import Operation
+
+_REPEATED = re.compile(r"(?P<text>.*?)\*(?P<times>[0-9]*)", re.DOTALL)
+PARAMETERS = frozenset(
+    {
+        *(
+            "retry_after",
+            "date",
+            "body",
+        ),  # 429, 503: the header as given; as a date in so many seconds; the body's
+        "location",  # 301, 302, 307, 308
+        "interval",  # slow: seconds between two bytes
+        "megabytes",  # huge
+        "effect",  # any: 1 or 0, whether the operation happens in spite of the answer
+    }
+)
+NUMBERS = frozenset({"date", "body", "interval", "megabytes"})
+
+
+class FaultName(StrEnum):
+    """What goes wrong with one call. Those of ``WITH_EFFECT`` happen although the answer is odd."""
+
+    PROCESSING_CONFLICT = "409"
+    CONFLICT = "409-conflict"
+    RATE_LIMITED = "429"
+    INTERNAL_ERROR = "500"
+    BAD_GATEWAY = "502"  # HTML
+    UNAVAILABLE = "503"
+    GATEWAY_TIMEOUT = "504"
+    BAD_REQUEST = "400"
+    METHOD_NOT_ALLOWED = "405"
+    UNPROCESSABLE = "422"
+    UNAUTHORIZED = "401"
+    FORBIDDEN = "403"
+    FORBIDDEN_HTML = "403-html"  # a block page in front of the API
+    NOT_FOUND = "404"  # somebody else deleted it just now
+    GONE = "410"
+    ACCEPTED = "202"
+    NO_CONTENT = "204"
+    MOVED_PERMANENTLY = "301"
+    FOUND = "302"
+    TEMPORARY_REDIRECT = "307"
+    PERMANENT_REDIRECT = "308"
+    DROP = "drop"  # the connection is closed without an answer, before the effect
+    RESET = "reset"  # the same, by a TCP reset
+    LOST = "lost"  # the effect happens, then the connection is closed without an answer
+    TRUNCATED = "truncated"  # Content-Length says more than is sent
+    SLOW = "slow"  # one byte per interval
+    HUGE = "huge"  # a body of so many megabytes
+    INVALID_JSON = "invalid-json"
+    HTML = "html"  # 200, by something in front of the API
+    WRONG_ID = "wrong-id"  # 200 about another generation
+    NON_UTF8 = "non-utf8"
+    HOLD = "hold"  # waits at a gate before the effect, until released
+    HOLD_AFTER = "hold-after"  # waits at a gate after the effect
+    PROCESSING = "processing"  # a GET says PROCESSING
+
+
+WITH_EFFECT = frozenset(
+    {
+        *(FaultName.NOT_FOUND, FaultName.GONE, FaultName.ACCEPTED, FaultName.NO_CONTENT, FaultName.LOST),
+        *(FaultName.TRUNCATED, FaultName.SLOW, FaultName.HUGE, FaultName.INVALID_JSON, FaultName.WRONG_ID),
+        *(FaultName.NON_UTF8, FaultName.HOLD, FaultName.HOLD_AFTER),
+    }
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Fault:
+    name: FaultName
+    parameters: Mapping[str, str] = field(default_factory=dict)
+
+    @classmethod
+    def parse(cls, text: str) -> "Fault":
+        """Read ``name:key=value,…``. Raises: ValueError for a name or a key that is not known."""
+        name, _, rest = text.partition(":")
+        pairs = [part.partition("=") for part in rest.split(",") if part]
+        parameters = {key: value for key, _, value in pairs}
+        if unknown := parameters.keys() - PARAMETERS:
+            raise ValueError(f"fault {text!r}: unknown parameter {min(unknown)!r}, known: {sorted(PARAMETERS)}")
+        for key in NUMBERS & parameters.keys():
+            try:
+                float(parameters[key])
+            except ValueError:
+                raise ValueError(f"fault {text!r}: {key} is not a number") from None
+        try:
+            return cls(FaultName(name), parameters)
+        except ValueError:
+            raise ValueError(f"fault {text!r} is not one of: {', '.join(FaultName)}") from None
+
+    def number(self, key: str, default: float) -> float:
+        return float(self.parameters.get(key, default))
+
+    @property
+    def has_effect(self) -> bool:
+        if (wish := self.parameters.get("effect")) is not None:
+            return wish == "1"
+        return self.name in WITH_EFFECT
+
+    def __str__(self) -> str:
+        rest = ",".join(f"{key}={value}" for key, value in self.parameters.items())
+        return f"{self.name}:{rest}" if rest else self.name.value
+
+
+def _parse_repeated(text: str) -> tuple[Fault, int | None]:
+    """Read a fault and how often it is met; None is for ever."""
+    repeated = _REPEATED.fullmatch(text)
+    if repeated is None:
+        return Fault.parse(text), 1
+    return Fault.parse(repeated["text"]), int(repeated["times"]) if repeated["times"] else None
+
+
+class Plan:
+    """Which call meets which fault: by a script, else by the standing fault, else by chance."""
+
+    def __init__(self, seed: int | None) -> None:
+        self.seed = seed
+        self.standing: dict[Operation, Fault] = {}
+        self._scripts: dict[tuple[str | None, Operation], deque[tuple[Fault, int | None]]] = {}
+        self._mixes: dict[Operation, list[tuple[Fault, float]]] = {}
+        self._draws: dict[tuple[str, Operation], int] = {}
+
+    def script(self, operation: str, faults: Sequence[str], generation_id: str | None = None) -> None:
+        """Queue *faults*, one per call, for one generation or, without an id, for any call."""
+        parsed = [_parse_repeated(text) for text in faults]
+        self._scripts.setdefault((generation_id, Operation(operation)), deque()).extend(parsed)
+
+    def stand(self, operation: str, fault: str | None) -> None:
+        """Let every call of *operation* meet *fault* until it is set to None."""
+        operation = Operation(operation)
+        self.standing.pop(operation, None)
+        if fault is not None:
+            self.standing[operation] = Fault.parse(fault)
+
+    def mix(self, operation: str, probabilities: Mapping[str, float]) -> None:
+        """Let calls of *operation* meet faults at random; an empty mapping ends it."""
+        operation = Operation(operation)
+        self._mixes.pop(operation, None)
+        if sum(probabilities.values()) > 1:
+            raise ValueError("the probabilities of a mix add up to more than 1")
+        if probabilities:
+            self._mixes[operation] = [(Fault.parse(text), share) for text, share in probabilities.items()]
+
+    def next(self, operation: Operation, generation_id: str) -> Fault | None:
+        if self._scripts:
+            for key in ((generation_id, operation), (None, operation)):
+                if key in self._scripts:
+                    return self._take(key)
+        if self.standing and (standing := self.standing.get(operation)):
+            return standing
+        return self._draw(operation, generation_id) if operation in self._mixes else None
+
+    def _take(self, key: tuple[str | None, Operation]) -> Fault:
+        script = self._scripts[key]
+        fault, times = script[0]
+        if times is not None and times > 1:
+            script[0] = (fault, times - 1)
+        elif times is not None:
+            script.popleft()
+        if not script:
+            del self._scripts[key]
+        return fault
+
+    def _draw(self, operation: Operation, generation_id: str) -> Fault | None:
+        # Drawn from the call's own place and not from one stream, so that a seed means the same faults
+        # for the same generations however their calls interleave.
+        draws = self._draws[generation_id, operation] = self._draws.get((generation_id, operation), 0) + 1
+        place = f"{self.seed}:{generation_id}:{operation}:{draws}" if self.seed is not None else None
+        point = random.Random(place).random()  # noqa: S311 (faults, not secrets)
+        for fault, share in self._mixes[operation]:
+            if point < share:
+                return fault
+            point -= share
+        return None

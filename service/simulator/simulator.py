@@ -1,0 +1,54 @@
+"""The simulator on a socket: the organisation, its API and the control routes."""
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator
+from functools import cache, partial
+from typing import cast
+
+from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
+
+from service.simulator.api import SyncApi
+from service.simulator.control import control_app
+from service.simulator.organisation import Organisation
+from service.simulator.wire import is_loopback, listen
+
+
+class Simulator(Organisation):
+    """A stand-in for https://api.sync.so, on a real socket of the running loop.
+
+        simulator = Simulator(api_key="sk-sim", webhook_secret="whsec_sim", seed=0)
+        async with simulator.serve() as url:
+            generation = simulator.add(faults={"DELETE": ["409", "500"]})
+
+    It may be served again after it was stopped, and keeps what it holds.
+    """
+
+    @contextlib.asynccontextmanager
+    async def serve(self, *, host: str = "127.0.0.1", port: int = 0, allow_remote: bool = False) -> AsyncIterator[str]:
+        """Listen until the block ends and yield the URL.
+
+        Raises: ValueError for a *host* that others can reach, unless *allow_remote*.
+        """
+        if not is_loopback(host) and not allow_remote:
+            raise ValueError(f"the simulator is a development tool and listens on loopback only, not on {host}")
+        async with listen(self._app(), host=host, port=port) as self.url:
+            try:
+                yield self.url
+            finally:
+                await self.quiesce()
+
+    def _app(self) -> ASGIApp:
+        api = SyncApi(self)
+        control = cache(partial(control_app, self))  # made when it is needed: it takes 80 ms
+
+        async def app(scope: Scope, receive: Receive, send: Send) -> None:
+            request = cast("HTTPScope", scope)  # the protocol knows no websockets, and the lifespan is off
+            # Cancelled when the server stops: uvicorn would log that as an error of the application.
+            with contextlib.suppress(asyncio.CancelledError):
+                if request["raw_path"].startswith(b"/simulator/"):
+                    await control()(scope, receive, send)
+                else:
+                    await api.handle(request, receive, send)
+
+        return app
