@@ -1,0 +1,134 @@
+"""The benchmark suite: ``make bench``, ``make bench ONLY=intake``, ``make bench FULL=1``; about eight minutes.
+
+Whole processes over loopback, in turns, beside what a user would pick instead and the physical limit of the same run:
+ratios within one run count, absolute figures do not. On a machine that does other work, read the processor times.
+"""
+
+import argparse
+import sys
+import tempfile
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+from tests.bench import draining, report, systems
+from tests.bench.footprint import footprint
+from tests.bench.growth import growth
+from tests.bench.intake import intake
+from tests.bench.limit import fsyncs_per_second, sqlite_commits_per_second
+from tests.bench.processes import BenchError
+from tests.bench.profiling import profile
+from tests.bench.report import Report, Row
+
+ROUNDS = 3
+SECONDS = 2.0
+RESULTS = systems.BUILD / "results.json"
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """What a measurement is given: a *folder* of its own, and whether it may take long; *raw* takes all it finds."""
+
+    folder: Path
+    is_full: bool
+    raw: dict[str, object]
+
+
+def measure_intake(order: Order) -> list[Row]:
+    """Intake of all systems, with the limits of the disk."""
+    fsyncs, commits = fsyncs_per_second(order.folder), sqlite_commits_per_second(order.folder)
+    results = intake([systems.limit(), *_rivals(), systems.mayfly()], order.folder, rounds=ROUNDS, seconds=SECONDS)
+    order.raw["fsyncs_per_second"], order.raw["sqlite_commits_per_second"] = fsyncs, commits
+    order.raw["intake"] = results
+    return report.disk_rows(fsyncs, commits) + report.intake_rows(results)
+
+
+def measure_growth(order: Order) -> list[Row]:
+    """Intake and lists over a growing ledger."""
+    sizes = [0, 100_000, 1_000_000] if order.is_full else [0, 100_000]
+    order.raw["growth"] = results = growth(order.folder, sizes, rounds=ROUNDS, seconds=SECONDS)
+    return report.growth_rows(results)
+
+
+def measure_drain(order: Order) -> list[Row]:
+    """How fast workers delete what is due."""
+    results = {}
+    for system in [*_rivals(), systems.mayfly()]:
+        latencies = [0.0, 0.05] if order.is_full or system.name == "mayfly" else [0.0]
+        folder = order.folder / system.name
+        results[system.name] = {
+            latency: draining.drain(system, folder / str(latency), count=5000, latency_seconds=latency)
+            for latency in latencies
+        }
+    order.raw["drain"] = results
+    return report.drain_rows(results, systems.CONCURRENCY)
+
+
+def measure_lag(order: Order) -> list[Row]:
+    """How soon after its due time a record's DELETE is sent."""
+    loads = {"burst": (2000, 0.0), "spread": (500, 30.0)}
+    results = {
+        system.name: {
+            load: draining.lag(
+                system, order.folder / system.name / load, count=count, over_seconds=seconds, latency_seconds=0.02
+            )
+            for load, (count, seconds) in loads.items()
+        }
+        for system in [*(_rivals() if order.is_full else []), systems.mayfly()]
+    }
+    order.raw["lag"] = results
+    return report.lag_rows(results)
+
+
+def measure_footprint(order: Order) -> list[Row]:
+    """What the processes take."""
+    order.raw["footprint"] = figures = footprint(order.folder)
+    return report.footprint_rows(figures)
+
+
+def measure_profile(order: Order) -> list[Row]:
+    """Where the time goes; the stacks are kept as files for https://www.speedscope.app."""
+    order.raw["profile"] = profile(order.folder)
+    return []
+
+
+MEASUREMENTS: dict[str, Callable[[Order], list[Row]]] = {
+    "intake": measure_intake,
+    "growth": measure_growth,
+    "drain": measure_drain,
+    "lag": measure_lag,
+    "footprint": measure_footprint,
+    "profile": measure_profile,
+}
+
+
+def _rivals() -> list[systems.System]:
+    node = systems.fastify_bullmq()
+    return [systems.fastapi_arq()] + ([node] if node else [])
+
+
+def main() -> None:
+    """Measure what is asked for; a measurement that fails is told of, and the others go on."""
+    everything = ",".join(MEASUREMENTS)
+    parser = argparse.ArgumentParser(prog="tests.bench", description=__doc__)
+    parser.add_argument("--only", default=everything, help=f"with commas between: {everything}")
+    parser.add_argument("--full", action="store_true", help="1 000 000 records, and all stacks everywhere")
+    arguments = parser.parse_args()
+    names = arguments.only.split(",")
+    if unknown := set(names) - MEASUREMENTS.keys():
+        parser.error(f"there is no {min(unknown)}; there is {everything}")
+    result, failed = Report(), False
+    for name in names:
+        print(f"{name} …", file=sys.stderr, flush=True)
+        with tempfile.TemporaryDirectory(prefix="mayfly-bench-") as folder:
+            try:
+                result.rows.extend(MEASUREMENTS[name](Order(Path(folder), arguments.full, result.raw)))
+            except BenchError as error:
+                print(f"{name} failed: {error}", file=sys.stderr)
+                failed = True
+    result.write(RESULTS)
+    sys.exit(failed)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,68 @@
+"""The worker: how fast it deletes what is due, and how soon after the due time."""
+
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any
+
+import redis
+
+from tests.bench.api import api
+from tests.bench.processes import BenchError, cpu_seconds, python_module
+from tests.bench.systems import Place, System, place, web, worker, write_json
+
+_LEAD = timedelta(seconds=6)  # for the webhooks to be taken before the first is due
+
+
+def announce(where: Place, url: str, due: dict[str, datetime]) -> None:
+    """Have each generation announced, with a wish for its due time."""
+    wanted = [(id_, f"https://hooks.example.com/sync?expires={at:%Y-%m-%dT%H:%M:%S.%f}Z") for id_, at in due.items()]
+    path = write_json(where.folder / "wanted.json", wanted)
+    result = python_module("tests.bench.load", url, "--wanted", str(path), "--seconds", "60", "--connections", "8")
+    if result["statuses"] != {"202": len(due)}:
+        raise BenchError(f"answers other than {len(due)} times 202: {result['statuses']}")
+
+
+def redis_bytes(where: Place) -> int:
+    """Return what Redis holds in memory now."""
+    with redis.Redis(unix_socket_path=str(where.redis_socket)) as client:
+        used: int = client.info("memory")["used_memory"]
+        return used
+
+
+def drain(system: System, folder: Path, *, count: int, latency_seconds: float) -> dict[str, Any]:
+    """Let *count* generations be due before the worker starts, and see how fast they go."""
+    with place(folder) as where, api(folder) as stand_in:
+        ids = stand_in.add(count)
+        with web(system, where, stand_in.url) as (url, _):
+            empty = redis_bytes(where)
+            announce(where, url, dict.fromkeys(ids, datetime.now(UTC) + timedelta(seconds=1)))
+            used = redis_bytes(where)
+        stand_in.set_latency(latency_seconds)
+        with worker(system, where, stand_in.url) as process:
+            deletes = stand_in.wait_for_deletes(ids, seconds=120)
+            used_seconds = cpu_seconds(process)
+    first, last = min(deletes.values()), max(deletes.values())
+    return {
+        "rate": round((count - 1) / (last - first).total_seconds(), 1),
+        "cpu_us": round(used_seconds / count * 1e6),
+        "redis_bytes_per_record": round((used - empty) / count),
+    }
+
+
+def lag(system: System, folder: Path, *, count: int, over_seconds: float, latency_seconds: float) -> dict[str, Any]:
+    """Let *count* generations come due over so many seconds, 0 for all at once, with the worker waiting."""
+    with place(folder) as where, api(folder) as stand_in:
+        ids = stand_in.add(count)
+        stand_in.set_latency(latency_seconds)
+        with web(system, where, stand_in.url) as (url, _), worker(system, where, stand_in.url):
+            start = datetime.now(UTC) + _LEAD
+            due = {id_: start + timedelta(seconds=over_seconds * at / count) for at, id_ in enumerate(ids)}
+            announce(where, url, due)
+            deletes = stand_in.wait_for_deletes(ids, seconds=over_seconds + 120)
+    lags = sorted((deletes[id_] - due[id_]).total_seconds() for id_ in ids)
+    return {
+        "p50_ms": round(lags[len(lags) // 2] * 1000, 1),
+        "p99_ms": round(lags[int(len(lags) * 0.99)] * 1000, 1),
+        "max_ms": round(lags[-1] * 1000, 1),
+        "early": sum(one < 0 for one in lags),
+    }

@@ -1,0 +1,151 @@
+"""The results as a table and as JSON; each figure beside the others of its run, and its goal where it has one."""
+
+import json
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+from rich.console import Console
+from rich.table import Column, Table
+
+from tests.bench.intake import CONNECTIONS
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One measurement: figures by system; *goal* and *is_met* where Mayfly has one to reach."""
+
+    name: str
+    unit: str
+    figures: dict[str, float]
+    goal: str = ""
+    is_met: bool | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Report:
+    """What a run measured: rows for the table, *raw* with everything."""
+
+    rows: list[Row] = field(default_factory=list)
+    raw: dict[str, Any] = field(default_factory=dict)
+
+    def write(self, path: Path) -> None:
+        """Write the JSON file and show the table."""
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps({"rows": [asdict(row) for row in self.rows], "raw": self.raw}, indent=1))
+        console = Console(width=None if sys.stdout.isatty() else 130)
+        console.print(_table(self.rows))
+        for process, lines in self.raw.get("profile", {}).items():
+            console.print(f"\n{process}: share of samples alone, with what it calls", markup=False)
+            console.print("\n".join(lines), markup=False, highlight=False)
+        console.print(f"\nwritten: {path}")
+
+
+def _table(rows: Sequence[Row]) -> Table:
+    systems = list(dict.fromkeys(name for row in rows for name in row.figures))
+    table = Table(Column("measurement", no_wrap=True), "unit", *systems, "goal", "met")
+    for row in rows:
+        figures = [f"{row.figures[name]:,.6g}" if name in row.figures else "" for name in systems]
+        met = "" if row.is_met is None else "yes" if row.is_met else "no"
+        table.add_row(row.name, row.unit, *figures, row.goal, met)
+    return table
+
+
+def disk_rows(fsyncs: float, commits: float) -> list[Row]:
+    """What the disk can do."""
+    return [
+        Row("fsync of 4 KiB", "/s", {"limit": fsyncs}),
+        Row("SQLite commit of one row, synchronous=FULL", "/s", {"limit": commits}),
+    ]
+
+
+def intake_rows(results: dict[str, dict[int, dict[str, Any]]]) -> list[Row]:
+    """Rates, latencies and costs by connections; the goals are ratios to the other stacks in the same run."""
+    goals = {32: {"fastapi+arq": 3.5, "fastify+bullmq": 1.2}, 256: {"fastapi+arq": 4.5}}
+    rows = []
+    for number in CONNECTIONS:
+
+        def of(figure: str, number: int = number) -> dict[str, float]:
+            return {name: by_number[number][figure] for name, by_number in results.items()}
+
+        rates = of("rate")
+        wanted = {name: factor for name, factor in goals.get(number, {}).items() if name in rates}
+        goal = ", ".join(f"{factor} x {name}" for name, factor in wanted.items())
+        is_met = all(rates["mayfly"] >= factor * rates[name] for name, factor in wanted.items())
+        rows.append(Row(f"intake, {number} connections", "/s", rates, goal, is_met if wanted else None))
+        rows.append(Row("  p50", "ms", of("p50_ms")))
+        p99 = of("p99_ms")
+        has_goal = number == 32
+        rows.append(Row("  p99", "ms", p99, "< 15" if has_goal else "", p99["mayfly"] < 15 if has_goal else None))
+        rows.append(Row("  processor time each", "µs", of("cpu_us")))
+    return rows
+
+
+def growth_rows(results: dict[int, dict[str, Any]]) -> list[Row]:
+    """Intake and queries by the number of records scheduled before."""
+    empty = results[0]
+    rows = []
+    for size, result in results.items():
+        is_flat = result["rate"] >= 0.9 * empty["rate"] if size else None
+        goal = f"≥ {0.9 * empty['rate']:,.0f}" if size else ""
+        rows.append(Row(f"intake, {size:,} records scheduled", "/s", {"mayfly": result["rate"]}, goal, is_flat))
+        rows.append(Row("  processor time each", "µs", {"mayfly": result["cpu_us"]}))
+        for name, milliseconds in result["queries_ms"].items():
+            allowed = 1.1 * empty["queries_ms"][name] + 0.5
+            is_flat = milliseconds <= allowed if size else None
+            goal = f"≤ {allowed:.1f}" if size else ""
+            rows.append(Row(f"  {name}", "ms", {"mayfly": milliseconds}, goal, is_flat))
+        if size:
+            rows.append(Row("  ledger", "bytes/record", {"mayfly": result["ledger_bytes_per_record"]}))
+    return rows
+
+
+def drain_rows(results: dict[str, dict[float, dict[str, Any]]], concurrency: int) -> list[Row]:
+    """Drain rates by the API's latency, and what Redis held for each record."""
+    rows = []
+    for latency in results["mayfly"]:
+        rates = {name: by_latency[latency]["rate"] for name, by_latency in results.items() if latency in by_latency}
+        least, goal = 1.5 * rates.get("fastapi+arq", 0.0), "1.5 x fastapi+arq"
+        if latency:
+            least = 0.9 * concurrency / (2 * latency)
+            goal = f"≥ {least:,.0f}"
+        is_met = rates["mayfly"] >= least if least else None
+        rows.append(Row(f"drain, API at {latency * 1000:.0f} ms", "/s", rates, goal if least else "", is_met))
+        costs = {name: by_latency[latency]["cpu_us"] for name, by_latency in results.items() if latency in by_latency}
+        rows.append(Row("  processor time each", "µs", costs))
+    held = {name: next(iter(by.values()))["redis_bytes_per_record"] for name, by in results.items()}
+    rows.append(Row("Redis, per scheduled record", "bytes", held, "< 400", held["mayfly"] < 400))
+    return rows
+
+
+def lag_rows(results: dict[str, dict[str, dict[str, Any]]]) -> list[Row]:
+    """Lag between due time and DELETE."""
+    is_met: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
+        "burst": ("all within 4 s", lambda figures: figures["max_ms"] <= 4000),
+        "spread": ("p99 < 60 ms", lambda figures: figures["p99_ms"] < 60),
+    }
+    rows = []
+    for load, (goal, reached) in is_met.items():
+        by_system = {name: by_load[load] for name, by_load in results.items() if load in by_load}
+        for figure in ("p50_ms", "p99_ms", "max_ms"):
+            values = {name: figures[figure] for name, figures in by_system.items()}
+            rows.append(Row(f"lag, {load}: {figure.removesuffix('_ms')}", "ms", values))
+        rows[-1] = Row(**(asdict(rows[-1]) | {"goal": goal, "is_met": reached(by_system["mayfly"])}))
+    return rows
+
+
+def footprint_rows(figures: dict[str, Any]) -> list[Row]:
+    """Memory, idle processor time, start, Redis beyond the horizon."""
+    goals = {"web_after_load_mb": 90.0, "worker_idle_cpu_percent": 2.0, "redis_keys_beyond_horizon": 0.0}
+    return [
+        Row(
+            name.replace("_", " "),
+            "",
+            {"mayfly": value},
+            f"≤ {goals[name]:g}" if name in goals else "",
+            value <= goals[name] if name in goals else None,
+        )
+        for name, value in figures.items()
+    ]

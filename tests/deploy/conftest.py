@@ -1,0 +1,71 @@
+"""What the deployment tests need beyond the normal set-up: the check tools, kubectl, a container engine.
+
+They run when asked for (``make test-deploy``); a tool that is not there skips its tests with one sentence.
+"""
+
+import shutil
+import subprocess
+from collections.abc import Callable
+from pathlib import Path
+
+import pytest
+
+from tests.deploy.engine import Engine, EngineMissingError, Image
+
+ROOT = Path(__file__).parents[2]
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Leave the tests marked ``deploy`` out unless ``-m`` names the mark: they take minutes."""
+    if "deploy" in config.getoption("markexpr"):
+        return
+    skip = pytest.mark.skip(reason="run by make test-deploy")
+    for item in items:
+        if item.get_closest_marker("deploy"):
+            item.add_marker(skip)
+
+
+@pytest.fixture(scope="session")
+def root() -> Path:
+    """Return the project's top folder."""
+    return ROOT
+
+
+@pytest.fixture(scope="session")
+def tool() -> Callable[..., subprocess.CompletedProcess[str]]:
+    """Return a function that runs a check tool of .venv-deploy, or one of the machine, in the top folder."""
+
+    def run(name: str, *arguments: str | Path, stdin: str | None = None) -> subprocess.CompletedProcess[str]:
+        installed = ROOT / ".venv-deploy" / "bin" / name
+        program = str(installed) if installed.exists() else shutil.which(name)
+        if program is None:
+            pytest.skip(f"{name} is not on this machine")
+        return subprocess.run(
+            [program, *map(str, arguments)],
+            input=stdin,
+            cwd=ROOT,
+            capture_output=True,
+            text=True,
+            timeout=110,
+            check=False,
+        )
+
+    return run
+
+
+@pytest.fixture(scope="session")
+def engine() -> Engine:
+    """Return podman, if this machine has one that works."""
+    try:
+        return Engine.find(ROOT)
+    except EngineMissingError as missing:
+        pytest.skip(str(missing))
+
+
+@pytest.fixture(scope="session")
+def image(engine: Engine) -> Image:
+    """Build the image from the Dockerfile as it is."""
+    try:
+        return engine.build()
+    except EngineMissingError as missing:
+        pytest.skip(str(missing))

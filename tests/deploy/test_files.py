@@ -1,0 +1,67 @@
+"""What can be said of the deployment's files by reading them, with nothing but the standard library."""
+
+import fnmatch
+import re
+import tomllib
+from pathlib import Path
+
+from service.settings import OPTIONS
+
+
+def _dockerfile(root: Path) -> str:
+    return (root / "deploy" / "Dockerfile").read_text(encoding="utf-8")
+
+
+def _lines(path: Path) -> list[str]:
+    lines = (line.strip() for line in path.read_text(encoding="utf-8").splitlines())
+    return [line for line in lines if line and not line.startswith("#")]
+
+
+def test_the_example_environment_leaves_exactly_the_two_secrets_to_fill_in(root: Path) -> None:
+    assert _lines(root / "deploy" / ".env.example") == ["SYNC_API_KEY=", "SYNC_WEBHOOK_SECRET="]
+
+
+def test_the_image_has_the_lowest_python_that_the_package_supports(root: Path) -> None:
+    project = tomllib.loads((root / "pyproject.toml").read_text(encoding="utf-8"))["project"]
+
+    base = re.search(r"^ARG PYTHON_IMAGE=python:([\d.]+)-", _dockerfile(root), re.MULTILINE)
+
+    assert base is not None
+    assert project["requires-python"] == f">={base[1]}"
+
+
+def test_the_dockerfile_builds_with_old_builders(root: Path) -> None:
+    text = _dockerfile(root)
+
+    assert "<<" not in text, "heredocs need a builder newer than Debian 12's"
+    assert not re.search(r"^#\s*syntax=", text, re.MULTILINE), "a syntax line fetches another image"
+
+
+def test_the_image_sets_only_known_variables(root: Path) -> None:
+    text = _dockerfile(root)
+
+    named = set(re.findall(r"\b(?:MAYFLY|SYNC)_[A-Z_]+\b", text))
+
+    assert named <= {option.name for option in OPTIONS.values()}
+
+
+def test_the_build_context_holds_what_is_copied_and_nothing_that_is_secret(root: Path) -> None:
+    patterns = _lines(root / ".dockerignore")
+    allowed = {pattern[1:] for pattern in patterns if pattern.startswith("!")}
+    copied = re.findall(r"^COPY (?!--from)(.+) \S+$", _dockerfile(root), re.MULTILINE)
+
+    assert patterns[0] == "*"
+    assert {name for line in copied for name in line.split()} == allowed
+    for secret in (".env", "deploy/.env", ".git"):
+        assert not any(fnmatch.fnmatch(secret, pattern) for pattern in allowed)
+
+
+def test_the_tools_are_hashed_and_their_list_names_no_host(root: Path) -> None:
+    lock = (root / "deploy" / "requirements-tools.lock").read_text(encoding="utf-8")
+    wanted = _lines(root / "deploy" / "requirements-tools.in")
+
+    pinned = re.findall(r"^[a-z0-9.-]+==\S+.*?(?=^\S|\Z)", lock, re.MULTILINE | re.DOTALL)
+
+    assert "://" not in lock
+    assert all("--hash=sha256:" in block for block in pinned)
+    assert all(re.search(rf"^{re.escape(line)} ", lock, re.MULTILINE) for line in wanted)

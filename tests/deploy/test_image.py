@@ -1,0 +1,141 @@
+"""The image, built from the Dockerfile as it is: small, locked up, quick to start, quick to stop."""
+
+import contextlib
+import socket
+import time
+from dataclasses import dataclass
+
+import httpx
+import pytest
+
+import service
+from tests.deploy.engine import Engine, Image, wait_until
+
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(700)]
+
+RANDOM_UID = "54321"
+LOCKED = [
+    *("--read-only", "--user", RANDOM_UID, "--tmpfs", "/tmp", "--tmpfs", "/data:mode=1777"),  # noqa: S108 - inside it
+    *("--cap-drop", "ALL", "--security-opt", "no-new-privileges"),
+]
+SECRETS = ["--env", "SYNC_API_KEY=sk-x", "--env", "SYNC_WEBHOOK_SECRET=whsec_0123456789abcdef"]
+
+
+def _run(engine: Engine, image: Image, *arguments: str, options: list[str]) -> tuple[int, str, str]:
+    result = engine.run("run", "--rm", "--pull=never", *options, image.tag, *arguments, check=False)
+    return result.returncode, result.stdout, result.stderr
+
+
+def _shell(engine: Engine, image: Image, script: str) -> str:
+    command = ("run", "--rm", "--pull=never", "--network", "none", "--entrypoint", "sh", image.tag, "-c", script)
+    return engine.output(*command)
+
+
+def test_the_image_adds_less_than_90_mb_to_its_base(image: Image) -> None:
+    assert image.size - image.base_size < 90_000_000
+
+
+def test_the_image_says_what_it_is_and_runs_as_nobody(image: Image) -> None:
+    config = image.config
+
+    assert config["User"] == "10001:0"
+    assert config["Entrypoint"] == ["mayfly"]
+    assert config["StopSignal"] == "SIGTERM"
+    assert config["Labels"]["org.opencontainers.image.title"] == "mayfly"
+    assert config["Labels"]["org.opencontainers.image.licenses"] == "MIT"
+    assert config["Healthcheck"]["Test"][:2] == ["CMD", "python"]
+    assert not [line for line in config["Env"] if line.startswith("SYNC_")]
+
+
+def test_the_version_inside_is_this_one(engine: Engine, image: Image) -> None:
+    code, out, _ = _run(engine, image, "--version", options=[*LOCKED, "--network", "none"])
+
+    assert (code, out.strip()) == (0, f"mayfly, version {service.__version__}")
+
+
+def test_nothing_of_the_build_is_left(engine: Engine, image: Image) -> None:
+    programs = "for name in gcc cc make strip git uv hatchling; do command -v $name; done; true"
+    names = ("setuptools", "faker", "hatchling", "pytest")
+    packages = f"import importlib.util as u; print([name for name in {names} if u.find_spec(name)])"
+
+    assert _shell(engine, image, programs) == ""
+    assert _shell(engine, image, f'python -c "{packages}"') == "[]"
+    assert _shell(engine, image, "ls --directory /build 2>/dev/null; true") == ""
+
+
+def test_only_the_data_and_the_temporary_folders_can_be_written_to(engine: Engine, image: Image) -> None:
+    found = _shell(engine, image, "find / -xdev -type d -writable -not -path '/proc/*' 2>/dev/null; true").split()
+
+    places = ("/data", "/tmp", "/var/tmp", "/run", "/dev")  # noqa: S108 - a list of names
+    assert "/data" in found
+    assert not [path for path in found if not path.startswith(places)]
+
+
+def test_a_missing_secret_is_named_in_one_line(engine: Engine, image: Image) -> None:
+    code, _, error = _run(engine, image, "api", options=[*LOCKED, "--network", "none"])
+
+    lines = [line for line in error.splitlines() if line.startswith("mayfly:")]
+    assert code == 2
+    assert len(lines) == 1
+    assert "SYNC_WEBHOOK_SECRET" in lines[0]
+
+
+def test_a_database_that_is_away_ends_the_process_in_one_line(engine: Engine, image: Image) -> None:
+    away = ["--env", "MAYFLY_DATABASE_URL=postgresql://mayfly@127.0.0.1:1/mayfly"]
+
+    for role in ("api", "worker", "migrate"):
+        code, _, error = _run(engine, image, role, options=[*LOCKED, *SECRETS, *away, "--network", "none"])
+
+        lines = [line for line in error.splitlines() if line.startswith("mayfly:")]
+        assert code == 1, error
+        assert len(lines) == 1, error
+        assert "MAYFLY_DATABASE_URL" in lines[0]
+
+
+@dataclass(frozen=True, slots=True)
+class Life:
+    """What one container showed from its start to its end."""
+
+    ready_seconds: float
+    stop_seconds: float
+    exit_code: int
+    is_healthy: bool
+    status: str
+    logs: str
+
+
+def _live(engine: Engine, image: Image) -> Life:
+    with socket.create_server(("127.0.0.1", 0)) as listener:
+        port = listener.getsockname()[1]
+    options = [*LOCKED, *SECRETS, "--publish", f"127.0.0.1:{port}:8080"]
+
+    def is_ready() -> bool:
+        with contextlib.suppress(httpx.TransportError):
+            return httpx.get(f"http://127.0.0.1:{port}/health/ready", trust_env=False).status_code == 200
+        return False
+
+    start = time.monotonic()
+    with engine.container(image.tag, "up", options=options) as name:
+        wait_until(is_ready, seconds=20, every=0.05, what="/health/ready answers 200")
+        ready_seconds = time.monotonic() - start
+        status = engine.output("exec", name, "cat", "/proc/1/status")
+        is_healthy = engine.run("healthcheck", "run", name, check=False).returncode == 0
+        start = time.monotonic()
+        engine.run("stop", "--time", "30", name)
+        stop_seconds = time.monotonic() - start
+        exit_code = engine.inspect(name)["State"]["ExitCode"]
+        return Life(ready_seconds, stop_seconds, exit_code, is_healthy, status, engine.logs(name))
+
+
+def test_it_is_ready_in_3_seconds_locked_up_as_a_random_user_and_stops_at_sigterm(engine: Engine, image: Image) -> None:
+    # The best of three: what else the machine does is not the image's.
+    lives = [_live(engine, image) for _ in range(3)]
+
+    print("ready after", *(f"{life.ready_seconds:.2f}" for life in lives), "seconds")
+    assert min(life.ready_seconds for life in lives) < 3
+    for life in lives:
+        assert f"Uid:\t{RANDOM_UID}\t" in life.status
+        assert "CapEff:\t0000000000000000" in life.status
+        assert "NoNewPrivs:\t1" in life.status
+        assert life.is_healthy
+        assert (life.exit_code, life.stop_seconds < 10) == (0, True), life.logs

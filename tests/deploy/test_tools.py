@@ -1,0 +1,97 @@
+"""What the public check tools say of the Dockerfile, the workflows, the alarms and the list of parts."""
+
+import json
+import re
+import shutil
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from service.telemetry import Metrics
+from tests.deploy.kubernetes import documents
+
+pytestmark = [pytest.mark.deploy, pytest.mark.timeout(400)]
+
+
+def test_hadolint_finds_nothing_in_the_dockerfile(tool) -> None:
+    result = tool("hadolint", "deploy/Dockerfile")
+
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_yamllint_finds_nothing(tool, root: Path) -> None:
+    places = [(root / "deploy", "*.yaml"), (root / "tests" / "deploy", "*.yaml"), (root / ".github", "*.yml")]
+    files = sorted(file for folder, pattern in places for file in folder.rglob(pattern))
+
+    result = tool("yamllint", "--strict", "--config-file", root / "tests" / "deploy" / "yamllint.yaml", *files)
+
+    assert len(files) > 15
+    assert (result.returncode, result.stdout) == (0, "")
+
+
+def test_the_workflows_and_the_update_config_meet_their_schemas(tool, root: Path) -> None:
+    workflows = sorted((root / ".github" / "workflows").glob("*.yml"))
+
+    checked = tool("check-jsonschema", "--builtin-schema", "vendor.github-workflows", *workflows)
+    updates = tool("check-jsonschema", "--builtin-schema", "vendor.dependabot", ".github/dependabot.yml")
+
+    assert checked.returncode == 0, checked.stdout
+    assert updates.returncode == 0, updates.stdout
+
+
+def test_zizmor_finds_no_weakness_in_the_workflows(tool) -> None:
+    result = tool("zizmor", "--offline", "--no-progress", ".github")
+
+    assert result.returncode == 0, result.stdout
+
+
+def test_ci_runs_on_every_python_that_is_supported(root: Path) -> None:
+    workflow = msgspec.yaml.decode((root / ".github" / "workflows" / "ci.yml").read_bytes())
+
+    assert workflow["jobs"]["test"]["strategy"]["matrix"]["python"] == ["3.11", "3.12", "3.13", "3.14"]
+
+
+def test_the_compose_files_meet_their_schema(tool, root: Path) -> None:
+    result = tool(
+        "check-jsonschema", "--builtin-schema", "vendor.compose-spec", *(root / "deploy").glob("compose*.yaml")
+    )
+
+    assert result.returncode == 0, result.stdout
+
+
+def test_the_list_of_parts_names_every_package_of_the_lock(tool, root: Path) -> None:
+    lock = (root / "requirements.lock").read_text(encoding="utf-8")
+
+    result = tool(*["cyclonedx-py", "requirements", "--pyproject", "pyproject.toml", "requirements.lock"])
+
+    assert result.returncode == 0, result.stderr
+    parts = json.loads(result.stdout)
+    assert parts["metadata"]["component"]["name"] == "mayfly"
+    named = {(part["name"], part["version"]) for part in parts["components"]}
+    assert named == set(re.findall(r"^([a-z0-9-]+)==([^\s;]+)", lock, re.MULTILINE))
+
+
+@pytest.fixture
+def rules(root: Path) -> dict[str, object]:
+    """Return the alarms as Prometheus reads them."""
+    path = root / "deploy" / "kubernetes" / "components" / "monitoring" / "prometheus-rule.yaml"
+    spec: dict[str, object] = documents(path.read_text(encoding="utf-8"))[0]["spec"]
+    return spec
+
+
+def test_the_alarms_sound_when_they_should_and_not_before(tool, root: Path, rules, tmp_path: Path) -> None:
+    (tmp_path / "rules.yaml").write_bytes(msgspec.yaml.encode(rules))
+    shutil.copy(root / "tests" / "deploy" / "rules.test.yaml", tmp_path)
+
+    result = tool("promtool", "test", "rules", tmp_path / "rules.test.yaml")
+
+    assert result.returncode == 0, result.stdout + result.stderr
+
+
+def test_the_alarms_watch_metrics_that_exist(rules) -> None:
+    metrics = {metric.name for metric in Metrics().registry.collect()}
+    watched = set(re.findall(r"\bmayfly_[a-z_]+", msgspec.json.encode(rules).decode()))
+
+    assert {name.removesuffix("_total") for name in watched} <= metrics
+    assert "mayfly_oldest_overdue_seconds" in watched

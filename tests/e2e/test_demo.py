@@ -1,0 +1,174 @@
+"""The demo tells the whole story in under a minute, says whether all went right, and notices when it did not."""
+
+import asyncio
+import os
+import pty
+import re
+import sys
+import time
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import msgspec
+import pytest
+
+from service.demo.inspection import inspect
+from service.demo.picture import Line
+from service.demo.scenes import SCENES, Scene
+from service.lifecycle import State
+from service.records_api import Record
+from service.simulator import Call, Operation, Simulator
+
+# Whoever tries the demo may have the real thing set.
+REAL = {"SYNC_API_KEY": "sk-real", "MAYFLY_TTL": "forever", "MAYFLY_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x"}
+MAYFLY = [sys.executable, "-c", "from service.cli import main; main()"]
+DUE = datetime(2026, 11, 23, 12, tzinfo=UTC)
+
+
+async def test_the_demo_goes_right_in_under_a_minute_and_prints_lines_where_there_is_no_terminal(tmp_path):
+    began = time.monotonic()
+    process = await asyncio.create_subprocess_exec(
+        *(*MAYFLY, "demo", "--picture", str(tmp_path / "demo.svg")),
+        cwd=tmp_path,
+        env=os.environ | REAL | {"TMPDIR": str(tmp_path)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.PIPE,
+    )
+    output, errors = (part.decode() for part in await process.communicate())
+
+    assert (process.returncode, errors) == (0, "")
+    assert time.monotonic() - began < 60
+    assert all(scene.title in output for scene in SCENES)
+    assert len(re.findall("^✓", output, re.MULTILINE)) == 5
+    assert "2 synthesizedAudioUrl" in output
+    assert "\x1b" not in output
+    assert "<svg" in (tmp_path / "demo.svg").read_text()
+    assert [path.name for path in tmp_path.iterdir()] == ["demo.svg"], "what went right leaves nothing behind"
+
+
+async def test_on_a_terminal_it_draws_a_table_that_no_log_line_tears(tmp_path):
+    main, terminal = pty.openpty()
+    process = await asyncio.create_subprocess_exec(
+        *MAYFLY,
+        "demo",
+        cwd=tmp_path,
+        stdin=terminal,
+        stdout=terminal,
+        stderr=terminal,
+        env=os.environ | {"TERM": "xterm"},
+    )
+    os.close(terminal)
+    output = await asyncio.to_thread(_read_all, main)
+
+    assert await process.wait() == 0
+    assert "due in" in output
+    assert "scheduled" in output
+    assert "cleanup." not in output
+    assert '"event"' not in output
+
+
+def _read_all(file: int) -> str:
+    parts = []
+    with os.fdopen(file, "rb", buffering=0) as reader:
+        try:
+            while part := reader.read(65536):
+                parts.append(part)
+        except OSError:  # how a terminal says that nobody is on its other side any more
+            pass
+    return b"".join(parts).decode(errors="replace")
+
+
+def deleted(generation, **fields):
+    """Return the record of a generation that was copied a second after it was due and then deleted."""
+    shown = {name: value for name, value in generation.body().items() if name in _wire_names()}
+    ours = {
+        "account": "default",
+        "state": "deleted",
+        "outcome": "deleted",
+        "receivedAt": DUE - timedelta(seconds=9),
+        "dueAt": DUE,
+        "copiedAt": DUE + timedelta(seconds=1),
+        "deletedAt": DUE + timedelta(seconds=2),
+        "attempts": 1,
+        "nextAttemptAt": None,
+        "lastError": None,
+        "retention": {"rule": "MAYFLY_TTL", "ttl": "4s"},
+        "hold": None,
+        "archived": [],
+        "receipt": None,
+    }
+    blank = dict.fromkeys(_wire_names())
+    return msgspec.convert(blank | shown | ours | fields, Record)
+
+
+def _wire_names():
+    return {field.encode_name for field in msgspec.structs.fields(Record)}
+
+
+def call(generation, at):
+    path = f"/v2/generations/{generation.id}"
+    return Call(at, "DELETE", path, "", Operation.DELETE, generation.id, has_key=True)
+
+
+@pytest.fixture
+def played():
+    """A simulator where one generation was deleted as it should be and a forged one left alone."""
+    simulator = Simulator(seed=0)
+    generation, forged = simulator.add(output_file_name="take 1"), simulator.add()
+    simulator.remove(generation.id)
+    generation.deleted_at = DUE + timedelta(seconds=2)
+    simulator.calls.append(call(generation, DUE + timedelta(seconds=2)))
+    return simulator, generation, forged
+
+
+def against(simulator, generation, record, forged, *, scene=SCENES[0], forged_status=401):
+    findings = inspect(simulator, [Line(scene, generation, record)], forged, forged_status)
+    return [problem.partition(": ")[2] or problem for finding in findings for problem in finding.against]
+
+
+def test_nothing_speaks_against_a_play_that_went_right(played):
+    simulator, generation, forged = played
+
+    assert against(simulator, generation, deleted(generation), forged) == []
+
+
+@pytest.mark.parametrize(
+    ("fields", "problem"),
+    [
+        ({"dueAt": DUE + timedelta(seconds=3)}, "a DELETE came before it was due"),
+        ({"copiedAt": DUE + timedelta(seconds=3)}, "it was gone before it was copied"),
+        ({"copiedAt": None}, "not copied, or still there"),
+        ({"outputFileName": None}, "outputFileName is missing or different"),
+        ({"outputUrl": "https://elsewhere.invalid/"}, "outputUrl is missing or different"),
+        ({"state": "failed", "outcome": None}, "failed "),
+        ({"outcome": "already_gone"}, "deleted already_gone"),
+    ],
+)
+def test_a_record_that_is_not_right_is_noticed(played, fields, problem):
+    simulator, generation, forged = played
+
+    assert against(simulator, generation, deleted(generation, **fields), forged) == [problem]
+
+
+def test_a_generation_that_was_to_be_kept_and_was_touched_is_noticed(played):
+    simulator, generation, forged = played
+    kept = Scene("kept", ends=State.KEPT, outcome=None)
+    record = deleted(generation, state="kept", outcome=None)
+
+    assert against(simulator, generation, record, forged, scene=kept) == ["it was touched"]
+
+
+def test_a_forged_webhook_that_was_taken_is_noticed(played):
+    simulator, generation, forged = played
+    simulator.calls.append(call(forged, DUE))
+
+    assert against(simulator, generation, deleted(generation), forged, forged_status=202) == [
+        "it was answered 202",
+        "it was touched",
+    ]
+
+
+def test_the_picture_in_the_readme_shows_the_scenes():
+    picture = (Path(__file__).parents[2] / "deploy" / "demo.svg").read_text().replace("&#160;", " ")
+
+    assert all(scene.title in picture for scene in SCENES)

@@ -1,0 +1,78 @@
+"""What the fault tests run on: processes that start fast, a ledger on either database, a system of their own."""
+
+from collections.abc import AsyncIterator, Iterator
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL
+
+from tests.faults.databases import Ledger, PostgresLedger, SqliteLedger
+from tests.faults.processes import Nursery
+from tests.faults.system import System, running
+
+
+@pytest.fixture(scope="session")
+def nursery() -> Iterator[Nursery]:
+    """The parent of all processes."""
+    nursery = Nursery()
+    yield nursery
+    nursery.close()
+
+
+@pytest.fixture
+def ledger(database_url: URL) -> Iterator[Ledger]:
+    """A migrated ledger: the test runs once on each kind of database."""
+    found = _ledger(database_url)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+def sqlite_ledger(sqlite_url: URL) -> Iterator[Ledger]:
+    """The same on SQLite alone, for what does not depend on the kind."""
+    found = _ledger(sqlite_url)
+    yield found
+    found.close()
+
+
+@pytest.fixture
+async def system(nursery: Nursery, tmp_path: Path, sqlite_ledger: Ledger) -> AsyncIterator[System]:
+    """A system on SQLite."""
+    async with running(nursery, tmp_path, sqlite_ledger) as system:
+        yield system
+
+
+@pytest.fixture
+async def either_system(nursery: Nursery, tmp_path: Path, ledger: Ledger) -> AsyncIterator[System]:
+    """A system: the test runs once on each kind of database."""
+    async with running(nursery, tmp_path, ledger) as system:
+        yield system
+
+
+@pytest.fixture
+async def both(
+    nursery: Nursery, tmp_path: Path, sqlite_ledger: Ledger, postgres_url: URL
+) -> AsyncIterator[tuple[System, System]]:
+    """A system on SQLite and one on PostgreSQL."""
+    ledger = _ledger(postgres_url)
+    folders = [tmp_path / "on_sqlite", tmp_path / "on_postgresql"]
+    for folder in folders:
+        folder.mkdir()
+    async with running(nursery, folders[0], sqlite_ledger) as first, running(nursery, folders[1], ledger) as second:
+        yield first, second
+    ledger.close()
+
+
+@pytest.fixture
+async def postgres_system(nursery: Nursery, tmp_path: Path, postgres_url: URL) -> AsyncIterator[System]:
+    """A system on PostgreSQL."""
+    ledger = PostgresLedger(str(postgres_url.query["host"]), postgres_url.database or "")
+    async with running(nursery, tmp_path, ledger) as system:
+        yield system
+    ledger.close()
+
+
+def _ledger(url: URL) -> SqliteLedger | PostgresLedger:
+    if url.get_backend_name() == "sqlite":
+        return SqliteLedger(Path(url.database or ""))
+    return PostgresLedger(str(url.query["host"]), url.database or "")

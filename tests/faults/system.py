@@ -1,0 +1,266 @@
+"""A whole Mayfly under test: simulator, Redis, ledger and processes, and the one way to send, drain and judge."""
+
+import asyncio
+import contextlib
+import json
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import httpx
+
+from service import queue
+from service.generation import Key
+from service.queue import Bell
+from service.settings import Secret
+from service.simulator import Call, Generation, Operation, Simulator
+from tests.faults.databases import Ledger, Row
+from tests.faults.judging import FINAL, Sent, Verdict, WatchedCalls, judge
+from tests.faults.processes import Nursery, Process, RedisServer, free_port
+from tests.support.waiting import eventually
+from tests.support.webhooks import SECRET
+
+API_KEY = "sk-faults-0123456789abcdef"
+TOKEN = "operator-token-of-the-fault-tests"
+SECRETS = (SECRET, API_KEY, TOKEN)
+
+
+@dataclass
+class System:
+    """What a fault test works with; made by *running*."""
+
+    nursery: Nursery
+    folder: Path
+    simulator: Simulator
+    redis: RedisServer
+    ledger: Ledger
+    client: httpx.AsyncClient
+    environment: dict[str, str] = field(default_factory=dict)
+    port: int = field(default_factory=free_port)
+    sent: list[Sent] = field(default_factory=list)
+    processes: list[Process] = field(default_factory=list)
+
+    @property
+    def url(self) -> str:
+        """Where the first api process listens."""
+        return f"http://127.0.0.1:{self.port}"
+
+    # Processes
+
+    def spawn(
+        self, command: str, *, module: str = "service.cli", arguments: Sequence[str] = (), **environment: str
+    ) -> Process:
+        """Start a ``mayfly`` command, or another *module* that stands for it, and wait for nothing."""
+        log = self.folder / f"{command}-{len(self.processes)}.log"
+        process = self.nursery.start(
+            module,
+            [command, *arguments],
+            environment={
+                "SYNC_API_KEY": API_KEY,
+                "SYNC_WEBHOOK_SECRET": SECRET,
+                "SYNC_BASE_URL": self.simulator.url,
+                "MAYFLY_API_TOKEN": TOKEN,
+                "MAYFLY_DATABASE_URL": self.ledger.url,
+                "MAYFLY_REDIS_URL": self.redis.url,
+                "MAYFLY_DATA_DIR": str(self.folder / "data"),
+                "MAYFLY_PORT": str(self.port),
+                "MAYFLY_LOG_FORMAT": "json",
+                "MAYFLY_MIN_TTL": "1s",
+                "MAYFLY_TTL": "1s",
+                "MAYFLY_API_RATE": "100000/second",
+                **self.environment,
+                **environment,
+            },
+            folder=self.folder,
+            log=log,
+        )
+        self.processes.append(process)
+        return process
+
+    async def api(self, **environment: str) -> Process:
+        """Start ``mayfly api`` and wait until it serves."""
+        process = self.spawn("api", **environment)
+        await process.logged("web.started")
+        return process
+
+    async def worker(self, **environment: str) -> Process:
+        """Start ``mayfly worker`` and wait until it works."""
+        process = self.spawn("worker", **environment)
+        await process.logged("worker.started")
+        return process
+
+    # What goes in
+
+    def generation(self, *, get: Sequence[str] = (), delete: Sequence[str] = (), **options: Any) -> Generation:  # noqa: ANN401
+        """Add a generation that meets these faults."""
+        faults = {"GET": get, "DELETE": delete}
+        return self.simulator.add(faults={name: script for name, script in faults.items() if script}, **options)
+
+    async def announce(
+        self, generation: Generation, *, seconds: float = 15, port: int | None = None, at: datetime | None = None
+    ) -> Sent:
+        """Send the webhook of *generation*, signed *at*, to the web side at *port*; note how it was answered."""
+        body, headers = self.simulator.webhook(generation.id, at=at)
+        url = f"http://127.0.0.1:{port or self.port}/webhooks/sync"
+        try:
+            answer = await self.client.post(url, content=body, headers=headers, timeout=seconds)
+        except httpx.HTTPError:
+            sent = Sent(generation.id, None, datetime.now(UTC))
+        else:
+            due_at = answer.json().get("dueAt") if answer.status_code == 202 else None
+            due_at = datetime.fromisoformat(due_at) if due_at else None
+            sent = Sent(generation.id, answer.status_code, datetime.now(UTC), due_at)
+        self.sent.append(sent)
+        return sent
+
+    async def accepted(self, generation: Generation) -> Generation:
+        """Send the webhook of *generation*, which must be answered 202."""
+        sent = await self.announce(generation)
+        assert sent.status == 202
+        return generation
+
+    # What comes out
+
+    async def row(self, generation: Generation) -> Row:
+        """Return the record of *generation*."""
+        return {row.id: row for row in await self.ledger.rows()}[generation.id]
+
+    async def ids(self) -> set[str]:
+        """Return the ids that have a record."""
+        return {row.id for row in await self.ledger.rows()}
+
+    def calls(self, generation: Generation, operation: Operation = Operation.DELETE) -> list[Call]:
+        """Return the API's log of *generation*."""
+        return [c for c in self.simulator.calls if c.generation_id == generation.id and c.operation is operation]
+
+    async def hurry(self) -> None:
+        """Bring the next attempts forward to now, as waiting would, and ring for them."""
+        await self.ledger.execute(
+            "UPDATE records SET wake_at = :now WHERE state = 'scheduled' AND due_at <= :now AND wake_at > :now"
+        )
+        with contextlib.suppress(*queue.QUEUE_ERRORS):
+            await self.ring()
+
+    async def expire_leases(self) -> None:
+        """End the leases of workers that were killed, as waiting a minute would."""
+        await self.ledger.execute("UPDATE records SET wake_at = :now WHERE state = 'deleting'")
+
+    async def ring(self, *, times: int = 1) -> None:
+        """Ring the bell: the worker then looks at the ledger at once."""
+        pool = queue.connect(Secret(self.redis.url), retries=0)
+        try:
+            now = datetime.now(UTC)
+            bells = [Bell(Key("default", f"bell-{number}-{now.timestamp()}"), 0, now) for number in range(times)]
+            await queue.ring_later(pool, bells, now=now)
+        finally:
+            await pool.aclose(close_connection_pool=True)
+
+    async def until(self, generation: Generation, state: str, *, seconds: float = 20, is_hurried: bool = True) -> Row:
+        """Wait until the record of *generation* is in *state*."""
+        async with asyncio.timeout(seconds):
+            while True:
+                row = await self.row(generation)
+                if row.state == state:
+                    return row
+                if is_hurried:
+                    await self.hurry()
+                await asyncio.sleep(0.2)
+
+    async def drain(self, *, seconds: float = 30) -> None:
+        """Let everything come to its end, waits cut short; what does not is for the judge."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                while any(row.state not in FINAL for row in await self.ledger.rows()):
+                    await self.hurry()
+                    await asyncio.sleep(0.3)
+
+    async def judged(self, *, may_fail: Sequence[Generation] = ()) -> Verdict:
+        """Judge all that happened so far."""
+        return judge(
+            sent=self.sent,
+            rows=await self.ledger.rows(),
+            simulator=self.simulator,
+            logs=[process.log for process in self.processes],
+            secrets=SECRETS,
+            may_fail=frozenset(one.id for one in may_fail),
+        )
+
+    async def held(self, generation: Generation) -> None:
+        """Wait until a call about *generation* stands at its gate."""
+        async with asyncio.timeout(20):
+            while generation.id not in self.simulator.gates.waiting:
+                with contextlib.suppress(TimeoutError):
+                    async with asyncio.timeout(0.3):
+                        await self.simulator.gates.reached(generation.id)
+                        return
+                await self.hurry()
+
+    async def health(self) -> tuple[int, dict[str, Any]]:
+        """Ask whether it is ready; the answer must come within a second or so (I7)."""
+        answer = await self.client.get(f"{self.url}/health/ready", timeout=2)
+        return answer.status_code, answer.json()
+
+    async def metric(self, name: str) -> float:
+        """Read one number from the metrics."""
+        text = (await self.client.get(f"{self.url}/metrics")).text
+        (line,) = (line for line in text.splitlines() if line.startswith(f"{name} "))
+        return float(line.split()[1])
+
+    async def record(self, generation: Generation) -> dict[str, Any]:
+        """Read the record as an operator does."""
+        answer = await self.client.get(
+            f"{self.url}/api/records/{generation.id}", headers={"authorization": f"Bearer {TOKEN}"}
+        )
+        found: dict[str, Any] = json.loads(answer.raise_for_status().content)
+        return found
+
+
+@contextlib.asynccontextmanager
+async def running(
+    nursery: Nursery, folder: Path, ledger: Ledger, *, environment: Mapping[str, str] | None = None, **options: str
+) -> AsyncIterator[System]:
+    """Run a simulator and a Redis with *options* for a System whose processes the test starts; end all of it."""
+    simulator = Simulator(api_key=API_KEY, webhook_secret=SECRET, seed=0)
+    simulator.calls = WatchedCalls(ledger.has_copy)
+    server = RedisServer(folder / "redis", options=options)
+    await server.start()
+    async with simulator.serve(), httpx.AsyncClient(verify=False, trust_env=False, timeout=10) as client:  # noqa: S501
+        system = System(nursery, folder, simulator, server, ledger, client, dict(environment or {}))
+        try:
+            yield system
+        finally:
+            for generation_id in list(simulator.gates.waiting):
+                simulator.release(generation_id)
+            await asyncio.gather(*(process.kill() for process in system.processes))
+            server.thaw()
+            server.kill()
+
+
+async def overdue(system: System, generation: Generation) -> None:
+    """Wait until *generation* is due."""
+    row = await system.row(generation)
+    assert row.due_at is not None
+    due_at = row.due_at
+    await eventually(lambda: datetime.now(UTC) > due_at)
+
+
+def on_both(scenario: Callable[[System], Awaitable[None]]) -> Callable[..., Awaitable[None]]:
+    """Make a test that runs *scenario* on SQLite and PostgreSQL at the same time: most of it is waiting."""
+
+    async def told(system: System) -> None:
+        try:
+            await scenario(system)
+        except BaseException as error:
+            error.add_note(f"on {type(system.ledger).__name__}, in {system.folder}")
+            raise
+
+    async def test(both: tuple[System, System]) -> None:
+        async with asyncio.TaskGroup() as group:
+            for system in both:
+                group.create_task(told(system))
+
+    # Not functools.wraps: pytest would look for the scenario's own argument.
+    test.__name__, test.__qualname__, test.__module__ = scenario.__name__, scenario.__qualname__, scenario.__module__
+    return test

@@ -1,0 +1,235 @@
+"""Rows 49 to 60: what each answer of the API leads to, over the whole of a running Mayfly."""
+
+import asyncio
+import re
+from collections.abc import AsyncIterator, Sequence
+from datetime import UTC, datetime, timedelta
+from pathlib import Path
+
+import pytest
+import pytest_asyncio
+
+from service.simulator import Generation, Operation, Simulator
+from tests.faults.databases import Row, migrated_sqlite
+from tests.faults.processes import Nursery
+from tests.faults.system import System, overdue, running
+from tests.support.waiting import eventually
+
+pytestmark = pytest.mark.asyncio(loop_scope="module")
+
+# What stands in a record of a generation that talks: the copy has to keep all of it.
+PROMISED = (
+    *("id", "createdAt", "status", "model", "input", "webhookUrl", "options", "outputUrl", "outputDuration"),
+    *("outputFileName", "projectId", "synthesizedAudioUrl"),
+)
+
+
+@pytest_asyncio.fixture(scope="module", loop_scope="module")
+async def shared(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+    """One system for all of them: each test has generations of its own."""
+    folder = tmp_path_factory.mktemp("answers")
+    ledger = await migrated_sqlite(folder)
+    async with running(nursery, folder, ledger) as system:
+        await asyncio.gather(system.api(), system.worker())
+        yield system
+    ledger.close()
+
+
+@pytest_asyncio.fixture(loop_scope="module")
+async def own(nursery: Nursery, tmp_path: Path) -> AsyncIterator[System]:
+    """A system for one test alone."""
+    ledger = await migrated_sqlite(tmp_path)
+    async with running(nursery, tmp_path, ledger) as system:
+        yield system
+    ledger.close()
+
+
+@pytest_asyncio.fixture(autouse=True, loop_scope="module")
+async def _good_to_the_end(shared: System) -> AsyncIterator[None]:
+    """Let the judge look after each test: nothing early, nothing unrecorded, nothing uninvited."""
+    yield
+    verdict = await shared.judged()
+    assert not [*verdict.early, *verdict.unrecorded, *verdict.uninvited, *verdict.leaked]
+
+
+async def test_the_record_holds_every_field_the_api_promises(shared: System):
+    generation = await shared.accepted(
+        shared.generation(text_input=True, output_file_name="take 7", project_id="612bb64a-e7f4-40c1-977b-3e9797845637")
+    )
+    shown = generation.body()
+    await shared.until(generation, "deleted")
+    record = await shared.record(generation)
+
+    assert {name: record[name] for name in PROMISED} == {name: shown[name] for name in PROMISED}
+    assert record["receipt"]["method"] == "DELETE"
+    assert record["receipt"]["status"] == 200
+    assert '"synthesizedAudioUrl"' in record["receipt"]["body"]
+
+
+async def test_an_answer_about_another_generation_is_never_followed_by_a_delete(shared: System):
+    generation = await shared.accepted(shared.generation(get=["wrong-id*"]))
+    row = await shared.until(generation, "failed")
+
+    assert shared.calls(generation) == []
+    assert row.copy is None
+    assert row.last_error == "the API answered with another generation"
+    assert await shared.metric("mayfly_failed_records") >= 1
+
+
+async def table(shared: System, method: str, scripts: Sequence[list[str]]) -> list[tuple[str, Generation, Row]]:
+    """Bring a generation per script of *method* to its end, all at once; return the first fault beside each."""
+    generations = [shared.generation(**{method: script}) for script in scripts]
+    await asyncio.gather(*map(shared.accepted, generations))
+    rows = await asyncio.gather(*(shared.until(one, "deleted", seconds=40) for one in generations))
+    return [(script[0], one, row) for script, one, row in zip(scripts, generations, rows, strict=True)]
+
+
+async def test_a_generation_that_is_gone_is_settled_without_a_delete(shared: System):
+    for fault, generation, row in await table(shared, "get", [["404"], ["410"]]):
+        record = await shared.record(generation)
+
+        assert row.outcome == "already_gone", fault
+        assert shared.calls(generation) == [], fault
+        assert record["outputUrl"] == generation.body()["outputUrl"], fault
+
+
+async def test_a_look_that_cannot_be_read_is_followed_by_no_delete_and_tried_again(shared: System):
+    worker = next(process for process in shared.processes if process.log.name.startswith("worker"))
+    before = worker.resident_megabytes
+    faults = ["html", "invalid-json", "truncated", "non-utf8", "huge:megabytes=64", "204", "202", "processing"]
+    for fault, generation, _ in await table(shared, "get", [[fault, fault] for fault in faults]):
+        looks = shared.calls(generation, Operation.GET)
+        (delete,) = shared.calls(generation)
+
+        assert len(looks) == 3, fault
+        assert delete.at > looks[-1].at, fault
+    assert worker.resident_megabytes - before < 40
+
+
+async def test_a_delete_is_confirmed_by_nothing_less_than_the_api(shared: System):
+    for fault, generation, row in await table(shared, "delete", [["204"], ["404"], ["410"]]):
+        assert row.outcome == ("deleted" if fault == "204" else "already_gone"), fault
+        assert row.copy is not None, fault
+        assert len(shared.calls(generation)) == 1, fault
+
+
+async def test_a_delete_that_is_not_confirmed_is_tried_again_until_it_is(shared: System):
+    faults = [
+        *("202", "409", "409-conflict", "429:retry_after=1", "500", "502", "503", "504", "drop", "reset", "lost"),
+        *("truncated", "invalid-json", "html", "non-utf8", "huge:megabytes=8"),
+    ]
+    for fault, generation, row in await table(shared, "delete", [[fault, fault] for fault in faults]):
+        assert row.attempts >= 2, fault
+        assert row.refusals == 0, fault
+        assert generation.id not in shared.simulator.generations, fault
+
+
+async def test_a_conflict_is_waited_for_twenty_times_and_shown_meanwhile(shared: System):
+    generation = await shared.accepted(shared.generation(delete=["409*20"]))
+    seen = set()
+    async with asyncio.timeout(40):
+        while (row := await shared.row(generation)).state != "deleted":
+            seen.add(row.last_error)
+            await shared.hurry()
+            await asyncio.sleep(0.1)
+
+    assert row.attempts == 21
+    assert "the API answered 409 generation_not_deletable_while_processing" in seen
+
+
+async def test_retry_after_is_obeyed_within_a_second_and_a_day(shared: System):
+    asked = {
+        "503:retry_after=120": (120, 133),
+        "503:date=120": (117, 133),
+        "503:date=-3600": (1, 5.1),
+        "503:retry_after=0": (1, 5.1),
+        "503:retry_after=soon": (2, 5.1),
+        "503:retry_after=315360000": (86_400, 86_431),
+    }
+    generations = {fault: shared.generation(delete=[fault]) for fault in asked}
+    await asyncio.gather(*map(shared.accepted, generations.values()))
+    for fault, (low, high) in asked.items():
+        row = await put_off(shared, generations[fault])
+        first, *_ = shared.calls(generations[fault])
+
+        assert row.wake_at is not None, fault
+        assert low - 1 <= (row.wake_at - first.at).total_seconds() <= high + 1, fault
+
+
+async def test_a_429_slows_every_record_down_and_its_own_by_what_was_asked(own: System):
+    system = own
+    _, worker = await asyncio.gather(system.api(), system.worker())
+    first = await system.accepted(system.generation(delete=["429:body=120"]))
+    row = await put_off(system, first)
+    (delete,) = system.calls(first)
+    assert row.wake_at is not None
+    assert 119 <= (row.wake_at - delete.at).total_seconds() <= 133
+    second = await system.accepted(system.generation())
+    await overdue(system, second)
+    await asyncio.sleep(3)
+    assert system.calls(second, Operation.GET) == []
+    await worker.kill()
+    await system.worker()  # a new one knows nothing of it, as after the wait
+    await system.drain()
+
+    assert not (await system.judged()).all
+
+
+async def put_off(system: System, generation: Generation) -> Row:
+    """Wait until the first attempt at *generation* is over and the next one is put off."""
+
+    async def has_failed() -> bool:
+        return (await system.row(generation)).failures > 0
+
+    await eventually(has_failed, seconds=20)
+    return await system.row(generation)
+
+
+async def test_a_refusal_is_given_up_after_a_few_tries_and_shown(shared: System):
+    generations = {fault: shared.generation(delete=[f"{fault}*"]) for fault in ("400", "405", "422")}
+    await asyncio.gather(*map(shared.accepted, generations.values()))
+    for fault, generation in generations.items():
+        row = await shared.until(generation, "failed")
+
+        assert row.attempts == 5
+        assert row.last_error is not None
+        assert row.last_error.startswith(f"the API answered {fault}")
+        assert row.copy is not None
+    assert await shared.metric("mayfly_failed_records") >= 3
+
+
+async def test_a_redirect_is_never_followed_and_the_key_goes_nowhere_else(shared: System):
+    elsewhere = Simulator(api_key="another")
+    async with elsewhere.serve() as url:
+        redirects = [[f"{status}:location={url}/v2/generations/x"] for status in (301, 302, 307, 308)]
+        of_get, of_delete = await asyncio.gather(table(shared, "get", redirects), table(shared, "delete", redirects))
+
+    for fault, _, row in of_get + of_delete:
+        assert row.attempts == 2, fault
+    assert elsewhere.calls == []
+
+
+async def test_a_silent_api_is_given_up_within_its_limit_and_the_next_look_settles_it(shared: System):
+    generation = await shared.accepted(shared.generation(get=["slow:interval=1"]))
+    begun = datetime.now(UTC)
+    row = await put_off(shared, generation)
+
+    assert row.last_error == "the API did not answer the GET within 10 s"
+    assert datetime.now(UTC) - begun < timedelta(seconds=15)
+    assert shared.calls(generation) == []
+    await shared.until(generation, "deleted")
+
+
+@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "https://127.0.0.1:{port}", "https://mayfly-test.invalid"])
+async def test_an_api_that_cannot_be_reached_is_network_trouble_and_fails_nothing(own: System, url: str):
+    port = re.sub(r".*:", "", own.simulator.url)
+    worker, _ = await asyncio.gather(own.worker(SYNC_BASE_URL=url.format(port=port)), own.api())
+    generation = await own.accepted(own.generation())
+    row = await put_off(own, generation)
+    assert row.last_error is not None
+    assert row.last_error.startswith("the GET did not get through")
+    assert await worker.stop() == 0
+    await own.worker()
+    await own.drain()
+
+    assert not (await own.judged()).all

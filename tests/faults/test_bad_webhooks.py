@@ -1,0 +1,236 @@
+"""Rows 29 to 48: whatever a sender puts into headers, bodies and ids, at a real web side; see also tests/unit.
+
+No input may lead to a 5xx, to a record without a proof, or to an answer that takes long.
+"""
+
+import json
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+from urllib.parse import quote
+
+import httpx
+import pytest
+from hypothesis import HealthCheck, given, settings
+from hypothesis import strategies as st
+
+from tests.faults.system import TOKEN
+from tests.faults.website import Website, website
+from tests.support.webhooks import notification, signature, webhook
+
+FUZZ = settings(
+    max_examples=150,
+    deadline=None,
+    derandomize=True,  # the same inputs in each run: what fails here fails everywhere
+    suppress_health_check=[HealthCheck.function_scoped_fixture, HealthCheck.too_slow],
+)
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=30),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=10), inner, max_size=4),
+    max_leaves=10,
+)
+FIELDS = st.sampled_from([*notification(), "errorCode", "metrics", "projectId", "segments", "synthesizedAudioUrl"])
+
+
+@pytest.fixture(scope="module")
+def site(nursery: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Website]:  # noqa: ANN401
+    """One web side for all of them, with no Redis: nothing here may need one."""
+    with website(nursery, tmp_path_factory.mktemp("bad")) as site:
+        yield site
+
+
+@FUZZ
+@given(header=st.binary(max_size=300).filter(lambda text: not set(text) & set(b"\r\n\0")))
+def test_no_signature_header_whatsoever_is_taken_or_breaks_anything(site: Website, header: bytes):
+    body = webhook().body
+    status = site.raw(
+        b"POST", b"/webhooks/sync", body, {b"content-type": b"application/json", b"sync-signature": header}
+    )
+
+    assert status in (400, 401)
+
+
+@FUZZ
+@given(
+    t=st.text(max_size=12) | st.integers().map(str),
+    v1=st.lists(st.text(max_size=70) | st.binary(min_size=32, max_size=32).map(bytes.hex), max_size=20),
+)
+def test_no_made_up_time_and_digest_is_a_proof(site: Website, t: str, v1: list[str]):
+    text = ",".join([f"t={t}", *(f"v1={one}" for one in v1)])
+    header = "".join(letter for letter in text if letter not in "\r\n\0").encode()
+    status = site.raw(b"POST", b"/webhooks/sync", webhook().body, {b"sync-signature": header})
+
+    assert status in (400, 401)
+
+
+@pytest.mark.parametrize(
+    "header",
+    [b"t=1" + b",v1=" + b"a" * 3000, b"," * 10_000, b"v1=" * 10_000, b"t=" + b"1" * 400, b"\xff" * 2000, b"=" * 4096],
+    ids=["long", "commas", "names", "digits", "not ascii", "signs"],
+)
+def test_a_huge_signature_header_is_refused_within_fifty_milliseconds(site: Website, header: bytes):
+    begun = time.monotonic()
+    status = site.raw(b"POST", b"/webhooks/sync", b"{}", {b"sync-signature": header})
+
+    assert status in (400, 401, 431)
+    assert time.monotonic() - begun < 0.5  # 50 ms of ours, and a machine that others use
+
+
+def test_a_header_of_a_megabyte_ends_its_connection_and_nothing_else(site: Website):
+    assert site.raw(b"POST", b"/webhooks/sync", b"{}", {b"sync-signature": b"x" * 2**20}) in (400, 401, 431, None)
+    assert site.client.get("/health/live").status_code == 200
+
+
+def test_a_signature_that_is_sent_twice_is_one_of_several_and_not_a_crash(site: Website):
+    sent = webhook()
+    proof = signature(sent.body).encode()
+    status = site.raw(b"POST", b"/webhooks/sync", sent.body, [(b"sync-signature", proof), (b"sync-signature", proof)])
+
+    assert status == 401  # one header in two parts has two times
+
+
+@FUZZ
+@given(body=st.binary(max_size=400) | JSON.map(lambda value: json.dumps(value).encode()))
+def test_no_proven_body_breaks_anything(site: Website, body: bytes):
+    answer = site.post(body)
+
+    assert answer.status_code in (202, 400)
+
+
+@FUZZ
+@given(field=FIELDS, value=JSON)
+def test_no_value_of_any_field_breaks_anything_and_what_is_taken_can_be_read_again(
+    site: Website,
+    field: str,
+    value: Any,  # noqa: ANN401 - any JSON
+):
+    sent = notification(**{field: value})
+    answer = site.post(json.dumps(sent).encode())
+
+    assert answer.status_code in (202, 400)
+    if answer.status_code == 202 and answer.json()["state"] != "ignored":
+        record = site.record(answer.json()["id"])
+        assert record.status_code == 200
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b"null",
+        b"[]",
+        b"{}",
+        b"\xef\xbb\xbf{}",
+        b'{"id": "\xff"}',
+        b"[" * 100_000,
+        b'{"id":"x","status":"COMPLETED","input":' + b"[" * 100_000 + b"]" * 100_000 + b"}",
+        b'{"id":"x","status":"COMPLETED","outputDuration":1e999}',
+        b'{"id":"x","status":"COMPLETED","outputDuration":NaN}',
+        b'{"id":"x","status":"COMPLETED","outputDuration":' + b"9" * 5000 + b"}",
+        b'{"id":"x","status":"COMPLETED"} trailing',
+        b'{"id":"x","status":"COMPLETED","id":"y"}',
+        b'{"id":"x","status":"FAILED","status":"COMPLETED"}',
+        b'{"id":"x","\\u0069d":"y","status":"COMPLETED"}',
+        b'{"id":"\\ud800","status":"COMPLETED"}',
+        b'{"id":"\\u0000","status":"COMPLETED"}',
+        b'{"id":"","status":"COMPLETED"}',
+        b'{"id":"..","status":"COMPLETED"}',
+        b'{"id":"a\\nb","status":"COMPLETED"}',
+        json.dumps({"id": "x" * 10_000, "status": "COMPLETED"}).encode(),
+        '{"id":"x","status":"COMPLETED"}'.encode("utf-16"),
+    ],
+    ids=range(22),
+)
+def test_what_two_readers_could_take_for_two_things_is_refused(site: Website, body: bytes):
+    before = site.count()
+
+    assert site.post(body).status_code == 400
+    assert site.count() == before
+
+
+@FUZZ
+@given(generation_id=st.text(max_size=300))
+def test_an_id_is_refused_or_taken_as_it_is(site: Website, generation_id: str):
+    raw = json.dumps(notification(id=generation_id)).encode()
+    answer = site.post(raw)
+
+    assert answer.status_code in (202, 400)
+    if answer.status_code == 202:
+        assert answer.json()["id"] == generation_id
+        assert generation_id not in ("", ".", "..")
+        if "/" not in generation_id:
+            assert site.record(generation_id).json()["id"] == generation_id
+
+
+@pytest.mark.parametrize("status", ["PENDING", "PROCESSING", "COMPLETED_BUT_NEW", "completed", "ARCHIVED"])
+def test_a_status_that_is_not_terminal_or_not_known_makes_no_record(site: Website, status: str):
+    before = site.count()
+    answer = site.post(json.dumps(notification(status=status, isNew={"yes": [1]})).encode())
+
+    assert (answer.status_code, answer.json()["state"]) == (202, "ignored")
+    assert site.count() == before
+
+
+def test_a_running_that_arrives_after_the_end_leaves_the_record_scheduled(site: Website):
+    done = notification()
+    assert site.post(json.dumps(done).encode()).json()["state"] == "scheduled"
+    assert site.post(json.dumps(done | {"status": "PROCESSING"}).encode()).json()["state"] == "ignored"
+
+    assert site.record(str(done["id"])).json()["state"] == "scheduled"
+
+
+def test_another_end_keeps_the_first_and_never_shortens_the_time(site: Website):
+    first = notification(webhookUrl="https://hooks.example.com/webhooks/sync?ttl=72h")
+    due_at = site.post(json.dumps(first).encode()).json()["dueAt"]
+    again = first | {"status": "FAILED", "webhookUrl": "https://hooks.example.com/webhooks/sync?ttl=1h"}
+    answer = site.post(json.dumps(again).encode())
+
+    record = site.record(str(first["id"])).json()
+    assert answer.status_code == 202
+    assert (record["status"], record["dueAt"]) == ("COMPLETED", due_at)
+    assert site.metric("mayfly_conflicts_total") >= 1
+
+
+def test_a_webhook_that_is_sent_again_days_later_with_a_fresh_signature_is_known(site: Website):
+    sent = notification()
+    raw = json.dumps(sent).encode()
+    assert site.post(raw).status_code == 202
+    before = site.count()
+
+    assert site.post(raw).status_code == 202
+    assert site.count() == before
+
+
+@pytest.mark.parametrize("method", ["GET", "PUT", "PATCH", "DELETE", "HEAD", "OPTIONS", "TRACE"])
+def test_another_method_is_405(site: Website, method: str):
+    assert site.client.request(method, "/webhooks/sync").status_code in (405, 204 if method == "OPTIONS" else 405)
+
+
+@FUZZ
+@given(path=st.text(max_size=60))
+def test_no_path_breaks_anything(site: Website, path: str):
+    status = site.raw(b"GET", b"/" + quote(path).encode(), b"", {})
+
+    assert status is not None
+    assert status < 500
+
+
+@FUZZ
+@given(line=st.binary(max_size=200))
+def test_no_bytes_on_the_socket_break_anything(site: Website, line: bytes):
+    with socket.create_connection(("127.0.0.1", site.port), timeout=5) as connection:
+        connection.sendall(line + b"\r\n\r\n")
+        connection.shutdown(socket.SHUT_WR)
+        answer = connection.makefile("rb").readline()
+
+    assert not answer.startswith(b"HTTP/1.1 5")
+
+
+def test_after_all_that_it_is_well(site: Website):
+    answer = site.client.get("/api/records", headers={"authorization": f"Bearer {TOKEN}"}, params={"limit": 500})
+
+    assert answer.status_code == 200
+    assert site.process.exit_code is None
+    assert site.process.events("request.crashed") == []
+    assert isinstance(site.client, httpx.Client)

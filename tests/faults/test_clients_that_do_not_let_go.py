@@ -1,0 +1,100 @@
+"""Rows 41 and 42: slow, silent and greedy senders beside one good one, and bodies without end."""
+
+import contextlib
+import socket
+import time
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+
+from tests.faults.website import Website, website
+from tests.support.webhooks import webhook
+
+STUCK = 200
+HEAD = b"POST /webhooks/sync HTTP/1.1\r\nhost: mayfly\r\ncontent-type: application/json\r\nsync-signature: t=1,v1=a\r\n"
+MEGABYTE = b"x" * 2**20
+
+
+@pytest.fixture
+def site(nursery: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Website]:  # noqa: ANN401
+    """A web side of its own."""
+    with website(nursery, tmp_path_factory.mktemp("slow")) as site:
+        yield site
+
+
+@contextlib.contextmanager
+def connections(site: Website, number: int) -> Iterator[list[socket.socket]]:
+    """Open so many connections."""
+    with contextlib.ExitStack() as stack:
+        yield [
+            stack.enter_context(socket.create_connection(("127.0.0.1", site.port), timeout=5)) for _ in range(number)
+        ]
+
+
+def test_two_hundred_stuck_senders_are_ended_and_do_not_slow_a_good_one(site: Website):
+    parts = [b"", b"POST /webhooks/sync HT", HEAD, HEAD + b"content-length: 1000\r\n\r\n{", b"GET / HTTP/1.1\r\nx"]
+    with connections(site, STUCK) as stuck:
+        for index, connection in enumerate(stuck):
+            connection.sendall(parts[index % len(parts)])
+        begun = time.monotonic()
+        waits = []
+        open_still = set(stuck)
+        while open_still and time.monotonic() - begun < 30:
+            sent_at = time.monotonic()
+            sent = webhook()
+            assert site.client.post("/webhooks/sync", content=sent.body, headers=sent.headers).status_code == 202
+            waits.append(time.monotonic() - sent_at)
+            for index, connection in enumerate(stuck):
+                if connection in open_still and is_closed(connection, drip=index % 2 == 0):
+                    open_still.discard(connection)
+            time.sleep(0.5)
+
+    assert not open_still
+    assert max(waits) < 1
+    assert site.process.exit_code is None
+
+
+@pytest.mark.parametrize("is_chunked", [False, True], ids=["by length", "in chunks"])
+def test_a_body_without_end_is_413_or_cut_off_and_memory_stays_flat(site: Website, *, is_chunked: bool):
+    assert site.client.get("/health/live").status_code == 200
+    before = site.process.resident_megabytes
+    for _ in range(3):
+        head = HEAD + (b"transfer-encoding: chunked\r\n\r\n" if is_chunked else b"content-length: 104857600\r\n\r\n")
+        piece = b"100000\r\n" + MEGABYTE + b"\r\n" if is_chunked else MEGABYTE
+        with socket.create_connection(("127.0.0.1", site.port), timeout=5) as connection:
+            with contextlib.suppress(OSError):
+                connection.sendall(head)
+                for _ in range(100):
+                    connection.sendall(piece)
+            with contextlib.suppress(OSError):
+                answer = connection.recv(64)
+                assert answer == b"" or answer.startswith(b"HTTP/1.1 413")
+
+    assert site.process.resident_megabytes - before < 25
+    assert site.count() == 0
+
+
+def test_a_gzip_bomb_is_what_its_bytes_are_and_nothing_is_unpacked(site: Website):
+    before = site.process.resident_megabytes
+    bomb = b"\x1f\x8b\x08" + b"\x00" * 100_000
+    headers = webhook(bomb).headers | {"content-encoding": "gzip"}
+
+    assert site.client.post("/webhooks/sync", content=bomb, headers=headers).status_code in (400, 415)
+    assert site.process.resident_megabytes - before < 10
+
+
+def is_closed(connection: socket.socket, *, drip: bool) -> bool:
+    """Whether the other side has ended *connection*; a *drip* of one byte must not keep it open."""
+    connection.settimeout(0)
+    try:
+        if drip:
+            connection.send(b"x")
+        while data := connection.recv(4096):
+            if not data:
+                break
+    except BlockingIOError:
+        return False
+    except OSError:
+        return True
+    return True

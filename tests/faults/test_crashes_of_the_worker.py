@@ -1,0 +1,173 @@
+"""Rows 14 to 20 and 27: a worker that dies, is stopped or sleeps at an exact step of a deletion."""
+
+import asyncio
+import signal
+
+import pytest
+
+from service.simulator import Generation, Operation
+from tests.faults.processes import Process
+from tests.faults.system import System, on_both, overdue
+from tests.support.waiting import eventually
+
+
+async def begun(system: System, **faults: list[str]) -> tuple[Generation, Process]:
+    """Start both sides and bring one deletion to the gate that *faults* hold."""
+    worker, _ = await system.worker(), await system.api()
+    generation = await system.accepted(system.generation(**faults))
+    await system.held(generation)
+    return generation, worker
+
+
+async def succeeded(system: System, generation: Generation) -> None:
+    """Open the gate, end the dead worker's lease, start another one and let it come to the end."""
+    system.simulator.release(generation.id)
+    await system.expire_leases()
+    await system.worker()
+    await system.drain()
+
+
+@on_both
+async def test_a_worker_killed_before_its_get_is_succeeded_by_another_attempt(system: System):
+    generation, worker = await begun(system, get=["hold"])
+    await worker.kill()
+    await succeeded(system, generation)
+
+    row = await system.row(generation)
+    assert (row.state, row.attempts) == ("deleted", 2)
+    assert len(system.calls(generation)) == 1
+    assert not (await system.judged()).all
+
+
+@on_both
+async def test_a_worker_killed_before_the_copy_is_committed_has_sent_no_delete(system: System):
+    generation, worker = await begun(system, get=["hold"])
+    async with system.ledger.lock():
+        system.simulator.release(generation.id)
+        await asyncio.sleep(0.3)  # the GET is answered, and the copy waits at the lock
+        await worker.kill()
+    assert (await system.row(generation)).copied_at is None
+    assert system.calls(generation) == []
+    await succeeded(system, generation)
+
+    assert len(system.calls(generation, Operation.GET)) == 2
+    assert len(system.calls(generation)) == 1
+    assert not (await system.judged()).all
+
+
+async def test_a_worker_killed_after_the_copy_and_before_its_delete_leaves_one_delete_to_the_next(system: System):
+    generation, worker = await begun(system, delete=["hold:effect=0"])
+    assert (await system.row(generation)).copied_at is not None
+    await worker.kill()
+    assert generation.id in system.simulator.generations
+    await succeeded(system, generation)
+
+    assert (await system.row(generation)).outcome == "deleted"
+    assert not (await system.judged()).all
+
+
+@on_both
+async def test_a_delete_whose_answer_the_killed_worker_never_read_is_settled_by_a_404(system: System):
+    generation, worker = await begun(system, delete=["hold-after"])
+    assert generation.id in system.simulator.removed
+    await worker.kill()
+    await succeeded(system, generation)
+
+    row = await system.row(generation)
+    assert (row.state, row.outcome) == ("deleted", "already_gone")
+    assert row.copy is not None
+    assert not (await system.judged()).all
+
+
+@on_both
+async def test_a_delete_whose_last_commit_the_killed_worker_never_made_is_settled_by_a_404(system: System):
+    generation, worker = await begun(system, delete=["hold-after"])
+    async with system.ledger.lock():
+        system.simulator.release(generation.id)
+        await asyncio.sleep(0.3)  # the answer is read, and the settlement waits at the lock
+        await worker.kill()
+    assert (await system.row(generation)).state == "deleting"
+    await succeeded(system, generation)
+
+    assert (await system.row(generation)).outcome == "already_gone"
+    assert not (await system.judged()).all
+
+
+async def test_sigterm_during_a_delete_lets_it_finish_and_exits_0(system: System):
+    generation, worker = await begun(system, delete=["hold-after"])
+    worker.send(signal.SIGTERM)
+    await asyncio.sleep(0.5)
+    assert worker.exit_code is None
+    system.simulator.release(generation.id)
+
+    assert await worker.ended(10) == 0
+    row = await system.row(generation)
+    assert (row.state, row.outcome, row.attempts) == ("deleted", "deleted", 1)
+    assert len(system.calls(generation)) == 1
+
+
+async def test_sigterm_returns_what_was_claimed_and_not_begun(system: System):
+    worker, _ = await system.worker(MAYFLY_CONCURRENCY="1"), await system.api()
+    generations = [system.generation(get=["hold"]) for _ in range(6)]
+    await asyncio.gather(*map(system.accepted, generations))
+    await eventually(lambda: list(system.simulator.gates.waiting))
+    worker.send(signal.SIGTERM)
+    async with asyncio.timeout(10):
+        while worker.exit_code is None:
+            for generation_id in list(system.simulator.gates.waiting):
+                system.simulator.release(generation_id)
+            await asyncio.sleep(0.1)
+
+    assert worker.exit_code == 0
+    assert {row.state for row in await system.ledger.rows()} == {"deleted", "scheduled"}
+
+
+async def test_ten_crashes_during_one_record_do_not_give_it_up(system: System):
+    await system.api()
+    generation = await system.accepted(system.generation(get=["hold*10"]))
+    for _ in range(10):
+        worker = await system.worker()
+        await system.held(generation)
+        await worker.kill()
+        system.simulator.release(generation.id)
+        await system.expire_leases()
+    await system.worker()
+    await system.drain()
+
+    row = await system.row(generation)
+    assert (row.state, row.attempts) == ("deleted", 11)
+    assert not (await system.judged()).all
+
+
+@pytest.mark.parametrize("step", ["get", "delete"])
+async def test_a_worker_that_slept_past_its_lease_cannot_write_over_its_successor(either_system: System, step: str):
+    system = either_system
+    sleeper, _ = await system.worker(), await system.api()
+    generation = system.generation(**{step: ["hold-after" if step == "delete" else "hold"]})
+    await system.accepted(generation)
+    await system.held(generation)
+    sleeper.send(signal.SIGSTOP)
+    await system.expire_leases()
+    await system.worker()
+    row = await system.until(generation, "deleted")
+    system.simulator.release(generation.id)
+    sleeper.send(signal.SIGCONT)
+    await sleeper.logged("cleanup.lease_lost", seconds=10)
+
+    assert await system.row(generation) == row
+    assert sleeper.exit_code is None
+    assert not (await system.judged()).all
+
+
+@on_both
+async def test_two_workers_and_twenty_bells_make_one_get_and_one_delete(system: System):
+    await asyncio.gather(system.worker(), system.worker(), system.api())
+    generations = [await system.accepted(system.generation()) for _ in range(5)]
+    await overdue(system, generations[-1])
+    await system.ring(times=20)
+    await system.drain()
+
+    for generation in generations:
+        assert len(system.calls(generation, Operation.GET)) == 1
+        assert len(system.calls(generation)) == 1
+    assert not (await system.judged()).all

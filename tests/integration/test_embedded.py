@@ -1,0 +1,125 @@
+"""The embedded Redis is private, belongs to one process at a time, and keeps its jobs over any end."""
+
+import os
+import stat
+from pathlib import Path
+
+import psutil
+import pytest
+import redis.asyncio as redis
+
+from service import embedded
+from service.embedded import EmbeddedRedisError, embedded_redis, find_server, prepare_data_dir
+from service.settings import Secret
+
+
+@pytest.fixture
+def data_dir(tmp_path):
+    folder = tmp_path / "data"
+    prepare_data_dir(folder)
+    return folder
+
+
+def mode_of(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+async def ask(url, command):
+    async with redis.Redis.from_url(url.reveal()) as client:
+        return await client.execute_command(*command.split())
+
+
+async def test_it_answers_on_a_socket_that_is_ours_alone_and_on_no_port(data_dir):
+    async with embedded_redis(data_dir) as url:
+        socket = Path(url.reveal().removeprefix("unix://"))
+        ports = await ask(url, "CONFIG GET port")
+
+        assert await ask(url, "PING")
+        assert mode_of(socket) == 0o600
+        assert ports == [b"port", b"0"]
+    assert mode_of(data_dir) == 0o700
+    assert mode_of(data_dir / "redis") == 0o700
+
+
+async def test_a_data_directory_that_others_could_read_is_closed(tmp_path):
+    folder = tmp_path / "open"
+    folder.mkdir(mode=0o755)
+    prepare_data_dir(folder)
+
+    assert mode_of(folder) == 0o700
+
+
+async def test_it_keeps_everything_and_drops_nothing(data_dir):
+    async with embedded_redis(data_dir) as url:
+        info = await ask(url, "INFO")
+
+    assert info["aof_enabled"] == 1
+    assert info["maxmemory_policy"] == "noeviction"
+
+
+async def test_it_ends_with_its_owner_and_has_its_jobs_again_at_the_next_start(data_dir):
+    async with embedded_redis(data_dir) as url:
+        await ask(url, "SET job 1")
+        pid = (await ask(url, "INFO"))["process_id"]
+    assert not psutil.pid_exists(pid)
+
+    async with embedded_redis(data_dir) as url:
+        assert await ask(url, "GET job") == b"1"
+
+
+async def test_a_second_process_joins_the_first_and_leaves_it_running(data_dir):
+    async with embedded_redis(data_dir) as first:
+        async with embedded_redis(data_dir) as second:
+            assert second == first
+            assert await ask(second, "SET job 1")
+        assert await ask(first, "GET job") == b"1"
+
+
+async def test_one_left_behind_by_an_owner_that_was_killed_is_replaced_with_its_jobs(data_dir):
+    folder = data_dir / "redis"
+    folder.mkdir(mode=0o700)
+    orphan = await embedded._start(folder, folder / "redis.sock")
+    url = Secret(f"unix://{folder / 'redis.sock'}")
+    await embedded._wait_until_ready(orphan, url, folder)
+    await ask(url, "SET job 1")
+
+    async with embedded_redis(data_dir) as again:
+        pid = (await ask(again, "INFO"))["process_id"]
+        job = await ask(again, "GET job")
+    await orphan.wait()
+
+    assert pid != orphan.pid
+    assert job == b"1"
+
+
+async def test_a_data_directory_with_a_long_path_has_its_socket_elsewhere_and_always_in_the_same_place(tmp_path):
+    folder = tmp_path / ("x" * 120)
+    prepare_data_dir(folder)
+    async with embedded_redis(folder) as url:
+        socket = Path(url.reveal().removeprefix("unix://"))
+        assert await ask(url, "PING")
+        assert len(os.fsencode(socket)) <= 100
+        assert mode_of(socket.parent) == 0o700
+    async with embedded_redis(folder) as again:
+        assert again == url
+    socket.parent.rmdir()
+
+
+async def test_one_that_cannot_start_says_where_to_look(data_dir, monkeypatch):
+    monkeypatch.setattr(embedded, "find_server", lambda: "/bin/false")
+
+    with pytest.raises(EmbeddedRedisError, match=r"did not start: see .*redis\.log"):
+        async with embedded_redis(data_dir):
+            pass
+
+
+def test_the_server_that_comes_along_is_found():
+    assert os.access(find_server(), os.X_OK)
+
+
+def test_without_any_server_it_says_what_to_install(monkeypatch):
+    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setenv("PATH", "")
+
+    with pytest.raises(EmbeddedRedisError, match="install Redis or Valkey, or set MAYFLY_REDIS_URL"):
+        find_server()

@@ -1,0 +1,204 @@
+"""What the outside sees: alive, ready with the parts that fail, numbers, and the description of the routes."""
+
+import asyncio
+from datetime import UTC, datetime, timedelta
+from functools import partial
+
+import pytest
+from prometheus_client.parser import text_string_to_metric_families
+from sqlalchemy import URL, text
+
+from service import queue
+from service.app import make_app
+from service.ledger import pausing
+from service.ledger.database import open_database
+from service.ledger.pausing import Kind, Pause
+from service.serving import serving
+from service.settings import Secret
+from tests.conftest import http_client
+from tests.support.ledger import HOUR, claim, confirmed, given_up, settle, store
+from tests.support.waiting import eventually
+from tests.support.webhooks import webhook
+
+
+@pytest.fixture
+def serve(settings, metrics):
+    """Serve the application over what may not be there."""
+
+    def client_of(database, pool):
+        app = make_app(settings(), database, pool, metrics)
+        return serving(app, "127.0.0.1", 0)
+
+    return client_of
+
+
+async def numbers_of(client):
+    """Return the samples of /metrics by name and labels."""
+    answer = await client.get("/metrics")
+    assert answer.headers["content-type"].startswith("text/plain")
+    families = text_string_to_metric_families(answer.text)
+    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
+
+
+async def test_alive_and_ready_with_all_parts_well(app_client):
+    async def well():
+        answer = await app_client.get("/health/ready")
+        return answer if answer.status_code == 200 else None
+
+    live = await app_client.get("/health/live")
+    ready = await eventually(well)  # a busy machine may need more than a second for the first connection
+
+    assert (live.status_code, live.json()["status"]) == (200, "ok")
+    assert ready.json() == {
+        "status": "ok",
+        "parts": {"ledger": {"status": "ok"}, "redis": {"status": "ok"}, "deletions": {"status": "ok"}},
+    }
+
+
+async def test_a_redis_that_is_away_degrades_and_is_named(serve, sqlite_database, tmp_path):
+    pool = queue.connect(Secret(f"unix://{tmp_path}/none.sock"), retries=0)
+    async with serve(sqlite_database, pool) as port, http_client(f"http://127.0.0.1:{port}") as client:
+        answer = await client.get("/health/ready")
+    await pool.aclose(close_connection_pool=True)
+
+    assert (answer.status_code, answer.json()["status"]) == (200, "degraded")
+    assert answer.json()["parts"]["redis"]["status"] == "failing"
+    assert "Redis does not answer" in answer.json()["parts"]["redis"]["detail"]
+
+
+@pytest.mark.parametrize(
+    "url",
+    [
+        URL.create("postgresql", "mayfly", "verysecret", "127.0.0.1", 1, "mayfly"),
+        URL.create("sqlite", database="/nowhere/verysecret.db"),
+    ],
+    ids=["postgresql", "sqlite"],
+)
+async def test_a_ledger_that_is_away_is_503_and_named_and_the_process_still_lives(serve, pool, url):
+    async with (
+        open_database(url) as database,
+        serve(database, pool) as port,
+        http_client(f"http://127.0.0.1:{port}") as client,
+    ):
+        ready = await client.get("/health/ready")
+        live = await client.get("/health/live")
+        sent = webhook()
+        taken = await client.post("/webhooks/sync", content=sent.body, headers=sent.headers)
+        numbers = await numbers_of(client)
+
+    assert (ready.status_code, ready.json()["status"]) == (503, "failing")
+    assert ready.json()["parts"]["ledger"]["status"] == "failing"
+    assert "verysecret" not in ready.text + taken.text
+    assert (live.status_code, taken.status_code) == (200, 503)
+    assert numbers["mayfly_ledger_up",] == 0
+
+
+async def test_tables_of_another_release_are_503_with_what_to_do(app_client, database):
+    await database.write(lambda connection: connection.execute(text("UPDATE alembic_version SET version_num = '0000'")))
+    answer = await app_client.get("/health/ready")
+
+    assert answer.status_code == 503
+    assert "run mayfly migrate" in answer.json()["parts"]["ledger"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("kind", "advice"),
+    [
+        (Kind.OPERATOR, "mayfly resume ends it"),
+        (Kind.UNAUTHORIZED, "see to SYNC_API_KEY"),
+        (Kind.DAILY_LIMIT, "MAYFLY_MAX_DELETES_PER_DAY is reached"),
+    ],
+)
+async def test_a_pause_degrades_and_says_who_why_and_what_ends_it(sqlite_database, open_client, kind, advice):
+    since = datetime(2026, 11, 23, 12, tzinfo=UTC)
+    wanted = Pause(kind, since, "a person", "moving house", since + timedelta(days=999))
+    await sqlite_database.write(partial(pausing.pause, wanted=wanted))
+    async with open_client(sqlite_database) as client:
+        answer = await client.get("/health/ready")
+        numbers = await numbers_of(client)
+
+    part = answer.json()["parts"]["deletions"]
+    assert (answer.status_code, answer.json()["status"], part["status"]) == (200, "degraded", "paused")
+    assert part["detail"].startswith("since 2026-11-23 12:00:00 UTC by a person: moving house; ")
+    assert advice in part["detail"]
+    assert {one: numbers["mayfly_pauses", one] for one in Kind} == {one: float(one is kind) for one in Kind}
+
+
+async def test_the_numbers_of_the_ledger_are_in_the_metrics(app_client, database):
+    await store(database, due_in=-HOUR)
+    await store(database, due_in=-2 * HOUR)
+    await settle(database, given_up((await claim(database, limit=1))[0]))
+    await store(database, due_in=HOUR)
+    await store(database, due_in=None)
+    numbers = await numbers_of(app_client)
+
+    assert numbers["mayfly_ledger_up",] == 1
+    assert numbers["mayfly_due_records",] == 1
+    assert numbers["mayfly_failed_records",] == 1
+    assert 3590 < numbers["mayfly_oldest_overdue_seconds",] < 3700
+
+
+async def test_a_record_that_a_worker_is_at_is_not_overdue(sqlite_database, open_client):
+    await store(sqlite_database)
+    items = await claim(sqlite_database)
+    async with open_client(sqlite_database) as client:
+        during = await numbers_of(client)
+        await settle(sqlite_database, *(confirmed(item) for item in items))
+        after = await numbers_of(client)
+
+    assert during["mayfly_oldest_overdue_seconds",] == during["mayfly_due_records",] == 0
+    assert after["mayfly_oldest_overdue_seconds",] == 0
+
+
+async def test_webhooks_are_counted_by_how_they_were_answered(sqlite_database, open_client):
+    known, running = webhook(), webhook(status="PROCESSING")
+    broken, forged = webhook(b"{}"), webhook(secret="whsec_of_somebody_else_entirely")
+    async with open_client(sqlite_database) as client:
+        for sent in (known, known, running, broken, forged):
+            await client.post("/webhooks/sync", content=sent.body, headers=sent.headers)
+        numbers = await numbers_of(client)
+
+    answers = ("stored", "known", "ignored", "malformed", "refused")
+    assert [numbers["mayfly_webhooks_total", answer] for answer in answers] == [1, 1, 1, 1, 1]
+    assert numbers["mayfly_signatures_refused_total", "mismatch"] == 1
+
+
+async def test_another_body_for_a_known_generation_is_counted(sqlite_database, open_client):
+    async with open_client(sqlite_database) as client:
+        for sent in (webhook(id="g1"), webhook(id="g1", error="another")):
+            await client.post("/webhooks/sync", content=sent.body, headers=sent.headers)
+        numbers = await numbers_of(client)
+
+    assert numbers["mayfly_conflicts_total",] == 1
+
+
+async def test_the_description_has_every_route_and_says_what_needs_the_token(sqlite_database, open_client):
+    async with open_client(sqlite_database) as client:
+        described = (await client.get("/schema/openapi.json")).json()
+
+    assert {"/webhooks/sync", "/health/live", "/health/ready", "/metrics", "/api/records"} <= described["paths"].keys()
+    assert described["paths"]["/api/records"]["get"]["security"] == [{"bearer": []}]
+    assert described["paths"]["/webhooks/sync"]["post"]["responses"].keys() >= {
+        "202",
+        "400",
+        "401",
+        "413",
+        "415",
+        "503",
+    }
+
+
+async def test_a_path_that_is_not_there_is_a_problem_and_no_crash(sqlite_database, open_client):
+    paths = ["/", "/nowhere", "/webhooks", "/webhooks/sync/", "/api", "/%00", "/..%2f..%2fetc"]
+    async with open_client(sqlite_database) as client:
+        statuses = {path: (await client.get(path)).status_code for path in paths}
+
+    assert set(statuses.values()) <= {401, 403, 404, 405}
+
+
+async def test_no_answer_names_the_server_or_may_be_kept_by_a_cache(sqlite_database, open_client):
+    async with open_client(sqlite_database) as client:
+        answers = await asyncio.gather(*(client.get(path) for path in ("/health/live", "/metrics", "/nowhere")))
+
+    assert all("server" not in answer.headers for answer in answers)
+    assert [answer.headers.get("cache-control") for answer in answers[:2]] == ["no-store", "no-store"]

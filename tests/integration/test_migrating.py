@@ -1,0 +1,143 @@
+"""The migrations make the tables that the code believes in, once, whoever runs them and how often."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from pathlib import Path
+
+import pytest
+from alembic.autogenerate import compare_metadata
+from alembic.migration import MigrationContext
+from alembic.script import ScriptDirectory
+from sqlalchemy import URL, inspect, text
+
+from service.ledger import migrating, schema
+from service.ledger.database import LedgerUnavailableError, open_database
+from service.ledger.migrating import SchemaError
+
+FOLDER = Path(migrating.__file__).parent / "migrations"
+
+
+@pytest.fixture(params=["sqlite", "postgresql"])
+def empty_url(request, tmp_path):
+    """A database without tables."""
+    if request.param == "sqlite":
+        return URL.create("sqlite", database=str(tmp_path / "empty.db"))
+    return request.getfixturevalue("empty_postgres_url")
+
+
+@pytest.fixture
+async def empty_postgres_url(postgres):
+    url = await postgres.empty()
+    yield url
+    await postgres.drop(url)
+
+
+@pytest.fixture
+async def empty(empty_url):
+    async with open_database(empty_url) as database:
+        yield database
+
+
+async def set_revision(database, revision):
+    statement = text("UPDATE alembic_version SET version_num = :revision")
+    await database.write(lambda connection: connection.execute(statement, {"revision": revision}))
+
+
+async def test_the_migrations_lead_from_nothing_to_the_tables_of_the_code(empty):
+    assert await empty.write(migrating.migrate) == (None, migrating.HEAD)
+
+    def differences(connection):
+        context = MigrationContext.configure(connection, opts={"compare_type": True})
+        return compare_metadata(context, schema.metadata)
+
+    assert await empty.read(differences) == []
+
+
+async def test_the_indexes_are_those_of_the_code_with_their_conditions(empty):
+    await empty.write(migrating.migrate)
+    found = await empty.read(
+        lambda connection: {index["name"]: index for index in inspect(connection).get_indexes("records")}
+    )
+
+    assert found.keys() == {index.name for index in schema.records.indexes}
+    assert found["records_account_id"]["unique"]
+
+
+def test_the_head_that_the_code_knows_is_that_of_the_folder():
+    assert ScriptDirectory(str(FOLDER)).get_current_head() == migrating.HEAD
+
+
+async def test_migrating_again_changes_nothing(empty):
+    await empty.write(migrating.migrate)
+
+    assert await empty.write(migrating.migrate) == (migrating.HEAD, migrating.HEAD)
+
+
+async def test_two_that_migrate_at_once_wait_for_each_other(empty_url):
+    @asynccontextmanager
+    async def pair():
+        async with open_database(empty_url) as one, open_database(empty_url) as other:
+            yield one, other
+
+    async with pair() as databases:
+        results = await asyncio.gather(*(database.write(migrating.migrate) for database in databases))
+
+    assert sorted(before or "" for before, _ in results) == ["", migrating.HEAD]
+
+
+async def test_tables_that_are_not_there_or_old_are_named_with_what_to_do(empty):
+    with pytest.raises(SchemaError, match=r"^the ledger's tables are not there yet, 0\d+ is needed: run mayfly mig"):
+        await empty.read(migrating.check)
+    await empty.write(migrating.migrate)
+    await set_revision(empty, "0000")
+
+    with pytest.raises(SchemaError, match="are 0000, 0"):
+        await empty.read(migrating.check)
+
+
+async def test_the_tables_of_this_release_and_of_a_newer_one_can_be_worked_with(database):
+    await database.read(migrating.check)
+    await set_revision(database, "9999")
+    await database.read(migrating.check)
+
+    assert await database.read(migrating.current) == "9999"
+
+
+async def test_a_newer_releases_tables_are_left_as_they_are(database):
+    await set_revision(database, "9999")
+
+    assert await database.write(migrating.migrate) == ("9999", "9999")
+
+
+async def test_a_migration_that_fails_leaves_nothing_behind(empty):
+    def migrate_and_fail(connection):
+        migrating.migrate(connection)
+        raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        await empty.write(migrate_and_fail)
+    assert await empty.read(lambda connection: inspect(connection).get_table_names()) == []
+
+
+async def test_a_database_that_cannot_be_reached_says_so_without_its_password():
+    url = URL.create("postgresql", "mayfly", "verysecret", "127.0.0.1", 1, "mayfly")
+    async with open_database(url) as database:
+        with pytest.raises(LedgerUnavailableError) as trouble:
+            await database.read(migrating.check)
+
+    assert "verysecret" not in f"{trouble.value} {trouble.value!r}"
+
+
+async def test_a_folder_that_is_not_there_is_a_ledger_that_is_not_available(tmp_path):
+    async with open_database(URL.create("sqlite", database=str(tmp_path / "gone" / "ledger.db"))) as database:
+        with pytest.raises(LedgerUnavailableError, match="unable to open"):
+            await database.read(migrating.check)
+
+
+async def test_sqlite_commits_reach_the_disk(sqlite_database):
+    pragmas = ("journal_mode", "synchronous", "busy_timeout")
+    values = await sqlite_database.write(
+        lambda connection: [connection.scalar(text(f"PRAGMA {pragma}")) for pragma in pragmas]
+    )
+
+    assert values == ["wal", 2, 5000]

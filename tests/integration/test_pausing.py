@@ -1,0 +1,164 @@
+"""While deletions are paused nothing is claimed; a refused key is tried by one record at a time, and ends its pause."""
+
+import asyncio
+from datetime import timedelta
+from functools import partial
+
+from service.ledger import pausing
+from service.ledger.database import open_database
+from service.ledger.pausing import PROBE_EVERY, Kind, Pause
+from service.lifecycle import State
+from service.retention import Verdict
+from tests.support.ledger import (
+    ACTOR,
+    arrival,
+    claim,
+    claim_one,
+    confirmed,
+    deferred,
+    receive,
+    row_of,
+    settle,
+    store,
+    utc_now,
+)
+
+SECOND = timedelta(seconds=1)
+
+
+async def pause(database, kind, *, until=None):
+    wanted = Pause(kind, utc_now(), "a person", "a reason", until)
+    return await database.write(partial(pausing.pause, wanted=wanted))
+
+
+async def kinds(database):
+    return [one.kind for one in await database.read(pausing.find)]
+
+
+async def test_without_a_pause_all_may_be_claimed(database):
+    now = utc_now()
+
+    assert await database.write(partial(pausing.allowance, now=now)) == pausing.UNLIMITED
+
+
+async def test_while_an_operator_paused_nothing_is_claimed_and_everything_once_resumed(database):
+    key = await store(database)
+    await pause(database, Kind.OPERATOR)
+
+    assert await claim(database) == []
+    assert await claim(database, now=utc_now() + timedelta(days=9)) == []
+    assert await database.write(partial(pausing.resume, kinds=[Kind.OPERATOR])) == [Kind.OPERATOR]
+    assert (await claim_one(database)).key == key
+
+
+async def test_a_pause_keeps_its_first_reason_and_ends_once(database):
+    assert await pause(database, Kind.OPERATOR)
+    since = (await database.read(pausing.find))[0].since
+
+    assert not await pause(database, Kind.OPERATOR)
+    assert [one.since for one in await database.read(pausing.find)] == [since]
+    await database.write(partial(pausing.resume, kinds=list(Kind)))
+    assert await database.write(partial(pausing.resume, kinds=list(Kind))) == []
+
+
+async def test_a_refused_key_pauses_all_deletions_and_uses_nothing_up(database):
+    await receive(database, arrival(), arrival())
+    first = (await claim(database, limit=1))[0]
+    await settle(database, deferred(first, verdict=Verdict.UNAUTHORIZED))
+    (found,) = await database.read(pausing.find)
+
+    assert (found.kind, found.actor, found.reason) == (Kind.UNAUTHORIZED, ACTOR, "the API refuses the key")
+    assert await claim(database) == []
+
+
+async def test_one_record_a_minute_tries_a_refused_key_again_and_one_worker_alone_takes_it(database_url):
+    async with open_database(database_url) as one, open_database(database_url) as other:
+        await receive(one, *(arrival() for _ in range(10)))
+        await pause(one, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
+        probes = await asyncio.gather(*(claim(database, limit=5) for database in (one, other) * 5))
+
+        assert sorted(len(claims) for claims in probes) == [0] * 9 + [1]
+        (found,) = await one.read(pausing.find)
+        assert found.until is not None
+        assert timedelta(0) < found.until - utc_now() <= PROBE_EVERY
+
+
+async def test_a_probe_that_gets_through_ends_the_pause_of_the_key(database):
+    await receive(database, arrival(), arrival())
+    await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
+    await settle(database, confirmed(await claim_one(database)))
+
+    assert await kinds(database) == []
+    assert len(await claim(database)) == 1
+
+
+async def test_an_answer_that_any_key_could_get_does_not_end_the_pause_of_the_key(database):
+    await store(database)
+    await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
+    await settle(database, deferred(await claim_one(database), verdict=Verdict.RETRY))
+
+    assert await kinds(database) == [Kind.UNAUTHORIZED]
+
+
+async def test_a_good_key_does_not_end_the_pause_of_a_person(database):
+    await store(database)
+    item = await claim_one(database)
+    await pause(database, Kind.OPERATOR)
+    await settle(database, confirmed(item))
+
+    assert await kinds(database) == [Kind.OPERATOR]
+
+
+async def test_a_person_who_paused_stops_the_probes_too(database):
+    await store(database)
+    await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
+    await pause(database, Kind.OPERATOR)
+
+    assert await claim(database) == []
+
+
+async def test_the_days_limit_ends_by_itself(database):
+    await store(database)
+    await pause(database, Kind.DAILY_LIMIT, until=utc_now() + timedelta(hours=1))
+    assert await claim(database) == []
+
+    await database.write(partial(pausing.resume, kinds=[Kind.DAILY_LIMIT]))
+    await pause(database, Kind.DAILY_LIMIT, until=utc_now() - SECOND)
+    assert len(await claim(database)) == 1
+    assert await kinds(database) == []
+
+
+async def test_workers_that_are_refused_at_the_same_moment_all_write_down_their_attempts(database_url):
+    async with open_database(database_url) as one, open_database(database_url) as other:
+        await receive(one, *(arrival() for _ in range(8)))
+        claims = await claim(one, limit=8)
+        ends = [deferred(item, verdict=Verdict.UNAUTHORIZED) for item in claims]
+        results = await asyncio.gather(
+            *(settle(database, end) for database, end in zip((one, other) * 4, ends, strict=True))
+        )
+        states = {(await row_of(one, item.key)).state for item in claims}
+
+        assert results == [[True]] * 8
+        assert states == {State.SCHEDULED}
+        assert await kinds(one) == [Kind.UNAUTHORIZED]
+
+
+async def test_pausing_twice_at_once_is_one_pause(database_url):
+    async with open_database(database_url) as one, open_database(database_url) as other:
+        results = await asyncio.gather(*(pause(database, Kind.OPERATOR) for database in (one, other) * 4))
+
+        assert sorted(results) == [False] * 7 + [True]
+        assert await kinds(one) == [Kind.OPERATOR]
+
+
+async def test_resuming_while_workers_look_whether_they_may_claim_never_waits_for_them_for_ever(postgres_url):
+    async with open_database(postgres_url) as one, open_database(postgres_url) as other:
+        for _ in range(30):
+            now = utc_now()
+            # The later one is written first.
+            for kind, since in ((Kind.DAILY_LIMIT, now), (Kind.UNAUTHORIZED, now - SECOND)):
+                await one.write(partial(pausing.pause, wanted=Pause(kind, since, "a worker", "a reason", now)))
+            look = other.write(partial(pausing.allowance, now=utc_now()))
+            await asyncio.gather(look, one.write(partial(pausing.resume, kinds=list(Kind))))
+
+            assert await kinds(one) == []

@@ -1,0 +1,230 @@
+"""One record per generation, however often, in whatever order and from wherever it is announced."""
+
+import asyncio
+import json
+from datetime import timedelta
+from functools import partial
+
+import pytest
+
+from service.generation import Key
+from service.ledger import receiving
+from service.ledger.database import ConflictError, open_database
+from service.lifecycle import Move, State
+from tests.support.ledger import (
+    HOUR,
+    arrival,
+    claim_one,
+    confirmed,
+    count,
+    deferred,
+    given_up,
+    moves_of,
+    receive,
+    row_of,
+    settle,
+    store,
+    utc_now,
+)
+
+
+async def test_a_first_announcement_is_scheduled_with_its_body_kept_as_it_came(database):
+    item = arrival(due_in=HOUR, error="Größe ✂", novelty={"a": [1.0]})
+    (receipt,) = await receive(database, item)
+    row = await row_of(database, item.key)
+
+    assert (receipt.state, receipt.due_at, receipt.is_new, receipt.is_moved) == (
+        State.SCHEDULED,
+        item.retention.due_at,
+        True,
+        True,
+    )
+    assert row.notification == item.body
+    assert (row.state, row.status, row.attempts) == (State.SCHEDULED, "COMPLETED", 0)
+    assert row.due_at == row.wake_at == item.retention.due_at
+    assert row.received_at == item.received_at
+    assert (row.rule, row.ttl_seconds) == ("MAYFLY_TTL", 3600)
+    assert row.copied_at is row.deleted_at is row.last_error is row.outcome is None
+    assert await moves_of(database, item.key) == [Move.RECEIVE]
+
+
+async def test_an_announcement_without_a_due_time_is_kept_and_never_wakes_a_worker(database):
+    key = await store(database, due_in=None)
+    row = await row_of(database, key)
+
+    assert row.state == State.KEPT
+    assert row.due_at is row.wake_at is row.ttl_seconds is None
+    assert await moves_of(database, key) == [Move.KEEP]
+
+
+async def test_a_later_announcement_moves_the_due_time_of_a_held_record_and_not_the_hold(database):
+    (held,) = await receive(database, arrival(id="g1", due_in=timedelta(hours=1), hold="legal"))
+
+    (again,) = await receive(database, arrival(id="g1", due_in=timedelta(days=3)))
+    (sooner,) = await receive(database, arrival(id="g1", due_in=timedelta(minutes=1)))
+
+    row = await row_of(database, Key("default", "g1"))
+    assert (held.state, again.state, sooner.state) == (State.HELD, State.HELD, State.HELD)
+    assert row.due_at == again.due_at == sooner.due_at != held.due_at
+    assert (row.hold_reason, row.wake_at) == ("legal", None)
+
+
+async def test_an_announcement_with_a_hold_is_scheduled_and_at_once_held(database):
+    key = await store(database, hold="legal case")
+    row = await row_of(database, key)
+
+    assert (row.state, row.wake_at, row.hold_reason, row.hold_by) == (State.HELD, None, "legal case", "webhook")
+    assert row.due_at is not None
+    assert await moves_of(database, key) == [Move.RECEIVE, Move.HOLD]
+
+
+async def test_the_same_announcement_again_changes_nothing(database):
+    item = arrival(due_in=HOUR)
+    (first,) = await receive(database, item)
+    (second,) = await receive(database, item)
+
+    assert (second.seq, second.state, second.due_at) == (first.seq, first.state, first.due_at)
+    assert (second.is_new, second.is_moved, second.is_conflict) == (False, False, False)
+    assert await moves_of(database, item.key) == [Move.RECEIVE]
+    assert await count(database) == 1
+
+
+async def test_another_body_for_a_known_generation_is_told_and_the_first_is_kept(database):
+    first = arrival(id="g1", status="COMPLETED", due_in=HOUR)
+    await receive(database, first)
+    (receipt,) = await receive(database, arrival(id="g1", status="FAILED", due_in=timedelta(0)))
+    row = await row_of(database, first.key)
+
+    assert receipt.is_conflict
+    assert (row.status, row.notification) == ("COMPLETED", first.body)
+
+
+async def test_of_two_announcements_the_later_due_time_wins(database):
+    await store(database, id="g1", due_in=HOUR)
+    (later,) = await receive(database, arrival(id="g1", due_in=3 * HOUR))
+    (sooner,) = await receive(database, arrival(id="g1", due_in=2 * HOUR))
+    row = await row_of(database, Key("default", "g1"))
+
+    assert (later.is_moved, sooner.is_moved) == (True, False)
+    assert row.due_at == row.wake_at == later.due_at == sooner.due_at
+    assert row.ttl_seconds == 3 * 3600
+    assert await moves_of(database, Key("default", "g1")) == [Move.RECEIVE, Move.RECEIVE]
+
+
+async def test_for_ever_wins_over_any_due_time_and_stays(database):
+    await store(database, id="g1", due_in=HOUR)
+    (kept,) = await receive(database, arrival(id="g1", due_in=None))
+    (after,) = await receive(database, arrival(id="g1", due_in=9 * HOUR))
+    row = await row_of(database, Key("default", "g1"))
+
+    assert (kept.state, kept.is_moved, after.state, after.is_moved) == (State.KEPT, True, State.KEPT, False)
+    assert row.due_at is row.wake_at is None
+    assert await moves_of(database, Key("default", "g1")) == [Move.RECEIVE, Move.KEEP]
+
+
+async def test_a_later_hold_wins_over_a_due_time_which_it_keeps_for_a_release(database):
+    (first,) = await receive(database, arrival(id="g1", due_in=HOUR))
+    (held,) = await receive(database, arrival(id="g1", due_in=timedelta(0), hold="wait"))
+    row = await row_of(database, Key("default", "g1"))
+
+    assert (held.state, held.due_at) == (State.HELD, first.due_at)
+    assert (row.wake_at, row.due_at, row.hold_reason) == (None, first.due_at, "wait")
+
+
+async def test_a_hold_is_not_ended_by_another_announcement(database):
+    key = await store(database, id="g1", hold="wait")
+    await receive(database, arrival(id="g1", due_in=timedelta(0)))
+
+    assert (await row_of(database, key)).state == State.HELD
+
+
+@pytest.mark.parametrize(("end", "state"), [(confirmed, State.DELETED), (given_up, State.FAILED)])
+async def test_an_announcement_after_the_end_changes_nothing(database, end, state):
+    key = await store(database, id="g1")
+    await settle(database, end(await claim_one(database)))
+    (receipt,) = await receive(database, arrival(id="g1", due_in=9 * HOUR, hold="too late"))
+
+    assert (receipt.state, receipt.is_moved) == (state, False)
+    assert (await row_of(database, key)).state == state
+
+
+async def test_an_announcement_while_a_worker_is_at_it_changes_nothing(database):
+    key = await store(database, id="g1")
+    claim = await claim_one(database)
+    (receipt,) = await receive(database, arrival(id="g1", due_in=9 * HOUR))
+
+    assert (receipt.state, receipt.is_moved) == (State.DELETING, False)
+    assert await settle(database, confirmed(claim)) == [True]
+    assert (await row_of(database, key)).state == State.DELETED
+
+
+async def test_an_attempt_that_was_put_off_is_not_made_sooner_by_a_later_due_time(database):
+    key = await store(database, id="g1", due_in=-2 * HOUR)
+    retry_at = utc_now() + 5 * HOUR
+    await settle(database, deferred(await claim_one(database), retry_at=retry_at))
+    (receipt,) = await receive(database, arrival(id="g1", due_in=-HOUR))
+    row = await row_of(database, key)
+
+    assert receipt.is_moved
+    assert (row.due_at, row.wake_at) == (receipt.due_at, retry_at)
+
+
+async def test_a_transaction_with_the_same_generation_several_times_writes_one_record(database):
+    items = [arrival(id="g1", due_in=number * HOUR) for number in (1, 3, 2)]
+    receipts = await receive(database, *items)
+
+    assert [receipt.is_new for receipt in receipts] == [True, False, False]
+    assert len({receipt.seq for receipt in receipts}) == 1
+    assert (await row_of(database, items[0].key)).due_at == items[1].retention.due_at
+    assert await count(database) == 1
+
+
+async def test_the_same_id_in_two_accounts_is_two_records(database):
+    one = arrival(id="g1")
+    other = receiving.Arrival(Key("other", "g1"), one.generation, one.body, one.retention, one.received_at)
+    await receive(database, one, other)
+
+    assert await count(database) == 2
+
+
+async def test_the_insert_that_looks_nothing_up_refuses_a_known_generation_as_a_whole(database):
+    await store(database, id="g1")
+
+    with pytest.raises(ConflictError):
+        await database.write(partial(receiving.insert, arrivals=[arrival(id="g2"), arrival(id="g1")]))
+    assert await count(database) == 1
+
+
+async def write_as_the_web_side_does(database, arrivals):
+    for function in (receiving.insert, receiving.receive, receiving.receive):
+        try:
+            return await database.write(partial(function, arrivals=arrivals))
+        except ConflictError:
+            continue
+    raise AssertionError("it kept being second")
+
+
+async def test_two_processes_that_write_the_same_generations_in_any_order_end_with_one_record_each(database_url):
+    async with open_database(database_url) as one, open_database(database_url) as other:
+        for number in range(5):
+            arrivals = [arrival(id=f"g{number}-{index}", due_in=HOUR) for index in range(40)]
+            orders = [arrivals, arrivals[::-1], arrivals[20:] + arrivals[:20]]
+            writes = [write_as_the_web_side_does(*pair) for pair in zip((one, other, one), orders, strict=True)]
+            results = await asyncio.gather(*writes)
+
+            assert sum(receipt.is_new for receipts in results for receipt in receipts) == 40
+        assert await count(one) == 200
+
+
+@pytest.mark.parametrize("generation_id", ["a/../b ü?#%2F", "'; drop table records; --", "Ä" * 255, "%", "🪰"])
+async def test_any_id_finds_its_record(database, generation_id):
+    key = await store(database, id=generation_id)
+
+    assert (await row_of(database, key)).id == generation_id
+
+
+async def test_texts_of_any_length_and_script_survive(database):
+    item = arrival(error="🪰" * 10_000, input=[{"script": "ünïcödé \u2028"}])
+    await receive(database, item)
+
+    assert json.loads((await row_of(database, item.key)).notification) == json.loads(item.body)

@@ -1,0 +1,391 @@
+"""Reading records needs the token; pages and filters show what there is, newest first, in sync.so's own names."""
+
+import json
+from dataclasses import replace
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from service.generation import Key
+from service.ledger.receiving import Arrival
+from tests.conftest import API_TOKEN
+from tests.support.ledger import (
+    HOUR,
+    arrival,
+    claim,
+    claim_one,
+    confirmed,
+    copy,
+    deferred,
+    receive,
+    row_of,
+    settle,
+    store,
+    utc_now,
+)
+
+BEARER = {"Authorization": f"Bearer {API_TOKEN}"}
+PROJECT = "612bb64a-e7f4-40c1-977b-3e9797845637"
+
+
+@pytest.fixture
+async def client(app_client):
+    """A client with the operator's token: the test runs once on each kind of database."""
+    app_client.headers.update(BEARER)
+    return app_client
+
+
+@pytest.fixture
+async def sqlite_client(sqlite_database, open_client):
+    """The same over SQLite alone."""
+    async with open_client(sqlite_database) as client:
+        client.headers.update(BEARER)
+        yield client
+
+
+async def ids_of(client, **params):
+    answer = await client.get("/api/records", params=params)
+    assert answer.status_code == 200
+    return [item["id"] for item in answer.json()["items"]]
+
+
+# Who may ask
+
+
+async def test_without_the_token_nothing_is_shown(sqlite_database, open_client):
+    headers = [None, "", "Bearer", "Bearer wrong", f"Basic {API_TOKEN}", API_TOKEN, "Bearer \xff"]
+    async with open_client(sqlite_database) as client:
+        answers = [
+            await client.get(path, headers={} if header is None else {"Authorization": header.encode("latin-1")})
+            for path in ("/api/records", "/api/records/g1", "/api/stats")
+            for header in headers
+        ]
+
+    assert {answer.status_code for answer in answers} == {401}
+    assert {answer.headers["www-authenticate"] for answer in answers} == {"Bearer"}
+    assert {answer.headers["content-type"] for answer in answers} == {"application/problem+json"}
+
+
+async def test_with_no_token_set_the_operator_api_is_closed_to_all(sqlite_database, open_client):
+    async with open_client(sqlite_database, MAYFLY_API_TOKEN="") as client:
+        answers = [await client.get("/api/records", headers=headers) for headers in ({}, BEARER)]
+
+    assert [answer.status_code for answer in answers] == [403, 403]
+    assert "MAYFLY_API_TOKEN" in answers[0].json()["detail"]
+
+
+async def test_the_scheme_of_the_token_is_read_in_any_case(sqlite_database, open_client):
+    async with open_client(sqlite_database) as client:
+        answers = [
+            await client.get("/api/records", headers={"Authorization": f"{scheme} {API_TOKEN}"})
+            for scheme in ("Bearer", "bearer", "BEARER")
+        ]
+
+    assert [answer.json() for answer in answers] == [{"items": [], "nextCursor": None}] * 3
+
+
+# Pages
+
+
+async def test_pages_are_newest_first_and_each_record_is_on_one_of_them(client, database):
+    keys = [await store(database, due_in=HOUR) for _ in range(7)]
+    pages, cursor = [], None
+    while True:
+        params = {"limit": 3} | ({"cursor": cursor} if cursor else {})
+        page = (await client.get("/api/records", params=params)).json()
+        pages.append([item["id"] for item in page["items"]])
+        if (cursor := page["nextCursor"]) is None:
+            break
+
+    newest_first = [key.id for key in reversed(keys)]
+    assert pages == [newest_first[:3], newest_first[3:6], newest_first[6:]]
+
+
+async def test_a_record_that_comes_between_two_pages_moves_none_of_the_others(client, database):
+    keys = [await store(database, due_in=HOUR) for _ in range(4)]
+    first = (await client.get("/api/records", params={"limit": 2})).json()
+    await store(database, due_in=HOUR)
+
+    assert await ids_of(client, limit=2, cursor=first["nextCursor"]) == [keys[1].id, keys[0].id]
+
+
+async def test_the_last_page_has_no_cursor_even_when_it_is_full(sqlite_client, sqlite_database):
+    await store(sqlite_database)
+    await store(sqlite_database)
+
+    assert (await sqlite_client.get("/api/records", params={"limit": 2})).json()["nextCursor"] is None
+
+
+async def statuses_of(client, paths):
+    return {path: (await client.get(f"/api/records{path}")).status_code for path in paths}
+
+
+async def test_a_query_that_makes_no_sense_is_400(sqlite_client):
+    queries = [
+        *("?limit=0", "?limit=501", "?limit=-1", "?limit=x", "?limit=1e9", "?state=gone", "?state=", "?from=yesterday"),
+        *("?from=2026-01-01T00:00:00", "?to=2026-13-01T00:00:00Z", "?cursor=", "?cursor=x", "?cursor=%00"),
+        *("?cursor=%FF", "?cursor=AAAAAAAAAAAAAAAA", "?cursor=_________-8", "?q=" + "x" * 201),
+    ]
+
+    assert await statuses_of(sqlite_client, queries) == dict.fromkeys(queries, 400)
+    answer = await sqlite_client.get("/api/records?limit=0")
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_no_query_makes_it_fail(client):
+    queries = [
+        *("?q=%00", "?q=%25", "?q=%5C", "?q='", "?q=%ED%A0%80", "?status=%00", "?projectId=%00", "?status=%FF", "?x=1"),
+        *("?from=9999-12-31T23:59:59-14:00", "?to=0001-01-01T00:00:00%2B14:00", "?cursor=f_________8"),
+    ]
+
+    assert set((await statuses_of(client, queries)).values()) <= {200, 400}
+
+
+async def test_no_id_makes_it_fail(client):
+    ids = ["/%00", "/%FF", "/..", "/a%2Fb", "/%F0%9F%AA%B0", "/" + "x" * 3000]
+
+    assert set((await statuses_of(client, ids)).values()) <= {400, 404, 405}
+
+
+# Filters
+
+
+async def test_records_are_found_by_state_and_status(client, database):
+    waiting = await store(database, due_in=HOUR, status="FAILED")
+    held = await store(database, hold="wait")
+    kept = await store(database, due_in=None)
+    deleted = await store(database)
+    await settle(database, confirmed(await claim_one(database)))
+
+    assert await ids_of(client, state="scheduled") == [waiting.id]
+    assert await ids_of(client, state="held") == [held.id]
+    assert await ids_of(client, state="kept") == [kept.id]
+    assert await ids_of(client, state="deleted") == [deleted.id]
+    assert await ids_of(client, status="FAILED") == [waiting.id]
+    assert await ids_of(client, state="held", status="FAILED") == []
+
+
+async def test_records_are_found_by_their_project_once_copied(client, database):
+    key = await store(database)
+    await copy(database, await claim_one(database), projectId=PROJECT)
+    await store(database, due_in=HOUR)
+
+    assert await ids_of(client, projectId=PROJECT) == [key.id]
+    assert await ids_of(client, projectId="other") == []
+
+
+async def test_records_are_found_by_the_time_of_their_receipt(client, database):
+    noon = datetime(2026, 11, 1, 12, tzinfo=UTC)
+    keys = [await store(database, received_at=noon + number * HOUR) for number in range(3)]
+
+    assert await ids_of(client, **{"from": "2026-11-01T13:00:00Z"}) == [keys[2].id, keys[1].id]
+    assert await ids_of(client, to="2026-11-01T13:00:00Z") == [keys[0].id]
+    assert await ids_of(client, **{"from": "2026-11-01T14:00:00+01:00", "to": "2026-11-01T14:00:00Z"}) == [keys[1].id]
+
+
+async def test_records_are_found_by_a_part_of_their_id_or_file_name_and_signs_of_patterns_are_plain(client, database):
+    named = await store(database, id="abc-100%-x")
+    await copy(database, await claim_one(database), outputFileName="Take_07")
+    other = await store(database, id="def-100-x")
+
+    assert await ids_of(client, q="100%") == [named.id]
+    assert await ids_of(client, q="ABC") == [named.id]
+    assert await ids_of(client, q="take_0") == [named.id]
+    assert await ids_of(client, q="take-0") == []
+    assert await ids_of(client, q="100") == [other.id, named.id]
+
+
+# One record
+
+
+async def test_a_record_that_waits_is_shown_as_it_was_announced(client, database):
+    item = arrival(id="g1", due_in=HOUR, status="FAILED", error="no face", error_code="generation_no_face")
+    await receive(database, item)
+    record = (await client.get("/api/records/g1")).json()
+    sent = json.loads(item.body)
+
+    for name in ("id", "status", "model", "createdAt", "input", "options", "webhookUrl", "error", "outputUrl"):
+        assert record[name] == sent[name]
+    assert record["errorCode"] == "generation_no_face"
+    assert record["outputDuration"] == 9.98
+    assert (record["account"], record["state"], record["attempts"]) == ("default", "scheduled", 0)
+    assert datetime.fromisoformat(record["dueAt"]) == item.retention.due_at
+    assert record["nextAttemptAt"] == record["dueAt"]
+    assert record["retention"] == {"rule": "MAYFLY_TTL", "ttl": "1h"}
+    assert record["copiedAt"] is record["deletedAt"] is record["outcome"] is record["receipt"] is record["hold"] is None
+    assert record["segments"] is record["projectId"] is record["synthesizedAudioUrl"] is None
+    assert [(event["move"], event["actor"]) for event in record["events"]] == [("receive", "webhook")]
+
+
+async def test_a_deleted_record_shows_its_copy_its_receipt_and_its_history(client, database):
+    key = await store(database)
+    item = await claim_one(database)
+    await copy(database, item, outputFileName="take_07", projectId=PROJECT, segments=[{"startTime": 0}])
+    await settle(database, confirmed(item))
+    record = (await client.get(f"/api/records/{key.id}")).json()
+
+    assert (record["state"], record["outcome"], record["receipt"]) == ("deleted", "deleted", {"status": 200})
+    assert (record["outputFileName"], record["projectId"], record["segments"]) == (
+        "take_07",
+        PROJECT,
+        [{"startTime": 0}],
+    )
+    assert record["copiedAt"] <= record["deletedAt"]
+    assert record["deletedAt"].endswith("Z")
+    assert record["nextAttemptAt"] is None
+    assert [event["move"] for event in record["events"]] == ["receive", "claim", "confirm"]
+    assert record["events"][-1]["detail"] == {"attempt": 1, "verdict": "done", "outcome": "deleted"}
+
+
+async def test_what_the_api_did_not_show_is_shown_as_announced(sqlite_client, sqlite_database):
+    item = arrival(id="g1", model="sync-3", error="odd", outputUrl="https://a", options={"x": 1})
+    await receive(sqlite_database, item)
+    nothing = dict.fromkeys(["model", "error", "outputUrl", "outputDuration", "options", "input"])
+    await copy(sqlite_database, await claim_one(sqlite_database), **nothing)
+    record = (await sqlite_client.get("/api/records/g1")).json()
+
+    assert (record["model"], record["error"], record["outputUrl"]) == ("sync-3", "odd", "https://a")
+    assert (record["outputDuration"], record["options"]) == (9.98, {"x": 1})
+    assert record["input"] == json.loads(item.body)["input"]
+
+
+async def test_a_part_with_a_number_that_no_float_can_be_is_shown_as_the_text_it_came_as(
+    sqlite_client, sqlite_database
+):
+    item = arrival(id="g1", options={"x": 17})
+    await receive(sqlite_database, replace(item, body=item.body.replace("17", "1e999")))
+
+    assert (await sqlite_client.get("/api/records/g1")).json()["options"] == '{"x": 1e999}'
+    assert (await sqlite_client.get("/api/records")).status_code == 200
+
+
+async def test_a_put_off_record_shows_when_and_why(sqlite_client, sqlite_database):
+    key = await store(sqlite_database)
+    retry_at = utc_now() + HOUR
+    await settle(sqlite_database, deferred(await claim_one(sqlite_database), retry_at=retry_at))
+    record = (await sqlite_client.get(f"/api/records/{key.id}")).json()
+
+    assert (record["attempts"], record["lastError"]) == (1, "the API answered 500")
+    assert datetime.fromisoformat(record["nextAttemptAt"]) == retry_at
+    assert record["dueAt"] != record["nextAttemptAt"]
+
+
+async def test_a_held_record_shows_who_holds_it_and_why(sqlite_client, sqlite_database):
+    key = await store(sqlite_database, hold="legal case")
+    record = (await sqlite_client.get(f"/api/records/{key.id}")).json()
+
+    assert record["hold"] == {"by": "webhook", "reason": "legal case", "until": None}
+    assert record["nextAttemptAt"] is None
+
+
+async def test_a_record_that_is_not_there_is_404(sqlite_client):
+    answer = await sqlite_client.get("/api/records/nowhere")
+
+    assert answer.status_code == 404
+    assert answer.headers["content-type"] == "application/problem+json"
+
+
+async def test_a_record_of_another_account_is_shown_when_asked_for(sqlite_client, sqlite_database):
+    one = arrival(id="g1")
+    await receive(sqlite_database, Arrival(Key("other", "g1"), one.generation, one.body, one.retention, utc_now()))
+
+    assert (await sqlite_client.get("/api/records/g1")).status_code == 404
+    assert (await sqlite_client.get("/api/records/g1?account=other")).json()["account"] == "other"
+
+
+# An operator's moves
+
+
+async def move(client, key, name, body=None):
+    return await client.post(f"/api/records/{key.id}/{name}", json=body)
+
+
+async def test_a_person_holds_and_releases_a_record(client, database):
+    key = await store(database, due_in=HOUR)
+    held = await move(client, key, "hold", {"reason": "legal case"})
+    released = await move(client, key, "release")
+
+    assert (held.status_code, released.status_code) == (200, 200)
+    assert held.json()["state"] == "held"
+    assert held.json()["hold"] == {"by": "operator", "reason": "legal case", "until": None}
+    assert (released.json()["state"], released.json()["hold"]) == ("scheduled", None)
+    assert released.json()["nextAttemptAt"] == held.json()["dueAt"]
+    assert [event["move"] for event in released.json()["events"]] == ["receive", "hold", "release"]
+
+
+async def test_a_released_record_whose_time_has_come_is_due_now(client, database):
+    key = await store(database, hold="wait")
+    await move(client, key, "release")
+
+    assert (await claim_one(database)).key == key
+
+
+async def test_a_released_record_that_was_to_be_kept_for_ever_is_never_deleted(client, database):
+    key = await store(database, due_in=None, hold="wait")
+    answer = await move(client, key, "release")
+
+    assert answer.status_code == 200
+    assert await claim(database, now=utc_now() + timedelta(days=9999)) == []
+    assert (await row_of(database, key)).due_at is None
+
+
+async def test_a_kept_record_is_never_deleted(client, database):
+    key = await store(database)
+    answer = await move(client, key, "keep", {"reason": "the film"})
+
+    assert (answer.json()["state"], answer.json()["dueAt"]) == ("kept", None)
+    assert await claim(database) == []
+
+
+@pytest.mark.parametrize("name", ["release", "retry"])
+async def test_a_move_that_the_table_does_not_have_is_409_and_changes_nothing(client, database, name):
+    key = await store(database, due_in=HOUR)
+    answer = await move(client, key, name)
+
+    assert answer.status_code == 409
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert (await row_of(database, key)).state == "scheduled"
+
+
+async def test_a_record_that_a_worker_is_deleting_cannot_be_held(client, database):
+    key = await store(database)
+    await claim_one(database)
+
+    assert (await move(client, key, "hold", {"reason": "too late"})).status_code == 409
+
+
+async def test_a_move_that_nobody_knows_or_cannot_read_is_refused(sqlite_client, sqlite_database):
+    key = await store(sqlite_database, due_in=HOUR)
+    reasons: list[object] = [{"reason": ""}, {"reason": "x" * 501}, {"reason": 5}, [], "x"]
+    unknown = [(await move(sqlite_client, key, name)).status_code for name in ("vanish", "claim", "confirm")]
+    unread = [(await move(sqlite_client, key, "hold", reason)).status_code for reason in reasons]
+
+    assert set(unknown) <= {400, 404}
+    assert unread == [400] * len(reasons)
+    assert (await row_of(sqlite_database, key)).state == "scheduled"
+
+
+async def test_a_move_of_a_record_that_is_not_there_is_404(sqlite_client):
+    assert (await move(sqlite_client, Key("default", "nowhere"), "hold", {"reason": "x"})).status_code == 404
+
+
+async def test_a_person_pauses_and_resumes_all_deletions(client, database):
+    await store(database)
+    paused = await client.post("/api/pause", json={"reason": "moving house"})
+    assert await claim(database) == []
+    resumed = await client.post("/api/resume")
+
+    assert paused.json()["pauses"][0]["reason"] == "moving house"
+    assert resumed.json()["pauses"] == []
+    assert len(await claim(database)) == 1
+
+
+async def test_the_numbers_of_the_ledger_are_shown(client, database):
+    await store(database, due_in=-HOUR)
+    await store(database, due_in=HOUR)
+    await store(database, due_in=None)
+    stats = (await client.get("/api/stats")).json()
+
+    assert stats["records"] == {"scheduled": 2, "deleting": 0, "deleted": 0, "failed": 0, "held": 0, "kept": 1}
+    assert 3590 < stats["oldestOverdueSeconds"] < 3700
+    assert stats["due"] == 1

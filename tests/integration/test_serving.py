@@ -1,0 +1,161 @@
+"""The server gives slow and greedy clients so much and no more, and answers what is under way when it stops."""
+
+import asyncio
+
+import pytest
+import uvloop
+
+from service import serving as serving_module
+from service.serving import MAX_HEADER_BYTES, serving
+
+
+async def app(scope, receive, send):
+    """Answer the length of the body, after a moment for /slow."""
+    if scope["type"] == "lifespan":
+        while True:
+            message = await receive()
+            await send({"type": f"{message['type']}.complete"})
+            if message["type"] == "lifespan.shutdown":
+                return
+    size, has_more = 0, True
+    while has_more:
+        message = await receive()
+        size, has_more = size + len(message.get("body", b"")), message.get("more_body", False)
+    if scope["path"] == "/slow":
+        await asyncio.sleep(0.5)
+    body = b"%d" % size
+    await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
+    await send({"type": "http.response.body", "body": body})
+
+
+async def exchange(port, *parts: bytes, pause=0.0):
+    """Send *parts* with pauses between and return all that comes back until the server closes."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    try:
+        for part in parts:
+            writer.write(part)
+            await writer.drain()
+            await asyncio.sleep(pause)
+        return await asyncio.wait_for(reader.read(), 10)
+    except ConnectionError:
+        return b""
+    finally:
+        writer.close()
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """Shorten the time a request may take to arrive."""
+    monkeypatch.setattr(serving_module, "REQUEST_SECONDS", 0.4)
+
+
+async def test_a_request_is_answered():
+    async with serving(app, "127.0.0.1", 0) as port:
+        answer = await exchange(
+            port, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc"
+        )
+
+    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert answer.endswith(b"\r\n\r\n3")
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(
+    "parts",
+    [
+        [b""],
+        [b"POST / HTTP/1.1\r\nHo"],
+        [b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"],
+        [b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", *[b"x"] * 20],
+    ],
+    ids=["nothing", "half a header", "no body", "a dripping body"],
+)
+async def test_a_request_that_does_not_arrive_in_time_is_ended_without_an_answer(parts):
+    loop = asyncio.get_running_loop()
+    async with serving(app, "127.0.0.1", 0) as port:
+        begun = loop.time()
+        answer = await exchange(port, *parts, pause=0.05)
+
+    assert answer == b""
+    assert loop.time() - begun < 4
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_connection_may_rest_between_requests_for_longer_than_a_request_may_take():
+    request = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n%s\r\na"
+    async with serving(app, "127.0.0.1", 0) as port:
+        answer = await exchange(port, request % b"", request % b"Connection: close\r\n", pause=0.9)
+
+    assert answer.count(b"200 OK") == 2
+
+
+@pytest.mark.usefixtures("quick")
+async def test_an_answer_may_take_longer_than_a_request():
+    async with serving(app, "127.0.0.1", 0) as port:
+        answer = await exchange(port, b"GET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+    assert b"200 OK" in answer
+
+
+async def test_headers_without_end_are_ended():
+    flood = [b"X-%d: %s\r\n" % (number, b"x" * 4000) for number in range(MAX_HEADER_BYTES // 2000)]
+    async with serving(app, "127.0.0.1", 0) as port:
+        answer = await exchange(port, b"GET / HTTP/1.1\r\nHost: x\r\n", *flood, b"\r\n")
+
+    assert b"200 OK" not in answer
+
+
+@pytest.mark.parametrize(
+    "junk", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"\r\n" * 50, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
+)
+@pytest.mark.usefixtures("quick")
+async def test_what_is_no_http_harms_nobody_else(junk):
+    async with serving(app, "127.0.0.1", 0) as port:
+        answer = await exchange(port, junk)
+        after = await exchange(port, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+
+    assert b"200 OK" not in answer
+    assert b"200 OK" in after
+
+
+async def test_what_is_under_way_when_it_stops_is_answered():
+    async with serving(app, "127.0.0.1", 0) as port:
+        under_way = asyncio.create_task(exchange(port, b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"))
+        await asyncio.sleep(0.1)
+
+    assert b"200 OK" in await under_way
+
+
+def test_a_client_that_goes_while_it_is_answered_is_no_fault_of_ours():
+    faults: list[object] = []
+
+    async def leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
+        async with serving(app, "127.0.0.1", 0) as port:
+            for _ in range(20):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 30)
+                await reader.read(1)
+                writer.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # asyncio's own loop forgives such a write
+        runner.run(leave())
+
+    assert faults == []
+
+
+async def test_a_port_that_is_taken_is_an_error_at_once():
+    async with serving(app, "127.0.0.1", 0) as port:
+        with pytest.raises(OSError, match="in use"):
+            async with serving(app, "127.0.0.1", port):
+                pass
+
+
+async def test_it_listens_on_ipv6_when_told_to():
+    async with serving(app, "::1", 0) as port:
+        reader, writer = await asyncio.open_connection("::1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
+        answer = await reader.read()
+        writer.close()
+
+    assert b"200 OK" in answer

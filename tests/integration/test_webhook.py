@@ -1,0 +1,356 @@
+"""What POST /webhooks/sync answers, and that the answer comes after the commit or says that there was none."""
+
+import asyncio
+import json
+import sqlite3
+from datetime import UTC, datetime, timedelta
+from functools import partial
+
+import asyncpg
+import pytest
+
+from service.generation import Key
+from service.ledger.database import open_database
+from service.lifecycle import Move, State
+from service.webhook import MAX_BODY_BYTES
+from tests.conftest import API_TOKEN
+from tests.support.ledger import count, moves_of, row_of
+from tests.support.waiting import eventually
+from tests.support.webhooks import SECRET, Webhook, batch, notification, signature, webhook
+
+DAY = timedelta(days=1)
+JSON = {"Content-Type": "application/json"}
+
+
+@pytest.fixture
+async def client(sqlite_database, open_client):
+    """A client of the application over SQLite, for what does not depend on the database."""
+    async with open_client(sqlite_database) as client:
+        yield client
+
+
+def send(client, sent, **headers):
+    return client.post("/webhooks/sync", content=sent.body, headers=sent.headers | headers)
+
+
+def assert_problem(answer, status):
+    assert answer.status_code == status
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json()["status"] == status
+    assert answer.json()["title"]
+    assert "whsec" not in answer.text
+
+
+# Taken
+
+
+@pytest.mark.parametrize("status", ["COMPLETED", "FAILED", "REJECTED", "CANCELED", "TIMED_OUT"])
+async def test_a_terminal_generation_is_stored_and_scheduled_before_the_answer(app_client, database, status):
+    at = datetime.now(UTC).replace(microsecond=0)
+    sent = webhook(status=status, at=at.timestamp())
+    answer = await send(app_client, sent)
+    row = await row_of(database, Key("default", sent.id))
+
+    assert answer.status_code == 202
+    assert answer.headers["content-type"] == "application/json"
+    assert answer.json().keys() == {"id", "state", "dueAt"}
+    assert (answer.json()["id"], answer.json()["state"]) == (sent.id, "scheduled")
+    assert datetime.fromisoformat(answer.json()["dueAt"]) == at + DAY == row.due_at
+    assert row.notification.encode() == sent.body
+
+
+async def test_a_redelivered_webhook_is_answered_202_and_stored_once(app_client, database):
+    sent = webhook()
+    first, second = await send(app_client, sent), await send(app_client, sent)
+
+    assert (first.status_code, second.status_code) == (202, 202)
+    assert first.json() == second.json()
+    assert await moves_of(database, Key("default", sent.id)) == [Move.RECEIVE]
+
+
+async def test_fifty_of_the_same_webhook_at_once_make_one_record(app_client, database):
+    sent = webhook()
+    answers = await asyncio.gather(*(send(app_client, sent) for _ in range(50)))
+
+    assert {answer.status_code for answer in answers} == {202}
+    assert await count(database) == 1
+    assert await moves_of(database, Key("default", sent.id)) == [Move.RECEIVE]
+
+
+async def test_a_hundred_webhooks_at_once_make_a_hundred_records(app_client, database):
+    answers = await asyncio.gather(*(send(app_client, webhook()) for _ in range(100)))
+
+    assert {answer.status_code for answer in answers} == {202}
+    assert await count(database) == 100
+
+
+@pytest.mark.parametrize(
+    ("query", "state"), [("ttl=72h", "scheduled"), ("ttl=forever", "kept"), ("hold=case", "held"), ("ttl=x", "held")]
+)
+async def test_the_generations_own_wish_decides(client, sqlite_database, query, state):
+    sent = webhook(webhookUrl=f"https://hooks.example.com/webhooks/sync?{query}")
+    answer = await send(client, sent)
+
+    assert answer.json()["state"] == state
+    assert (await row_of(sqlite_database, Key("default", sent.id))).state == state
+
+
+async def test_a_hold_is_kept_whatever_its_reason_holds(app_client, database):
+    sent = webhook(webhookUrl="https://hooks.example.com/webhooks/sync?hold=%00%FF%F0%9F%AA%B0")
+    answer = await send(app_client, sent)
+
+    assert (answer.status_code, answer.json()["state"]) == (202, "held")
+    assert (await row_of(database, Key("default", sent.id))).hold_reason == "\ufffd🪰"
+
+
+async def test_only_the_signed_bodys_query_is_a_wish_and_not_the_requests(client, sqlite_database):
+    sent = webhook()
+    await client.post("/webhooks/sync?ttl=1s", content=sent.body, headers=sent.headers)
+
+    assert (await row_of(sqlite_database, Key("default", sent.id))).rule == "MAYFLY_TTL"
+
+
+async def test_a_webhook_signed_with_the_secret_that_is_being_replaced_is_taken(sqlite_database, open_client):
+    old = "whsec_old_0123456789abcdef"
+    async with open_client(sqlite_database, SYNC_WEBHOOK_SECRET=f"{SECRET},{old}") as client:
+        assert (await send(client, webhook(secret=old))).status_code == 202
+        assert (await send(client, webhook())).status_code == 202
+
+
+@pytest.mark.parametrize("status", ["PENDING", "PROCESSING", "PAUSED", "completed"])
+async def test_a_generation_that_is_not_terminal_is_answered_202_and_ignored(client, sqlite_database, metrics, status):
+    sent = webhook(status=status)
+    answer = await send(client, sent)
+
+    assert (answer.status_code, answer.json()) == (202, {"id": sent.id, "state": "ignored"})
+    assert await count(sqlite_database) == 0
+    unknown = metrics.registry.get_sample_value("mayfly_statuses_unknown_total")
+    assert unknown == float(status not in ("PENDING", "PROCESSING"))
+
+
+async def test_a_batch_is_answered_202_and_counted(client, sqlite_database, metrics):
+    answer = await send(client, webhook(json.dumps(batch()).encode()))
+
+    assert (answer.status_code, answer.json()) == (202, {"id": "batch_abc123", "state": "ignored"})
+    assert await count(sqlite_database) == 0
+    assert metrics.registry.get_sample_value("mayfly_webhooks_total", {"answer": "batch"}) == 1
+
+
+async def test_json_is_taken_under_each_of_its_names(client):
+    names = [
+        *("application/json", "application/json; charset=utf-8", 'application/json;charset="UTF-8"', ""),
+        *("APPLICATION/JSON", "application/cloudevents+json", "application/json; charset=utf8; version=1"),
+    ]
+    statuses = {name: (await send(client, webhook(), **{"Content-Type": name})).status_code for name in names}
+
+    assert statuses == dict.fromkeys(names, 202)
+
+
+# Refused, with nothing left behind
+
+
+async def test_a_webhook_that_is_not_proven_is_401_and_stored_nowhere(client, sqlite_database, metrics):
+    headers: dict[str, list[str | None]] = {
+        "missing": [None, ""],
+        "malformed": ["v1=00", "t=" + "9" * 400 + ",v1=00", "\xff" * 3000],
+        "mismatch": [f"t=1761300005,v1={'0' * 64}", "t=1,v1=" + "ü" * 64],
+    }
+    for reason, values in headers.items():
+        for value in values:
+            proof = {} if value is None else {"Sync-Signature": value.encode("latin-1")}
+            answer = await client.post("/webhooks/sync", content=webhook().body, headers={**JSON, **proof})
+
+            assert_problem(answer, 401)
+            assert answer.headers["www-authenticate"] == "Sync-Signature"
+        counted = metrics.registry.get_sample_value("mayfly_signatures_refused_total", {"reason": reason})
+        assert counted == len(values)
+    assert await count(sqlite_database) == 0
+
+
+@pytest.mark.parametrize("minutes", [6, -6])
+async def test_a_webhook_of_another_time_is_401(client, sqlite_database, minutes):
+    at = datetime.now(UTC).timestamp() + 60 * minutes
+
+    assert_problem(await send(client, webhook(at=at)), 401)
+    assert await count(sqlite_database) == 0
+
+
+async def test_a_replay_within_another_tolerance_is_taken(sqlite_database, open_client):
+    async with open_client(sqlite_database, MAYFLY_WEBHOOK_TOLERANCE="1h") as client:
+        answer = await send(client, webhook(at=datetime.now(UTC).timestamp() - 1800))
+
+    assert answer.status_code == 202
+
+
+async def test_a_body_changed_on_the_way_is_401(client):
+    sent = webhook()
+
+    assert_problem(await send(client, Webhook(sent.body + b" ", sent.headers)), 401)
+
+
+SHAPES = [
+    *(b"", b"null", b"[]", b"{}", b"{", b'{"id":"g1"}', b"\xff\xfe\x00", b'{"id":"","status":"COMPLETED"}'),
+    *(b'{"id":"..","status":"COMPLETED"}', b'{"id":"g1","id":"g2","status":"COMPLETED"}'),
+    *(b'{"id":"a\\u0000","status":"COMPLETED"}', b'{"id":"g1","status":"COMPLETED","error":"\\u0000"}'),
+    *(b"[" * 100_000, b'{"id":"g1","status":"COMPLETED","input":' + b"[" * 100_000),
+    *(b'{"id":"g1","status":"COMPLETED","error":"\\ud800"}', b'{"id":"g1","status":1}'),
+]
+
+
+async def test_a_proven_body_of_another_shape_is_400_and_stored_nowhere(client, sqlite_database):
+    answers = [await send(client, webhook(body)) for body in SHAPES]
+
+    for answer in answers:
+        assert_problem(answer, 400)
+    assert await count(sqlite_database) == 0
+
+
+async def test_a_nested_input_is_refused_or_can_be_shown_again(client):
+    for depth in (50, 200, 500, 900, 1000, 3000):
+        nested = b"[" * depth + b"]" * depth
+        sent = webhook(b'{"id":"g%d","status":"COMPLETED","input":%s}' % (depth, nested))
+        answer = await send(client, sent)
+
+        assert answer.status_code in (202, 400)
+    shown = await client.get("/api/records", headers={"Authorization": f"Bearer {API_TOKEN}"})
+    assert shown.status_code == 200
+
+
+async def test_an_unproven_body_is_401_whatever_its_shape(client):
+    assert_problem(await client.post("/webhooks/sync", content=b"{", headers={"Content-Type": "application/json"}), 401)
+
+
+async def test_what_says_it_is_not_json_in_utf8_is_415(client, sqlite_database):
+    names = [
+        *("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json"),
+        *("application/json; charset=utf-16", "application/json;charset=latin1", "application/jsonp", "\xff/\xfe"),
+    ]
+    for name in names:
+        sent = webhook()
+        headers = [(b"Content-Type", name.encode("latin-1")), (b"Sync-Signature", signature(sent.body).encode())]
+
+        assert_problem(await client.post("/webhooks/sync", content=sent.body, headers=headers), 415)
+    assert await count(sqlite_database) == 0
+
+
+async def test_a_body_over_the_limit_is_413_by_its_length(client, sqlite_database):
+    sent = webhook(error="x" * MAX_BODY_BYTES)
+
+    assert_problem(await send(client, sent), 413)
+    assert await count(sqlite_database) == 0
+
+
+async def test_a_body_over_the_limit_is_413_without_a_length_too(client, sqlite_database):
+    sent = webhook(error="x" * MAX_BODY_BYTES)
+
+    async def chunks():
+        for start in range(0, len(sent.body), 65536):
+            yield sent.body[start : start + 65536]
+
+    assert_problem(await client.post("/webhooks/sync", content=chunks(), headers=sent.headers), 413)
+    assert await count(sqlite_database) == 0
+
+
+async def test_a_body_just_under_the_limit_is_taken_in_pieces(client):
+    empty = len(json.dumps(notification(error="")).encode())
+    sent = webhook(error="x" * (MAX_BODY_BYTES - empty))
+
+    async def chunks():
+        yield sent.body[:1]
+        yield sent.body[1:]
+
+    assert len(sent.body) == MAX_BODY_BYTES
+    assert (await client.post("/webhooks/sync", content=chunks(), headers=sent.headers)).status_code == 202
+
+
+async def test_another_method_is_405(client):
+    answers = [await client.request(method, "/webhooks/sync") for method in ("GET", "PUT", "DELETE", "HEAD", "PATCH")]
+
+    assert [(answer.status_code, answer.headers["allow"]) for answer in answers] == [(405, "POST")] * 5
+
+
+async def test_a_sender_that_breaks_off_leaves_nothing_behind(client, sqlite_database):
+    sent = webhook()
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    head = "".join(f"{name}: {value}\r\n" for name, value in sent.headers.items())
+    writer.write(f"POST /webhooks/sync HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent.body)}\r\n{head}\r\n".encode())
+    writer.write(sent.body[:20])
+    await writer.drain()
+    writer.close()
+    await writer.wait_closed()
+    del reader
+    answer = await send(client, webhook())
+
+    assert answer.status_code == 202
+    assert await count(sqlite_database) == 1
+
+
+# The ledger cannot commit
+
+
+async def test_a_locked_sqlite_ledger_is_503_with_retry_after_and_no_row(sqlite_url, open_client):
+    async with open_database(sqlite_url, write_seconds=0.3) as database, open_client(database) as client:
+        blocker = sqlite3.connect(sqlite_url.database, isolation_level=None)
+        blocker.execute("BEGIN IMMEDIATE")
+        answer = await send(client, webhook())
+        stored_meanwhile = await count(database)
+        blocker.execute("ROLLBACK")
+        blocker.close()
+
+        assert_problem(answer, 503)
+        assert answer.headers["retry-after"] == "5"
+        assert stored_meanwhile == 0
+        after = await eventually(partial(send_until_taken, client))
+        assert after.status_code == 202
+
+
+async def send_until_taken(client):
+    answer = await send(client, webhook())
+    return answer if answer.status_code == 202 else None
+
+
+async def test_a_locked_postgresql_ledger_is_503_with_retry_after_and_no_row(postgres_url, open_client):
+    blocker = await asyncpg.connect(user="postgres", host=postgres_url.query["host"], database=postgres_url.database)
+    async with open_database(postgres_url, write_seconds=1.0) as database, open_client(database) as client:
+        lock = blocker.transaction()
+        await lock.start()
+        await blocker.execute("LOCK TABLE records IN EXCLUSIVE MODE")
+        answer = await send(client, webhook())
+        stored_meanwhile = await count(database)
+        await lock.rollback()
+        await blocker.close()
+
+        assert_problem(answer, 503)
+        assert answer.headers["retry-after"] == "5"
+        assert stored_meanwhile == 0
+        assert (await send(client, webhook())).status_code == 202
+
+
+async def test_a_redis_that_is_away_delays_no_answer(sqlite_database, settings, metrics, tmp_path):
+    from service import queue
+    from service.app import make_app
+    from service.serving import serving
+    from service.settings import Secret
+    from tests.conftest import http_client
+
+    pool = queue.connect(Secret(f"unix://{tmp_path}/nowhere.sock"), retries=0)
+    app = make_app(settings(), sqlite_database, pool, metrics)
+    async with serving(app, "127.0.0.1", 0) as port, http_client(f"http://127.0.0.1:{port}") as client:
+        answer = await send(client, webhook())
+
+        assert answer.status_code == 202
+        assert await eventually(lambda: metrics.registry.get_sample_value("mayfly_enqueue_failures_total") == 1)
+    await pool.aclose(close_connection_pool=True)
+    assert await count(sqlite_database) == 1
+
+
+async def test_a_stored_webhook_has_a_bell_unless_it_is_due_beyond_the_horizon(sqlite_database, open_client, pool):
+    async with open_client(sqlite_database, MAYFLY_QUEUE_HORIZON="48h") as client:
+        near = webhook()
+        far = webhook(webhookUrl="https://h/x?ttl=30d")
+        await send(client, far)
+        await send(client, near)
+        jobs = await eventually(partial(pool.zrange, "mayfly:v1", 0, -1))
+
+    assert jobs == [f"default:{near.id}:1".encode()]
+    assert (await row_of(sqlite_database, Key("default", far.id))).state == State.SCHEDULED

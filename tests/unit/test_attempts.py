@@ -1,0 +1,132 @@
+"""What an attempt leads to: done, later, or a person; and how much later."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from service.lifecycle import Move
+from service.retention import (
+    MAX_FREE_LOSSES,
+    MAX_REFUSALS,
+    Outcome,
+    Progress,
+    Step,
+    Verdict,
+    after_attempt,
+    after_lost_lease,
+    backoff,
+)
+
+NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
+WEEK = timedelta(days=7)
+FRESH = Progress(None, 0, 0)
+LONG_AGO = Progress(NOW - WEEK, 900, 0)
+RETRYABLE = [Verdict.RETRY, Verdict.RUNNING]
+
+
+def judged(verdict, progress=FRESH, *, retry_after=None, jitter=0.5):
+    return after_attempt(verdict, progress, now=NOW, give_up_after=WEEK, retry_after=retry_after, jitter=jitter)
+
+
+@pytest.mark.parametrize("progress", [FRESH, LONG_AGO])
+@pytest.mark.parametrize(
+    ("verdict", "outcome"), [(Verdict.DONE, Outcome.DELETED), (Verdict.GONE, Outcome.ALREADY_GONE)]
+)
+def test_a_generation_that_is_gone_is_confirmed_however_long_it_took(verdict, outcome, progress):
+    assert judged(verdict, progress) == Step(Move.CONFIRM, progress, outcome=outcome)
+
+
+@pytest.mark.parametrize("verdict", [*RETRYABLE, Verdict.REFUSED])
+def test_the_first_failure_is_put_off_and_starts_the_clock(verdict):
+    step = judged(verdict)
+
+    assert step.move is Move.DEFER
+    assert step.progress == Progress(NOW, 1, int(verdict is Verdict.REFUSED))
+    assert step.retry_at is not None
+    assert step.retry_at > NOW
+
+
+@pytest.mark.parametrize("verdict", RETRYABLE)
+def test_what_can_be_retried_is_never_given_up_for_its_count(verdict):
+    step = judged(verdict, Progress(NOW - WEEK + timedelta(seconds=1), 10**6, 0))
+
+    assert step.move is Move.DEFER
+    assert step.progress.failures == 10**6 + 1
+    assert step.progress.failing_since == NOW - WEEK + timedelta(seconds=1)
+
+
+@pytest.mark.parametrize("verdict", [*RETRYABLE, Verdict.REFUSED])
+def test_what_fails_for_as_long_as_was_set_is_given_up(verdict):
+    step = judged(verdict, LONG_AGO)
+
+    assert step.move is Move.GIVE_UP
+    assert step.retry_at is None
+
+
+def test_a_refusal_is_given_up_after_a_few_in_a_row():
+    moves, progress = [], FRESH
+    for _ in range(MAX_REFUSALS):
+        step = judged(Verdict.REFUSED, progress)
+        moves.append(step.move)
+        progress = step.progress
+
+    assert moves == [Move.DEFER] * (MAX_REFUSALS - 1) + [Move.GIVE_UP]
+
+
+def test_any_other_answer_between_refusals_begins_their_count_anew():
+    step = judged(Verdict.RETRY, Progress(NOW, 4, MAX_REFUSALS - 1))
+
+    assert step.progress == Progress(NOW, 5, 0)
+
+
+@pytest.mark.parametrize("progress", [FRESH, LONG_AGO, Progress(NOW - 9 * WEEK, 9, 2)])
+def test_trouble_with_the_key_uses_nothing_up(progress):
+    step = judged(Verdict.UNAUTHORIZED, progress)
+
+    assert step.move is Move.DEFER
+    assert step.progress == Progress(None, 0, progress.refusals)
+
+
+def test_what_the_api_asks_for_is_obeyed():
+    step = judged(Verdict.RETRY, retry_after=timedelta(minutes=10), jitter=0)
+
+    assert step.retry_at == NOW + timedelta(minutes=10)
+
+
+@pytest.mark.parametrize(
+    ("failures", "low", "high"),
+    [(1, 2.5, 5), (2, 2.5, 10), (3, 2.5, 20), (10, 2.5, 2560), (11, 2.5, 3600), (12, 2.5, 3600), (10**9, 2.5, 3600)],
+)
+def test_the_wait_grows_from_five_seconds_to_an_hour_with_full_jitter(failures, low, high):
+    assert backoff(failures, retry_after=None, jitter=0) == timedelta(seconds=low)
+    assert backoff(failures, retry_after=None, jitter=1) == timedelta(seconds=high)
+
+
+@pytest.mark.parametrize(
+    ("asked", "low", "high"),
+    [(-3600, 1, 1.1), (0, 1, 1.1), (2, 2, 2.2), (600, 600, 630), (86400, 86400, 86430), (10**8, 86400, 86430)],
+)
+def test_retry_after_is_clamped_to_a_second_and_a_day_and_never_undercut(asked, low, high):
+    assert backoff(5, retry_after=timedelta(seconds=asked), jitter=0) == timedelta(seconds=low)
+    assert backoff(5, retry_after=timedelta(seconds=asked), jitter=1) == timedelta(seconds=high)
+
+
+def test_a_record_whose_worker_died_is_tried_again_at_once():
+    step = after_lost_lease(Progress(None, 0, 1), now=NOW)
+
+    assert step == Step(Move.LOSE_LEASE, Progress(None, 1, 1), retry_at=NOW)
+
+
+def test_a_record_that_takes_its_workers_down_is_tried_ever_more_slowly_and_never_given_up():
+    steps, progress = [], Progress(NOW - 9 * WEEK, 0, 0)
+    for _ in range(30):
+        steps.append(after_lost_lease(progress, now=NOW))
+        progress = steps[-1].progress
+    waits = [step.retry_at - NOW for step in steps if step.retry_at]
+
+    assert len(waits) == len(steps)
+    assert waits[:MAX_FREE_LOSSES] == [timedelta(0)] * MAX_FREE_LOSSES
+    assert waits[MAX_FREE_LOSSES:] == sorted(waits[MAX_FREE_LOSSES:])
+    assert waits[MAX_FREE_LOSSES] > timedelta(0)
+    assert waits[-1] == timedelta(hours=1)
+    assert {step.move for step in steps} == {Move.LOSE_LEASE}

@@ -1,0 +1,191 @@
+"""A webhook is read leniently where nothing depends on it, and strictly where something does."""
+
+import json
+
+import pytest
+
+from service.generation import MAX_ID_LENGTH, MalformedError, read
+from tests.support.webhooks import batch, notification
+
+
+def read_fields(**fields):
+    return read(json.dumps(notification(**fields)).encode())
+
+
+def refusal_of(body):
+    with pytest.raises(MalformedError) as refusal:
+        read(body)
+    return str(refusal.value)
+
+
+def test_id_and_status_are_enough():
+    generation = read(b'{"id":"g1","status":"COMPLETED"}')
+
+    assert (generation.id, generation.status) == ("g1", "COMPLETED")
+    assert generation.model is generation.output_url is generation.failure_code is generation.webhook_url is None
+    assert bytes(generation.input) == b"null"
+
+
+def test_all_documented_fields_of_a_polled_generation_are_read():
+    generation = read_fields(
+        outputMediaUrl="https://m",
+        segmentOutputUrl="https://s",
+        synthesizedAudioUrl="https://a",
+        outputFileName="take_07",
+        projectId="612bb64a-e7f4-40c1-977b-3e9797845637",
+        segments=[{"startTime": 0, "endTime": 1.5}],
+    )
+
+    assert generation.output_media_url == "https://m"
+    assert generation.segment_output_url == "https://s"
+    assert generation.synthesized_audio_url == "https://a"
+    assert generation.output_file_name == "take_07"
+    assert generation.project_id == "612bb64a-e7f4-40c1-977b-3e9797845637"
+    assert generation.output_duration == 9.98
+    assert json.loads(bytes(generation.segments)) == [{"startTime": 0, "endTime": 1.5}]
+
+
+def test_nulls_stand_for_what_is_not_known():
+    optional = [name for name in notification() if name not in ("id", "status")]
+    generation = read_fields(**dict.fromkeys(optional))
+
+    assert generation.output_duration is generation.created_at is generation.model is None
+
+
+def test_unknown_keys_models_input_types_and_statuses_are_no_reason_to_refuse():
+    generation = read_fields(
+        status="PAUSED", model="sync-99", input=[{"type": "hologram"}], novelty={"deep": [1]}, event=None
+    )
+
+    assert generation.status == "PAUSED"
+    assert generation.model == "sync-99"
+    assert json.loads(bytes(generation.input)) == [{"type": "hologram"}]
+    assert not generation.is_terminal
+
+
+@pytest.mark.parametrize("spelling", ["error_code", "errorCode"])
+def test_the_failure_code_is_read_in_both_spellings(spelling):
+    body = notification(status="FAILED")
+    del body["error_code"]
+    generation = read(json.dumps(body | {spelling: "generation_pipeline_failed"}).encode())
+
+    assert generation.failure_code == "generation_pipeline_failed"
+
+
+@pytest.mark.parametrize("status", ["COMPLETED", "FAILED", "REJECTED", "CANCELED", "TIMED_OUT"])
+def test_a_generation_that_will_not_change_any_more_is_terminal(status):
+    assert read_fields(status=status).is_terminal
+
+
+@pytest.mark.parametrize("status", ["PENDING", "PROCESSING", "completed", "COMPLETED "])
+def test_any_other_status_is_not_terminal(status):
+    assert not read_fields(status=status).is_terminal
+
+
+def test_a_batch_is_told_by_its_metrics_and_by_nothing_else():
+    assert read(json.dumps(batch()).encode()).is_batch
+    assert not read_fields(metrics=None).is_batch
+    assert not read_fields(id="batch_abc123").is_batch
+
+
+@pytest.mark.parametrize(
+    "body",
+    [
+        b"",
+        b" ",
+        b"null",
+        b"[]",
+        b"1",
+        b'"text"',
+        b"{",
+        b"{}",
+        b"{]",
+        b'{"id":"g1"}',
+        b'{"status":"COMPLETED"}',
+        b'{"id":null,"status":"COMPLETED"}',
+        b'{"id":1,"status":"COMPLETED"}',
+        b'{"id":"g1","status":null}',
+        b'{"id":"g1","status":""}',
+        b'{"id":"g1","status":5}',
+        b'{"id":"g1","status":"COMPLETED"} trailing',
+        b'{"id":"g1","status":"COMPLETED","outputDuration":"long"}',
+        b'{"id":"g1","status":"COMPLETED","outputDuration":1e999}',
+        b'{"id":"g1","status":"COMPLETED","webhookUrl":7}',
+        b"\xff\xfe",
+        b'\xef\xbb\xbf{"id":"g1","status":"COMPLETED"}',
+        b'{"id":"g1","status":"COMPLETED","input":"\xff"}',
+        b'{"id":"g1","status":"COMPLETED","input":[\xff]}',
+        '{"id":"g1","status":"COMPLETED"}'.encode("utf-16"),
+        b'{"id":"g1","status":"' + b"X" * 65 + b'"}',
+        b"<html></html>",
+    ],
+)
+def test_a_body_of_another_shape_is_refused_with_a_sentence(body):
+    assert refusal_of(body).startswith("not a generation")
+
+
+@pytest.mark.parametrize(
+    "generation_id", ["", ".", "..", "a\0b", "a\nb", "a\u202eb", "a\x7fb", "\u2028", "x" * (MAX_ID_LENGTH + 1)]
+)
+def test_an_id_that_could_not_be_one_segment_of_a_path_is_refused(generation_id):
+    assert "id" in refusal_of(json.dumps({"id": generation_id, "status": "COMPLETED"}).encode())
+
+
+@pytest.mark.parametrize(
+    "generation_id", ["x", "batch_1", "a/../b ü?#%2F", "..." * 10, "Ä" * MAX_ID_LENGTH, "-1", "'; drop table"]
+)
+def test_any_other_id_is_taken_as_it_is(generation_id):
+    assert read_fields(id=generation_id).id == generation_id
+
+
+@pytest.mark.parametrize("key", ["id", "status", "webhookUrl", "metrics"])
+def test_a_decisive_key_that_stands_twice_is_refused(key):
+    fields = notification(metrics=None)
+    body = json.dumps(fields)[:-1] + f', "{key}": {json.dumps(fields[key])}}}'
+
+    assert refusal_of(body.encode()) == f"not a generation: the key {key} stands twice"
+
+
+def test_a_decisive_key_hidden_behind_escapes_is_refused_too():
+    body = b'{"id":"g1","status":"PROCESSING","st\\u0061tus":"COMPLETED"}'
+
+    assert "status stands twice" in refusal_of(body)
+
+
+def test_a_decisive_name_further_inside_or_as_a_value_is_no_second_key():
+    generation = read_fields(input=[{"id": "x", "status": "y"}], error="status")
+
+    assert generation.status == "COMPLETED"
+
+
+def test_any_other_key_may_stand_twice():
+    assert read(b'{"id":"g1","status":"FAILED","novelty":1,"novelty":2}').id == "g1"
+
+
+@pytest.mark.parametrize("field", ["model", "error", "errorCode", "outputUrl", "outputFileName", "createdAt"])
+def test_a_nul_character_in_a_text_is_refused_because_no_database_column_takes_it(field):
+    assert "NUL" in refusal_of(json.dumps(notification(**{field: "a\0b"})).encode())
+
+
+def test_a_nul_character_in_a_part_that_stays_json_is_kept_as_it_came():
+    generation = read_fields(input=[{"script": "a\0b"}])
+
+    assert b"\\u0000" in bytes(generation.input)
+
+
+@pytest.mark.parametrize("opening", [b"[", b'{"a":'], ids=["arrays", "objects"])
+@pytest.mark.parametrize("key", [b"input", b"novelty"])
+def test_deep_nesting_is_refused_and_no_crash(key, opening):
+    body = b'{"id":"g1","status":"COMPLETED","' + key + b'":' + opening * 200_000
+
+    assert refusal_of(body).startswith("not a generation")
+
+
+def test_a_lone_surrogate_in_a_text_is_refused():
+    assert refusal_of(b'{"id":"g1","status":"COMPLETED","error":"\\ud800"}').startswith("not a generation")
+
+
+def test_a_number_of_many_digits_does_not_crash():
+    body = b'{"id":"g1","status":"COMPLETED","outputDuration":' + b"9" * 10_000 + b"}"
+
+    assert refusal_of(body).startswith("not a generation")

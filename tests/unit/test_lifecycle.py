@@ -1,0 +1,60 @@
+"""The table of moves is the whole of a record's life."""
+
+from itertools import product
+
+import pytest
+
+from service.lifecycle import TABLE, IllegalMoveError, Move, State, after, origin
+
+LEGAL = [
+    (None, Move.RECEIVE, State.SCHEDULED),
+    (None, Move.KEEP, State.KEPT),
+    (State.SCHEDULED, Move.CLAIM, State.DELETING),
+    (State.SCHEDULED, Move.HOLD, State.HELD),
+    (State.SCHEDULED, Move.KEEP, State.KEPT),
+    (State.HELD, Move.RELEASE, State.SCHEDULED),
+    (State.KEPT, Move.SCHEDULE, State.SCHEDULED),
+    (State.DELETING, Move.CONFIRM, State.DELETED),
+    (State.DELETING, Move.DEFER, State.SCHEDULED),
+    (State.DELETING, Move.LOSE_LEASE, State.SCHEDULED),
+    (State.DELETING, Move.GIVE_UP, State.FAILED),
+    (State.FAILED, Move.RETRY, State.SCHEDULED),
+]
+ILLEGAL = [pair for pair in product((None, *State), Move) if pair not in [(before, move) for before, move, _ in LEGAL]]
+
+
+@pytest.mark.parametrize(("before", "move", "then"), LEGAL)
+def test_a_legal_move_leads_where_the_design_says(before, move, then):
+    assert after(before, move) is then
+
+
+@pytest.mark.parametrize(("before", "move"), ILLEGAL)
+def test_any_other_move_is_illegal_and_is_named_in_the_error(before, move):
+    with pytest.raises(IllegalMoveError) as refusal:
+        after(before, move)
+
+    assert (refusal.value.state, refusal.value.move) == (before, move)
+    assert str(refusal.value) == f"a record that is {before or 'unknown'} cannot {move}"
+
+
+def test_the_table_has_the_legal_moves_and_no_other():
+    assert len(TABLE) == len(LEGAL)
+    assert len(LEGAL) + len(ILLEGAL) == (len(State) + 1) * len(Move)
+
+
+def test_nothing_leads_out_of_deleted():
+    assert not [pair for pair in TABLE if pair[0] is State.DELETED]
+
+
+def test_a_record_becomes_deleted_from_deleting_alone():
+    assert [pair for pair, then in TABLE.items() if then is State.DELETED] == [(State.DELETING, Move.CONFIRM)]
+
+
+@pytest.mark.parametrize("move", [move for move in Move if move is not Move.KEEP])
+def test_the_origin_of_a_move_is_the_state_it_starts_from(move):
+    assert (origin(move), move) in TABLE
+
+
+def test_a_move_with_several_origins_has_no_single_one():
+    with pytest.raises(ValueError, match="too many"):
+        origin(Move.KEEP)

@@ -1,0 +1,167 @@
+"""When a generation may go: durations, wishes, and the clock they start at."""
+
+from datetime import UTC, datetime, timedelta
+
+import pytest
+
+from service.retention import MAX_TTL, Policy, Retention, decide, format_duration, parse_duration, parse_ttl
+
+NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
+DAY = timedelta(days=1)
+POLICY = Policy(ttl=DAY, min_ttl=timedelta(minutes=1))
+
+
+def decided(query="", *, policy=POLICY, sent_at=NOW, now=NOW):
+    return decide(policy, webhook_url=f"https://hooks.example.com/webhooks/sync?{query}", sent_at=sent_at, now=now)
+
+
+@pytest.mark.parametrize(
+    ("text", "duration"),
+    [
+        ("90s", timedelta(seconds=90)),
+        ("15m", timedelta(minutes=15)),
+        ("24h", DAY),
+        ("7d", 7 * DAY),
+        ("2w", 14 * DAY),
+        (" 1d ", DAY),
+        ("0s", timedelta(0)),
+        ("36500d", MAX_TTL),
+    ],
+)
+def test_a_number_with_a_unit_is_a_duration(text, duration):
+    assert parse_duration(text) == duration
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *("", "24", "h", "-1h", "+1h", "1.5h", "1 h", "24H", "1h30m", "1y", "1M", "forever", "٢h", "²h", "1e3s"),
+        *("36501d", "5215w", "999999999w", "9999999999s"),
+    ],
+)
+def test_any_other_duration_is_refused_without_being_repeated(text):
+    with pytest.raises(ValueError, match="a number with a unit") as refusal:
+        parse_duration(text)
+
+    assert not text or len(text) < 3 or text not in str(refusal.value)
+
+
+def test_forever_is_a_ttl_and_no_duration():
+    assert parse_ttl("forever") is None
+    assert parse_ttl("2w") == 14 * DAY
+    with pytest.raises(ValueError, match="or forever"):
+        parse_ttl("evermore")
+
+
+@pytest.mark.parametrize("text", ["1s", "90s", "15m", "1h", "24h", "7d", "3w", "0s"])
+def test_a_formatted_duration_reads_back_as_itself(text):
+    seconds = int(parse_duration(text).total_seconds())
+
+    assert parse_duration(format_duration(seconds)) == parse_duration(text)
+
+
+def test_without_a_wish_the_policy_decides():
+    assert decided() == Retention("MAYFLY_TTL", DAY, NOW + DAY)
+    assert decide(POLICY, webhook_url=None, sent_at=NOW, now=NOW) == Retention("MAYFLY_TTL", DAY, NOW + DAY)
+
+
+def test_a_policy_of_for_ever_keeps():
+    assert decided(policy=Policy(None, timedelta(minutes=1))) == Retention("MAYFLY_TTL", None, None)
+
+
+def test_the_wish_for_a_ttl_wins_over_the_policy():
+    assert decided("ttl=72h") == Retention("wish: ttl", 3 * DAY, NOW + 3 * DAY)
+    assert decided("ttl=forever") == Retention("wish: ttl", None, None)
+
+
+def test_a_wish_wins_over_a_policy_of_for_ever():
+    assert decided("ttl=1h", policy=Policy(None, timedelta(minutes=1))).due_at == NOW + timedelta(hours=1)
+
+
+@pytest.mark.parametrize("text", ["2026-12-31T00:00:00Z", "2026-12-31T01:00:00%2B01:00", "2026-12-30T19:00:00-05:00"])
+def test_the_wish_for_an_instant_is_kept_to_in_utc(text):
+    retention = decided(f"expires={text}")
+
+    assert retention.rule == "wish: expires"
+    assert retention.due_at == datetime(2026, 12, 31, tzinfo=UTC)
+    assert retention.ttl == datetime(2026, 12, 31, tzinfo=UTC) - NOW
+
+
+@pytest.mark.parametrize("query", ["ttl=0s", "ttl=59s", "expires=2026-11-23T12:00:30Z", "expires=2001-01-01T00:00:00Z"])
+def test_no_wish_keeps_for_less_than_the_least_time(query):
+    retention = decided(query)
+
+    assert retention.due_at == NOW + POLICY.min_ttl
+    assert retention.ttl == POLICY.min_ttl
+
+
+def test_the_policy_itself_keeps_for_no_less_than_the_least_time():
+    assert decided(policy=Policy(timedelta(0), timedelta(hours=1))).due_at == NOW + timedelta(hours=1)
+
+
+def test_a_wish_to_hold_stands_beside_the_due_time_that_a_release_brings_back():
+    retention = decided("hold=legal%20case&ttl=72h")
+
+    assert retention == Retention("wish: hold", 3 * DAY, NOW + 3 * DAY, hold_reason="legal case")
+
+
+def test_a_hold_without_a_reason_is_a_hold():
+    assert decided("hold=").hold_reason == decided("hold").hold_reason == "no reason given"
+
+
+def test_the_reason_of_a_hold_is_cut_to_what_a_list_can_show():
+    assert len(decided("hold=" + "x" * 9000).hold_reason) == 500
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("ttl=24", "ttl=", "ttl", "ttl=soon", "ttl=-1h", "ttl=0", "ttl=1.5h", "ttl=99999999w"),
+        *("expires=", "expires=tomorrow", "expires=1761300005", "expires=2026-12-31T00:00:00", "expires=2026-12-31"),
+        *("ttl=1h&ttl=forever", "ttl=1h&expires=2026-12-31T00:00:00Z", "hold=a&hold=b"),
+        *("expires=9999-12-31T23:59:59-14:00", "expires=0001-01-01T00:00:00%2B14:00", "expires=2500-01-01T00:00:00Z"),
+    ],
+)
+def test_a_wish_that_cannot_be_read_holds_the_generation_for_a_person_to_look_at(query):
+    retention = decided(query)
+
+    assert retention.rule == "unreadable wish"
+    assert retention.hold_reason == "the wish in its webhookUrl cannot be read"
+    assert retention.due_at == NOW + DAY
+
+
+@pytest.mark.parametrize(
+    "url", ["http://[", "https://[::1/x?ttl=1h", "//[?", "not a url at all", "?" * 50, "\udcff", ""]
+)
+def test_a_webhook_url_that_is_none_never_shortens_the_time(url):
+    retention = decide(POLICY, webhook_url=url, sent_at=NOW, now=NOW)
+
+    assert retention.due_at == NOW + DAY
+
+
+@pytest.mark.parametrize("query", ["TTL=1h", "ttl2=1h", "x=ttl%3D1h", "utm=1"])
+def test_other_parts_of_the_query_are_no_wishes(query):
+    assert decided(query).rule == "MAYFLY_TTL"
+
+
+def test_the_clock_starts_at_the_signed_send_time():
+    assert decided(sent_at=NOW - timedelta(minutes=4)).due_at == NOW - timedelta(minutes=4) + DAY
+
+
+def test_a_send_time_ahead_of_us_counts_as_now():
+    assert decided(sent_at=NOW + timedelta(minutes=4)).due_at == NOW + DAY
+
+
+@pytest.mark.parametrize(
+    ("due_at", "other", "is_later"),
+    [
+        (NOW + DAY, NOW, True),
+        (NOW, NOW, False),
+        (NOW, NOW + DAY, False),
+        (None, NOW, True),
+        (NOW, None, False),
+        (None, None, False),
+    ],
+)
+def test_the_later_due_time_is_told_with_none_as_for_ever(due_at, other, is_later):
+    assert Retention("x", None, due_at).is_later_than(other) is is_later

@@ -1,0 +1,247 @@
+"""Each variable is read, each bad value is named, and no value is ever repeated."""
+
+from datetime import timedelta
+from pathlib import Path
+
+import pytest
+from sqlalchemy import URL
+
+from service.retention import Policy
+from service.settings import (
+    NOT_SUPPORTED,
+    OPTIONS,
+    Rate,
+    Secret,
+    SettingsError,
+    read_settings,
+    require_api_key,
+    require_webhook_secret,
+)
+
+SECRET = "whsec_test_0123456789abcdef"
+TOKEN = "0123456789abcdef"
+
+
+def problems_of(**environment):
+    with pytest.raises(SettingsError) as refusal:
+        read_settings(environment)
+    return refusal.value.problems
+
+
+def test_an_empty_environment_gives_the_documented_defaults():
+    settings = read_settings({})
+
+    assert (settings.api_key, settings.redis_url, settings.database_url, settings.api_token) == (None,) * 4
+    assert settings.webhook_secrets == ()
+    assert settings.base_url == "https://api.sync.so"
+    assert settings.policy == Policy(timedelta(hours=24), timedelta(minutes=1))
+    assert settings.webhook_tolerance == timedelta(minutes=5)
+    assert settings.ledger_url == URL.create("sqlite", database=".mayfly/ledger.db")
+    assert (settings.host, settings.port) == ("127.0.0.1", 8080)
+    assert not settings.is_dry_run
+    assert settings.api_rate == Rate(300, 60)
+    assert settings.max_deletes_per_day is None
+    assert settings.give_up_after == timedelta(days=7)
+    assert settings.queue_horizon == timedelta(hours=48)
+    assert settings.log_format is None
+
+
+@pytest.mark.parametrize(
+    ("field", "text", "value"),
+    [
+        ("api_key", "sk-1", Secret("sk-1")),
+        ("webhook_secrets", SECRET, (Secret(SECRET),)),
+        ("webhook_secrets", f"{SECRET}, {SECRET}9", (Secret(SECRET), Secret(SECRET + "9"))),
+        ("base_url", "https://proxy.example.com/sync/", "https://proxy.example.com/sync"),
+        ("base_url", "http://127.0.0.1:8090", "http://127.0.0.1:8090"),
+        ("base_url", "http://simulator:8090", "http://simulator:8090"),
+        ("ttl", "7d", timedelta(days=7)),
+        ("ttl", "forever", None),
+        ("min_ttl", "1s", timedelta(seconds=1)),
+        ("webhook_tolerance", "10m", timedelta(minutes=10)),
+        ("database_url", "sqlite:////var/lib/mayfly/l.db", URL.create("sqlite", database="/var/lib/mayfly/l.db")),
+        ("redis_url", "rediss://u:p@r:6380/1", Secret("rediss://u:p@r:6380/1")),
+        ("redis_url", "unix:///run/redis.sock", Secret("unix:///run/redis.sock")),
+        ("redis_url", "sentinel://a:1,b:2/mymaster/0", Secret("sentinel://a:1,b:2/mymaster/0")),
+        ("data_dir", "/var/lib/mayfly", Path("/var/lib/mayfly")),
+        ("host", "::", "::"),
+        ("port", "0", 0),
+        ("port", "65535", 65535),
+        ("api_token", TOKEN, Secret(TOKEN)),
+        ("is_dry_run", "TRUE", True),
+        ("is_dry_run", "1", True),
+        ("is_dry_run", "off", False),
+        ("api_rate", "10/second", Rate(10, 1)),
+        ("api_rate", "3600/hour", Rate(3600, 3600)),
+        ("max_deletes_per_day", "0", 0),
+        ("max_deletes_per_day", "5000", 5000),
+        ("give_up_after", "1m", timedelta(minutes=1)),
+        ("concurrency", "1", 1),
+        ("queue_horizon", "1h", timedelta(hours=1)),
+        ("log_format", "json", "json"),
+        ("log_format", "console", "console"),
+    ],
+)
+def test_a_value_of_a_variable_is_read(field, text, value):
+    assert getattr(read_settings({OPTIONS[field].name: f" {text} "}), field) == value
+
+
+@pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg"])
+def test_a_postgresql_url_is_taken_in_each_spelling(scheme):
+    url = read_settings({"MAYFLY_DATABASE_URL": f"{scheme}://u:p@db:5433/mayfly?sslmode=require"}).database_url
+
+    assert url is not None
+    assert (url.drivername, url.host, url.port, url.password) == ("postgresql", "db", 5433, "p")
+    assert url.query == {"ssl": "require"}
+
+
+@pytest.mark.parametrize(
+    ("field", "text"),
+    [
+        ("webhook_secrets", "notprefixed0123456789"),
+        ("webhook_secrets", "whsec_short"),
+        ("webhook_secrets", f"{SECRET},"),
+        ("webhook_secrets", f"{SECRET},0123456789abcdef-unprefixed"),
+        ("base_url", "api.sync.so"),
+        ("base_url", "ftp://api.sync.so"),
+        ("base_url", "http://api.sync.so"),
+        ("base_url", "https://user:pass@api.sync.so"),
+        ("base_url", "https://api.sync.so?x=1"),
+        ("ttl", "24"),
+        ("ttl", "0"),
+        ("ttl", "24hours"),
+        ("min_ttl", "0s"),
+        ("min_ttl", "forever"),
+        ("webhook_tolerance", "0s"),
+        ("database_url", "mysql://db/verysecret"),
+        ("database_url", "sqlite://"),
+        ("database_url", "sqlite:///:memory:"),
+        ("database_url", "not a verysecret url"),
+        ("redis_url", "localhost:6379"),
+        ("redis_url", "http://redis:6379"),
+        ("port", "65536"),
+        ("port", "-1"),
+        ("port", "٨٠"),
+        ("port", "http"),
+        ("api_token", "tooshort"),
+        ("api_token", "with blanks 0123456789"),
+        ("api_token", "mit-ümlaut-0123456789"),
+        ("is_dry_run", "maybe"),
+        ("is_dry_run", "tru"),
+        ("api_rate", "300"),
+        ("api_rate", "0/minute"),
+        ("api_rate", "300/day"),
+        ("api_rate", "-1/minute"),
+        ("max_deletes_per_day", "many"),
+        ("max_deletes_per_day", "-1"),
+        ("give_up_after", "59s"),
+        ("concurrency", "0"),
+        ("concurrency", "1001"),
+        ("queue_horizon", "1s"),
+        ("log_format", "yaml"),
+    ],
+)
+def test_a_bad_value_is_named_with_what_is_accepted_and_not_repeated(field, text):
+    option = OPTIONS[field]
+    problems = problems_of(**{option.name: text})
+
+    assert problems == [f"{option.name} is not usable: it accepts {option.accepts}"]
+
+
+def test_all_problems_are_told_at_once():
+    problems = problems_of(MAYFLY_PORT="x", MAYFLY_TTL="24", MAYFLY_DRYRUN="1")
+
+    assert [problem.split()[0] for problem in problems] == ["MAYFLY_DRYRUN", "MAYFLY_TTL", "MAYFLY_PORT"]
+
+
+@pytest.mark.parametrize("name", [option.name for option in OPTIONS.values()])
+def test_an_empty_value_counts_as_not_set(name):
+    assert read_settings({name: " "}) == read_settings({})
+
+
+@pytest.mark.parametrize("option", [option for option in OPTIONS.values() if option.is_secret])
+def test_a_secret_may_stand_in_a_file(option, tmp_path):
+    texts = {
+        "SYNC_WEBHOOK_SECRET": SECRET,
+        "MAYFLY_DATABASE_URL": "postgresql://u:p@db/mayfly",
+        "MAYFLY_REDIS_URL": "redis://:p@redis",
+        "MAYFLY_API_TOKEN": TOKEN,
+        "SYNC_API_KEY": "sk-1",
+    }
+    path = tmp_path / "secret"
+    path.write_text(texts[option.name] + "\n")
+
+    assert read_settings({f"{option.name}_FILE": str(path)}) == read_settings({option.name: texts[option.name]})
+
+
+def test_a_variable_wins_over_its_file(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text("sk-file")
+
+    assert read_settings({"SYNC_API_KEY": "sk-1", "SYNC_API_KEY_FILE": str(path)}).api_key == Secret("sk-1")
+
+
+def test_a_secrets_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
+    (problem,) = problems_of(SYNC_API_KEY_FILE=str(tmp_path / "gone"))
+
+    assert problem == "SYNC_API_KEY_FILE cannot be read: No such file or directory"
+
+
+def test_a_secrets_file_with_bytes_that_are_no_text_is_a_problem_and_no_crash(tmp_path):
+    path = tmp_path / "secret"
+    path.write_bytes(b"\xff\xfe")
+
+    assert problems_of(SYNC_API_KEY_FILE=str(path))[0].startswith("SYNC_API_KEY")
+
+
+@pytest.mark.parametrize(
+    ("name", "meant"),
+    [
+        ("MAYFLY_DRYRUN", "MAYFLY_DRY_RUN"),
+        ("MAYFLY_MINTTL", "MAYFLY_MIN_TTL"),
+        ("SYNC_APIKEY", "SYNC_API_KEY"),
+        ("SYNC_WEBHOOK_SECRETS", "SYNC_WEBHOOK_SECRET"),
+        ("MAYFLY_MAX_DELETE_PER_DAY", "MAYFLY_MAX_DELETES_PER_DAY"),
+    ],
+)
+def test_a_slip_of_the_pen_is_not_ignored_in_silence(name, meant):
+    assert problems_of(**{name: "true"}) == [f"{name} is not an option: did you mean {meant}?"]
+
+
+@pytest.mark.parametrize("name", ["SYNC_GATEWAY", "PATH", "MAYFLY", "HOME", "MAYFLY_HOOK_URL_OF_MY_OWN"])
+def test_variables_of_others_are_none_of_our_business(name):
+    assert read_settings({name: "x"}) == read_settings({})
+
+
+@pytest.mark.parametrize("name", sorted(NOT_SUPPORTED))
+def test_an_option_of_a_later_release_is_refused_rather_than_ignored(name):
+    assert problems_of(**{name: "x"}) == [f"{name} is set, but this release does not support it yet: unset it"]
+
+
+def test_what_a_command_cannot_do_without_is_named_with_what_to_set():
+    with pytest.raises(SettingsError, match=r"^SYNC_WEBHOOK_SECRET is not set: copy the whsec_"):
+        require_webhook_secret(read_settings({}))
+    with pytest.raises(SettingsError, match=r"^SYNC_API_KEY is not set: put an API key"):
+        require_api_key(read_settings({}))
+
+    require_webhook_secret(read_settings({"SYNC_WEBHOOK_SECRET": SECRET}))
+    require_api_key(read_settings({"SYNC_API_KEY": "sk-1"}))
+
+
+def test_no_representation_shows_a_secret():
+    settings = read_settings(
+        {
+            "SYNC_API_KEY": "sk-verysecret",
+            "SYNC_WEBHOOK_SECRET": "whsec_verysecret",
+            "MAYFLY_API_TOKEN": "verysecret0123456789",
+            "MAYFLY_REDIS_URL": "redis://:verysecret@r",
+            "MAYFLY_DATABASE_URL": "postgresql://u:verysecret@db/mayfly",
+        }
+    )
+
+    assert "verysecret" not in f"{settings} {settings!r} {settings.api_key} {settings.webhook_secrets}"
+
+
+def test_secrets_are_equal_by_their_text_alone():
+    assert len({Secret("a"), Secret("a"), Secret("b")}) == 2
+    assert Secret("a") != "a"
