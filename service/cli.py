@@ -2,7 +2,6 @@
 
 import asyncio
 import importlib
-import signal
 import sys
 import time
 from collections.abc import Awaitable, Callable, Mapping
@@ -122,17 +121,23 @@ def _serve(sides: list[Side], *requirements: Callable[[Settings], None], is_migr
 
 
 async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: bool) -> None:
-    """Run *sides* over one set of resources until a signal comes or one of them ends."""
+    """Run *sides* over one set of resources until a signal comes or one of them ends.
+
+    Raises: what the first of them raised, once the others have finished what they had begun.
+    """
+    from service.commands.running import on_stop  # noqa: PLC0415
     from service.resources import open_resources  # noqa: PLC0415
 
     stop = asyncio.Event()
-    loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, stop.set)
+    on_stop(stop.set)
     metrics = Metrics()
-    async with open_resources(settings, is_migrating=is_migrating) as resources, asyncio.TaskGroup() as group:
-        for side in sides:
-            group.create_task(_stopping(side(settings, resources, metrics, stop), stop))
+    async with open_resources(settings, is_migrating=is_migrating) as resources:
+        # Not a TaskGroup: it would cancel the other side in the middle of its deletions.
+        running = [_stopping(side(settings, resources, metrics, stop), stop) for side in sides]
+        ends = await asyncio.gather(*running, return_exceptions=True)
+    for end in ends:
+        if isinstance(end, BaseException):
+            raise end
 
 
 async def _stopping(side: Awaitable[None], stop: asyncio.Event) -> None:

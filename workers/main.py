@@ -38,6 +38,7 @@ LEASE: Final = timedelta(seconds=60)
 STOP_SECONDS: Final = LEASE.total_seconds() + 5
 _LEASES_AT_ONCE: Final = 500
 _ARQ_RESTART_SECONDS: Final = 2.0
+_CANCEL_AGAIN_SECONDS: Final = 0.2
 
 
 async def ring(ctx: dict[str, Any], *_: object) -> None:
@@ -74,11 +75,21 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
             await stop.wait()
         finally:
             dispatcher.stop()
-            for helper in helpers:
-                helper.cancel()
-            await asyncio.gather(*helpers, return_exceptions=True)
+            await end(helpers)
             await asyncio.wait([work], timeout=STOP_SECONDS)
             log.info("worker.stopped", is_drained=work.done())
+
+
+async def end(tasks: Sequence[asyncio.Task[None]]) -> None:
+    """Cancel *tasks* until they have ended.
+
+    Once is not enough: redis-py waits for each write with asyncio.wait_for, which before Python 3.12 loses a
+    cancellation that comes just as the write is done.
+    """
+    while pending := [task for task in tasks if not task.done()]:
+        for task in pending:
+            task.cancel()
+        await asyncio.wait(pending, timeout=_CANCEL_AGAIN_SECONDS)
 
 
 @asynccontextmanager

@@ -6,6 +6,7 @@ Exit codes: 0 fine, 2 settings that cannot be worked with, 1 anything else, 130 
 import asyncio
 import getpass
 import os
+import signal
 import sys
 from collections.abc import AsyncIterator, Callable, Coroutine
 from contextlib import asynccontextmanager
@@ -80,6 +81,13 @@ def run(work: Coroutine[Any, Any, T]) -> T:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the last place there is
         _fail(error)
+
+
+def on_stop(act: Callable[[], object]) -> None:
+    """Call *act* on the running loop for Ctrl-C and SIGTERM, also where a shell had Ctrl-C ignored or this is pid 1."""
+    loop = asyncio.get_running_loop()
+    for number in (signal.SIGINT, signal.SIGTERM):
+        loop.add_signal_handler(number, act)
 
 
 def fail(problem: str) -> NoReturn:

@@ -1,5 +1,6 @@
 """`mayfly demo`, `simulate` and `send`: trying Mayfly out, without a sync.so account or with one."""
 
+import asyncio
 import sys
 import uuid
 from datetime import UTC, datetime
@@ -9,7 +10,7 @@ from typing import BinaryIO, Final
 import click
 import httpx
 
-from service.commands.running import EXIT_FAILED, fail, run, settings_or_exit
+from service.commands.running import EXIT_FAILED, fail, on_stop, run, settings_or_exit
 from service.settings import Settings, require_webhook_secret
 from service.signature import sign
 from service.simulator import Generation, Simulator, serve_forever
@@ -71,8 +72,8 @@ def simulate(
         click.echo(_directions(simulator.url, api_key, webhook_secret, webhook_url))
 
     async def serve() -> None:
-        try:
-            await serve_forever(
+        serving = asyncio.create_task(
+            serve_forever(
                 host=host,
                 port=port,
                 api_key=api_key,
@@ -84,6 +85,12 @@ def simulate(
                 allow_remote=allow_remote,
                 on_ready=tell,
             )
+        )
+        on_stop(serving.cancel)
+        try:
+            await serving
+        except asyncio.CancelledError:
+            return
         except OSError as error:
             fail(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port")
 

@@ -28,6 +28,7 @@ from tests.support.ledger import (
 from tests.support.waiting import eventually
 from workers import dispatch
 from workers.dispatch import Dispatcher
+from workers.main import end
 from workers.reconcile import is_alive, reconcile
 
 
@@ -260,3 +261,27 @@ async def test_the_reconciler_takes_back_lost_records_even_where_it_cannot_write
         await eventually(lambda: len(rounds) >= 2, seconds=3)
 
     assert metrics.registry.get_sample_value("mayfly_loops_failed_total", {"loop": "reconcile"}) >= 1
+
+
+# Stopping
+
+
+async def test_a_helper_that_loses_a_cancellation_is_cancelled_again():
+    lost: list[int] = []
+
+    async def careless():
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:  # what asyncio.wait_for does with it before Python 3.12
+                if len(lost) == 2:
+                    raise
+                lost.append(1)
+
+    helpers = [asyncio.create_task(careless()), asyncio.create_task(asyncio.sleep(60))]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await end(helpers)
+
+    assert len(lost) == 2
+    assert all(helper.cancelled() for helper in helpers)
