@@ -69,11 +69,13 @@ def simulate(
     """
 
     def tell(simulator: Simulator) -> None:
+        if (serving := asyncio.current_task()) is not None:
+            on_stop(serving.cancel)
         click.echo(_directions(simulator.url, api_key, webhook_secret, webhook_url))
 
     async def serve() -> None:
-        serving = asyncio.create_task(
-            serve_forever(
+        try:
+            await serve_forever(
                 host=host,
                 port=port,
                 api_key=api_key,
@@ -85,10 +87,6 @@ def simulate(
                 allow_remote=allow_remote,
                 on_ready=tell,
             )
-        )
-        on_stop(serving.cancel)
-        try:
-            await serving
         except asyncio.CancelledError:
             return
         except OSError as error:
