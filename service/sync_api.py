@@ -5,7 +5,7 @@ Source: sync.so API v2 reference, "Get generation" and "Delete generation"; the 
 
 import asyncio
 import re
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -67,7 +67,7 @@ class SyncApi:
         base_url: str,
         key: Secret,
         metrics: Metrics,
-        on_throttled: Callable[[float], None],
+        on_throttled: Callable[[float], Awaitable[None]],
     ) -> None:
         self._on_throttled = on_throttled
         self._transport = transport
@@ -114,7 +114,7 @@ class SyncApi:
         self._metrics.api_calls.labels(method, f"{reply.status // 100}xx").inc()
         if reply.status == HTTPStatus.TOO_MANY_REQUESTS:
             asked = _judge(reply).retry_after or MIN_BACKOFF
-            self._on_throttled(max(asked, MIN_RETRY_AFTER).total_seconds())
+            await self._on_throttled(max(asked, MIN_RETRY_AFTER).total_seconds())
         return reply
 
     async def _exchange(self, method: str, path: str) -> _Reply:
@@ -133,6 +133,10 @@ class SyncApi:
             await response.aclose()
 
 
+async def _heed_nothing(_seconds: float) -> None:
+    return
+
+
 @asynccontextmanager
 async def open_sync_api(
     base_url: str,
@@ -140,7 +144,7 @@ async def open_sync_api(
     *,
     connections: int,
     metrics: Metrics,
-    on_throttled: Callable[[float], None] = lambda _seconds: None,
+    on_throttled: Callable[[float], Awaitable[None]] = _heed_nothing,
 ) -> AsyncIterator[SyncApi]:
     """Open a pool of *connections* to the API at *base_url*. The key goes to that host alone: nothing is redirected.
 

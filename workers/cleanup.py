@@ -21,9 +21,11 @@ from service.telemetry import Metrics
 
 log = structlog.get_logger()
 
+# What a whole attempt takes of the budget of calls: a GET and a DELETE.
+CALLS = 2
 # A DELETE that might still be under way when the lease ends would meet its successor.
 _DELETE_MARGIN = timedelta(seconds=DELETE_SECONDS + 1)
-ATTEMPT_MARGIN = _DELETE_MARGIN + timedelta(seconds=GET_SECONDS)
+_ATTEMPT_MARGIN = _DELETE_MARGIN + timedelta(seconds=GET_SECONDS)
 REHEARSE_AGAIN = timedelta(hours=1)
 # Answers to a DELETE that say that nothing was deleted; after the others nobody knows.
 _NOT_DELETED = frozenset({Verdict.RUNNING, Verdict.REFUSED, Verdict.UNAUTHORIZED})
@@ -38,8 +40,8 @@ class Cleaner:
     api: SyncApi
     copy: Callable[[Copy], Awaitable[Copied]]
     settle: Callable[[Settlement], Awaitable[bool]]
-    # For one call: waits for a place at the API and a share of the budget.
-    turn: Callable[[], AbstractAsyncContextManager[None]]
+    # For one call: waits for a place at the API, and tells whether it has one by the instant given.
+    turn: Callable[[datetime], AbstractAsyncContextManager[bool]]
     now: Callable[[], datetime]
     give_up_after: timedelta
     is_dry_run: bool
@@ -66,8 +68,7 @@ class Cleaner:
         return None
 
     async def _attempt(self, claim: Claim) -> Verdict | None:
-        async with self.turn():
-            is_in_time = claim.lease_until - self.now() >= ATTEMPT_MARGIN
+        async with self.turn(claim.lease_until - _ATTEMPT_MARGIN) as is_in_time:
             looked = await self.api.get(claim.key.id) if is_in_time else None
         if looked is None:
             return await self._decline(claim, "the worker that had it could not begin in time")
@@ -87,8 +88,7 @@ class Cleaner:
 
     async def _delete(self, claim: Claim) -> Verdict | None:
         """Send the DELETE, now that the copy is durable, if the lease is still long enough for it."""
-        async with self.turn():
-            is_in_time = claim.lease_until - self.now() >= _DELETE_MARGIN
+        async with self.turn(claim.lease_until - _DELETE_MARGIN) as is_in_time:
             deleted = await self.api.delete(claim.key.id) if is_in_time else None
         if deleted is None:
             return await self._decline(claim, "the worker that had it was too slow to delete", is_refund=True)

@@ -25,13 +25,14 @@ _ERROR_PAUSE = timedelta(seconds=1)
 class Dispatcher:
     """Keeps up to *concurrency* cleanups under way and as many claimed beside them, so that claims come in batches.
 
-    *claim(limit)* claims due records, *next_wake()* tells when the ledger has the next one, *clean* cleans one,
-    *give_back* returns one that was claimed and not begun.
+    *allow(limit)* tells how many records may be begun now, *claim(limit)* claims due ones, *next_wake()* tells when the
+    ledger has the next one, *clean* cleans one, *give_back* returns one that was claimed and not begun.
     """
 
     def __init__(
         self,
         *,
+        allow: Callable[[int], Awaitable[int]],
         claim: Callable[[int], Awaitable[Sequence[Claim]]],
         next_wake: Callable[[], Awaitable[datetime | None]],
         clean: Callable[[Claim], Coroutine[object, object, Verdict | None]],
@@ -40,6 +41,7 @@ class Dispatcher:
         concurrency: int,
         metrics: Metrics,
     ) -> None:
+        self._allow = allow
         self._claim = claim
         self._next_wake = next_wake
         self._clean = clean
@@ -89,8 +91,11 @@ class Dispatcher:
         if not self._has_more and (wait := await self._until_next()) > timedelta(0):
             await self._sleep(min(wait, TICK))
             return
-        claims = await self._claim(room)
-        self._has_more = len(claims) == room
+        allowed = await self._allow(room)
+        if not allowed:
+            return  # it has waited; what is due then may be another record
+        claims = await self._claim(allowed)
+        self._has_more = len(claims) == allowed
         self._claimed.extend(claims)
         self._start()
         if not claims:

@@ -26,7 +26,7 @@ from service.resources import Resources, open_queue
 from service.settings import Settings, require_api_key
 from service.sync_api import open_sync_api
 from service.telemetry import Metrics
-from workers.cleanup import ATTEMPT_MARGIN, Cleaner
+from workers.cleanup import CALLS, Cleaner
 from workers.dispatch import Dispatcher
 from workers.reconcile import reconcile
 
@@ -103,8 +103,7 @@ async def _dispatcher(
     budget = Budget(settings.api_rate, pool, settings.api_key, clock=time.monotonic)
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
     silencing: set[asyncio.Task[None]] = set()
-    lease, concurrency = paced(settings.concurrency, budget.seconds_per_call)
-    places = asyncio.Semaphore(concurrency)
+    places = asyncio.Semaphore(settings.concurrency)
 
     async def copy(items: Sequence[cleaning.Copy]) -> Sequence[Copied]:
         return await database.write(partial(cleaning.copy, copies=items, now=_now(), limit=limit, actor=actor))
@@ -113,9 +112,8 @@ async def _dispatcher(
         return await database.write(partial(cleaning.settle, settlements=items, now=_now(), actor=actor))
 
     async def claim(room: int) -> Sequence[Claim]:
-        if budget.is_closed():
-            return []
-        claims = await database.write(partial(cleaning.claim, now=_now(), lease=lease, limit=room, actor=actor))
+        claims = await database.write(partial(cleaning.claim, now=_now(), lease=LEASE, limit=room, actor=actor))
+        budget.put_back(CALLS * (room - len(claims)))
         if claims:
             # Behind the deletions' backs: they do not wait for Redis.
             task = asyncio.create_task(_silence(pool, claims))
@@ -123,17 +121,25 @@ async def _dispatcher(
             task.add_done_callback(silencing.discard)
         return claims
 
+    async def allow(room: int) -> int:
+        granted = await budget.grant(CALLS * room)
+        budget.put_back(granted % CALLS)
+        return granted // CALLS
+
     @asynccontextmanager
-    async def turn() -> AsyncIterator[None]:
+    async def turn(until: datetime) -> AsyncIterator[bool]:
         async with places:
-            await budget.take()
-            yield
+            yield await budget.is_open_within((until - _now()).total_seconds())
 
     async def next_wake() -> datetime | None:
         return await database.read(reading.next_wake)
 
     async with open_sync_api(
-        settings.base_url, settings.api_key, connections=concurrency, metrics=metrics, on_throttled=budget.close_for
+        settings.base_url,
+        settings.api_key,
+        connections=settings.concurrency,
+        metrics=metrics,
+        on_throttled=budget.close_for,
     ) as api:
         cleaner = Cleaner(
             api=api,
@@ -146,26 +152,16 @@ async def _dispatcher(
             metrics=metrics,
         )
         yield Dispatcher(
+            allow=allow,
             claim=claim,
             next_wake=next_wake,
             clean=cleaner.clean,
             give_back=cleaner.give_back,
             now=_now,
             # Twice as many as there are places at the API: one half waits for its commit while the other calls.
-            concurrency=2 * concurrency,
+            concurrency=2 * settings.concurrency,
             metrics=metrics,
         )
-
-
-def paced(concurrency: int, seconds_per_call: float) -> tuple[timedelta, int]:
-    """Return the lease, and how many calls at once a budget of calls can serve within it.
-
-    Four times as many records are claimed, each takes two calls, and all must have begun while their lease leaves
-    time for an attempt.
-    """
-    patience = LEASE - ATTEMPT_MARGIN
-    share = timedelta(seconds=8 * seconds_per_call)
-    return LEASE + share, max(1, min(concurrency, int((patience + share) / share)))
 
 
 async def _silence(pool: ArqRedis, claims: Sequence[Claim]) -> None:

@@ -2,6 +2,7 @@
 
 import asyncio
 import re
+import time
 from collections.abc import AsyncIterator, Sequence
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -156,23 +157,42 @@ async def test_retry_after_is_obeyed_within_a_second_and_a_day(shared: System):
         assert low - 1 <= (row.wake_at - first.at).total_seconds() <= high + 1, fault
 
 
-async def test_a_429_slows_every_record_down_and_its_own_by_what_was_asked(own: System):
+async def test_a_429_slows_every_record_of_every_worker_down_and_its_own_by_what_was_asked(own: System):
     system = own
-    _, worker = await asyncio.gather(system.api(), system.worker())
+    _, *workers = await asyncio.gather(system.api(), system.worker(), system.worker())
     first = await system.accepted(system.generation(delete=["429:body=120"]))
     row = await put_off(system, first)
     (delete,) = system.calls(first)
     assert row.wake_at is not None
     assert 119 <= (row.wake_at - delete.at).total_seconds() <= 133
-    second = await system.accepted(system.generation())
-    await overdue(system, second)
-    await asyncio.sleep(3)
-    assert system.calls(second, Operation.GET) == []
-    await worker.kill()
-    await system.worker()  # a new one knows nothing of it, as after the wait
+    others = [await system.accepted(system.generation()) for _ in range(8)]
+    await overdue(system, others[-1])
+    await asyncio.sleep(3)  # either worker has looked at them more than once
+    assert [call for one in others for call in system.calls(one, Operation.GET)] == []
+    await asyncio.gather(*(worker.kill() for worker in workers))
+    await system.redis.command("FLUSHALL")  # what they would have known of it, as after the wait
+    await system.worker()
     await system.drain()
 
     assert not (await system.judged()).all
+
+
+async def test_three_workers_together_use_the_whole_budget_and_no_more(own: System):
+    system = own
+    await system.api()
+    generations = [await system.accepted(system.generation()) for _ in range(60)]
+    await overdue(system, generations[-1])
+    await asyncio.gather(*(system.worker(MAYFLY_API_RATE="300/minute") for _ in range(3)))
+    begun = time.monotonic()
+    await asyncio.sleep(10)
+    calls, seconds = len(system.simulator.calls), time.monotonic() - begun
+    deleted = [one for one in generations if one.id in system.simulator.removed]
+
+    # 5 calls a second, and two for each record; the first and the last window are not seen whole.
+    assert 5 * (seconds - 3) <= calls <= 5 * (seconds + 3)
+    assert len(deleted) >= 2.5 * (seconds - 3)
+    assert not [event for process in system.processes for event in process.events("cleanup.given_back")]
+    assert not (await system.judged()).early
 
 
 async def put_off(system: System, generation: Generation) -> Row:

@@ -41,7 +41,7 @@ WEEK = timedelta(days=7)
 def cleaner_of(database, metrics):
     """Make a Cleaner over the ledger, without grouping and without a budget."""
 
-    def make(api, **changes):
+    def make(api, now=utc_now, **changes):
         async def copy(item):
             write = partial(cleaning.copy, copies=[item], now=utc_now(), limit=None, actor=ACTOR)
             return (await database.write(write))[0]
@@ -50,15 +50,15 @@ def cleaner_of(database, metrics):
             return (await settle(database, item))[0]
 
         @asynccontextmanager
-        async def turn():
-            yield
+        async def turn(until):
+            yield now() <= until
 
         cleaner = Cleaner(
             api=api,
             copy=copy,
             settle=settle_one,
             turn=turn,
-            now=utc_now,
+            now=now,
             give_up_after=WEEK,
             is_dry_run=False,
             metrics=metrics,

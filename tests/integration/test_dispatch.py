@@ -46,6 +46,15 @@ class Work:
         self.given_back: list[Key] = []
         self.running = self.most_running = 0
         self.faults: list[Exception] = []
+        self.budget: int | None = None  # how many records may be begun; None is any number
+
+    async def allow(self, limit):
+        if self.budget is None:
+            return limit
+        allowed = min(limit, self.budget)
+        self.budget -= allowed
+        await asyncio.sleep(0.01)
+        return allowed
 
     async def claim(self, limit):
         if self.faults:
@@ -80,6 +89,7 @@ def running(sqlite_database, metrics):
     async def run(concurrency=3):
         work = Work(sqlite_database, concurrency)
         dispatcher = Dispatcher(
+            allow=work.allow,
             claim=work.claim,
             next_wake=work.next_wake,
             clean=work.clean,
@@ -124,6 +134,20 @@ async def test_as_many_again_are_claimed_beside_those_under_way_and_in_batches(r
         await eventually(lambda: len(work.cleaned) == 30)
 
     assert len([size for size in work.claims if size]) <= 8
+
+
+async def test_no_more_is_claimed_than_the_budget_allows_and_the_rest_as_soon_as_it_does(running, sqlite_database):
+    async with running(concurrency=5) as (dispatcher, work):
+        work.budget = 3
+        await store_many(sqlite_database, 8)
+        dispatcher.ring()
+        await eventually(lambda: len(work.cleaned) == 3)
+        await asyncio.sleep(0.1)
+        states = await sqlite_database.read(reading.counts)
+        assert (states[State.DELETED], states[State.SCHEDULED], states[State.DELETING]) == (3, 5, 0)
+        work.budget = None
+
+        await eventually(lambda: len(work.cleaned) == 8, seconds=1)
 
 
 async def test_a_bell_wakes_it_at_once(running, sqlite_database, monkeypatch):
