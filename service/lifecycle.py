@@ -54,26 +54,30 @@ class IllegalMoveError(Exception):
     """A move that the table does not have; the record stays as it was."""
 
     def __init__(self, state: State | None, move: Move) -> None:
-        super().__init__(f"a record that is {state or 'unknown'} cannot {move}")
+        why = ": it is copied and its DELETE may be under way" if state is State.DELETING else ""
+        super().__init__(f"a record that is {state or 'unknown'} cannot {move}{why}")
         self.state = state
         self.move = move
 
 
-def after(state: State | None, move: Move) -> State:
-    """Return the state that *move* leads to from *state*; None stands for a record that is not there yet.
+def interrupted(state: State, *, is_copied: bool) -> list[Move]:
+    """Return what must come before a move that stops a record: a worker at it loses its lease, until the copy is made.
 
-    Raises: IllegalMoveError.
+    From then on its DELETE may be under way, and nothing can stop it.
     """
-    try:
-        return TABLE[state, move]
-    except KeyError:
-        raise IllegalMoveError(state, move) from None
+    return [Move.LOSE_LEASE] if state is State.DELETING and not is_copied else []
 
 
-def origin(move: Move) -> State | None:
-    """Return the one state that *move* starts from, for the WHERE of its statement.
+def after(state: State | None, *moves: Move) -> State:
+    """Return the state that *moves* lead to from *state*; None stands for a record that is not there yet.
 
-    Raises: ValueError for a move with several origins (keep).
+    Raises: IllegalMoveError; ValueError for no moves from nowhere.
     """
-    (state,) = (before for before, candidate in TABLE if candidate is move)
+    for move in moves:
+        try:
+            state = TABLE[state, move]
+        except KeyError:
+            raise IllegalMoveError(state, move) from None
+    if state is None:
+        raise ValueError("no record and no move")
     return state

@@ -188,6 +188,7 @@ _copy = (
         status=bindparam("b_status"),
         copy=bindparam("b_copy"),
         copied_at=bindparam("b_copied_at"),
+        copied_attempt=bindparam("b_attempt"),
         # What the webhook said stands where the API shows nothing.
         **{
             name: func.coalesce(bindparam(f"b_{name}", type_=records.c[name].type), records.c[name])

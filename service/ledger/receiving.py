@@ -1,19 +1,20 @@
 """Writing what webhooks announce: one record per account and generation, however often it is announced."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from operator import itemgetter
-from typing import Any, Protocol
+from typing import Any
 
-from sqlalchemy import Connection, Text, bindparam, func, select, update
+from sqlalchemy import Connection, Row, Text, bindparam, func, select, update
 
 from service.generation import Generation, Key
 from service.ledger.bulk import BulkInsert
+from service.ledger.database import ConflictError
 from service.ledger.history import Entry, append
 from service.ledger.schema import records
 from service.ledger.sequence import next_number
-from service.lifecycle import Move, State, after
+from service.lifecycle import Move, State, after, interrupted
 from service.retention import Retention
 
 ACTOR = "webhook"
@@ -52,6 +53,8 @@ _select_known = (
         records.c.due_at,
         records.c.wake_at,
         records.c.attempts,
+        records.c.copied_attempt,
+        records.c.hold_reason,
         records.c.notification,
     )
     .where(records.c.account.in_(bindparam("accounts", expanding=True)))
@@ -82,11 +85,13 @@ _insert_records = BulkInsert(
         "hold_reason",
     ),
 )
-# The states in which a later announcement still counts: no worker has begun, and nobody has decided otherwise.
-_OPEN = (State.SCHEDULED, State.HELD)
-_postpone = (
+_change = (
     update(records)
-    .where(records.c.seq == bindparam("b_seq"), records.c.state.in_(_OPEN))
+    .where(
+        records.c.seq == bindparam("b_seq"),
+        records.c.state == bindparam("b_before"),
+        records.c.attempts == bindparam("b_attempts"),
+    )
     .values(
         state=bindparam("b_state"),
         due_at=bindparam("b_due_at"),
@@ -103,48 +108,37 @@ _postpone = (
 def insert(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
     """Write *arrivals* as records that are all new, the usual case: nothing is looked up.
 
-    Raises: ConflictError, from the database's unique key, when one of them is known; receive() then sorts them out.
+    Raises: ConflictError, by itself or from the database's unique key, when one of them is known or is there twice;
+    receive() then sorts them out.
     """
-    return _write(connection, arrivals, {})
+    if len({arrival.key for arrival in arrivals}) < len(arrivals):
+        raise ConflictError("a generation is announced twice at once")
+    batch = _Batch([], [], [])
+    receipts = [_first(arrival, batch) for arrival in arrivals]
+    _write(connection, batch)
+    return receipts
 
 
 def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
     """Write *arrivals* in one transaction and return how each one stands, in their order.
 
     A generation that is known keeps its first body. Of two announcements the later due time wins, and a hold wins
-    over both, as long as no worker has begun; nothing is ever shortened.
+    over both, as long as no DELETE may be under way; nothing is ever shortened.
     """
-    return _write(connection, arrivals, _find_known(connection, arrivals))
-
-
-def _write(connection: Connection, arrivals: Sequence[Arrival], known: dict[Key, "_Known"]) -> list[Receipt]:
-    batch = _Batch([], [], [])
-    receipts = []
-    for arrival in arrivals:
-        before = known.get(arrival.key)
-        receipt = _first(arrival, batch) if before is None else _again(arrival, before, batch)
-        known[arrival.key] = receipt
-        receipts.append(receipt)
-    # In the order of their keys, as _select_known locks them: two processes with the same ones in different orders
-    # would each wait for the other.
-    _insert_records(connection, sorted(batch.inserts, key=itemgetter(1, 2)))
-    if batch.updates:
-        connection.execute(_postpone, batch.updates)
-    append(connection, batch.entries)
-    return receipts
-
-
-class _Known(Protocol):
-    """How a record stands before an arrival: a row of the ledger, or the receipt of an earlier arrival."""
-
-    @property
-    def seq(self) -> int: ...
-    @property
-    def state(self) -> State: ...
-    @property
-    def due_at(self) -> datetime | None: ...
-    @property
-    def attempts(self) -> int: ...
+    receipts: dict[int, Receipt] = {}
+    waiting = dict(enumerate(arrivals))
+    while waiting:
+        # Each generation once in a round, so that the second of two meets what the first has written.
+        firsts = {arrival.key: index for index, arrival in reversed(waiting.items())}
+        indices = sorted(firsts.values())
+        known = _find_known(connection, firsts.keys())
+        batch = _Batch([], [], [])
+        for index in indices:
+            arrival = waiting.pop(index)
+            before = known.get(arrival.key)
+            receipts[index] = _first(arrival, batch) if before is None else _again(arrival, before, batch)
+        _write(connection, batch)
+    return [receipts[index] for index in range(len(arrivals))]
 
 
 @dataclass(frozen=True, slots=True)
@@ -154,9 +148,19 @@ class _Batch:
     entries: list[Entry]
 
 
-def _find_known(connection: Connection, arrivals: Sequence[Arrival]) -> dict[Key, _Known]:
-    keys = {"accounts": list({a.key.account for a in arrivals}), "ids": [a.key.id for a in arrivals]}
-    return {Key(row.account, row.id): row for row in connection.execute(_select_known, keys)}
+def _write(connection: Connection, batch: _Batch) -> None:
+    # In the order of their keys, as _select_known locks them: two processes with the same ones in different orders
+    # would each wait for the other.
+    _insert_records(connection, sorted(batch.inserts, key=itemgetter(1, 2)))
+    if batch.updates:
+        connection.execute(_change, batch.updates)
+    append(connection, batch.entries)
+
+
+def _find_known(connection: Connection, keys: Collection[Key]) -> dict[Key, Row[Any]]:
+    wanted = {"accounts": list({key.account for key in keys}), "ids": [key.id for key in keys]}
+    rows: Sequence[Any] = connection.execute(_select_known, wanted).all()
+    return {Key(row.account, row.id): row for row in rows}
 
 
 def _first(arrival: Arrival, batch: _Batch) -> Receipt:
@@ -173,40 +177,54 @@ def _first(arrival: Arrival, batch: _Batch) -> Receipt:
     return Receipt(seq, state, retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
 
 
-def _again(arrival: Arrival, before: _Known, batch: _Batch) -> Receipt:
-    """Decide what another announcement of a known generation changes."""
-    # A Receipt stands for an earlier arrival of the same transaction, whose body is not compared.
-    is_conflict = getattr(before, "notification", arrival.body) != arrival.body
-    state, retention = State(before.state), arrival.retention
-    is_later = retention.is_later_than(before.due_at)
-    is_hold = retention.hold_reason is not None and state is State.SCHEDULED
-    if state not in _OPEN or not (is_later or is_hold):
-        return Receipt(
-            before.seq,
-            state,
-            before.due_at,
-            before.attempts,
-            is_new=False,
-            is_moved=False,
-            is_conflict=is_conflict,
-        )
-    due_at = retention.due_at if is_later else before.due_at
-    move = Move.HOLD if is_hold else Move.KEEP if due_at is None and state is State.SCHEDULED else None
-    state = after(state, move) if move else state
-    # An attempt that was put off, by the API's Retry-After perhaps, is not made sooner.
-    put_off: datetime | None = getattr(before, "wake_at", None)
-    wake_at = max(due_at, put_off or due_at) if state is State.SCHEDULED and due_at else None
-    batch.updates.append(_change(before.seq, state, due_at, wake_at, retention))
-    detail = {"rule": retention.rule, "announced": "again"}
-    batch.entries.append(Entry(before.seq, arrival.received_at, move or Move.RECEIVE, ACTOR, detail))
-    return Receipt(before.seq, state, due_at, before.attempts, is_new=False, is_moved=True, is_conflict=is_conflict)
+def _again(arrival: Arrival, before: Row[Any], batch: _Batch) -> Receipt:
+    """Decide what another announcement of a known generation changes, and add that to *batch*."""
+    retention = arrival.retention
+    due_at = retention.due_at if retention.is_later_than(before.due_at) else before.due_at
+    moves = _moves(arrival, before, due_at)
+    state = after(State(before.state), *(moves or ()))
+    if moves is not None:
+        # An attempt that was put off, by the API's Retry-After perhaps, is not made sooner.
+        put_off = before.wake_at if before.state == State.SCHEDULED else None
+        wake_at = max(due_at, put_off or due_at) if state is State.SCHEDULED and due_at else None
+        batch.updates.append(_changed(before, state, due_at, wake_at, retention))
+        detail = {"rule": retention.rule, "announced": "again"}
+        told = moves or [Move.RECEIVE]  # it moved the due time alone
+        batch.entries.extend(Entry(before.seq, arrival.received_at, move, ACTOR, detail) for move in told)
+    return Receipt(
+        before.seq,
+        state,
+        before.due_at if moves is None else due_at,
+        before.attempts,
+        is_new=False,
+        is_moved=moves is not None,
+        is_conflict=before.notification != arrival.body,
+    )
 
 
-def _change(
-    seq: int, state: State, due_at: datetime | None, wake_at: datetime | None, retention: Retention
+def _moves(arrival: Arrival, before: Row[Any], due_at: datetime | None) -> list[Move] | None:
+    """Return the moves that another announcement makes: none where the due time alone changes, None for no change."""
+    state, is_copied = State(before.state), before.copied_attempt == before.attempts
+    is_hold = arrival.retention.hold_reason is not None and before.hold_reason is None
+    if state in (State.DELETED, State.KEPT) or not (is_hold or due_at != before.due_at):
+        return None
+    if state in (State.HELD, State.FAILED):
+        return []  # it counts once a person has released it or has it tried again
+    stopped = interrupted(state, is_copied=is_copied)
+    if state is State.DELETING and (not stopped or not (is_hold or due_at is None or due_at > arrival.received_at)):
+        return None  # too late, or due all the same
+    if is_hold:
+        return [*stopped, Move.HOLD]
+    return [*stopped, Move.KEEP] if due_at is None else stopped
+
+
+def _changed(
+    before: Row[Any], state: State, due_at: datetime | None, wake_at: datetime | None, retention: Retention
 ) -> dict[str, Any]:
     return {
-        "b_seq": seq,
+        "b_seq": before.seq,
+        "b_before": before.state,
+        "b_attempts": before.attempts,
         "b_state": state,
         "b_due_at": due_at,
         "b_wake_at": wake_at,

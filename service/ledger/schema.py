@@ -95,6 +95,8 @@ records = Table(
     # deleted, NULL for all others.
     Column("wake_at", Instant),
     Column("attempts", Integer, nullable=False),
+    # The attempt that made the copy: from then on its DELETE may be under way, and it is too late to stop it.
+    Column("copied_attempt", Integer),
     Column("failing_since", Instant),
     Column("failures", Integer, nullable=False),
     Column("refusals", Integer, nullable=False),

@@ -355,7 +355,7 @@ async def test_a_deletion_that_the_api_refused_is_given_back_to_the_days_limit(d
     assert await copy(database, second, limit=1) is Copied.KEPT
 
 
-async def test_a_person_who_holds_and_a_worker_that_claims_at_once_never_both_succeed(database_url):
+async def test_a_person_who_holds_and_a_worker_that_copies_at_once_never_both_succeed(database_url):
     async def hold(database, key):
         wanted = partial(moving.move, key=key, wanted=Move.HOLD, now=utc_now(), actor="operator", reason="wait")
         try:
@@ -364,13 +364,22 @@ async def test_a_person_who_holds_and_a_worker_that_claims_at_once_never_both_su
             return False
         return True
 
+    async def claim_and_copy(database):
+        for item in await claim(database):
+            return await copy(database, item)
+        return None
+
     async with open_database(database_url) as one, open_database(database_url) as other:
         for _ in range(10):
             key = await store(one)
-            is_held, claims = await asyncio.gather(hold(one, key), claim(other))
+            is_held, copied = await asyncio.gather(hold(one, key), claim_and_copy(other))
             state = (await row_of(one, key)).state
 
-            assert (is_held, len(claims), state) in [(True, 0, State.HELD), (False, 1, State.DELETING)]
+            assert (is_held, copied, state) in [
+                (True, None, State.HELD),
+                (True, Copied.LOST, State.HELD),
+                (False, Copied.KEPT, State.DELETING),
+            ]
 
 
 async def test_attempts_that_end_while_their_generations_are_announced_again_never_wait_for_each_other(postgres_url):

@@ -8,14 +8,17 @@ from functools import partial
 import pytest
 
 from service.generation import Key
-from service.ledger import receiving
+from service.ledger import moving, receiving
+from service.ledger.cleaning import Copied
 from service.ledger.database import ConflictError, open_database
 from service.lifecycle import Move, State
 from tests.support.ledger import (
+    ACTOR,
     HOUR,
     arrival,
     claim_one,
     confirmed,
+    copy,
     count,
     deferred,
     given_up,
@@ -138,24 +141,84 @@ async def test_a_hold_is_not_ended_by_another_announcement(database):
     assert (await row_of(database, key)).state == State.HELD
 
 
-@pytest.mark.parametrize(("end", "state"), [(confirmed, State.DELETED), (given_up, State.FAILED)])
-async def test_an_announcement_after_the_end_changes_nothing(database, end, state):
+async def test_an_announcement_after_the_end_changes_nothing(database):
     key = await store(database, id="g1")
-    await settle(database, end(await claim_one(database)))
+    await settle(database, confirmed(await claim_one(database)))
     (receipt,) = await receive(database, arrival(id="g1", due_in=9 * HOUR, hold="too late"))
 
-    assert (receipt.state, receipt.is_moved) == (state, False)
-    assert (await row_of(database, key)).state == state
+    assert (receipt.state, receipt.is_moved) == (State.DELETED, False)
+    assert (await row_of(database, key)).state == State.DELETED
 
 
-async def test_an_announcement_while_a_worker_is_at_it_changes_nothing(database):
+@pytest.mark.parametrize(
+    ("wish", "then"),
+    [({"due_in": 9 * HOUR}, State.SCHEDULED), ({"due_in": None}, State.KEPT), ({"hold": "legal"}, State.HELD)],
+)
+async def test_what_is_announced_of_a_record_that_was_given_up_counts_once_it_is_tried_again(database, wish, then):
+    key = await store(database, id="g1")
+    await settle(database, given_up(await claim_one(database)))
+    (receipt,) = await receive(database, arrival(id="g1", **wish))
+    (again,) = await receive(database, arrival(id="g1", due_in=HOUR))
+    assert (receipt.state, receipt.is_moved, again.is_moved) == (State.FAILED, True, "hold" in wish)
+    await database.write(partial(moving.move, key=key, wanted=Move.RETRY, now=utc_now(), actor=ACTOR, reason=None))
+    row = await row_of(database, key)
+
+    assert row.state == then
+    assert row.wake_at == (receipt.due_at if then is State.SCHEDULED else None)
+
+
+@pytest.mark.parametrize(
+    ("wish", "then", "moves"),
+    [
+        ({"due_in": 9 * HOUR}, State.SCHEDULED, [Move.LOSE_LEASE]),
+        ({"due_in": None}, State.KEPT, [Move.LOSE_LEASE, Move.KEEP]),
+        ({"hold": "legal"}, State.HELD, [Move.LOSE_LEASE, Move.HOLD]),
+    ],
+)
+async def test_an_announcement_stops_a_worker_that_has_no_copy_yet(database, wish, then, moves):
+    key = await store(database, id="g1", due_in=-2 * HOUR)
+    claim = await claim_one(database)
+    (receipt,) = await receive(database, arrival(id="g1", **wish))
+
+    assert (receipt.state, receipt.is_moved) == (then, True)
+    assert await copy(database, claim) is Copied.LOST
+    assert await settle(database, confirmed(claim)) == [False]
+    assert (await row_of(database, key)).state == then
+    assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM, *moves]
+
+
+@pytest.mark.parametrize("wish", [{"due_in": 9 * HOUR}, {"due_in": None}, {"hold": "legal"}])
+async def test_an_announcement_is_too_late_once_the_copy_is_made(database, wish):
     key = await store(database, id="g1")
     claim = await claim_one(database)
-    (receipt,) = await receive(database, arrival(id="g1", due_in=9 * HOUR))
+    assert await copy(database, claim) is Copied.KEPT
+    (receipt,) = await receive(database, arrival(id="g1", **wish))
 
     assert (receipt.state, receipt.is_moved) == (State.DELETING, False)
     assert await settle(database, confirmed(claim)) == [True]
     assert (await row_of(database, key)).state == State.DELETED
+
+
+async def test_an_announcement_that_is_due_all_the_same_does_not_stop_a_worker(database):
+    await store(database, id="g1", due_in=-2 * HOUR)
+    claim = await claim_one(database)
+    (receipt,) = await receive(database, arrival(id="g1", due_in=-HOUR))
+
+    assert (receipt.state, receipt.is_moved) == (State.DELETING, False)
+    assert await copy(database, claim) is Copied.KEPT
+
+
+async def test_a_copy_of_an_earlier_attempt_does_not_make_it_too_late(database):
+    key = await store(database, id="g1")
+    earlier = await claim_one(database)
+    await copy(database, earlier)
+    await settle(database, deferred(earlier))
+    later = await claim_one(database)
+    (receipt,) = await receive(database, arrival(id="g1", hold="legal"))
+
+    assert receipt.state is State.HELD
+    assert await copy(database, later) is Copied.LOST
+    assert (await row_of(database, key)).state == State.HELD
 
 
 async def test_an_attempt_that_was_put_off_is_not_made_sooner_by_a_later_due_time(database):
@@ -174,6 +237,7 @@ async def test_a_transaction_with_the_same_generation_several_times_writes_one_r
     receipts = await receive(database, *items)
 
     assert [receipt.is_new for receipt in receipts] == [True, False, False]
+    assert [receipt.is_moved for receipt in receipts] == [True, True, False]
     assert len({receipt.seq for receipt in receipts}) == 1
     assert (await row_of(database, items[0].key)).due_at == items[1].retention.due_at
     assert await count(database) == 1
@@ -190,8 +254,9 @@ async def test_the_same_id_in_two_accounts_is_two_records(database):
 async def test_the_insert_that_looks_nothing_up_refuses_a_known_generation_as_a_whole(database):
     await store(database, id="g1")
 
-    with pytest.raises(ConflictError):
-        await database.write(partial(receiving.insert, arrivals=[arrival(id="g2"), arrival(id="g1")]))
+    for known in ([arrival(id="g2"), arrival(id="g1")], [arrival(id="g2"), arrival(id="g2")]):
+        with pytest.raises(ConflictError):
+            await database.write(partial(receiving.insert, arrivals=known))
     assert await count(database) == 1
 
 

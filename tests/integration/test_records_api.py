@@ -7,6 +7,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from service.generation import Key
+from service.ledger.cleaning import Copied
 from service.ledger.receiving import Arrival
 from tests.conftest import API_TOKEN
 from tests.support.ledger import (
@@ -347,11 +348,17 @@ async def test_a_move_that_the_table_does_not_have_is_409_and_changes_nothing(cl
     assert (await row_of(database, key)).state == "scheduled"
 
 
-async def test_a_record_that_a_worker_is_deleting_cannot_be_held(client, database):
-    key = await store(database)
-    await claim_one(database)
+@pytest.mark.parametrize(("name", "state"), [("hold", "held"), ("keep", "kept")])
+async def test_a_worker_is_stopped_until_it_has_made_the_copy_and_not_after(client, database, name, state):
+    key, other = await store(database), await store(database)
+    items = {item.key: item for item in await claim(database)}
+    await copy(database, items[other])
+    stopped, refused = [await move(client, one, name, {"reason": "wait"}) for one in (key, other)]
 
-    assert (await move(client, key, "hold", {"reason": "too late"})).status_code == 409
+    assert (stopped.status_code, stopped.json()["state"]) == (200, state)
+    assert await copy(database, items[key]) is Copied.LOST
+    assert refused.status_code == 409
+    assert "its DELETE may be under way" in refused.json()["detail"]
 
 
 async def test_a_move_that_nobody_knows_or_cannot_read_is_refused(sqlite_client, sqlite_database):

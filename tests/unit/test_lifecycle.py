@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from service.lifecycle import TABLE, IllegalMoveError, Move, State, after, origin
+from service.lifecycle import TABLE, IllegalMoveError, Move, State, after, interrupted
 
 LEGAL = [
     (None, Move.RECEIVE, State.SCHEDULED),
@@ -34,7 +34,8 @@ def test_any_other_move_is_illegal_and_is_named_in_the_error(before, move):
         after(before, move)
 
     assert (refusal.value.state, refusal.value.move) == (before, move)
-    assert str(refusal.value) == f"a record that is {before or 'unknown'} cannot {move}"
+    assert str(refusal.value).startswith(f"a record that is {before or 'unknown'} cannot {move}")
+    assert ("may be under way" in str(refusal.value)) == (before is State.DELETING)
 
 
 def test_the_table_has_the_legal_moves_and_no_other():
@@ -50,11 +51,18 @@ def test_a_record_becomes_deleted_from_deleting_alone():
     assert [pair for pair, then in TABLE.items() if then is State.DELETED] == [(State.DELETING, Move.CONFIRM)]
 
 
-@pytest.mark.parametrize("move", [move for move in Move if move is not Move.KEEP])
-def test_the_origin_of_a_move_is_the_state_it_starts_from(move):
-    assert (origin(move), move) in TABLE
+def test_several_moves_lead_where_each_leads_in_turn():
+    assert after(State.DELETING, Move.LOSE_LEASE, Move.HOLD) is State.HELD
+    assert after(State.HELD) is State.HELD
+    with pytest.raises(IllegalMoveError, match="a record that is held cannot claim"):
+        after(State.SCHEDULED, Move.HOLD, Move.CLAIM)
+    with pytest.raises(ValueError, match="no record"):
+        after(None)
 
 
-def test_a_move_with_several_origins_has_no_single_one():
-    with pytest.raises(ValueError, match="too many"):
-        origin(Move.KEEP)
+@pytest.mark.parametrize("is_copied", [True, False])
+@pytest.mark.parametrize("state", State)
+def test_only_a_worker_that_has_no_copy_yet_is_interrupted(state, is_copied):
+    wanted = [Move.LOSE_LEASE] if state is State.DELETING and not is_copied else []
+
+    assert interrupted(state, is_copied=is_copied) == wanted

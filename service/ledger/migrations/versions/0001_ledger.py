@@ -72,6 +72,7 @@ def _records() -> None:
         sa.Column("deleted_at", _INSTANT),
         sa.Column("wake_at", _INSTANT),
         sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("copied_attempt", sa.Integer),
         sa.Column("failing_since", _INSTANT),
         sa.Column("failures", sa.Integer, nullable=False),
         sa.Column("refusals", sa.Integer, nullable=False),
