@@ -134,10 +134,13 @@ def require_webhook_secret(settings: Settings) -> None:
         )
 
 
+NO_API_KEY: Final = "SYNC_API_KEY is not set: put an API key of your sync.so organisation into it"
+
+
 def require_api_key(settings: Settings) -> None:
     """Raise SettingsError unless there is a key to delete with."""
     if settings.api_key is None:
-        raise SettingsError(["SYNC_API_KEY is not set: put an API key of your sync.so organisation into it"])
+        raise SettingsError([NO_API_KEY])
 
 
 def _text(option: Option, environment: Mapping[str, str]) -> str | None:

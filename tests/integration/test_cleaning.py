@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 from sqlalchemy import event
 
-from service.ledger import cleaning, moving, pausing, reading
+from service.ledger import claiming, moving, pausing, reading
 from service.ledger.cleaning import Copied, Settlement
 from service.ledger.database import open_database
 from service.lifecycle import IllegalMoveError, Move, State
@@ -113,7 +113,7 @@ async def test_a_claim_reads_no_more_of_postgresql_than_what_is_due(postgres_url
     def explain_claim(connection):
         seen: list[Any] = []
         event.listen(connection, "before_cursor_execute", lambda *given: seen.append(given[2:4]))
-        cleaning.claim(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
+        claiming.claim(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
         statement, parameters = next(pair for pair in seen if "SKIP LOCKED" in pair[0])
         connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # the table is too small to need its index
         return list(connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars())

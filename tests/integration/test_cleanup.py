@@ -14,7 +14,7 @@ from service.ledger import cleaning, pausing
 from service.ledger.cleaning import Copied
 from service.ledger.database import LedgerUnavailableError, open_database
 from service.lifecycle import Move, State
-from service.retention import Outcome, Verdict
+from service.retention import Outcome, Policy, Verdict
 from service.settings import Secret
 from service.sync_api import open_sync_api
 from tests.conftest import API_KEY
@@ -35,6 +35,7 @@ from tests.support.ledger import arrival as arrival_of
 from workers.cleanup import REHEARSE_AGAIN, Cleaner
 
 WEEK = timedelta(days=7)
+POLICY = Policy(timedelta(days=1), timedelta(minutes=1))
 
 
 @pytest.fixture
@@ -59,6 +60,7 @@ def cleaner_of(database, metrics):
             settle=settle_one,
             turn=turn,
             now=now,
+            policy=POLICY,
             give_up_after=WEEK,
             is_dry_run=False,
             metrics=metrics,

@@ -285,10 +285,9 @@ async def test_a_date_in_retry_after_is_told_as_the_time_until_then(simulator, a
 async def test_a_429_is_told_to_the_budget_of_calls(simulator, metrics):
     told: list[float] = []
 
-    async def heed(seconds):
-        told.append(seconds)
-
-    async with open_sync_api(simulator.url, Secret(API_KEY), connections=1, metrics=metrics, on_throttled=heed) as api:
+    async with open_sync_api(
+        simulator.url, Secret(API_KEY), connections=1, metrics=metrics, on_throttled=told.append
+    ) as api:
         await api.get(simulator.add(faults={"GET": ["429:retry_after=7"]}).id)
         await api.get(simulator.add(faults={"GET": ["503:retry_after=7"]}).id)
 
