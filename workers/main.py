@@ -27,6 +27,7 @@ from service.ledger.database import Database
 from service.resources import Resources, open_queue
 from service.settings import NO_API_KEY, Secret, Settings, SettingsError
 from service.sync_api import open_sync_api
+from service.tasks import end
 from service.telemetry import Metrics
 from workers.cleanup import Cleaner
 from workers.dispatch import Dispatcher
@@ -41,7 +42,6 @@ LEASE: Final = timedelta(seconds=60)
 STOP_SECONDS: Final = LEASE.total_seconds() + 5
 _LEASES_AT_ONCE: Final = 500
 _ARQ_RESTART_SECONDS: Final = 2.0
-_CANCEL_AGAIN_SECONDS: Final = 0.2
 
 
 async def ring(ctx: dict[str, Any], *_: object) -> None:
@@ -89,18 +89,6 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
 
 async def _until(stop: asyncio.Event) -> None:
     await stop.wait()
-
-
-async def end(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel *tasks* until they have ended.
-
-    Once is not enough: redis-py waits for each write with asyncio.wait_for, which before Python 3.12 loses a
-    cancellation that comes just as the write is done.
-    """
-    while pending := [task for task in tasks if not task.done()]:
-        for task in pending:
-            task.cancel()
-        await asyncio.wait(pending, timeout=_CANCEL_AGAIN_SECONDS)
 
 
 @asynccontextmanager

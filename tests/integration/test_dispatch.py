@@ -11,6 +11,7 @@ from service.ledger import reading
 from service.ledger.database import Database, LedgerUnavailableError
 from service.lifecycle import State
 from service.retention import Verdict
+from service.tasks import end
 from tests.support.ledger import (
     HOUR,
     arrival,
@@ -29,7 +30,6 @@ from tests.support.waiting import eventually
 from workers import dispatch
 from workers.dispatch import Dispatcher
 from workers.heartbeat import beat, is_alive
-from workers.main import end
 from workers.reconcile import reconcile
 
 
