@@ -182,9 +182,10 @@ class Cleaner:
         while True:
             try:
                 return await write()
-            except LedgerUnavailableError:
+            except LedgerUnavailableError as error:
                 if self.now() + timedelta(seconds=_COMMIT_AGAIN_SECONDS) >= claim.lease_until:
                     raise
+                log.warning("cleanup.waits", **_names(claim), error=str(error), what_now="committed once it can be")
                 await asyncio.sleep(_COMMIT_AGAIN_SECONDS)
 
     async def _settle_crash(self, claim: Claim) -> None:

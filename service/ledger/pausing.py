@@ -60,7 +60,7 @@ def pause(connection: Connection, wanted: Pause) -> bool:
 def resume(connection: Connection, kinds: Sequence[Kind]) -> list[Kind]:
     """End the pauses of *kinds* and return those that were in force."""
     gone = [one.kind for one in find(connection) if one.kind in kinds]
-    # One by one, in the order in which allowance() takes them: in another each could wait for the other.
+    # One by one, in the order in which allowance() takes them.
     for kind in gone:
         connection.execute(delete(pauses).where(pauses.c.account == ACCOUNT, pauses.c.kind == kind))
     return gone
@@ -83,11 +83,15 @@ def allowance(connection: Connection, *, now: datetime) -> int:
     over = [one for one in found if one.until is not None and one.until <= at]
     if len(over) < len(found):
         return 0
-    resume(connection, [one.kind for one in over if one.kind is not Kind.UNAUTHORIZED])
-    probes = [one for one in over if one.kind is Kind.UNAUTHORIZED]
-    if not all(_take_turn(connection, one, at) for one in probes):
-        return 0
-    return 1 if probes else UNLIMITED
+    allowed = UNLIMITED
+    for one in over:  # in the order in which resume() takes them: in another each could wait for the other
+        if one.kind is not Kind.UNAUTHORIZED:
+            resume(connection, [one.kind])
+        elif _take_turn(connection, one, at):
+            allowed = 1
+        else:
+            return 0
+    return allowed
 
 
 def _take_turn(connection: Connection, one: Pause, at: datetime) -> bool:
