@@ -108,9 +108,7 @@ def decide(policy: Policy, *, webhook_url: str | None, sent_at: datetime, now: d
         return Retention("unreadable wish", fallback.ttl, fallback.due_at, hold_reason=reason)
 
 
-def reconsider(
-    policy: Policy, *, rule: str, due_at: datetime, ttl: timedelta | None, webhook_url: str | None
-) -> Retention | None:
+def reconsider(*, rule: str, due_at: datetime, ttl: timedelta | None, webhook_url: str | None) -> Retention | None:
     """Decide again once the API shows the *webhook_url* of a generation whose webhook had none, or none with a wish.
 
     *rule*, *due_at* and *ttl* are the record's. None: it stays due; what the wish says can only keep it longer.
@@ -118,9 +116,8 @@ def reconsider(
     if rule != WITHOUT_WISH or ttl is None:
         return None
     began = due_at - ttl
-    found = decide(policy, webhook_url=webhook_url, sent_at=began, now=began)
-    is_wish = found.rule != WITHOUT_WISH  # else the due time that was promised holds, whatever the policy is now
-    return found if is_wish and (found.hold_reason is not None or found.is_later_than(due_at)) else None
+    found = decide(Policy(ttl, timedelta(0)), webhook_url=webhook_url, sent_at=began, now=began)
+    return found if found.hold_reason is not None or found.is_later_than(due_at) else None
 
 
 @dataclass(frozen=True, slots=True)

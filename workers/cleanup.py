@@ -19,7 +19,7 @@ from service.ledger.claiming import Claim
 from service.ledger.cleaning import Copied, Copy, Settlement
 from service.ledger.database import LedgerUnavailableError
 from service.lifecycle import Move
-from service.retention import Policy, Retention, Step, Verdict, after_attempt, reconsider, throttle
+from service.retention import Retention, Step, Verdict, after_attempt, reconsider, throttle
 from service.sync_api import DELETE_SECONDS, GET_SECONDS, Answer, SyncApi
 from service.telemetry import Metrics
 
@@ -50,7 +50,6 @@ class Cleaner:
     # For one call: waits for a place at the API, and tells whether it has one by the instant given.
     turn: Callable[[datetime], AbstractAsyncContextManager[bool]]
     now: Callable[[], datetime]
-    policy: Policy
     give_up_after: timedelta
     is_dry_run: bool
     metrics: Metrics
@@ -88,9 +87,7 @@ class Cleaner:
         return await self._proceed(claim, await self._commit(claim, lambda: self.copy(copied)))
 
     def _reconsidered(self, claim: Claim, generation: Generation) -> Retention | None:
-        return reconsider(
-            self.policy, rule=claim.rule, due_at=claim.due_at, ttl=claim.ttl, webhook_url=generation.webhook_url
-        )
+        return reconsider(rule=claim.rule, due_at=claim.due_at, ttl=claim.ttl, webhook_url=generation.webhook_url)
 
     async def _spare(self, claim: Claim, later: Retention) -> Verdict | None:
         """Put off, hold or keep a generation whose wish the API shows and the webhook did not."""

@@ -108,7 +108,6 @@ async def _dispatcher(
             settle=GroupCommit(work.settle).submit,
             turn=work.turn,
             now=_now,
-            policy=settings.policy,
             give_up_after=settings.give_up_after,
             is_dry_run=settings.is_dry_run,
             metrics=metrics,

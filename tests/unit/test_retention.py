@@ -174,7 +174,7 @@ def test_nothing_is_due_before_the_least_time_from_now_however_old_the_signature
 
 
 def reconsidered(query, rule="MAYFLY_TTL", ttl=DAY):
-    return reconsider(POLICY, rule=rule, due_at=NOW + DAY, ttl=ttl, webhook_url=f"https://h/webhooks/sync?{query}")
+    return reconsider(rule=rule, due_at=NOW + DAY, ttl=ttl, webhook_url=f"https://h/webhooks/sync?{query}")
 
 
 def test_a_wish_that_only_the_api_shows_keeps_longer():
@@ -189,11 +189,8 @@ def test_a_wish_that_only_the_api_shows_never_shortens(query):
     assert reconsidered(query) is None
 
 
-def test_without_a_wish_the_time_that_was_promised_holds_when_the_policy_has_changed():
-    longer = Policy(30 * DAY, timedelta(minutes=1))
-
-    assert reconsider(longer, rule="MAYFLY_TTL", due_at=NOW + DAY, ttl=DAY, webhook_url=None) is None
-    assert reconsider(longer, rule="MAYFLY_TTL", due_at=NOW + DAY, ttl=DAY, webhook_url="https://h/x?a=1") is None
+def test_a_hold_that_only_the_api_shows_stands_beside_the_due_time_that_was_promised():
+    assert reconsidered("hold=legal").due_at == NOW + DAY
 
 
 @pytest.mark.parametrize("rule", ["wish: ttl", "wish: hold", "unreadable wish", "kept by a person"])
