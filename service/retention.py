@@ -99,13 +99,7 @@ def decide(policy: Policy, *, webhook_url: str | None, sent_at: datetime, now: d
     starts at *sent_at*, the signed send time, or at *now* if that is earlier; nothing is due before the policy's
     min_ttl from now.
     """
-    clock = _Clock(min(sent_at, now), now + policy.min_ttl)
-    try:
-        return _by_wish(policy, _wishes(webhook_url or ""), clock)
-    except ValueError:
-        fallback = _by_ttl(policy.ttl, clock, WITHOUT_WISH)
-        reason = "the wish in its webhookUrl cannot be read"
-        return Retention("unreadable wish", fallback.ttl, fallback.due_at, hold_reason=reason)
+    return _decide(policy.ttl, webhook_url, _Clock(min(sent_at, now), now + policy.min_ttl))
 
 
 def reconsider(*, rule: str, due_at: datetime, ttl: timedelta | None, webhook_url: str | None) -> Retention | None:
@@ -115,8 +109,7 @@ def reconsider(*, rule: str, due_at: datetime, ttl: timedelta | None, webhook_ur
     """
     if rule != WITHOUT_WISH or ttl is None:
         return None
-    began = due_at - ttl
-    found = decide(Policy(ttl, timedelta(0)), webhook_url=webhook_url, sent_at=began, now=began)
+    found = _decide(ttl, webhook_url, _Clock(due_at - ttl, due_at))
     return found if found.hold_reason is not None or found.is_later_than(due_at) else None
 
 
@@ -126,6 +119,16 @@ class _Clock:
 
     start: datetime
     earliest: datetime
+
+
+def _decide(ttl: timedelta | None, webhook_url: str | None, clock: _Clock) -> Retention:
+    """Apply the wish in *webhook_url*, or else *ttl*."""
+    try:
+        return _by_wish(ttl, _wishes(webhook_url or ""), clock)
+    except ValueError:
+        fallback = _by_ttl(ttl, clock, WITHOUT_WISH)
+        reason = "the wish in its webhookUrl cannot be read"
+        return Retention("unreadable wish", fallback.ttl, fallback.due_at, hold_reason=reason)
 
 
 def _wishes(webhook_url: str) -> dict[str, str]:
@@ -158,7 +161,7 @@ def _less_one(word: str) -> set[str]:
     return {word} | {word[:index] + word[index + 1 :] for index in range(min(len(word), 10))}
 
 
-def _by_wish(policy: Policy, wishes: dict[str, str], clock: _Clock) -> Retention:
+def _by_wish(ttl: timedelta | None, wishes: dict[str, str], clock: _Clock) -> Retention:
     """Apply the wishes: a hold stands beside the due time that a release would bring back."""
     if "ttl" in wishes:
         timed = _by_ttl(parse_ttl(wishes["ttl"]), clock, "wish: ttl")
@@ -166,7 +169,7 @@ def _by_wish(policy: Policy, wishes: dict[str, str], clock: _Clock) -> Retention
         due_at = max(_instant(wishes["expires"]), clock.earliest)
         timed = Retention("wish: expires", due_at - clock.start, due_at)
     else:
-        timed = _by_ttl(policy.ttl, clock, WITHOUT_WISH)
+        timed = _by_ttl(ttl, clock, WITHOUT_WISH)
     if "hold" in wishes:
         reason = wishes["hold"].replace("\0", "")[:500]  # NUL: PostgreSQL cannot hold it
         return Retention("wish: hold", timed.ttl, timed.due_at, hold_reason=reason or "no reason given")

@@ -75,6 +75,7 @@ async def test_of_two_429s_the_longer_one_counts(database):
     await throttle(database, 5)
     (one,) = await database.read(pausing.find)
 
+    assert one.until is not None
     assert timedelta(seconds=590) < one.until - utc_now() <= timedelta(seconds=600)
 
 
@@ -99,6 +100,7 @@ async def test_a_worker_whose_clock_runs_ahead_puts_the_others_probe_no_further_
         assert await database.write(partial(pausing.allowance, now=ahead)) == 1
         (probe,) = await database.read(pausing.find)
 
+    assert probe.until is not None
     assert probe.until <= utc_now() + PROBE_EVERY
 
 
