@@ -192,7 +192,11 @@ class RecordsController(Controller):
         since: Annotated[datetime | None, QueryParameter(name="from", description="received at or after")] = None,
         until: Annotated[datetime | None, QueryParameter(name="to", description="received before")] = None,
         q: Annotated[
-            str | None, QueryParameter(max_length=200, description="part of an id, file name or error")
+            str | None,
+            QueryParameter(
+                max_length=200,
+                description="part of an id, file name, model or error; a page looks at 10 000 records and may be short",
+            ),
         ] = None,
         limit: Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)] = DEFAULT_PAGE,
         cursor: Annotated[str | None, QueryParameter(description="nextCursor of the page before")] = None,

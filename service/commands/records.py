@@ -2,11 +2,13 @@
 
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import click
 import msgspec
 from rich.markup import escape
 from rich.table import Table
+from sqlalchemy import Row
 
 from service.commands.running import (
     STATE_STYLES,
@@ -64,8 +66,15 @@ def list_records(
 
     async def work(settings: Settings) -> RecordPage:
         async with open_ledger(settings) as database:
-            page = await database.read(partial(reading.page, wanted=wanted, limit=limit, cursor=cursor))
-            return RecordPage([present(row) for row in page.rows], page.next_cursor)
+            rows: list[Row[Any]] = []
+            behind = cursor
+            while True:  # a page of a search may be short
+                look = partial(reading.page, wanted=wanted, limit=limit - len(rows), cursor=behind)
+                page = await database.read(look)
+                rows += page.rows
+                behind = page.next_cursor
+                if behind is None or len(rows) == limit:
+                    return RecordPage([present(row) for row in rows], behind)
 
     page = run(work(settings_or_exit()))
     if is_json:
