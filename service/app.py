@@ -2,7 +2,7 @@
 
 import asyncio
 import re
-from collections.abc import Callable
+from collections.abc import Awaitable, Callable
 from datetime import UTC, datetime
 from typing import Any, Final
 from urllib.parse import unquote_to_bytes
@@ -59,8 +59,9 @@ def make_app(
     operator = Router(
         "/api", route_handlers=[RecordsController, OperatorController], guards=[OperatorToken(settings.api_token)]
     )
+    route = webhook_route.webhook_route(intake, metrics)
     app = _Mayfly(
-        [webhook_route.webhook_route(intake, metrics), health.live, health.ready, health.show_metrics, operator],
+        [route, health.live, health.ready, health.show_metrics, operator],
         dependencies={name: _provide(value) for name, value in given.items()},
         plugins=[problems.plugin],
         exception_handlers=problems.exception_handlers,
@@ -76,14 +77,29 @@ def make_app(
         logging_config=None,
     )
     _describe(app)
+    app.webhook = route.fn
     return app
 
 
 class _Mayfly(Litestar):
-    """Litestar that takes an escaped slash in a path for a part of a name, such as an id, and not for a step."""
+    """Litestar with a short way to the one route that is always asked for, and with ids that may have a slash.
+
+    The route is Litestar's like all others, and so is what goes wrong in it. What Litestar does to find it and to watch
+    over it took 47 000 of the 320 000 instructions of a webhook, from the call of the application to its answer.
+    """
+
+    webhook: Callable[[Any, Any, Any], Awaitable[None]]
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - as ASGI has it
         """Answer one request."""
+        if scope.get("path") == webhook_route.PATH and scope.get("method") == "POST":
+            try:
+                await self.webhook(scope, receive, send)
+            except Exception as error:  # noqa: BLE001 - Litestar knows what each means
+                scope[webhook_route.RAISED] = error
+            else:
+                return
+        # An escaped slash is a part of a name and not a step.
         if b"%2" in scope.get("raw_path", b""):
             raw_path = _ESCAPED_SLASH.sub(ESCAPED_SLASH.encode(), scope["raw_path"])
             scope = {**scope, "path": unquote_to_bytes(raw_path).decode(errors="replace")}

@@ -7,7 +7,6 @@ Source: sync.so API v2 reference, "Generation status update" webhook and "Get ge
 
 import json
 import re
-from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
 import msgspec
@@ -30,7 +29,6 @@ _LOOSE_TEXTS = frozenset(
 
 # What must mean the same to every reader of the body: with a key twice, two JSON readers may differ.
 _DECISIVE_KEYS = ("id", "status", "metrics", "webhookUrl")
-_QUOTED_KEYS = tuple(f'"{key}"'.encode() for key in _DECISIVE_KEYS)
 
 
 class MalformedError(ValueError):
@@ -84,8 +82,7 @@ class Generation(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
 _decoder = msgspec.json.Decoder(Generation)
 
 
-@dataclass(frozen=True, slots=True)
-class Key:
+class Key(msgspec.Struct, frozen=True, gc=False):
     """What names a record: the account that received the webhook, and the generation's id, an opaque string."""
 
     account: str
@@ -153,7 +150,14 @@ def _check_keys(body: bytes) -> None:
     """Refuse a decisive key that stands twice at the top level."""
     # The slow second reading is only for bodies where it could find something: a name seen twice, or written
     # with escapes, which no known sender does for keys.
-    if b"\\u" not in body and all(body.count(name) < 2 for name in _QUOTED_KEYS):
+    count = body.count
+    if (
+        b"\\u" not in body
+        and count(b'"id"') < 2
+        and count(b'"status"') < 2
+        and count(b'"metrics"') < 2
+        and count(b'"webhookUrl"') < 2
+    ):
         return
     try:
         top: list[tuple[str, Any]] = json.JSONDecoder(object_pairs_hook=list).decode(body.decode())

@@ -7,6 +7,8 @@ from enum import StrEnum
 from typing import Final
 from urllib.parse import parse_qsl, urlsplit
 
+import msgspec
+
 from service.lifecycle import Move
 
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
@@ -77,8 +79,7 @@ class Policy:
     min_ttl: timedelta
 
 
-@dataclass(frozen=True, slots=True)
-class Retention:
+class Retention(msgspec.Struct, frozen=True, gc=False):
     """What the policy makes of one generation: *due_at* None means it is kept; *rule* names what decided."""
 
     rule: str
@@ -113,8 +114,7 @@ def reconsider(*, rule: str, due_at: datetime, ttl: timedelta | None, webhook_ur
     return found if found.hold_reason is not None or found.is_later_than(due_at) else None
 
 
-@dataclass(frozen=True, slots=True)
-class _Clock:
+class _Clock(msgspec.Struct, frozen=True, gc=False):
     """When the time began to run, and the earliest instant at which anything may be due."""
 
     start: datetime
@@ -123,8 +123,10 @@ class _Clock:
 
 def _decide(ttl: timedelta | None, webhook_url: str | None, clock: _Clock) -> Retention:
     """Apply the wish in *webhook_url*, or else *ttl*."""
+    if not webhook_url or ("?" not in webhook_url and "#" not in webhook_url):
+        return _by_ttl(ttl, clock, WITHOUT_WISH)
     try:
-        return _by_wish(ttl, _wishes(webhook_url or ""), clock)
+        return _by_wish(ttl, _wishes(webhook_url), clock)
     except ValueError:
         fallback = _by_ttl(ttl, clock, WITHOUT_WISH)
         reason = "the wish in its webhookUrl cannot be read"
@@ -136,8 +138,6 @@ def _wishes(webhook_url: str) -> dict[str, str]:
 
     Raises: ValueError where one stands twice, two may contradict, or a name is a slip of the pen.
     """
-    if "?" not in webhook_url and "#" not in webhook_url:
-        return {}
     parts = urlsplit(webhook_url)
     pairs = parse_qsl(parts.query, keep_blank_values=True)
     # Behind a # it reaches nobody.

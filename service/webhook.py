@@ -2,10 +2,10 @@
 
 import asyncio
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
 
+import msgspec
 import structlog
 from arq.connections import ArqRedis
 
@@ -39,13 +39,12 @@ class BodyError(Exception):
         self.status = status
 
 
-@dataclass(frozen=True, slots=True)
-class Answer:
-    """What a 202 says: the generation, its record's state or ``ignored``, and when it is due."""
+class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_defaults=True):
+    """The 202 of a webhook: *state* is its record's, or ``ignored`` for one that leads to no deletion."""
 
     id: str
-    state: State | None
-    due_at: datetime | None
+    state: str
+    due_at: datetime | None = None
 
 
 class Intake:
@@ -98,12 +97,10 @@ class Intake:
         generation = read(body)
         if generation.is_batch or not generation.is_terminal:
             self._note_ignored(generation)
-            return Answer(generation.id, None, None)
+            return Answer(generation.id, "ignored")
         retention = decide(self._policy, webhook_url=generation.webhook_url, sent_at=sent_at, now=now)
         arrival = Arrival(Key(account, generation.id), generation, body.decode(), retention, now)
         receipt = await self._group.submit(arrival)
-        (self._stored if receipt.is_new else self._known).inc()
-        self._metrics.receive_seconds.observe((self._now() - now).total_seconds())
         if receipt.is_conflict:
             self._metrics.conflicts.inc()
             log.warning("webhook.conflicted", generation=generation.id, what_now="the first announcement is kept")
@@ -118,6 +115,10 @@ class Intake:
 
     async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
         receipts = await self._write(arrivals)
+        new = sum([receipt.is_new for receipt in receipts])
+        self._stored.inc(new)
+        self._known.inc(len(receipts) - new)
+        self._metrics.receive_seconds.observe((self._now() - arrivals[0].received_at).total_seconds())
         self._ring(receipts, arrivals)
         return receipts
 

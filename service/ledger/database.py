@@ -201,7 +201,7 @@ def _begin_sqlite(connection: Connection) -> None:
 
 def _translated(error: Exception) -> Exception:
     """Translate a database error without its statement and parameters, which hold URLs and texts of users."""
-    if isinstance(error, IntegrityError):
+    if isinstance(error, (IntegrityError, sqlite3.IntegrityError)):
         return ConflictError("the key is taken")
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     if str(getattr(cause, "sqlstate", "")).startswith(_REFUSED_STATES) or isinstance(cause, sqlite3.DataError):

@@ -1,7 +1,6 @@
 """The audit trail: one row per move of a record, appended in the transaction of the move."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
 
@@ -14,8 +13,7 @@ from service.ledger.sequence import next_number
 from service.lifecycle import Move
 
 
-@dataclass(frozen=True, slots=True)
-class Entry:
+class Entry(msgspec.Struct, frozen=True, gc=False):
     """One move: of the record with the number *record*, when, by whom, with what beside it (never a body or a URL)."""
 
     record: int

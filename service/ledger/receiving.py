@@ -1,11 +1,11 @@
 """Writing what webhooks announce: one record per account and generation, however often it is announced."""
 
 from collections.abc import Collection, Sequence
-from dataclasses import dataclass
 from datetime import datetime
 from operator import itemgetter
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection, Row, Text, bindparam, func, select, update
 
 from service.generation import Generation, Key
@@ -20,8 +20,7 @@ from service.retention import Retention
 ACTOR = "webhook"
 
 
-@dataclass(frozen=True, slots=True)
-class Arrival:
+class Arrival(msgspec.Struct, frozen=True, gc=False):
     """A proven notification of a terminal generation, and what the policy makes of it."""
 
     key: Key
@@ -31,8 +30,7 @@ class Arrival:
     received_at: datetime
 
 
-@dataclass(frozen=True, slots=True)
-class Receipt:
+class Receipt(msgspec.Struct, frozen=True, gc=False):
     """How the ledger stands after an arrival."""
 
     seq: int
@@ -141,8 +139,7 @@ def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt
     return [receipts[index] for index in range(len(arrivals))]
 
 
-@dataclass(frozen=True, slots=True)
-class _Batch:
+class _Batch(msgspec.Struct, frozen=True, gc=False):
     inserts: list[tuple[Any, ...]]
     updates: list[dict[str, Any]]
     entries: list[Entry]
@@ -163,12 +160,15 @@ def _find_known(connection: Connection, keys: Collection[Key]) -> dict[Key, Row[
     return {Key(row.account, row.id): row for row in rows}
 
 
+_FIRST = {move: after(None, move) for move in (Move.RECEIVE, Move.KEEP)}
+
+
 def _first(arrival: Arrival, batch: _Batch) -> Receipt:
     """Add a new record to *batch*: scheduled, kept, or scheduled and at once held."""
     retention, seq = arrival.retention, next_number()
     detail = {"rule": retention.rule, "status": arrival.generation.status}
     move = Move.RECEIVE if retention.due_at or retention.hold_reason else Move.KEEP
-    state = after(None, move)
+    state = _FIRST[move]
     batch.entries.append(Entry(seq, arrival.received_at, move, ACTOR, detail))
     if retention.hold_reason:
         state = after(state, Move.HOLD)
