@@ -1,8 +1,11 @@
 """What the public check tools say of the Dockerfile, the workflows, the alarms and the list of parts."""
 
 import json
+import os
 import re
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import msgspec
@@ -70,6 +73,23 @@ def test_the_list_of_parts_names_every_package_of_the_lock(tool, root: Path) -> 
     assert parts["metadata"]["component"]["name"] == "mayfly"
     named = {(part["name"], part["version"]) for part in parts["components"]}
     assert named == set(re.findall(r"^([a-z0-9-]+)==([^\s;]+)", lock, re.MULTILINE))
+
+
+@pytest.mark.parametrize("processor", ["x86_64", "aarch64"])
+def test_every_package_of_the_lock_has_a_wheel_for_each_processor(root: Path, tmp_path: Path, processor: str) -> None:
+    lock = ["--require-hashes", "--requirement", "requirements.lock"]
+    platform = ["--python-version", "3.11", "--python-platform", f"{processor}-manylinux_2_36", "--target", tmp_path]
+
+    result = subprocess.run(
+        [Path(sys.executable).with_name("uv"), "pip", "install", "--dry-run", "--no-build", *lock, *platform],
+        cwd=root,
+        env=os.environ | {"UV_SYSTEM_CERTS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+
+    assert result.returncode == 0, result.stderr
 
 
 @pytest.fixture
