@@ -3,7 +3,9 @@
 Rendering takes kubectl alone, so that `make test` checks it too; the schemas are for `make test-deploy`.
 """
 
+import json
 import re
+from base64 import b64decode
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
@@ -13,7 +15,7 @@ import pytest
 
 import service
 from service.settings import OPTIONS
-from tests.deploy.documented import block_with
+from tests.deploy.documented import block_with, line_with
 from tests.deploy.kubernetes import (
     CUSTOM_KINDS,
     OVERLAYS,
@@ -271,12 +273,18 @@ def test_the_scaler_counts_no_more_than_its_maximum_stands_for(render) -> None:
     assert int(limit[1]) == scaler["maxReplicaCount"] * int(asked["targetQueryValue"])
 
 
-def test_the_readme_names_every_value_of_the_secret_that_minimal_needs(render, root: Path) -> None:
+def test_the_secret_of_the_readme_has_every_value_that_minimal_needs(render, tool, root: Path, tmp_path: Path) -> None:
     rendered = documents(render("minimal"))
     given = [item for _, container in containers(rendered) for item in container.get("env", ())]
     references = [item["valueFrom"]["secretKeyRef"] for item in given if "valueFrom" in item]
-    values = dict(line.split("=", 1) for line in block_with(root, "POSTGRES_PASSWORD=").splitlines())
+    file = tmp_path / "mayfly.env"
+    file.write_text(block_with(root, "POSTGRES_PASSWORD="), encoding="utf-8")
+    words = line_with(root, "create secret generic").replace("mayfly.env", str(file)).split()
 
+    made = tool(*words, "--dry-run=client", "--output", "json")
+
+    assert made.returncode == 0, made.stderr
+    values = {name: b64decode(value).decode() for name, value in json.loads(made.stdout)["data"].items()}
     assert values.keys() == {item["key"] for item in references if not item.get("optional")}
     assert {item["name"] for item in references} == {"mayfly"}
     urls = [values["MAYFLY_DATABASE_URL"], values["MAYFLY_REDIS_URL"]]
