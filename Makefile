@@ -5,8 +5,10 @@ BIN := .venv/bin
 UV := UV_SYSTEM_CERTS=1 $(BIN)/uv
 UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements-dev.lock)
 stamp := .venv/.ready
+IMAGE ?= mayfly:local
+ENGINE ?= podman
 
-.PHONY: help setup up demo test test-deploy check format bench chaos lock clean
+.PHONY: help setup up demo test test-deploy sbom check format bench chaos lock clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -31,7 +33,16 @@ test: setup ## every test, on a real Redis, SQLite and PostgreSQL
 	$(BIN)/python -m pytest
 
 test-deploy: setup .venv-deploy/.ready ## build the image, run the compose stack, check the manifests
-	$(BIN)/python -m pytest -m deploy tests/deploy
+	$(BIN)/python -m pytest -m "deploy or not deploy" tests/deploy
+
+sbom: .venv-deploy/.ready ## list the Python packages of an image; IMAGE=mayfly:local ENGINE=podman
+	rm -rf build/sbom
+	$(PYTHON) -m venv --without-pip build/sbom
+	container=$$($(ENGINE) create $(IMAGE)) \
+	    && $(ENGINE) cp $$container:/opt/mayfly/lib/python3.11/site-packages/. build/sbom/lib/python*/site-packages \
+	    && $(ENGINE) rm $$container
+	.venv-deploy/bin/cyclonedx-py environment --pyproject pyproject.toml --output-reproducible \
+	    --output-file build/mayfly.cdx.json build/sbom
 
 .venv-deploy/.ready: deploy/requirements-tools.lock | $(stamp)
 	test -x .venv-deploy/bin/python || $(PYTHON) -m venv .venv-deploy

@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-OVERLAYS = ("minimal", "production", "keda")
+OVERLAYS = ("minimal", "production", "keda", "example")
 # Kinds of add-ons whose schemas the validator does not carry.
 CUSTOM_KINDS = {"ScaledObject", "TriggerAuthentication", "ServiceMonitor", "PrometheusRule"}
 
@@ -66,6 +66,25 @@ def quantities(value: object, key: str = "") -> Iterator[str]:
     elif isinstance(value, list):
         for inner in value:
             yield from quantities(inner, key)
+
+
+def services_ports(manifests: list[Manifest]) -> dict[str, set[str]]:
+    """Return the names of each service's ports."""
+    services = of_kind(manifests, "Service")
+    return {service["metadata"]["name"]: {port["name"] for port in service["spec"]["ports"]} for service in services}
+
+
+def pods_ports(manifests: list[Manifest], selector: Manifest) -> set[str]:
+    """Return the names of the ports of the pods that *selector* picks."""
+    picked = [
+        template for _, template in pod_templates(manifests) if is_selected(template["metadata"]["labels"], selector)
+    ]
+    return {
+        port["name"]
+        for template in picked
+        for container in template["spec"]["containers"]
+        for port in container.get("ports", ())
+    }
 
 
 def is_selected(labels: Manifest, selector: Manifest) -> bool:

@@ -21,15 +21,21 @@ import httpx
 from tests.deploy.engine import TAG, Engine, EngineMissingError, wait_until
 
 API_KEY = "sk-of-the-deployment-test"
+API_TOKEN = "token-of-the-deployment-test"
 WEBHOOK_SECRET = "whsec_0123456789abcdef0123456789abcdef"
 _UP_SECONDS = 300
+# Runs `docker compose --file FILE …` as the tests' own project, with the simulator beside it.
+_DOCKER = """#!/usr/bin/env bash
+[ "$1 $2" = "compose --file" ] || { echo "not in these tests: docker $*" >&2; exit 2; }
+exec "$PODMAN_COMPOSE" --project-name "$PROJECT" --file "$3" --file "$BESIDE" "${@:4}"
+"""
 _LEFT_OUT = shutil.ignore_patterns(".*", "tests", "build", "dist", "__pycache__")
 
 
-class Compose(Protocol):
-    """Runs a compose command within *seconds*; raises AssertionError if it fails."""
+class Run(Protocol):
+    """Runs lines of shell as a user would in the project's folder; raises AssertionError if one fails."""
 
-    def __call__(self, *command: str, seconds: float) -> None: ...
+    def __call__(self, lines: str, *, seconds: float) -> str: ...
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,9 +49,9 @@ class Accepted:
 class Stack:
     """The containers of one compose project, Mayfly at *url* and the simulator at *simulator_url*."""
 
-    def __init__(self, engine: Engine, project: str, port: int, simulator_port: int, compose: Compose) -> None:
+    def __init__(self, engine: Engine, project: str, port: int, simulator_port: int, run: Run) -> None:
         self.engine = engine
-        self.compose = compose
+        self.run = run
         self.project = project
         self.url = f"http://127.0.0.1:{port}"
         self._mayfly = httpx.Client(base_url=self.url, timeout=10, trust_env=False)
@@ -114,9 +120,10 @@ class Stack:
 
         wait_until(answers, seconds=60, what="the simulator answers")
 
-    def generate(self, count: int = 1) -> list[str]:
-        """Make finished generations at the simulator and return their ids."""
-        ids: list[str] = self.simulate("POST", "generations", json=[{"count": count, "processing_seconds": 0}])
+    def generate(self, count: int = 1, wish: str = "") -> list[str]:
+        """Make finished generations at the simulator and return their ids; *wish* is their webhookUrl's query."""
+        wanted = {"count": count, "webhook_url": f"https://hooks.example.com/sync?{wish}"}
+        ids: list[str] = self.simulate("POST", "generations", json=[wanted])
         return ids
 
     def announce(self, generation_id: str, *, secret: str = WEBHOOK_SECRET) -> httpx.Response:
@@ -127,11 +134,11 @@ class Stack:
         headers = {"sync-signature": f"t={sent_at},v1={signature}", "content-type": "application/json"}
         return self._mayfly.post("/webhooks/sync", content=body, headers=headers)
 
-    def accept(self, count: int) -> list[Accepted]:
+    def accept(self, count: int, wish: str = "") -> list[Accepted]:
         """Make *count* generations and have Mayfly accept their webhooks."""
         accepted = []
         with ThreadPoolExecutor(8) as senders:
-            for answer in senders.map(self.announce, self.generate(count)):
+            for answer in senders.map(self.announce, self.generate(count, wish)):
                 if answer.status_code != 202:
                     raise AssertionError(f"{answer.status_code}: {answer.text}")
                 said = answer.json()
@@ -150,8 +157,11 @@ class Stack:
 
 
 @contextmanager
-def running(engine: Engine, root: Path, work: Path, files: Sequence[str], beside: Path) -> Iterator[Stack]:
-    """Bring up deploy/*files* with the compose file *beside* them, from a copy of the project in *work*."""
+def running(engine: Engine, root: Path, work: Path, file: str, beside: Path, *, more: str = "") -> Iterator[Stack]:
+    """Bring up deploy/*file* with the compose file *beside* it, from a copy of the project in *work*.
+
+    *more* stands in deploy/.env after the two values that are to be filled in.
+    """
     project, port, simulator_port = f"mayfly-test-{os.getpid()}", _free_port(), _free_port()
     copy = work / "project"
     shutil.copytree(root, copy, ignore=_LEFT_OUT)
@@ -159,34 +169,41 @@ def running(engine: Engine, root: Path, work: Path, files: Sequence[str], beside
     example = (root / "deploy" / ".env.example").read_text(encoding="utf-8")
     filled = example.replace("SYNC_API_KEY=", f"SYNC_API_KEY={API_KEY}")
     filled = filled.replace("SYNC_WEBHOOK_SECRET=", f"SYNC_WEBHOOK_SECRET={WEBHOOK_SECRET}")
-    (copy / "deploy" / ".env").write_text(filled, encoding="utf-8")
-    arguments = [part for name in (*files, str(beside)) for part in ("--file", name)]
-    ports = {"LISTEN_PORT": str(port), "SIMULATOR_PORT": str(simulator_port)}
-    environment = {**os.environ, **ports, "IMAGE": TAG}
+    (copy / "deploy" / ".env").write_text(filled + more, encoding="utf-8")
+    programs = work / "bin"
+    programs.mkdir()
+    (programs / "docker").write_text(_DOCKER, encoding="utf-8")
+    (programs / "docker").chmod(0o755)
+    environment = {
+        **os.environ,
+        "PATH": f"{programs}:{os.environ['PATH']}",
+        "PODMAN_COMPOSE": _podman_compose(root),
+        "PROJECT": project,
+        "BESIDE": str(beside),
+        "LISTEN_PORT": str(port),
+        "SIMULATOR_PORT": str(simulator_port),
+        "IMAGE": TAG,
+    }
 
-    def compose(*command: str, seconds: float) -> None:
+    def run(lines: str, *, seconds: float) -> str:
+        command = ["bash", "-euo", "pipefail", "-c", lines]
         result = subprocess.run(
-            [_podman_compose(root), "--project-name", project, *arguments, *command],
-            cwd=copy / "deploy",
-            env=environment,
-            timeout=seconds,
-            check=False,
-            capture_output=True,
-            text=True,
+            command, cwd=copy, env=environment, timeout=seconds, check=False, capture_output=True, text=True
         )
         if result.returncode != 0:
-            raise AssertionError(f"{command}: {result.stdout[-2000:]}{result.stderr[-3000:]}")
+            raise AssertionError(f"{lines}: {result.stdout[-2000:]}{result.stderr[-3000:]}")
+        return result.stdout
 
-    stack = Stack(engine, project, port, simulator_port, compose)
+    stack = Stack(engine, project, port, simulator_port, run)
     try:
-        compose("up", "--build", "--detach", seconds=_UP_SECONDS)
+        run(f"docker compose --file deploy/{file} up --build --detach", seconds=_UP_SECONDS)
         yield stack
     finally:
         stack.close()
         # What a test scaled up, the compose file does not know of.
         if names := stack.containers():
             engine.run("rm", "--force", "--depend", "--volumes", "--time", "5", *names, check=False)
-        compose("down", "--volumes", "--timeout", "5", seconds=120)
+        run(f"docker compose --file deploy/{file} down --volumes --timeout 5", seconds=120)
 
 
 def _podman_compose(root: Path) -> str:

@@ -10,14 +10,24 @@ from pathlib import Path
 import httpx
 import pytest
 
+from tests.deploy.documented import block_with, line_with
 from tests.deploy.engine import Engine, EngineMissingError, Image, wait_until
 from tests.deploy.kubernetes import documents
-from tests.deploy.stack import Accepted, Stack, running
+from tests.deploy.stack import API_KEY, API_TOKEN, WEBHOOK_SECRET, Accepted, Stack, running
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]
 
 # A worker that was killed holds its records for the length of a lease, 60 s.
 HEALED_SECONDS = 120
+SERVICES = ("api", "worker", "redis", "postgres")
+PSQL = ("psql", "--username", "mayfly", "--no-align", "--tuples-only")
+# What is the compose file's own to decide, so that none of it may have an effect.
+OVERRULED = """MAYFLY_HOST=127.0.0.1
+MAYFLY_PORT=9
+MAYFLY_DATA_DIR=/nowhere
+MAYFLY_DATABASE_URL=postgresql://nobody@nowhere/nothing
+MAYFLY_REDIS_URL=redis://nowhere:6379/0
+"""
 
 
 @pytest.fixture(scope="module")
@@ -27,7 +37,8 @@ def stack(engine: Engine, image: Image, root: Path, tmp_path_factory: pytest.Tem
     try:
         engine.have("redis:7-alpine", "postgres:16")
         beside = root / "tests" / "deploy" / "compose.simulator.yaml"
-        with running(engine, root, tmp_path_factory.mktemp("compose"), ["compose.yaml"], beside) as stack:
+        work, more = tmp_path_factory.mktemp("compose"), f"{OVERRULED}MAYFLY_API_TOKEN={API_TOKEN}\n"
+        with running(engine, root, work, "compose.yaml", beside, more=more) as stack:
             stack.wait_until_simulated()
             stack.wait_until_ready(seconds=90)
             yield stack
@@ -41,8 +52,7 @@ def _assert_none_was_early(accepted: Sequence[Accepted], deleted: dict[str, floa
 
 
 def _states(stack: Stack) -> dict[str, int]:
-    command = ["psql", "--username", "mayfly", "--no-align", "--tuples-only"]
-    rows = stack.execute("postgres", *command, "--command", "SELECT state, count(*) FROM records GROUP BY state")
+    rows = stack.execute("postgres", *PSQL, "--command", "SELECT state, count(*) FROM records GROUP BY state")
     return {state: int(count) for state, count in (line.split("|") for line in rows.split())}
 
 
@@ -70,8 +80,27 @@ def test_nothing_is_published_but_the_api_on_loopback(stack: Stack) -> None:
     assert published == {"migrate": [], "api": ["127.0.0.1"], "worker": [], "redis": [], "postgres": []}
 
 
+def test_each_role_has_the_secrets_it_needs_and_no_other(stack: Stack) -> None:
+    secrets = ("SYNC_API_KEY", "SYNC_WEBHOOK_SECRET", "MAYFLY_API_TOKEN")
+    given = {}
+    for service in ("api", "worker"):
+        lines = stack.execute(service, "env").splitlines()
+        variables = {name: value for name, _, value in (line.partition("=") for line in lines)}
+        given[service] = {name: variables[name] for name in secrets if variables[name]}
+
+    assert given["api"] == {"SYNC_WEBHOOK_SECRET": WEBHOOK_SECRET, "MAYFLY_API_TOKEN": API_TOKEN}
+    assert given["worker"] == {"SYNC_API_KEY": API_KEY}
+
+
+def test_no_container_of_ours_can_take_all_memory_or_fill_the_disk_with_its_log(stack: Stack) -> None:
+    found = {service: stack.engine.inspect(stack.container(service))["HostConfig"] for service in SERVICES}
+
+    assert {name for name, host in found.items() if host["Memory"]} == {"api", "worker"}
+    assert {host["LogConfig"]["Size"] for host in found.values()} == {"10MB"}
+
+
 def test_every_container_is_locked_up(stack: Stack) -> None:
-    for service in ("api", "worker", "redis", "postgres"):
+    for service in SERVICES:
         found = stack.engine.inspect(stack.container(service))
         status = stack.execute(service, "cat", "/proc/1/status")
 
@@ -89,7 +118,7 @@ def test_redis_keeps_what_it_is_given(stack: Stack) -> None:
 
 
 def test_every_health_check_says_healthy(stack: Stack) -> None:
-    for service in ("api", "worker", "redis", "postgres"):
+    for service in SERVICES:
         stack.wait_until_healthy(stack.container(service))
 
 
@@ -171,69 +200,98 @@ def test_a_stopped_worker_finishes_what_it_began(stack: Stack) -> None:
     assert states.keys() == {"deleted"}
 
 
-def test_the_scalers_question_to_the_ledger_is_one_it_answers(stack: Stack, root: Path) -> None:
+def test_the_scalers_question_counts_what_is_due_unless_deletions_are_paused(stack: Stack, root: Path) -> None:
     path = root / "deploy" / "kubernetes" / "overlays" / "keda" / "scaled-object.yaml"
     query = documents(path.read_text(encoding="utf-8"))[0]["spec"]["triggers"][0]["metadata"]["query"]
 
-    command = ["psql", "--username", "mayfly", "--no-align", "--tuples-only", "--command"]
-    answer = stack.execute("postgres", *command, query)
+    def due() -> int:
+        return int(stack.execute("postgres", *PSQL, "--command", query))
 
-    assert int(answer) == 0
+    stack.wait_until_ready()
+    stack.run("docker compose --file deploy/compose.yaml stop worker", seconds=100)
+    accepted = stack.accept(3)
+    early = due()
+    time.sleep(max(0.0, max(item.due_at.timestamp() for item in accepted) - time.time() + 0.1))
+    late = due()
+    stack.run(line_with(root, "compose.yaml", "exec -T api mayfly pause"), seconds=60)
+    paused = due()
+    stack.run(line_with(root, "compose.yaml", "exec -T api mayfly resume"), seconds=60)
+    stack.run("docker compose --file deploy/compose.yaml start worker", seconds=60)
 
-
-def test_a_backup_brings_back_every_record(stack: Stack) -> None:
-    accepted = stack.accept(5)
+    assert (early, late, paused) == (0, 3, 0)
     stack.wait_until_deleted(accepted, seconds=60)
+
+
+def test_the_commands_for_a_running_container_work(stack: Stack, root: Path) -> None:
+    stack.wait_until_ready()
+
+    said = stack.run(block_with(root, "compose.yaml", "mayfly stats"), seconds=120)
+
+    assert "Deletions run." in said
+    assert "Deletions are paused." in said
+    assert "Deletions go on." in said
+
+
+def test_a_restored_backup_deletes_nothing_that_was_held_since(stack: Stack, root: Path) -> None:
+    stack.wait_until_ready()
+    gone = stack.accept(3)
+    stack.wait_until_deleted(gone, seconds=60)
     wait_until(lambda: _states(stack).keys() == {"deleted"}, seconds=60, what="all records say deleted")
+    (held,) = stack.accept(1, wish="ttl=20s")
+    hold = line_with(root, "compose.yaml", "records hold").replace(" ID ", f" {held.id} ")
+
+    stack.run(block_with(root, "pg_dump"), seconds=60)
     before = _records(stack)
-    dump = ["pg_dump", "--username", "mayfly", "--format", "custom", "--file", "/tmp/mayfly.dump", "mayfly"]  # noqa: S108
-    restore = ["pg_restore", "--username", "mayfly", "--dbname", "mayfly", "--clean", "--if-exists"]
-
-    stack.execute("postgres", *dump)
-    stack.execute("postgres", "psql", "--username", "mayfly", "--command", "DELETE FROM records")
-    gone = _records(stack)
-    stack.execute("postgres", *restore, "--single-transaction", "/tmp/mayfly.dump")  # noqa: S108
-
-    assert gone == []
-    assert _records(stack) == before
-    assert {item.id for item in accepted} <= {record["id"] for record in before}
+    stack.run(hold, seconds=60)
+    told = stack.run(block_with(root, "records list --state held"), seconds=60)
+    _lose_the_database(stack)
+    stack.run(block_with(root, "pg_restore"), seconds=240)
+    stack.wait_until_ready()
+    # Time enough for the worker, which runs, to delete what is due.
+    time.sleep(max(0.0, held.due_at.timestamp() - time.time()) + 7)
+    restored = _records(stack)
+    stack.run(hold, seconds=60)
+    stack.run(line_with(root, "compose.yaml", "mayfly resume"), seconds=60)
     later = stack.accept(1)
     stack.wait_until_deleted(later, seconds=60)
+
+    assert held.id in told
+    assert restored == before
+    assert {item.id for item in gone} < {record["id"] for record in restored}
+    assert held.id not in stack.deleted()
+    stack.run(hold.replace(" hold ", " release "), seconds=60)
+    stack.wait_until_deleted([held], seconds=60)
+
+
+def _lose_the_database(stack: Stack) -> None:
+    # With what depends on it, as podman wants; the volume as well.
+    name = stack.container("postgres")
+    volume = stack.engine.inspect(name)["Mounts"][0]["Name"]
+    stack.engine.run("rm", "--force", "--depend", "--time", "5", name)
+    stack.engine.run("volume", "rm", volume)
 
 
 def _records(stack: Stack) -> list[dict[str, object]]:
     query = "SELECT coalesce(json_agg(records ORDER BY seq), '[]') FROM records"
-    command = ["psql", "--username", "mayfly", "--no-align", "--tuples-only", "--command", query]
-    rows: list[dict[str, object]] = json.loads(stack.execute("postgres", *command))
+    rows: list[dict[str, object]] = json.loads(stack.execute("postgres", *PSQL, "--command", query))
     return rows
 
 
-def test_three_workers_share_the_work(stack: Stack) -> None:
-    stack.compose("up", "--detach", "--no-build", "--scale", "worker=3", seconds=120)
+def test_an_upgrade_is_three_commands_and_deletions_go_on(stack: Stack, root: Path) -> None:
+    said = stack.run(block_with(root, "compose.yaml build"), seconds=400)
+    stack.wait_until_ready()
+    accepted = stack.accept(1)
+
+    assert "The ledger's tables are" in said
+    stack.wait_until_deleted(accepted, seconds=60)
+
+
+def test_more_workers_are_one_command(stack: Stack) -> None:
+    stack.run("docker compose --file deploy/compose.yaml up --detach --scale worker=3", seconds=120)
     workers = stack.containers("worker")
     for name in workers:
         stack.wait_until_healthy(name)
     stack.wait_until_ready()
-    # Slow enough that each has its hands full.
-    stack.simulate("PATCH", "switches", json={"latency_seconds": 2})
 
-    accepted = stack.accept(400)
-    stack.wait_until_deleted(accepted, seconds=90)
-    stack.simulate("PATCH", "switches", json={"latency_seconds": 0})
-    shares = _confirmed_by_worker(stack, accepted)
-
-    print("shares of 3 workers:", sorted(shares.values()))
-    assert len(workers) == len(shares) == 3
-    assert min(shares.values()) > len(accepted) / 5
-
-
-def _confirmed_by_worker(stack: Stack, accepted: Sequence[Accepted]) -> dict[str, int]:
-    ids = ",".join(f"'{item.id}'" for item in accepted)
-    query = (
-        "SELECT events.actor, count(*) FROM events JOIN records ON records.seq = events.record "  # noqa: S608 - our own ids
-        f"WHERE move = 'confirm' AND id IN ({ids}) GROUP BY actor"
-    )
-    command = ["psql", "--username", "mayfly", "--no-align", "--tuples-only"]
-    wait_until(lambda: _states(stack).keys() == {"deleted"}, seconds=60, what="all records say deleted")
-    rows = stack.execute("postgres", *command, stdin=query).splitlines()
-    return {actor: int(count) for actor, count in (line.split("|") for line in rows)}
+    assert len(workers) == 3
+    stack.wait_until_deleted(stack.accept(30), seconds=60)

@@ -1,11 +1,19 @@
-"""What can be said of the deployment's files by reading them, with nothing but the standard library."""
+"""What can be said of the deployment's files by reading them."""
 
 import fnmatch
 import re
+import subprocess
+import sys
 import tomllib
 from pathlib import Path
+from typing import Any
+
+import msgspec
+import pytest
 
 from service.settings import OPTIONS
+from tests.deploy.probe import WORKER_IS_ALIVE
+from workers.main import STOP_SECONDS
 
 
 def _dockerfile(root: Path) -> str:
@@ -65,3 +73,50 @@ def test_the_tools_are_hashed_and_their_list_names_no_host(root: Path) -> None:
     assert "://" not in lock
     assert all("--hash=sha256:" in block for block in pinned)
     assert all(re.search(rf"^{re.escape(line)} ", lock, re.MULTILINE) for line in wanted)
+
+
+def _services(root: Path, file: str) -> dict[str, Any]:
+    found: dict[str, Any] = msgspec.yaml.decode((root / "deploy" / file).read_bytes())["services"]
+    return found
+
+
+@pytest.mark.parametrize(("file", "service"), [("compose.yaml", "worker"), ("compose.single.yaml", "mayfly")])
+def test_compose_gives_what_deletes_time_to_finish(root: Path, file: str, service: str) -> None:
+    grace = _services(root, file)[service]["stop_grace_period"]
+
+    assert int(grace.removesuffix("s")) >= STOP_SECONDS + 10
+
+
+def test_compose_asks_a_worker_for_its_mark_as_worker_check_does(root: Path) -> None:
+    asked = _services(root, "compose.yaml")["worker"]["healthcheck"]["test"]
+
+    assert asked == ["CMD-SHELL", f'test "$$({WORKER_IS_ALIVE})"']
+
+
+def test_the_locks_hold_what_pyproject_asks_for() -> None:
+    uv = Path(sys.executable).with_name("uv")
+    result = subprocess.run(
+        [uv, "pip", "check", "--python", sys.executable], capture_output=True, text=True, check=False
+    )
+
+    assert result.returncode == 0, result.stderr
+
+
+def test_both_locks_name_the_same_versions(root: Path) -> None:
+    shipped, development = (
+        set(re.findall(r"^[a-z0-9.-]+==[^ \\\n]+", (root / name).read_text(encoding="utf-8"), re.MULTILINE))
+        for name in ("requirements.lock", "requirements-dev.lock")
+    )
+
+    assert shipped
+    assert shipped <= development
+
+
+def test_the_changelog_begins_with_what_is_to_come_and_goes_back_in_time(root: Path) -> None:
+    headings = re.findall(r"^## (.+)$", (root / "CHANGELOG.md").read_text(encoding="utf-8"), re.MULTILINE)
+    releases = [re.fullmatch(r"\[(\d+)\.(\d+)\.(\d+)\] - \d{4}-\d\d-\d\d", heading) for heading in headings[1:]]
+    versions = [tuple(map(int, release.groups())) for release in releases if release is not None]
+
+    assert headings[0] == "[Unreleased]"
+    assert len(versions) == len(releases), "a heading is no version with a date"
+    assert versions == sorted(versions, reverse=True)

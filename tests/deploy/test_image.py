@@ -26,9 +26,9 @@ def _run(engine: Engine, image: Image, *arguments: str, options: list[str]) -> t
     return result.returncode, result.stdout, result.stderr
 
 
-def _shell(engine: Engine, image: Image, script: str) -> str:
-    command = ("run", "--rm", "--pull=never", "--network", "none", "--entrypoint", "sh", image.tag, "-c", script)
-    return engine.output(*command)
+def _shell(engine: Engine, image: Image, script: str, *, user: str = RANDOM_UID) -> str:
+    options = ("--rm", "--pull=never", "--network", "none", "--user", user, "--entrypoint", "sh")
+    return engine.output("run", *options, image.tag, "-c", script)
 
 
 def test_the_image_adds_less_than_90_mb_to_its_base(image: Image) -> None:
@@ -39,11 +39,10 @@ def test_the_image_says_what_it_is_and_runs_as_nobody(image: Image) -> None:
     config = image.config
 
     assert config["User"] == "10001:0"
-    assert config["Entrypoint"] == ["mayfly"]
+    assert config["Entrypoint"] == ["tini", "--", "mayfly"]
     assert config["StopSignal"] == "SIGTERM"
     assert config["Labels"]["org.opencontainers.image.title"] == "mayfly"
     assert config["Labels"]["org.opencontainers.image.licenses"] == "MIT"
-    assert config["Healthcheck"]["Test"][:2] == ["CMD", "python"]
     assert not [line for line in config["Env"] if line.startswith("SYNC_")]
 
 
@@ -53,14 +52,38 @@ def test_the_version_inside_is_this_one(engine: Engine, image: Image) -> None:
     assert (code, out.strip()) == (0, f"mayfly, version {service.__version__}")
 
 
-def test_nothing_of_the_build_is_left(engine: Engine, image: Image) -> None:
-    programs = "for name in gcc cc make strip git uv hatchling; do command -v $name; done; true"
-    names = ("setuptools", "faker", "hatchling", "pytest")
-    packages = f"import importlib.util as u; print([name for name in {names} if u.find_spec(name)])"
+def test_nothing_that_builds_or_installs_is_left_anywhere(engine: Engine, image: Image) -> None:
+    programs = "for name in gcc cc make strip git uv hatchling pip pip3 wheel; do command -v $name; done; true"
+    packages = ("pip", "setuptools", "wheel", "pkg_resources", "ensurepip", "hatchling", "pytest")
+    names = " -o ".join(f"-name {name} -o -name '{name}-[0-9]*'" for name in packages)
 
     assert _shell(engine, image, programs) == ""
-    assert _shell(engine, image, f'python -c "{packages}"') == "[]"
+    assert _shell(engine, image, f"find / -xdev \\( -type d \\( {names} \\) -o -name '*.whl' \\)", user="0") == ""
     assert _shell(engine, image, "ls --directory /build 2>/dev/null; true") == ""
+
+
+def test_the_embedded_redis_is_debians_with_its_security_updates(engine: Engine, image: Image) -> None:
+    found = "from service.embedded import find_server; print(find_server())"
+
+    assert _shell(engine, image, f'python -c "{found}"') == "/usr/bin/redis-server"
+    assert "redis-server" in _shell(engine, image, "dpkg --search /usr/bin/redis-server")
+
+
+def test_what_a_role_loads_is_there_as_bytecode(engine: Engine, image: Image) -> None:
+    script = (
+        "import os, sys, service.app, service.commands.running, workers.main; "
+        "specs = [module.__spec__ for module in sys.modules.values() if getattr(module, '__spec__', None)]; "
+        "print([s.name for s in specs if s.cached and s.has_location and not os.path.exists(s.cached)])"
+    )
+
+    assert _shell(engine, image, f'python -c "{script}"') == "[]"
+
+
+def test_the_demo_misses_nothing_of_what_was_left_out(engine: Engine, image: Image) -> None:
+    code, out, error = _run(engine, image, "demo", options=[*LOCKED, "--network", "none"])
+
+    assert code == 0, out + error
+    assert "Every record ended as it should." in out
 
 
 def test_only_the_data_and_the_temporary_folders_can_be_written_to(engine: Engine, image: Image) -> None:
@@ -139,3 +162,19 @@ def test_it_is_ready_in_3_seconds_locked_up_as_a_random_user_and_stops_at_sigter
         assert "NoNewPrivs:\t1" in life.status
         assert life.is_healthy
         assert (life.exit_code, life.stop_seconds < 10) == (0, True), life.logs
+
+
+def test_a_stop_within_the_first_moment_is_heard(engine: Engine, image: Image) -> None:
+    with engine.container(image.tag, "up", options=[*LOCKED, *SECRETS]) as name:
+        start = time.monotonic()
+        engine.run("stop", "--time", "20", name)
+        stop_seconds = time.monotonic() - start
+
+    assert stop_seconds < 10
+
+
+def test_the_health_check_tells_when_nobody_answers(engine: Engine, image: Image) -> None:
+    with engine.container(image.tag, "simulate", options=LOCKED) as name:
+        checked = engine.run("healthcheck", "run", name, check=False)
+
+    assert checked.returncode == 1

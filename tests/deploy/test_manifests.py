@@ -1,14 +1,21 @@
-"""The Kubernetes manifests hold together: what no schema says, checked on each rendered overlay."""
+"""The Kubernetes manifests hold together: what no schema says, checked on each rendered overlay.
 
+Rendering takes kubectl alone, so that `make test` checks it too; the schemas are for `make test-deploy`.
+"""
+
+import json
 import re
+from base64 import b64decode
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
+from urllib.parse import urlsplit
 
 import pytest
 
 import service
 from service.settings import OPTIONS
+from tests.deploy.documented import block_with, line_with
 from tests.deploy.kubernetes import (
     CUSTOM_KINDS,
     OVERLAYS,
@@ -18,17 +25,17 @@ from tests.deploy.kubernetes import (
     is_selected,
     of_kind,
     pod_templates,
+    pods_ports,
     quantities,
     quantity,
+    services_ports,
 )
-
-pytestmark = [pytest.mark.deploy, pytest.mark.timeout(400)]
+from tests.deploy.probe import WORKER_IS_ALIVE
+from workers.main import STOP_SECONDS
 
 # Names of other programs' variables.
 FOREIGN = {"POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD", "PGDATA", "PGSSLROOTCERT"}
 OLDEST = (1, 32)
-# How long a job may take to end after SIGTERM, in seconds (see workers/main.py).
-COMPLETION_WAIT_SECONDS = 65
 
 
 @pytest.fixture(scope="module")
@@ -51,6 +58,8 @@ def overlay(request, render) -> list[Manifest]:
     return documents(render(request.param))
 
 
+@pytest.mark.deploy
+@pytest.mark.timeout(400)
 def test_the_overlays_meet_the_schemas_of_every_version_the_validator_knows(render, tool, tmp_path: Path) -> None:
     known = tool("python", "-c", "import kubernetes_validate.utils as utils; print(*utils.all_versions())").stdout
     versions = sorted({tuple(map(int, version.split("."))) for version in known.split()})
@@ -151,7 +160,7 @@ def test_every_image_has_a_version_and_ours_is_this_one(overlay: list[Manifest])
     images = {container["image"] for _, container in containers(overlay)}
     ours = {image for image in images if re.search(r"(^|/)mayfly[:@]", image)}
 
-    assert ours == {f"mayfly:{service.__version__}"}
+    assert {image.rpartition(":")[2] for image in ours} == {service.__version__}
     for image in images:
         tag = image.rpartition(":")[2]
         assert re.match(r"\d", tag), image
@@ -209,10 +218,88 @@ def test_named_ports_exist(overlay: list[Manifest]) -> None:
                 assert way not in probe or probe[way]["port"] in ports, name
 
 
+def test_services_routes_monitors_and_policies_name_ports_that_are_there(overlay: list[Manifest]) -> None:
+    services = services_ports(overlay)
+
+    for manifest in of_kind(overlay, "Service"):
+        ports = {port["targetPort"] for port in manifest["spec"]["ports"]}
+        assert ports <= pods_ports(overlay, {"matchLabels": manifest["spec"]["selector"]})
+    for manifest in of_kind(overlay, "Ingress"):
+        paths = [path for rule in manifest["spec"]["rules"] for path in rule["http"]["paths"]]
+        backends = [path["backend"]["service"] for path in paths]
+        assert all(backend["port"]["name"] in services[backend["name"]] for backend in backends)
+    for manifest in of_kind(overlay, "ServiceMonitor"):
+        assert {endpoint["port"] for endpoint in manifest["spec"]["endpoints"]} <= services["mayfly-api"]
+    for manifest in of_kind(overlay, "NetworkPolicy"):
+        ways = [way for kind in ("ingress", "egress") for way in manifest["spec"].get(kind, ())]
+        named = {port["port"] for way in ways for port in way["ports"] if isinstance(port["port"], str)}
+        assert named <= pods_ports(overlay, manifest["spec"]["podSelector"])
+
+
 def test_a_stopped_worker_has_time_to_finish_its_jobs(overlay: list[Manifest]) -> None:
     pods = {name: template["spec"] for name, template in pod_templates(overlay)}
 
-    assert pods["Deployment/mayfly-worker"]["terminationGracePeriodSeconds"] >= COMPLETION_WAIT_SECONDS + 10
+    assert pods["Deployment/mayfly-worker"]["terminationGracePeriodSeconds"] >= STOP_SECONDS + 10
+
+
+def test_the_probe_of_a_worker_looks_for_its_mark_as_worker_check_does(overlay: list[Manifest]) -> None:
+    (worker,) = [container for _, container in containers(overlay) if container["name"] == "worker"]
+
+    for kind in ("startupProbe", "livenessProbe"):
+        assert worker[kind]["exec"]["command"] == ["sh", "-c", f'test "$({WORKER_IS_ALIVE})"']
+
+
+def test_a_node_can_be_drained_of_pods_that_are_not_well(overlay: list[Manifest]) -> None:
+    budgets = [manifest["spec"] for manifest in of_kind(overlay, "PodDisruptionBudget")]
+
+    assert len(budgets) == 2
+    assert all(budget["unhealthyPodEvictionPolicy"] == "AlwaysAllow" for budget in budgets)
+
+
+def test_the_migration_can_be_applied_by_itself(overlay: list[Manifest]) -> None:
+    label = {"matchLabels": {"app.kubernetes.io/component": "migrate"}}
+    picked = [manifest for manifest in overlay if is_selected(manifest["metadata"].get("labels", {}), label)]
+
+    assert [(manifest["kind"], manifest["metadata"]["name"]) for manifest in picked] == [("Job", "mayfly-migrate")]
+
+
+def test_the_scaler_counts_no_more_than_its_maximum_stands_for(render) -> None:
+    scaler = next(item["spec"] for item in documents(render("keda")) if item["kind"] == "ScaledObject")
+    asked = scaler["triggers"][0]["metadata"]
+
+    limit = re.search(r" LIMIT (\d+)\)", asked["query"])
+
+    assert limit is not None
+    assert int(limit[1]) == scaler["maxReplicaCount"] * int(asked["targetQueryValue"])
+
+
+def test_the_secret_of_the_readme_has_every_value_that_minimal_needs(render, tool, root: Path, tmp_path: Path) -> None:
+    rendered = documents(render("minimal"))
+    given = [item for _, container in containers(rendered) for item in container.get("env", ())]
+    references = [item["valueFrom"]["secretKeyRef"] for item in given if "valueFrom" in item]
+    file = tmp_path / "mayfly.env"
+    file.write_text(block_with(root, "POSTGRES_PASSWORD="), encoding="utf-8")
+    words = line_with(root, "create secret generic").replace("mayfly.env", str(file)).split()
+
+    made = tool(*words, "--dry-run=client", "--output", "json")
+
+    assert made.returncode == 0, made.stderr
+    values = {name: b64decode(value).decode() for name, value in json.loads(made.stdout)["data"].items()}
+    assert values.keys() == {item["key"] for item in references if not item.get("optional")}
+    assert {item["name"] for item in references} == {"mayfly"}
+    urls = [values["MAYFLY_DATABASE_URL"], values["MAYFLY_REDIS_URL"]]
+    assert {urlsplit(url).hostname for url in urls} <= services_ports(rendered).keys()
+    assert f":{values['POSTGRES_PASSWORD']}@" in values["MAYFLY_DATABASE_URL"]
+
+
+def test_the_readme_names_overlays_and_files_that_are_there(root: Path) -> None:
+    page = (root / "deploy" / "README.md").read_text(encoding="utf-8")
+
+    overlays = set(re.findall(r"^\| `([a-z]+)` \| [^|]+ \|$", page, re.MULTILINE))
+    paths = set(re.findall(r"(?<![\w/])deploy/[\w./-]+", page))
+
+    assert set(OVERLAYS) <= overlays
+    assert [path for path in paths - {"deploy/.env"} if not (root / path).exists()] == []
 
 
 def test_nothing_reaches_the_pods_but_what_a_policy_lets_in(overlay: list[Manifest]) -> None:
@@ -223,6 +310,7 @@ def test_nothing_reaches_the_pods_but_what_a_policy_lets_in(overlay: list[Manife
     assert not any("ingress" in item and is_selected(worker, item["podSelector"]) for item in policies)
 
 
+@pytest.mark.deploy
 def test_the_validator_would_notice_a_mistake(render, tool) -> None:
     broken = render("minimal").replace("terminationGracePeriodSeconds: 90", "terminationGraceSeconds: 90")
 

@@ -1,17 +1,20 @@
 """The single node: one container, one volume, embedded SQLite and Redis."""
 
 import json
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from tests.deploy.documented import block_with, line_with
 from tests.deploy.engine import Engine, EngineMissingError, Image, wait_until
 from tests.deploy.stack import Stack, running
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]
 
 COUNT = "SELECT state, count(*) FROM records GROUP BY state"
+EVERYTHING = "SELECT * FROM records ORDER BY seq"
 LEDGER = "/data/mayfly/ledger.db"
 
 
@@ -21,7 +24,9 @@ def stack(engine: Engine, image: Image, root: Path, tmp_path_factory: pytest.Tem
     assert image.tag
     beside = root / "tests" / "deploy" / "compose.simulator.single.yaml"
     try:
-        with running(engine, root, tmp_path_factory.mktemp("single"), ["compose.single.yaml"], beside) as stack:
+        # The port is the compose file's own to decide.
+        work, more = tmp_path_factory.mktemp("single"), "MAYFLY_HOST=127.0.0.1\nMAYFLY_PORT=9\n"
+        with running(engine, root, work, "compose.single.yaml", beside, more=more) as stack:
             stack.wait_until_simulated()
             stack.wait_until_ready()
             yield stack
@@ -54,25 +59,37 @@ def test_kill_9_loses_nothing(stack: Stack) -> None:
     wait_until(lambda: [state for state, _ in _query(stack, COUNT)] == ["deleted"], seconds=90, what="all are deleted")
 
 
-def test_a_backup_taken_from_the_running_service_brings_back_every_record(stack: Stack) -> None:
-    accepted = stack.accept(3)
-    stack.wait_until_deleted(accepted, seconds=60)
+def test_a_restored_backup_deletes_nothing_that_was_held_since(stack: Stack, root: Path) -> None:
+    gone = stack.accept(3)
+    stack.wait_until_deleted(gone, seconds=60)
     wait_until(lambda: [state for state, _ in _query(stack, COUNT)] == ["deleted"], seconds=60, what="all are deleted")
-    before = _query(stack, "SELECT * FROM records ORDER BY seq")
-    name = stack.container("mayfly")
+    (held,) = stack.accept(1, wish="ttl=30s")
+    hold = line_with(root, "compose.single.yaml", "records hold").replace(" ID ", f" {held.id} ")
+    backup = block_with(root, "compose.single.yaml", "cat backup.db")
 
-    # As in deploy/README.md.
-    vacuum = "import sqlite3; sqlite3.connect('/data/mayfly/ledger.db').execute(\"VACUUM INTO '/data/backup.db'\")"
-    stack.execute("mayfly", "python", "-c", vacuum)
-    _query(stack, "DELETE FROM records")
-    stack.engine.run("stop", "--time", "30", name)
-    volume = stack.engine.inspect(name)["Mounts"][0]["Name"]
-    restore = "cd /data && rm -f mayfly/ledger.db-wal mayfly/ledger.db-shm && mv backup.db mayfly/ledger.db"
-    options = ("run", "--rm", "--pull=never", "--volume", f"{volume}:/data", "--entrypoint", "sh")
-    stack.engine.run(*options, stack.engine.inspect(name)["ImageName"], "-c", restore)
-    stack.engine.run("start", name)
+    stack.run(backup, seconds=60)
+    stack.run(backup, seconds=60)  # as on every other day
+    before = _query(stack, EVERYTHING)
+    stack.run(hold, seconds=60)
+    _lose_the_volume(stack)
+    stack.run(block_with(root, "compose.single.yaml", "restored.db"), seconds=240)
     stack.wait_until_ready()
-
-    assert _query(stack, "SELECT * FROM records ORDER BY seq") == before
+    # Time enough for the worker, which runs, to delete what is due.
+    time.sleep(max(0.0, held.due_at.timestamp() - time.time()) + 7)
+    restored = _query(stack, EVERYTHING)
+    stack.run(hold, seconds=60)
+    stack.run(line_with(root, "compose.single.yaml", "mayfly resume"), seconds=60)
     later = stack.accept(1)
     stack.wait_until_deleted(later, seconds=60)
+
+    assert restored == before
+    assert held.id not in stack.deleted()
+    stack.run(hold.replace(" hold ", " release "), seconds=60)
+    stack.wait_until_deleted([held], seconds=60)
+
+
+def _lose_the_volume(stack: Stack) -> None:
+    name = stack.container("mayfly")
+    volume = stack.engine.inspect(name)["Mounts"][0]["Name"]
+    stack.engine.run("rm", "--force", "--time", "5", name)
+    stack.engine.run("volume", "rm", volume)
