@@ -13,7 +13,11 @@ from workers.dispatch import Dispatcher
 
 
 class DeafToTheLedger(Dispatcher):
-    """A dispatcher that wakes by bells alone: neither by the ledger's next due time nor by a tick."""
+    """A dispatcher that wakes by bells alone: neither at its start, nor by the ledger's due times, nor by a tick."""
+
+    async def _round(self) -> None:
+        await self._woken.wait()
+        await super()._round()
 
     async def _sleep(self, duration: timedelta) -> None:  # noqa: ARG002 - the part that is left out
         await self._woken.wait()
