@@ -8,9 +8,9 @@ from typing import Any
 import structlog
 from arq.connections import ArqRedis
 from litestar import Litestar, Router
-from litestar.datastructures import ResponseHeader
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
+from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
 from service import __version__, health, problems, webhook_route
@@ -62,11 +62,9 @@ def make_app(
             title="Mayfly",
             version=__version__,
             components=Components(security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer")}),
+            # No page with it: those that Litestar has load scripts of others, beside which nobody should type a token.
+            render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
         ),
-        response_headers=[
-            ResponseHeader(name="X-Content-Type-Options", value="nosniff"),
-            ResponseHeader(name="Cache-Control", value="no-store"),
-        ],
         logging_config=None,
     )
     paths = app.openapi_schema.paths

@@ -56,11 +56,8 @@ async def ready(database: NamedDependency[Database], queue_pool: NamedDependency
     A Redis that is away makes deletions late, not lost: sync.so does not send a webhook twice, so turning webhooks
     away for it would be the greater harm.
     """
-    parts = {
-        "ledger": await _ledger(database),
-        "redis": await _redis(queue_pool),
-        "deletions": await _deletions(database),
-    }
+    ledger, redis, deletions = await asyncio.gather(_ledger(database), _redis(queue_pool), _deletions(database))
+    parts = {"ledger": ledger, "redis": redis, "deletions": deletions}
     if parts["ledger"].status == "failing":
         return Response(Health("failing", parts), status_code=503)
     is_well = all(part.status == "ok" for part in parts.values())
@@ -119,9 +116,10 @@ async def show_metrics(
 async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> None:
     """Read the ledger's gauges; without a ledger they keep still, and mayfly_ledger_up says so."""
     try:
-        backlog = await database.read(lambda connection: reading.backlog(connection, now=now))
-        pauses = await database.read(pausing.find)
-    except LedgerUnavailableError:
+        backlog, pauses = await _bounded(
+            lambda: database.read(lambda connection: (reading.backlog(connection, now=now), pausing.find(connection)))
+        )
+    except (LedgerUnavailableError, TimeoutError):
         metrics.ledger_up.set(0)
         return
     metrics.ledger_up.set(1)

@@ -67,6 +67,11 @@ def _signature(error: SignatureError) -> ProblemDetailsException:
     return problem(401, "Signature rejected", advice[error.reason], {"WWW-Authenticate": "Sync-Signature"})
 
 
+def _body(error: BodyError) -> ProblemDetailsException:
+    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status == 503 else None
+    return problem(error.status, "Body not taken", str(error), headers)
+
+
 def _unavailable(_error: LedgerUnavailableError) -> ProblemDetailsException:
     detail = "the ledger cannot be reached right now; nothing was stored, send it again"
     return problem(503, "Ledger unavailable", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
@@ -85,7 +90,7 @@ plugin = ProblemDetailsPlugin(
             LedgerUnavailableError: _unavailable,
             RefusedDataError: lambda error: problem(400, "Not storable", str(error)),
             MalformedError: lambda error: problem(400, "Not a generation", str(error)),
-            BodyError: lambda error: problem(error.status, "Body not taken", str(error)),
+            BodyError: _body,
             IllegalMoveError: lambda error: problem(409, "Not possible now", str(error)),
             CursorError: lambda error: problem(400, "Bad cursor", str(error)),
         },

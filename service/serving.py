@@ -14,6 +14,22 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 REQUEST_SECONDS: Final = 10.0
 MAX_HEADER_BYTES: Final = 32 * 1024
 MAX_CONNECTIONS: Final = 4096
+# Of every answer, errors too. There is no page, so that nothing may be loaded or framed.
+SECURITY_HEADERS: Final = [
+    ("x-content-type-options", "nosniff"),
+    ("cache-control", "no-store"),
+    ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
+    ("referrer-policy", "no-referrer"),
+]
+_TOO_SLOW_BODY: Final = b'{"status":408,"title":"Too slow","detail":"the request took longer than 10 s to arrive"}'
+_TOO_SLOW: Final = b"".join(
+    (
+        b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/problem+json\r\nconnection: close\r\n",
+        *(f"{name}: {value}\r\n".encode() for name, value in SECURITY_HEADERS),
+        b"content-length: %d\r\n\r\n" % len(_TOO_SLOW_BODY),
+        _TOO_SLOW_BODY,
+    )
+)
 _STOP_SECONDS = 10
 _BACKLOG = 2048
 
@@ -70,6 +86,7 @@ class _Protocol(HttpToolsProtocol):
         self._incomplete_since: float | None = self.loop.time()
         self._header_bytes = 0
         self._is_in_headers = True
+        self._is_begun = False
         self._watch = self.loop.call_later(REQUEST_SECONDS, self._close_if_slow)
 
     def connection_lost(self, exc: Exception | None) -> None:
@@ -89,6 +106,7 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_begin(self) -> None:
         """Start the clock of this request."""
+        self._is_begun = True
         self._incomplete_since = self.loop.time()
         self._header_bytes = 0
         self._is_in_headers = True
@@ -101,6 +119,7 @@ class _Protocol(HttpToolsProtocol):
 
     def on_message_complete(self) -> None:
         """Stop the clock of this request."""
+        self._is_begun = False
         self._incomplete_since = None
         super().on_message_complete()
 
@@ -108,9 +127,21 @@ class _Protocol(HttpToolsProtocol):
         since = self._incomplete_since
         waited = 0.0 if since is None else self.loop.time() - since
         if waited >= REQUEST_SECONDS:
-            self.transport.abort()
+            self._end_slow_request()
         else:
             self._watch = self.loop.call_later(REQUEST_SECONDS - waited, self._close_if_slow)
+
+    def _end_slow_request(self) -> None:
+        """End the connection, with a 408 where that cannot get between the parts of another answer."""
+        if self._is_in_headers:
+            is_answerable = self._is_begun and (self.cycle is None or self.cycle.response_complete)
+        else:
+            is_answerable = not self.pipeline and not self.cycle.response_started
+        if is_answerable:
+            self.transport.write(_TOO_SLOW)
+            self.transport.close()
+        else:
+            self.transport.abort()
 
 
 @asynccontextmanager
@@ -130,6 +161,7 @@ async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa
             access_log=False,
             proxy_headers=False,
             server_header=False,
+            headers=SECURITY_HEADERS,
             backlog=_BACKLOG,
             limit_concurrency=MAX_CONNECTIONS,
             timeout_keep_alive=75,

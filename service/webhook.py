@@ -23,13 +23,15 @@ from service.telemetry import Metrics
 log = structlog.get_logger()
 
 MAX_BODY_BYTES = 1024 * 1024
+# Of all bodies that have begun to arrive, together: nobody has proven anything yet.
+MAX_UNREAD_BYTES = 32 * 1024 * 1024
 # Bells waiting for a Redis that is slow; more are left to the reconciler.
 _MAX_BELLS = 10_000
 _GATHER_SECONDS = 0.05
 
 
 class BodyError(Exception):
-    """A body that cannot be taken: *status* 413 (too large) or 400 (broken off)."""
+    """A body that cannot be taken: *status* 413 (too large), 400 (broken off) or 503 (too many at once)."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)

@@ -32,17 +32,13 @@ from service.ledger.database import LedgerUnavailableError, RefusedDataError
 from service.problems import problem
 from service.signature import SignatureError
 from service.telemetry import Metrics
-from service.webhook import MAX_BODY_BYTES, BodyError, Intake
+from service.webhook import MAX_BODY_BYTES, MAX_UNREAD_BYTES, BodyError, Intake
 
 log = structlog.get_logger()
 
 PATH = "/webhooks/sync"
 _DEFAULT_ACCOUNT = "default"
-_HEADERS = [
-    (b"content-type", b"application/json"),
-    (b"x-content-type-options", b"nosniff"),
-    (b"cache-control", b"no-store"),
-]
+_CONTENT_TYPE = (b"content-type", b"application/json")
 
 
 class Accepted(msgspec.Struct, rename="camel", frozen=True, omit_defaults=True):
@@ -65,6 +61,8 @@ def webhook_route(intake: Intake, metrics: Metrics) -> ASGIRouteHandler:
         LedgerUnavailableError: metrics.webhooks.labels("unavailable"),
     }
 
+    bodies = _Bodies()
+
     @asgi(PATH, copy_scope=False)
     async def receive_webhook(scope: Scope, receive: Receive, send: Send) -> None:
         if scope.get("method") != "POST":
@@ -73,7 +71,7 @@ def webhook_route(intake: Intake, metrics: Metrics) -> ASGIRouteHandler:
         _check_content_type(content_type)
         if length.isdigit() and int(length) > MAX_BODY_BYTES:
             raise _too_large()
-        body = await _read_body(receive)
+        body = await bodies.read(receive)
         try:
             answer = await intake.accept(_DEFAULT_ACCOUNT, signature, body)
         except (SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError) as error:
@@ -81,7 +79,7 @@ def webhook_route(intake: Intake, metrics: Metrics) -> ASGIRouteHandler:
             log.warning("webhook.not_stored", reason=str(error))
             raise
         content = _encoder.encode(Accepted(answer.id, answer.state or "ignored", answer.due_at))
-        headers = [*_HEADERS, (b"content-length", b"%d" % len(content))]
+        headers = [_CONTENT_TYPE, (b"content-length", b"%d" % len(content))]
         await send({"type": "http.response.start", "status": 202, "headers": headers})
         await send({"type": "http.response.body", "body": content, "more_body": False})
 
@@ -112,24 +110,36 @@ def _check_content_type(content_type: str) -> None:
         raise problem(415, "Unsupported media type", "the body must be application/json in UTF-8")
 
 
-async def _read_body(receive: Receive) -> bytes:
-    """Collect the body, of up to MAX_BODY_BYTES; the server ends a connection whose request takes too long.
+class _Bodies:
+    """Collects bodies, each up to MAX_BODY_BYTES and all that are under way up to MAX_UNREAD_BYTES."""
 
-    Raises: BodyError.
-    """
-    parts: list[bytes] = []
-    size = 0
-    while True:
-        message: Any = await receive()
-        if message["type"] == "http.disconnect":
-            raise BodyError(400, "the body broke off")
-        part = message["body"]
-        size += len(part)
-        if size > MAX_BODY_BYTES:
-            raise _too_large()
-        if not message["more_body"]:
-            return b"".join((*parts, part)) if parts else part
-        parts.append(part)
+    def __init__(self) -> None:
+        self._unread_bytes = 0
+
+    async def read(self, receive: Receive) -> bytes:
+        """Return the whole body; the server ends a connection whose request takes too long.
+
+        Raises: BodyError.
+        """
+        parts: list[bytes] = []
+        size = 0
+        try:
+            while True:
+                message: Any = await receive()
+                if message["type"] == "http.disconnect":
+                    raise BodyError(400, "the body broke off")
+                part = message["body"]
+                if size + len(part) > MAX_BODY_BYTES:
+                    raise _too_large()
+                if not message["more_body"]:
+                    return b"".join((*parts, part)) if parts else part
+                parts.append(part)
+                size += len(part)
+                self._unread_bytes += len(part)
+                if self._unread_bytes > MAX_UNREAD_BYTES:
+                    raise BodyError(503, "too many large bodies arrive at once; nothing was stored, send it again")
+        finally:
+            self._unread_bytes -= size
 
 
 def _too_large() -> BodyError:
@@ -167,7 +177,7 @@ def describe() -> PathItem:
         for status, text in problems.items()
     }
     unavailable = OpenAPIResponse(
-        "the ledger cannot commit; send it again",
+        "nothing was stored for now; send it again",
         headers={"Retry-After": OpenAPIHeader(schema=number, description="seconds")},
         content={"application/problem+json": OpenAPIMediaType(schema=trouble)},
     )

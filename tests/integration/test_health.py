@@ -196,9 +196,57 @@ async def test_a_path_that_is_not_there_is_a_problem_and_no_crash(sqlite_databas
     assert set(statuses.values()) <= {401, 403, 404, 405}
 
 
-async def test_no_answer_names_the_server_or_may_be_kept_by_a_cache(sqlite_database, open_client):
+async def test_no_answer_names_the_server_may_be_kept_framed_or_read_by_another_site(sqlite_database, open_client):
+    paths = ("/health/live", "/metrics", "/schema", "/api/records", "/nowhere", "/webhooks/sync")
     async with open_client(sqlite_database) as client:
-        answers = await asyncio.gather(*(client.get(path) for path in ("/health/live", "/metrics", "/nowhere")))
+        answers = [await client.get(path, headers={"origin": "https://elsewhere.example"}) for path in paths]
+        answers.append(await client.options("/api/records", headers={"origin": "https://elsewhere.example"}))
 
-    assert all("server" not in answer.headers for answer in answers)
-    assert [answer.headers.get("cache-control") for answer in answers[:2]] == ["no-store", "no-store"]
+    assert [answer.status_code for answer in answers[:-1]] == [200, 200, 200, 401, 404, 405]
+    for answer in answers:
+        headers = answer.headers
+        assert (headers["x-content-type-options"], headers["cache-control"]) == ("nosniff", "no-store")
+        assert headers["content-security-policy"] == "default-src 'none'; frame-ancestors 'none'"
+        assert "server" not in headers
+        assert not [name for name in headers if name.startswith("access-control-")]
+
+
+async def test_the_description_is_json_and_no_page_that_loads_the_scripts_of_others(sqlite_database, open_client):
+    pages = ("/schema/swagger", "/schema/redoc", "/schema/elements", "/schema/rapidoc", "/schema/scalar")
+    async with open_client(sqlite_database) as client:
+        described = await client.get("/schema")
+        statuses = [(await client.get(page)).status_code for page in pages]
+
+    assert described.headers["content-type"].startswith("application/vnd.oai.openapi+json")
+    assert described.json()["info"]["title"] == "Mayfly"
+    assert statuses == [404] * len(pages)
+
+
+async def test_two_parts_that_hang_are_told_within_a_second(serve):
+    async def swallow(reader, _writer):
+        await reader.read()
+
+    async with await asyncio.start_server(swallow, "127.0.0.1", 0) as hole:
+        port = hole.sockets[0].getsockname()[1]
+        pool = queue.connect(Secret(f"redis://127.0.0.1:{port}"), retries=0)
+        url = URL.create("postgresql", "mayfly", host="127.0.0.1", port=port, database="mayfly")
+        async with (
+            open_database(url) as database,
+            serve(database, pool) as own,
+            http_client(f"http://127.0.0.1:{own}") as client,
+        ):
+            begun = asyncio.get_running_loop().time()
+            ready = await client.get("/health/ready")
+            between = asyncio.get_running_loop().time()
+            numbers = await numbers_of(client)
+            took = (between - begun, asyncio.get_running_loop().time() - between)
+        await pool.aclose(close_connection_pool=True)
+
+    assert ready.status_code == 503
+    assert {name: part["status"] for name, part in ready.json()["parts"].items()} == {
+        "ledger": "failing",
+        "redis": "failing",
+        "deletions": "failing",
+    }
+    assert numbers["mayfly_ledger_up",] == 0
+    assert max(took) < 1.2

@@ -1,12 +1,14 @@
 """The server gives slow and greedy clients so much and no more, and answers what is under way when it stops."""
 
 import asyncio
+import json
+import re
 
 import pytest
 import uvloop
 
 from service import serving as serving_module
-from service.serving import MAX_HEADER_BYTES, serving
+from service.serving import MAX_HEADER_BYTES, SECURITY_HEADERS, serving
 
 
 async def app(scope, receive, send):
@@ -57,26 +59,34 @@ async def test_a_request_is_answered():
 
     assert answer.startswith(b"HTTP/1.1 200 OK")
     assert answer.endswith(b"\r\n\r\n3")
+    assert all(f"{name}: {value}\r\n".encode() in answer for name, value in SECURITY_HEADERS)
 
 
 @pytest.mark.usefixtures("quick")
 @pytest.mark.parametrize(
-    "parts",
+    ("parts", "statuses"),
     [
-        [b""],
-        [b"POST / HTTP/1.1\r\nHo"],
-        [b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"],
-        [b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", *[b"x"] * 20],
+        ([b""], []),
+        ([b"POST / HTTP/1.1\r\nHo"], [b"408"]),
+        ([b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"], [b"408"]),
+        ([b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", *[b"x"] * 6], [b"408"]),
+        ([b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT"], [b"200", b"408"]),
+        ([b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\nGET / HT"], []),
     ],
-    ids=["nothing", "half a header", "no body", "a dripping body"],
+    ids=["nothing", "half a header", "no body", "a dripping body", "half a second one", "half a second one too soon"],
 )
-async def test_a_request_that_does_not_arrive_in_time_is_ended_without_an_answer(parts):
+async def test_a_request_that_does_not_arrive_in_time_is_ended_with_408_unless_another_answer_is_due(parts, statuses):
     loop = asyncio.get_running_loop()
     async with serving(app, "127.0.0.1", 0) as port:
         begun = loop.time()
         answer = await exchange(port, *parts, pause=0.05)
 
-    assert answer == b""
+    assert re.findall(rb"HTTP/1.1 ([0-9]+) ", answer) == statuses
+    if b"408" in statuses:
+        head, _, body = answer.rpartition(b"\r\n\r\n")
+        assert b"application/problem+json" in head
+        assert b"content-length: %d\r\n" % len(body) in head + b"\r\n"
+        assert json.loads(body)["status"] == 408
     assert loop.time() - begun < 4
 
 

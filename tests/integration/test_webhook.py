@@ -9,6 +9,7 @@ from functools import partial
 import asyncpg
 import pytest
 
+from service import webhook_route
 from service.generation import Key
 from service.ledger.database import open_database
 from service.lifecycle import Move, State
@@ -261,6 +262,33 @@ async def test_a_body_just_under_the_limit_is_taken_in_pieces(client):
 
     assert len(sent.body) == MAX_BODY_BYTES
     assert (await client.post("/webhooks/sync", content=chunks(), headers=sent.headers)).status_code == 202
+
+
+async def test_large_bodies_that_arrive_at_once_are_bounded_together_and_leave_room_when_they_are_gone(
+    client, monkeypatch
+):
+    monkeypatch.setattr(webhook_route, "MAX_UNREAD_BYTES", 200_000)
+    sent = webhook(error="x" * 100_000)
+    go_on = asyncio.Event()
+
+    async def stuck():
+        yield sent.body[:90_000]
+        await go_on.wait()
+        yield sent.body[90_000:]
+
+    waiting = [
+        asyncio.create_task(client.post("/webhooks/sync", content=stuck(), headers=sent.headers)) for _ in range(3)
+    ]
+    done, others = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=5)
+    (refused,) = [task.result() for task in done]
+    small = await send(client, webhook())
+    go_on.set()
+    taken = [answer.status_code for answer in await asyncio.gather(*others)]
+
+    assert_problem(refused, 503)
+    assert refused.headers["retry-after"] == "5"
+    assert small.status_code == 202
+    assert taken == [202, 202]
 
 
 async def test_another_method_is_405(client):
