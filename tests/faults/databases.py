@@ -71,6 +71,9 @@ class Ledger(Protocol):
     async def execute(self, statement: str) -> None:
         """Run a statement of the test's own; ``:now`` stands for the present."""
 
+    async def pass_time(self, duration: timedelta) -> None:
+        """Move every instant of every record into the past, as if so much time had gone by."""
+
     def lock(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Hold the write lock until the block ends: gate G1."""
 
@@ -106,6 +109,10 @@ class SqliteLedger:
         now = (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
         with contextlib.closing(self._connect()) as connection:
             await asyncio.to_thread(connection.execute, statement.replace(":now", str(now)))
+
+    async def pass_time(self, duration: timedelta) -> None:
+        """See Ledger."""
+        await self.execute(_moved(f"- {duration // timedelta(microseconds=1)}"))
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator[None]:
@@ -282,6 +289,10 @@ class PostgresLedger:
         finally:
             await connection.close()
 
+    async def pass_time(self, duration: timedelta) -> None:
+        """See Ledger."""
+        await self.execute(_moved(f"- INTERVAL '{duration.total_seconds()} seconds'"))
+
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator[None]:
         """See Ledger."""
@@ -365,6 +376,12 @@ class _Watch:
         if self._connection is not None:
             self._connection.terminate()
             self._connection = None
+
+
+def _moved(difference: str) -> str:
+    instants = ("received_at", "due_at", "copied_at", "deleted_at", "wake_at", "failing_since", "hold_until")
+    moved = ", ".join(f"{name} = {name} {difference}" for name in instants)
+    return f"UPDATE records SET {moved}"  # noqa: S608 - of our own words
 
 
 def _row(found: dict[str, Any], instant: Any) -> Row:  # noqa: ANN401 - a function of either database

@@ -53,7 +53,7 @@ async def survives(system: System, seed: int, postgres: Postgres | None = None) 
         f"healed in {chaos.healing_seconds:.1f} s, {system.pulse.asked} looks at its health"
     )
 
-    assert not verdict.all, "\n".join([f"{name}: {chaos.told}", *verdict.all])
+    assert not verdict.all, f"{name}: {chaos.told}; {verdict.all}"
     assert len(accepted) > SECONDS * 3
     assert accepted <= set(system.simulator.removed)
     assert system.pulse.asked > SECONDS
