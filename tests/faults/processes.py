@@ -120,6 +120,13 @@ class Process:
         """How much memory it holds."""
         return float(psutil.Process(self.pid).memory_info().rss / 2**20)
 
+    @property
+    def peak_megabytes(self) -> float:
+        """How much memory it held at its most; a moment's worth is seen as well."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
+
 
 class Nursery:
     """Starts processes; see nursery.py."""

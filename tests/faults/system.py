@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -16,12 +16,14 @@ from service.generation import Key
 from service.queue import Bell
 from service.settings import Secret
 from service.simulator import Call, Generation, Operation, Simulator
-from tests.faults.databases import Ledger, Row
+from tests.faults.databases import Ledger, Row, migrated_sqlite
 from tests.faults.judging import FINAL, Sent, Verdict, WatchedCalls, judge
 from tests.faults.processes import Nursery, Process, RedisServer, free_port
 from tests.faults.pulse import Pulse
 from tests.support.waiting import eventually
 from tests.support.webhooks import SECRET
+
+T = TypeVar("T")
 
 API_KEY = "sk-faults-0123456789abcdef"
 TOKEN = "operator-token-of-the-fault-tests"
@@ -269,6 +271,38 @@ async def running(
             server.kill()
 
 
+async def at_once(
+    nursery: Nursery, folder: Path, scenarios: Mapping[str, Callable[[System], Awaitable[T]]]
+) -> dict[str, T]:
+    """Play *scenarios*, each in a system of its own on SQLite, at the same time: most of it is waiting.
+
+    Return what they returned, by their names.
+    """
+    ledgers = {}
+    for name in scenarios:
+        (folder / name).mkdir()
+        ledgers[name] = await migrated_sqlite(folder / name)
+
+    async def play(name: str) -> T:
+        async with running(nursery, folder / name, ledgers[name]) as system:
+            return await _noted(scenarios[name], system)
+
+    async with asyncio.TaskGroup() as group:
+        played = {name: group.create_task(play(name)) for name in scenarios}
+    for ledger in ledgers.values():
+        ledger.close()
+    return {name: task.result() for name, task in played.items()}
+
+
+async def _noted(scenario: Callable[[System], Awaitable[T]], system: System) -> T:
+    """Play *scenario*, and let its failure tell in which system it was."""
+    try:
+        return await scenario(system)
+    except BaseException as error:
+        error.add_note(f"on {type(system.ledger).__name__}, in {system.folder}")
+        raise
+
+
 async def overdue(system: System, generation: Generation) -> None:
     """Wait until *generation* is due."""
     row = await system.row(generation)
@@ -280,17 +314,10 @@ async def overdue(system: System, generation: Generation) -> None:
 def on_both(scenario: Callable[[System], Awaitable[None]]) -> Callable[..., Awaitable[None]]:
     """Make a test that runs *scenario* on SQLite and PostgreSQL at the same time: most of it is waiting."""
 
-    async def told(system: System) -> None:
-        try:
-            await scenario(system)
-        except BaseException as error:
-            error.add_note(f"on {type(system.ledger).__name__}, in {system.folder}")
-            raise
-
     async def test(both: tuple[System, System]) -> None:
         async with asyncio.TaskGroup() as group:
             for system in both:
-                group.create_task(told(system))
+                group.create_task(_noted(scenario, system))
 
     # Not functools.wraps: pytest would look for the scenario's own argument.
     test.__name__, test.__qualname__, test.__module__ = scenario.__name__, scenario.__qualname__, scenario.__module__

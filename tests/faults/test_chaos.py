@@ -10,10 +10,10 @@ from pathlib import Path
 import pytest
 
 from tests.faults.chaos import Chaos
-from tests.faults.databases import Postgres, SqliteLedger, migrated_sqlite
+from tests.faults.databases import Postgres
 from tests.faults.judging import Verdict
 from tests.faults.processes import Nursery
-from tests.faults.system import System, on_both, running
+from tests.faults.system import System, at_once, on_both
 from tests.support.waiting import eventually
 
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "5"))
@@ -69,16 +69,9 @@ async def is_well(system: System, port: int) -> bool:
 
 @pytest.mark.timeout(120)
 async def test_the_judge_condemns_the_same_chaos_when_a_part_is_left_out(nursery: Nursery, tmp_path: Path):
-    ledgers = {}
-    for part in ("ledger", "copy"):
-        (tmp_path / part).mkdir()
-        ledgers[part] = await migrated_sqlite(tmp_path / part)
-    async with asyncio.TaskGroup() as group:
-        without_ledger, without_copy = (
-            group.create_task(condemned(nursery, tmp_path / part, ledger, part)) for part, ledger in ledgers.items()
-        )
+    verdicts = await at_once(nursery, tmp_path, {part: partial(condemned, part) for part in ("ledger", "copy")})
 
-    lost, careless = without_ledger.result(), without_copy.result()
+    lost, careless = verdicts["ledger"], verdicts["copy"]
     assert len(lost.lost) > 3
     assert {one.partition(" ")[0] for one in lost.lost} == {"I4"}
     assert [*lost.early, *lost.unrecorded, *lost.uninvited, *lost.leaked] == []
@@ -86,14 +79,11 @@ async def test_the_judge_condemns_the_same_chaos_when_a_part_is_left_out(nursery
     assert [*careless.lost, *careless.early, *careless.uninvited, *careless.leaked] == []
 
 
-async def condemned(nursery: Nursery, folder: Path, ledger: SqliteLedger, without: str) -> Verdict:
-    """Do harm to a system whose workers are *without* a part, heal what can be, and return what the judge says."""
-    async with running(nursery, folder, ledger) as system:
-        chaos = Chaos(system, random.Random(without), without=without)  # noqa: S311 - faults, not secrets
-        await chaos.run(CONTROL_SECONDS, healed_within=CONTROL_HEALED_WITHIN)
-        verdict = await system.judged()
-    ledger.close()
-    return verdict
+async def condemned(without: str, system: System) -> Verdict:
+    """Do harm to *system*, whose workers are *without* a part, heal what can be, and return what the judge says."""
+    chaos = Chaos(system, random.Random(without), without=without)  # noqa: S311 - faults, not secrets
+    await chaos.run(CONTROL_SECONDS, healed_within=CONTROL_HEALED_WITHIN)
+    return await system.judged()
 
 
 @on_both
