@@ -71,6 +71,9 @@ class Ledger(Protocol):
     async def execute(self, statement: str) -> None:
         """Run a statement of the test's own; ``:now`` stands for the present."""
 
+    async def number(self, statement: str) -> int:
+        """Return the one number that *statement* selects."""
+
     async def pass_time(self, duration: timedelta) -> None:
         """Move every instant of every record into the past, as if so much time had gone by."""
 
@@ -110,6 +113,11 @@ class SqliteLedger:
         with contextlib.closing(self._connect()) as connection:
             await asyncio.to_thread(connection.execute, statement.replace(":now", str(now)))
 
+    async def number(self, statement: str) -> int:
+        """See Ledger."""
+        with contextlib.closing(self._connect()) as connection:
+            return int(connection.execute(statement).fetchone()[0])
+
     async def pass_time(self, duration: timedelta) -> None:
         """See Ledger."""
         await self.execute(_moved(f"- {duration // timedelta(microseconds=1)}"))
@@ -129,7 +137,9 @@ class SqliteLedger:
         if self._observer is None:
             self._observer = self._connect()
         try:
-            found = self._observer.execute("SELECT copy IS NOT NULL FROM records WHERE id = ?", (generation_id,))
+            found = self._observer.execute(
+                "SELECT copy IS NOT NULL FROM records WHERE account = 'default' AND id = ?", (generation_id,)
+            )
             return bool((found.fetchone() or (0,))[0])
         except sqlite3.Error:
             return None
@@ -289,6 +299,14 @@ class PostgresLedger:
         finally:
             await connection.close()
 
+    async def number(self, statement: str) -> int:
+        """See Ledger."""
+        connection = await self._connect()
+        try:
+            return int(await connection.fetchval(statement))
+        finally:
+            await connection.close()
+
     async def pass_time(self, duration: timedelta) -> None:
         """See Ledger."""
         await self.execute(_moved(f"- INTERVAL '{duration.total_seconds()} seconds'"))
@@ -323,7 +341,9 @@ class PostgresLedger:
             return None  # it would be waited for in the middle of a call
         if self._watch is None:
             self._watch = _Watch(self.host, self.name)
-        return self._watch.ask("SELECT copy IS NOT NULL FROM records WHERE id = $1", generation_id)
+        return self._watch.ask(
+            "SELECT copy IS NOT NULL FROM records WHERE account = 'default' AND id = $1", generation_id
+        )
 
     def close(self) -> None:
         """Close the observer's connection."""

@@ -123,6 +123,9 @@ def _judge_rows(
 
 def _judge_calls(verdict: Verdict, sent: Sequence[Sent], rows: Sequence[Row], simulator: Simulator) -> None:
     by_id = {row.id: row for row in rows}
+    told: dict[str, list[Sent]] = {}
+    for one in sent:
+        told.setdefault(one.id, []).append(one)
     known = {one.id for one in sent if one.status is None or one.is_accepted}
     calls = simulator.calls
     if isinstance(calls, WatchedCalls):
@@ -139,12 +142,12 @@ def _judge_calls(verdict: Verdict, sent: Sequence[Sent], rows: Sequence[Row], si
         if row is None or call.generation_id not in known:
             verdict.uninvited.append(f"I5 DELETE of {call.generation_id}, which nobody announced")
             continue
-        due_at = _promised(call, row, sent)
+        due_at = _promised(call, row, told[row.id])
         if due_at is None or call.at < due_at:
             verdict.early.append(f"I3 DELETE of {call.generation_id} at {call.at}, due {due_at}")
 
 
-def _promised(call: Call, row: Row, sent: Sequence[Sent]) -> datetime | None:
+def _promised(call: Call, row: Row, told: Sequence[Sent]) -> datetime | None:
     """Return the due time that held when the DELETE came: a later announcement may have moved it since."""
-    answers = [one.due_at for one in sent if one.id == row.id and one.due_at and one.answered_at <= call.at]
+    answers = [one.due_at for one in told if one.due_at and one.answered_at <= call.at]
     return max(answers, default=row.due_at)
