@@ -67,6 +67,7 @@ class Chaos:
         await asyncio.gather(*map(self._start, self.members))
         end = time.monotonic() + seconds
         await asyncio.gather(self._send(end), self._harm(self._to_processes, end), self._harm(self._to_servers, end))
+        await self._strike_last()
         begun = time.monotonic()
         await self._heal(healed_within)
         self.healing_seconds = time.monotonic() - begun
@@ -197,6 +198,16 @@ class Chaos:
 
     async def _freeze_both_servers(self) -> None:
         await asyncio.gather(self._freeze_postgres(), self._freeze_redis())
+
+    async def _strike_last(self) -> None:
+        """Take the bells of records that are due in a moment, and the workers; whatever else was done, these remain."""
+        # A due time is in whole seconds: early in one of them there is time for what follows.
+        await asyncio.sleep(1.05 - time.time() % 1)
+        await asyncio.gather(*(self._announce(self.system.generation()) for _ in range(10)))
+        await asyncio.sleep(0.2)
+        await self._flush()
+        workers = [member for member in self.members if member.command == "worker"]
+        await asyncio.gather(*(member.process.kill() for member in workers))
 
     async def _heal(self, seconds: float) -> None:
         """Let everything run again and wait until nothing is under way; the waits for leases are cut short."""

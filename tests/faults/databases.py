@@ -295,7 +295,11 @@ class PostgresLedger:
         """See Ledger."""
         connection = await self._connect()
         try:
-            await connection.execute(statement.replace(":now", "clock_timestamp()"))
+            for _ in range(10):
+                # It locks rows in the order in which it meets them, and the workers in theirs.
+                with contextlib.suppress(asyncpg.DeadlockDetectedError):
+                    await connection.execute(statement.replace(":now", "clock_timestamp()"))
+                    return
         finally:
             await connection.close()
 

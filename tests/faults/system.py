@@ -266,9 +266,11 @@ async def running(
             looking.cancel()
             for generation_id in list(simulator.gates.waiting):
                 simulator.release(generation_id)
-            await asyncio.gather(*(process.kill() for process in system.processes))
-            server.thaw()
-            server.kill()
+            try:
+                await asyncio.gather(*(process.kill() for process in system.processes))
+            finally:
+                server.thaw()
+                server.kill()
 
 
 async def at_once(

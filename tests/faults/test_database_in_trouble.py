@@ -6,14 +6,13 @@ import resource
 import shutil
 from collections.abc import Iterator
 from functools import partial
-
-import pytest
+from pathlib import Path
 
 from service.simulator import Operation
 from tests.faults.databases import Ledger, Postgres, PostgresLedger, SqliteLedger
-from tests.faults.processes import Process
+from tests.faults.processes import Nursery, Process
 from tests.faults.proxy import Proxy
-from tests.faults.system import System, on_both
+from tests.faults.system import System, on_both, running
 from tests.support.waiting import eventually
 
 
@@ -149,40 +148,52 @@ async def test_a_read_only_postgresql_is_answered_503_and_deletes_nothing(postgr
     assert not (await system.judged()).all
 
 
-@pytest.mark.parametrize("side", ["web", "worker"])
 async def test_a_connection_lost_in_commit_leads_to_one_record_and_no_delete_without_it(
-    postgres_system: System, side: str
+    nursery: Nursery, tmp_path: Path, mortal_postgres: Postgres
 ):
-    system = postgres_system
-    ledger = system.ledger
-    assert isinstance(ledger, PostgresLedger)
+    async with asyncio.TaskGroup() as group:
+        for side in ("web", "worker"):
+            (tmp_path / side).mkdir()
+            ledger = await mortal_postgres.ledger()
+            group.create_task(loses_a_commit(nursery, tmp_path / side, ledger, side))
 
-    async def connect():
-        return await asyncio.open_unix_connection(f"{ledger.host}/.s.PGSQL.5432")
 
-    async with Proxy(connect).serve() as proxy:
-        through = f"postgresql://postgres@127.0.0.1:{proxy.port}/{ledger.name}"
-        urls = {"web": ledger.url, "worker": ledger.url} | {side: through}
-        await asyncio.gather(
-            system.api(MAYFLY_DATABASE_URL=urls["web"]), system.worker(MAYFLY_DATABASE_URL=urls["worker"])
-        )
-        generation = system.generation(get=["hold"])
-        if side == "web":
-            proxy.trouble("lose", b"COMMIT", once=True)
-            first = await system.announce(generation)
-            assert first.status == 503
-        await system.accepted(generation)
-        await system.held(generation)
-        if side == "worker":
-            proxy.trouble("lose", b"COMMIT", after=b"copied_attempt=", once=True)  # of the copy, and of nothing else
-        system.simulator.release(generation.id)
-        if side == "worker":
-            await asyncio.wait_for(proxy.reached.wait(), 10)
-            await asyncio.sleep(0.5)
-            assert system.calls(generation) == []
-            assert (await system.row(generation)).copied_at is not None  # it was committed, and nobody told the worker
-            await system.expire_leases()
-        await system.drain()
+async def connect_to(ledger: PostgresLedger) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to the server of *ledger* as a driver does."""
+    return await asyncio.open_unix_connection(f"{ledger.host}/.s.PGSQL.5432")
+
+
+async def loses_a_commit(nursery: Nursery, folder: Path, ledger: PostgresLedger, side: str) -> None:
+    """Let *side* never hear that the commit of a webhook, or of a copy, was done."""
+    async with running(nursery, folder, ledger) as system, Proxy(partial(connect_to, ledger)).serve() as proxy:
+        await never_hears(system, proxy, side)
+    ledger.close()
+
+
+async def never_hears(system: System, proxy: Proxy, side: str) -> None:
+    """See loses_a_commit."""
+    assert isinstance(system.ledger, PostgresLedger)
+    through = f"postgresql://postgres@127.0.0.1:{proxy.port}/{system.ledger.name}"
+    urls = {"web": system.ledger.url, "worker": system.ledger.url} | {side: through}
+    await asyncio.gather(system.api(MAYFLY_DATABASE_URL=urls["web"]), system.worker(MAYFLY_DATABASE_URL=urls["worker"]))
+    generation = system.generation(get=["hold"])
+    if side == "web":
+        proxy.trouble("lose", b"COMMIT", after=b"INSERT INTO records", once=True)
+        first = await system.announce(generation)
+        assert first.status == 503
+        assert len(await system.ids()) == 1  # it was committed, and nobody told the web side
+    await system.accepted(generation)
+    await system.held(generation)
+    if side == "worker":
+        proxy.trouble("lose", b"COMMIT", after=b"copied_attempt=", once=True)  # of the copy, and of nothing else
+    system.simulator.release(generation.id)
+    if side == "worker":
+        await asyncio.wait_for(proxy.reached.wait(), 10)
+        await asyncio.sleep(0.5)
+        assert system.calls(generation) == []
+        assert (await system.row(generation)).copied_at is not None
+        await system.expire_leases()
+    await system.drain()
 
     assert len(await system.ledger.rows()) == 1
     assert not (await system.judged()).all
