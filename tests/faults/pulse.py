@@ -11,7 +11,7 @@ import httpx
 
 from tests.faults.processes import Process, Reach
 
-EVERY_SECONDS = 0.5
+EVERY_SECONDS = 1.0
 # A second, and a half for a machine that others use.
 LIMIT_SECONDS = 1.5
 _PATIENCE_SECONDS = 5.0

@@ -19,8 +19,8 @@ from tests.support.waiting import eventually
 SECONDS = float(os.environ.get("CHAOS_SECONDS", "5"))
 # A seed means the same order of faults; what they meet differs with the machine's mood.
 SEEDS = [int(seed) for seed in os.environ.get("CHAOS_SEED", "1 2").split()] or [secrets.randbelow(10**6)]
-# The controls are healed for longer than a whole system needs: two of its ticks, of five seconds each.
-CONTROL_SECONDS, CONTROL_HEALED_WITHIN = 4.0, 12.0
+# The controls are healed for longer than a whole system needs: a tick is five seconds.
+CONTROL_SECONDS, CONTROL_HEALED_WITHIN = 3.0, 9.0
 
 
 @pytest.fixture
