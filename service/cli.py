@@ -85,7 +85,7 @@ def worker(*, check: bool) -> None:
     """
     if check:
         from service.commands.running import settings_or_exit  # noqa: PLC0415
-        from workers.reconcile import is_alive  # noqa: PLC0415
+        from workers.heartbeat import is_alive  # noqa: PLC0415
 
         sys.exit(0 if is_alive(settings_or_exit().data_dir, now_seconds=time.time()) else 1)
     from workers.main import run_worker  # noqa: PLC0415

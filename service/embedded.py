@@ -1,6 +1,8 @@
 """The embedded Redis: a private redis-server on a unix socket in the data directory, on for as long as its owner."""
 
 import asyncio
+import contextlib
+import errno
 import fcntl
 import importlib.util
 import os
@@ -10,16 +12,21 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from hashlib import sha256
 from pathlib import Path
+from typing import TextIO
 
 import redis.asyncio as redis
 import structlog
 
 from service.settings import Secret
+from service.tasks import end
 
 log = structlog.get_logger()
 
 _START_SECONDS = 10
 _STOP_SECONDS = 10
+_LOOK_AGAIN_SECONDS = 1.0
+# What we make in the data directory.
+_OURS = frozenset({"redis", "ledger.db", "ledger.db-wal", "ledger.db-shm", "worker.alive", "lost+found"})
 # The kernel's limit for the path of a unix socket is 108 bytes, 104 on macOS.
 _MAX_SOCKET_PATH = 100
 
@@ -31,34 +38,83 @@ class EmbeddedRedisError(Exception):
 def prepare_data_dir(path: Path) -> None:
     """Make the data directory for our eyes only.
 
-    Raises: OSError.
+    Raises: OSError, also for a folder that others use: making it ours would take it from them.
     """
+    if path.is_dir() and path.stat().st_mode & 0o077 and any(one.name not in _OURS for one in path.iterdir()):
+        reason = "MAYFLY_DATA_DIR holds files of others and is open to them; name a folder for Mayfly alone"
+        raise OSError(errno.EEXIST, reason, str(path))
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
 
 
 @asynccontextmanager
 async def embedded_redis(data_dir: Path) -> AsyncIterator[Secret]:
-    """Run a Redis on a socket in *data_dir* and yield its URL; of several processes the first owns it, the others join.
+    """Keep a Redis running on a socket in *data_dir* and yield its URL.
+
+    Of several processes the first owns it and the others join; one of them takes over when the owner ends. One that
+    dies is started again.
 
     Raises: EmbeddedRedisError, which says what to do.
     """
     folder = _folder(data_dir)
     socket = _socket_path(folder)
-    url = Secret(f"unix://{socket}")
     with (folder / "owner.lock").open("w") as lock:
+        embedded = _Embedded(folder, socket, Secret(f"unix://{socket}"), lock)
+        if embedded.take():
+            await embedded.start()
+        keeper = asyncio.create_task(embedded.keep())
         try:
-            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            yield url
-            return
-        await _shut_down(url)  # left behind by an owner that was killed
-        server = await _start(folder, socket)
-        try:
-            await _wait_until_ready(server, url, folder)
-            yield url
+            yield embedded.url
         finally:
-            await _stop(server)
+            await end([keeper])
+            await embedded.stop()
+
+
+class _Embedded:
+    """One process' hand on the server of a folder: *lock* is held by its owner."""
+
+    def __init__(self, folder: Path, socket: Path, url: Secret, lock: TextIO) -> None:
+        self.url = url
+        self._folder = folder
+        self._socket = socket
+        self._lock = lock
+        self._is_owner = False
+        self._server: asyncio.subprocess.Process | None = None
+
+    def take(self) -> bool:
+        """Become the owner unless another process is."""
+        with contextlib.suppress(BlockingIOError):
+            fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            self._is_owner = True
+        return self._is_owner
+
+    async def start(self) -> None:
+        """Start the server and return once it answers.
+
+        Raises: EmbeddedRedisError.
+        """
+        await _shut_down(self.url)  # left behind by an owner that was killed
+        self._server = await _start(self._folder, self._socket)
+        await _wait_until_ready(self._server, self.url, self._folder)
+
+    async def keep(self) -> None:
+        """For ever: start the server again when it has died, and take over when its owner has ended."""
+        while True:
+            if self._server is not None:
+                await self._server.wait()
+                log.error("embedded_redis.died", what_now="it is started again; deletions go by the ledger meanwhile")
+                self._server = None
+            elif self._is_owner or self.take():
+                try:
+                    await self.start()
+                except (EmbeddedRedisError, OSError) as error:
+                    log.warning("embedded_redis.failed", error=str(error), what_now="tried again")
+            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+
+    async def stop(self) -> None:
+        """Stop the server if it is ours."""
+        if self._server is not None:
+            await _stop(self._server)
 
 
 def _folder(data_dir: Path) -> Path:
@@ -117,6 +173,7 @@ async def _start(folder: Path, socket: Path) -> asyncio.subprocess.Process:
         *arguments,
         stdin=asyncio.subprocess.DEVNULL,
         stdout=asyncio.subprocess.DEVNULL,
+        stderr=asyncio.subprocess.DEVNULL,
         start_new_session=True,
     )
 

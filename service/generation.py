@@ -6,6 +6,7 @@ Source: sync.so API v2 reference, "Generation status update" webhook and "Get ge
 """
 
 import json
+import re
 from dataclasses import dataclass
 from typing import Annotated, Any, Final
 
@@ -15,6 +16,17 @@ TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "REJECTED", "CANCELED", "TIM
 RUNNING: Final = frozenset({"PENDING", "PROCESSING"})
 
 MAX_ID_LENGTH = 255
+MAX_DEPTH = 64
+_TOO_DEEP = "not a generation: nested too deeply"
+# Strings are tokens of their own, so that a bracket in a text is none.
+_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+_NUMBER = re.compile(rb"[-+.0-9eE]+|null")
+_LOOSE_TEXTS = frozenset(
+    {
+        *("model", "createdAt", "outputUrl", "outputMediaUrl", "segmentOutputUrl", "synthesizedAudioUrl"),
+        *("outputFileName", "projectId", "error", "errorCode", "error_code"),
+    }
+)
 
 # What must mean the same to every reader of the body: with a key twice, two JSON readers may differ.
 _DECISIVE_KEYS = ("id", "status", "metrics", "webhookUrl")
@@ -87,15 +99,46 @@ def read(body: bytes) -> Generation:
     """
     try:
         body.decode()  # the decoder passes over the parts that stay raw without reading their text
-        generation = _decoder.decode(body)
+        _check_depth(body)
+        generation = _decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
         raise MalformedError(f"not a generation: {error}") from None
     except RecursionError:
-        raise MalformedError("not a generation: nested too deeply") from None
+        raise MalformedError(_TOO_DEEP) from None
     _check_id(generation.id)
     _check_keys(body)
     _check_text(generation, body)
     return generation
+
+
+def _decode(body: bytes) -> Generation:
+    try:
+        return _decoder.decode(body)
+    except msgspec.ValidationError:
+        return _decoder.decode(_with_texts(body))
+
+
+def _with_texts(body: bytes) -> bytes:
+    """Make a text of what should be one and nobody decides on: a list as the error must not lose the generation."""
+    top = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
+    for name in _LOOSE_TEXTS & top.keys():
+        value = bytes(top[name])
+        if value != b"null" and not value.startswith(b'"'):
+            top[name] = msgspec.Raw(msgspec.json.encode(value.decode()))
+    if "outputDuration" in top and not _NUMBER.fullmatch(bytes(top["outputDuration"])):
+        top["outputDuration"] = msgspec.Raw(b"null")
+    return msgspec.json.encode(top)
+
+
+def _check_depth(body: bytes) -> None:
+    """Refuse what is nested deeper than MAX_DEPTH: how deep a reader gets depends on where it is called."""
+    if body.count(b"[") + body.count(b"{") <= MAX_DEPTH:
+        return
+    depth = 0
+    for token in _BRACKETS.finditer(body):
+        depth += {b"[": 1, b"{": 1, b"]": -1, b"}": -1}.get(token[0], 0)
+        if depth > MAX_DEPTH:
+            raise MalformedError(_TOO_DEEP)
 
 
 def _check_id(generation_id: str) -> None:

@@ -2,7 +2,7 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Literal, TypeVar
 
 import msgspec
@@ -21,13 +21,16 @@ from service.telemetry import Metrics
 
 T = TypeVar("T")
 
+_TEXT = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")  # Litestar adds that itself
 _CHECK_SECONDS = 0.9
+# Longer than a backlog, a restart or a lease takes.
+LATE = timedelta(minutes=10)
 
 
 class Part(msgspec.Struct, frozen=True, omit_defaults=True):
     """How one part is: *detail* says what fails and what that means."""
 
-    status: Literal["ok", "failing", "paused"]
+    status: Literal["ok", "failing", "paused", "late"]
     detail: str | None = None
 
 
@@ -50,13 +53,20 @@ async def live() -> Health:
     summary="Can it take webhooks?",
     responses={503: ResponseSpec(Health, generate_examples=False, description="it cannot: the parts say why")},
 )
-async def ready(database: NamedDependency[Database], queue_pool: NamedDependency[ArqRedis]) -> Response[Health]:
+async def ready(
+    database: NamedDependency[Database],
+    queue_pool: NamedDependency[ArqRedis],
+    now: NamedDependency[Callable[[], datetime]],
+    is_dry_run: NamedDependency[bool],
+) -> Response[Health]:
     """Answer 200 while webhooks can be stored, else 503; either way with the parts that fail.
 
     A Redis that is away makes deletions late, not lost: sync.so does not send a webhook twice, so turning webhooks
     away for it would be the greater harm.
     """
-    ledger, redis, deletions = await asyncio.gather(_ledger(database), _redis(queue_pool), _deletions(database))
+    ledger, redis, deletions = await asyncio.gather(
+        _ledger(database), _redis(queue_pool), _deletions(database, now(), is_dry_run=is_dry_run)
+    )
     parts = {"ledger": ledger, "redis": redis, "deletions": deletions}
     if parts["ledger"].status == "failing":
         return Response(Health("failing", parts), status_code=503)
@@ -66,11 +76,11 @@ async def ready(database: NamedDependency[Database], queue_pool: NamedDependency
 
 async def _ledger(database: Database) -> Part:
     try:
-        await _bounded(lambda: database.read(migrating.check))
+        await _bounded(lambda: database.write(migrating.check_writable))
     except SchemaError as error:
         return Part("failing", str(error))
     except (LedgerUnavailableError, TimeoutError):
-        return Part("failing", "the database does not answer: webhooks are refused with 503 until it does")
+        return Part("failing", "the database takes no writes: webhooks are refused with 503 until it does")
     return Part("ok")
 
 
@@ -82,12 +92,21 @@ async def _redis(queue_pool: ArqRedis) -> Part:
     return Part("ok")
 
 
-async def _deletions(database: Database) -> Part:
+async def _deletions(database: Database, now: datetime, *, is_dry_run: bool) -> Part:
     try:
-        pauses = await _bounded(lambda: database.read(pausing.find))
+        pauses, next_wake = await _bounded(
+            lambda: database.read(lambda connection: (pausing.find(connection), reading.next_wake(connection)))
+        )
     except (LedgerUnavailableError, TimeoutError):
         return Part("failing", "the database does not answer")
-    return Part("paused", "; ".join(_explained(pause) for pause in pauses)) if pauses else Part("ok")
+    if pauses:
+        return Part("paused", "; ".join(_explained(pause) for pause in pauses))
+    if is_dry_run:
+        return Part("paused", "MAYFLY_DRY_RUN is on: nothing is deleted")
+    if next_wake is not None and now - next_wake > LATE:
+        minutes = (now - next_wake) // timedelta(minutes=1)
+        return Part("late", f"the oldest is {minutes} min overdue: see that a worker runs and what its log says")
+    return Part("ok")
 
 
 def _explained(pause: Pause) -> str:
@@ -95,6 +114,7 @@ def _explained(pause: Pause) -> str:
         Kind.OPERATOR: "mayfly resume ends it",
         Kind.UNAUTHORIZED: "see to SYNC_API_KEY; one record a minute tries it again",
         Kind.DAILY_LIMIT: "MAYFLY_MAX_DELETES_PER_DAY is reached; it ends at midnight UTC",
+        Kind.THROTTLED: "it ends when the time is over that the API asked for",
     }
     return f"since {pause.since:%Y-%m-%d %H:%M:%S} UTC by {pause.actor}: {pause.reason}; {advice[pause.kind]}"
 
@@ -104,13 +124,13 @@ async def _bounded(call: Callable[[], Awaitable[T]]) -> T:
         return await call()
 
 
-@get("/metrics", tags=["health"], summary="Prometheus metrics", media_type=CONTENT_TYPE_LATEST)
+@get("/metrics", tags=["health"], summary="Prometheus metrics", media_type=_TEXT)
 async def show_metrics(
     database: NamedDependency[Database], metrics: NamedDependency[Metrics], now: NamedDependency[Callable[[], datetime]]
 ) -> Response[bytes]:
     """Answer the counters of this process, and what the ledger says of all."""
     await _read_gauges(database, metrics, now())
-    return Response(generate_latest(metrics.registry), media_type=CONTENT_TYPE_LATEST)
+    return Response(generate_latest(metrics.registry), media_type=_TEXT)
 
 
 async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> None:

@@ -1,10 +1,13 @@
 """Errors as RFC 9457 problem details: one table from what went wrong to what the client is told."""
 
+from collections.abc import Mapping
+from http import HTTPStatus
 from typing import Any
 
 import msgspec
 import structlog
 from litestar import Request
+from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi import ResponseSpec
 from litestar.plugins.problem_details import ProblemDetailsConfig, ProblemDetailsException, ProblemDetailsPlugin
 from litestar.response import Response
@@ -51,10 +54,10 @@ def documented(*statuses: int) -> dict[int, ResponseSpec]:
 
 
 def problem(
-    status: int, title: str, detail: str = "", headers: dict[str, str] | None = None
+    status: int, title: str, detail: str = "", headers: Mapping[str, str] | None = None
 ) -> ProblemDetailsException:
     """Return the exception that Litestar answers as problem details."""
-    return ProblemDetailsException(status_code=status, title=title, detail=detail, headers=headers)
+    return ProblemDetailsException(status_code=status, title=title, detail=detail, headers=dict(headers or {}))
 
 
 def _signature(error: SignatureError) -> ProblemDetailsException:
@@ -65,6 +68,18 @@ def _signature(error: SignatureError) -> ProblemDetailsException:
         "mismatch": "no secret signs these bytes: check SYNC_WEBHOOK_SECRET, and that no proxy changes the body",
     }
     return problem(401, "Signature rejected", advice[error.reason], {"WWW-Authenticate": "Sync-Signature"})
+
+
+# What a client calls the arguments of our handlers.
+_WIRE_NAMES = {"in_state": "state", "since": "from", "until": "to", "project_id": "projectId", "data": "the body"}
+
+
+def _http(error: HTTPException) -> ProblemDetailsException:
+    """Say what Litestar found wrong; its own title repeats the query, its details name our arguments."""
+    found = error.extra if isinstance(error, ValidationException) and isinstance(error.extra, list) else []
+    reasons = [f"{_WIRE_NAMES.get(one.get('key', ''), one.get('key'))}: {one.get('message')}" for one in found]
+    title = HTTPStatus(error.status_code).phrase
+    return problem(error.status_code, title, "; ".join(reasons) or error.detail, error.headers)
 
 
 def _body(error: BodyError) -> ProblemDetailsException:
@@ -84,8 +99,8 @@ def _internal(request: Request[Any, Any, Any], _error: Exception) -> Response[An
 
 plugin = ProblemDetailsPlugin(
     ProblemDetailsConfig(
-        enable_for_all_http_exceptions=True,
         exception_to_problem_detail_map={
+            HTTPException: _http,
             SignatureError: _signature,
             LedgerUnavailableError: _unavailable,
             RefusedDataError: lambda error: problem(400, "Not storable", str(error)),

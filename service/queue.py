@@ -53,24 +53,10 @@ class Bell:
 def connect(url: Secret, *, retries: int) -> ArqRedis:
     """Return the pool that web and worker alike use, so that both write and read jobs in one form; it connects late.
 
-    *url* is ``redis://``, ``rediss://``, ``unix://`` or ``sentinel://user:password@host:port,host:port/service/db``.
-    A sentinel URL takes ``?ssl=true`` and ``&ssl_ca_certs=/path`` for its sentinels and the master alike.
-    *retries* per command: few where somebody waits for an answer, many in a worker.
+    *retries* per command: few where somebody waits for an answer, many in a worker. For *url* see check_url().
     """
-    options: dict[str, Any] = {
-        "socket_timeout": 2,
-        "socket_connect_timeout": 2,
-        "health_check_interval": 15,
-        "retry": Retry(cast("Any", ExponentialBackoff(cap=2, base=0.1)), retries),
-        "retry_on_error": _RETRIED,
-    }
-    text = url.reveal()
-    if text.startswith("sentinel://"):
-        pool = _sentinel_pool(text, options)
-    else:
-        pool = redis.BlockingConnectionPool.from_url(text, max_connections=30, timeout=5, **options)
     return ArqRedis(
-        pool,
+        _pool(url.reveal(), retries),
         job_serializer=msgspec.msgpack.encode,
         job_deserializer=msgspec.msgpack.decode,
         default_queue_name=QUEUE,
@@ -78,26 +64,64 @@ def connect(url: Secret, *, retries: int) -> ArqRedis:
     )
 
 
+def check_url(text: str) -> None:
+    """Return if *text* is a URL of a Redis, without connecting to it.
+
+    ``redis://``, ``rediss://`` or ``unix://``, as redis-py has them, or
+    ``sentinel://user:password@host:port,host:port/service/db``, where the login is the master's. That one takes
+    ``?sentinel_username=`` and ``&sentinel_password=`` where the Sentinels want one, and for TLS with both
+    ``&ssl=true``, ``&ssl_ca_certs=/path`` and ``&ssl_check_hostname=false``.
+
+    Raises: ValueError, which repeats nothing of *text*.
+    """
+    parts = urlsplit(text)
+    database = parts.path.rpartition("/")[2] if parts.scheme == "sentinel" else parts.path.strip("/")
+    if parts.scheme in ("redis", "rediss") and database and not database.isdecimal():
+        raise ValueError("the path of a Redis URL is the number of its database")
+    try:
+        _pool(text, 0).make_connection()  # type: ignore[no-untyped-call]
+    except Exception:  # noqa: BLE001 - the library has no error of its own for it, and its texts show the password
+        raise ValueError("not a URL of a Redis") from None
+
+
+def _pool(text: str, retries: int) -> redis.ConnectionPool:
+    options: dict[str, Any] = {
+        "socket_timeout": 2,
+        "socket_connect_timeout": 2,
+        "health_check_interval": 15,
+        "retry": Retry(cast("Any", ExponentialBackoff(cap=2, base=0.1)), retries),
+        "retry_on_error": _RETRIED,
+    }
+    if text.startswith("sentinel://"):
+        return _sentinel_pool(text, options)
+    if text.startswith("rediss://"):
+        options["ssl_check_hostname"] = True  # the library's default takes any certificate that is valid for anyone
+    return redis.BlockingConnectionPool.from_url(text, max_connections=30, timeout=5, **options)
+
+
 def _sentinel_pool(text: str, options: dict[str, Any]) -> redis.ConnectionPool:
     """Build the pool through master_for: arq's own Sentinel mode drops retries and timeouts."""
     parts = urlsplit(text)
-    hosts = [host.rpartition(":") for host in parts.netloc.rpartition("@")[2].split(",")]
+    login, _, places = parts.netloc.rpartition("@")
+    hosts = [host.rpartition(":") for host in places.split(",")]
     service, _, database = parts.path.strip("/").partition("/")
-    login = {
-        "username": unquote(parts.netloc.rpartition("@")[0].partition(":")[0]) or None,
-        "password": unquote(parts.netloc.rpartition("@")[0].partition(":")[2]) or None,
-    }
-    query = dict(parse_qsl(parts.query))
-    tls: dict[str, Any] = {"ssl": query.get("ssl") == "true", "ssl_ca_certs": query.get("ssl_ca_certs")}
-    if not tls["ssl"]:
-        tls = {}
+    username, _, password = login.partition(":")
+    query = dict(parse_qsl(parts.query, strict_parsing=bool(parts.query)))
+    sentinel_login = {name: query.pop(f"sentinel_{name}", None) for name in ("username", "password")}
+    tls: dict[str, Any] = {}
+    if query.pop("ssl", "false") == "true":
+        is_checked = query.pop("ssl_check_hostname", "true") == "true"
+        tls = {"ssl": True, "ssl_ca_certs": query.pop("ssl_ca_certs", None), "ssl_check_hostname": is_checked}
+    if query:
+        raise ValueError("a Sentinel URL does not take all of that")
     sentinel = Sentinel(  # type: ignore[no-untyped-call] # the library has no types here
         [(host or port, int(port) if host else 26379) for host, _, port in hosts],
-        sentinel_kwargs={"socket_timeout": 2, **tls, **login},
+        sentinel_kwargs={"socket_timeout": 2, **tls, **sentinel_login},
         db=int(database or 0),
+        username=unquote(username) or None,
+        password=unquote(password) or None,
         **tls,
         **options,
-        **login,
     )
     return cast("redis.ConnectionPool", sentinel.master_for(service or "mymaster").connection_pool)
 

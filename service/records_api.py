@@ -24,6 +24,8 @@ from service.retention import format_duration
 from service.settings import Secret
 
 DEFAULT_PAGE = 50
+# Stands for an escaped slash on the way through the router: a control character, which no id has.
+ESCAPED_SLASH = "\x1f"
 
 
 class Event(msgspec.Struct, rename="camel", frozen=True):
@@ -190,7 +192,11 @@ class RecordsController(Controller):
         since: Annotated[datetime | None, QueryParameter(name="from", description="received at or after")] = None,
         until: Annotated[datetime | None, QueryParameter(name="to", description="received before")] = None,
         q: Annotated[
-            str | None, QueryParameter(max_length=200, description="part of an id, file name or error")
+            str | None,
+            QueryParameter(
+                max_length=200,
+                description="part of an id, file name, model or error; a page looks at 10 000 records and may be short",
+            ),
         ] = None,
         limit: Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)] = DEFAULT_PAGE,
         cursor: Annotated[str | None, QueryParameter(description="nextCursor of the page before")] = None,
@@ -209,10 +215,15 @@ class RecordsController(Controller):
         self, database: NamedDependency[Database], generation_id: FromPath[str], account: FromQuery[str] = "default"
     ) -> Record:
         """Answer one record, 404 where there is none."""
-        record = await database.read(lambda connection: find_record(connection, key=Key(account, generation_id)))
+        record = await database.read(lambda connection: find_record(connection, key=key_of(account, generation_id)))
         if record is None:
             raise NotFoundException("No record of this generation")
         return record
+
+
+def key_of(account: str, segment: str) -> Key:
+    """Return the key of the record whose id is that *segment* of the path."""
+    return Key(account, segment.replace(ESCAPED_SLASH, "/"))
 
 
 def _aware(instant: datetime | None, name: str) -> datetime | None:

@@ -14,6 +14,8 @@ _DURATION = re.compile(r"([0-9]{1,9})([smhdw])", re.ASCII)
 DURATION_FORMS: Final = "a number with a unit: 90s, 15m, 24h, 7d, 2w"
 
 _WISHES: Final = frozenset({"ttl", "expires", "hold"})
+# The rule of what has no wish of its own.
+WITHOUT_WISH: Final = "MAYFLY_TTL"
 
 # Beyond it an instant might not fit a database column; nobody means it either.
 MAX_TTL: Final = timedelta(days=36500)
@@ -36,7 +38,6 @@ def parse_duration(text: str) -> timedelta:
     match = _DURATION.fullmatch(text.strip())
     if match is None:
         raise ValueError(DURATION_FORMS)
-    duration = timedelta(seconds=0)
     number, unit = match.groups()
     try:
         duration = timedelta(**{_UNITS[unit]: int(number)})
@@ -94,48 +95,92 @@ def decide(policy: Policy, *, webhook_url: str | None, sent_at: datetime, now: d
     """Decide how long a terminal generation is kept, by its own wish or else by *policy*.
 
     The wish stands in the query of the signed body's *webhook_url*: ``ttl``, ``expires`` or ``hold``. A wish that
-    cannot be read keeps the generation on hold, for a person to look at. The clock starts at *sent_at*, the signed
-    send time, or at *now* if that is earlier.
+    cannot be read, or looks like a slip of the pen, keeps the generation on hold, for a person to look at. The clock
+    starts at *sent_at*, the signed send time, or at *now* if that is earlier; nothing is due before the policy's
+    min_ttl from now.
     """
-    start = min(sent_at, now)
-    if webhook_url is None or "?" not in webhook_url:
-        return _by_ttl(policy, policy.ttl, start, "MAYFLY_TTL")
+    return _decide(policy.ttl, webhook_url, _Clock(min(sent_at, now), now + policy.min_ttl))
+
+
+def reconsider(*, rule: str, due_at: datetime, ttl: timedelta | None, webhook_url: str | None) -> Retention | None:
+    """Decide again once the API shows the *webhook_url* of a generation whose webhook had none, or none with a wish.
+
+    *rule*, *due_at* and *ttl* are the record's. None: it stays due; what the wish says can only keep it longer.
+    """
+    if rule != WITHOUT_WISH or ttl is None:
+        return None
+    found = _decide(ttl, webhook_url, _Clock(due_at - ttl, due_at))
+    return found if found.hold_reason is not None or found.is_later_than(due_at) else None
+
+
+@dataclass(frozen=True, slots=True)
+class _Clock:
+    """When the time began to run, and the earliest instant at which anything may be due."""
+
+    start: datetime
+    earliest: datetime
+
+
+def _decide(ttl: timedelta | None, webhook_url: str | None, clock: _Clock) -> Retention:
+    """Apply the wish in *webhook_url*, or else *ttl*."""
     try:
-        pairs = parse_qsl(urlsplit(webhook_url).query, keep_blank_values=True)
-        wishes = {name: value for name, value in pairs if name in _WISHES}
-        if len(wishes) != sum(name in _WISHES for name, _ in pairs) or {"ttl", "expires"} <= wishes.keys():
-            raise ValueError("two wishes that may contradict")  # noqa: TRY301 - one way out for all that is unreadable
-        return _by_wish(policy, wishes, start)
+        return _by_wish(ttl, _wishes(webhook_url or ""), clock)
     except ValueError:
-        fallback = _by_ttl(policy, policy.ttl, start, "MAYFLY_TTL")
+        fallback = _by_ttl(ttl, clock, WITHOUT_WISH)
         reason = "the wish in its webhookUrl cannot be read"
         return Retention("unreadable wish", fallback.ttl, fallback.due_at, hold_reason=reason)
 
 
-def _by_wish(policy: Policy, query: dict[str, str], start: datetime) -> Retention:
-    """Apply the wishes of *query*: a hold stands beside the due time that a release would bring back."""
-    if "ttl" in query:
-        timed = _by_ttl(policy, parse_ttl(query["ttl"]), start, "wish: ttl")
-    elif "expires" in query:
-        timed = _by_instant(policy, _instant(query["expires"]), start)
+def _wishes(webhook_url: str) -> dict[str, str]:
+    """Return the wishes by name.
+
+    Raises: ValueError where one stands twice, two may contradict, or a name is a slip of the pen.
+    """
+    if "?" not in webhook_url and "#" not in webhook_url:
+        return {}
+    parts = urlsplit(webhook_url)
+    pairs = parse_qsl(parts.query, keep_blank_values=True)
+    # Behind a # it reaches nobody.
+    slips = [name for name, _ in parse_qsl(parts.fragment.rpartition("?")[2], keep_blank_values=True)]
+    slips = [name for name in slips if name in _WISHES or _is_slip(name)]
+    slips += [name for name, _ in pairs if name not in _WISHES and _is_slip(name)]
+    wishes = {name: value for name, value in pairs if name in _WISHES}
+    if slips or len(wishes) != sum(name in _WISHES for name, _ in pairs) or {"ttl", "expires"} <= wishes.keys():
+        raise ValueError("two wishes that may contradict, or one that is misspelt")
+    return wishes
+
+
+def _is_slip(name: str) -> bool:
+    """Whether *name* looks like a wish written wrong: other case, an escaped ``&``, or a letter off."""
+    plain = name.strip().lower().removeprefix("amp;")
+    return any(_less_one(plain) & _less_one(wish) for wish in _WISHES)
+
+
+def _less_one(word: str) -> set[str]:
+    """Return *word* and what is left of it without any one letter: words that are one slip apart share one of these."""
+    return {word} | {word[:index] + word[index + 1 :] for index in range(min(len(word), 10))}
+
+
+def _by_wish(ttl: timedelta | None, wishes: dict[str, str], clock: _Clock) -> Retention:
+    """Apply the wishes: a hold stands beside the due time that a release would bring back."""
+    if "ttl" in wishes:
+        timed = _by_ttl(parse_ttl(wishes["ttl"]), clock, "wish: ttl")
+    elif "expires" in wishes:
+        due_at = max(_instant(wishes["expires"]), clock.earliest)
+        timed = Retention("wish: expires", due_at - clock.start, due_at)
     else:
-        timed = _by_ttl(policy, policy.ttl, start, "MAYFLY_TTL")
-    if "hold" in query:
-        reason = query["hold"].replace("\0", "")[:500]  # NUL: PostgreSQL cannot hold it
+        timed = _by_ttl(ttl, clock, WITHOUT_WISH)
+    if "hold" in wishes:
+        reason = wishes["hold"].replace("\0", "")[:500]  # NUL: PostgreSQL cannot hold it
         return Retention("wish: hold", timed.ttl, timed.due_at, hold_reason=reason or "no reason given")
     return timed
 
 
-def _by_ttl(policy: Policy, ttl: timedelta | None, start: datetime, rule: str) -> Retention:
+def _by_ttl(ttl: timedelta | None, clock: _Clock, rule: str) -> Retention:
     if ttl is None:
         return Retention(rule, None, None)
-    ttl = max(ttl, policy.min_ttl)
-    return Retention(rule, ttl, start + ttl)
-
-
-def _by_instant(policy: Policy, instant: datetime, start: datetime) -> Retention:
-    due_at = max(instant, start + policy.min_ttl)
-    return Retention("wish: expires", due_at - start, due_at)
+    due_at = max(clock.start + ttl, clock.earliest)
+    return Retention(rule, due_at - clock.start, due_at)
 
 
 def _instant(text: str) -> datetime:
@@ -171,6 +216,13 @@ class Progress:
     failing_since: datetime | None  # the first of the failures in a row; None after none
     failures: int
     refusals: int
+
+
+def waited(progress: Progress, late: timedelta) -> Progress:
+    """Return *progress* for an attempt that begins *late*: that it could not be made is no time of failing."""
+    if progress.failing_since is None or late <= timedelta(0):
+        return progress
+    return Progress(progress.failing_since + late, progress.failures, progress.refusals)
 
 
 @dataclass(frozen=True, slots=True)
@@ -221,9 +273,14 @@ def backoff(failures: int, *, retry_after: timedelta | None, jitter: float) -> t
     wait = MIN_BACKOFF / 2 + (ceiling - MIN_BACKOFF / 2) * jitter
     if retry_after is None:
         return wait
-    asked = min(max(retry_after, MIN_RETRY_AFTER), MAX_RETRY_AFTER)
+    asked = throttle(retry_after)
     # A tenth on top spreads the rows that were all told the same moment.
     return asked + min(asked / 10, timedelta(seconds=30)) * jitter
+
+
+def throttle(retry_after: timedelta | None) -> timedelta:
+    """Return how long all calls wait after a 429 that asked for *retry_after*."""
+    return MIN_BACKOFF if retry_after is None else min(max(retry_after, MIN_RETRY_AFTER), MAX_RETRY_AFTER)
 
 
 def after_lost_lease(progress: Progress, *, now: datetime) -> Step:

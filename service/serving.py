@@ -2,6 +2,8 @@
 
 import asyncio
 import contextlib
+import json
+import resource
 import socket
 from collections.abc import AsyncIterator, Iterator
 from contextlib import asynccontextmanager
@@ -12,7 +14,13 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # From the first byte of a connection or request to its last; a webhook is a few kilobytes.
 REQUEST_SECONDS: Final = 10.0
+# A connection that rests between two requests.
+IDLE_SECONDS: Final = 75
 MAX_HEADER_BYTES: Final = 32 * 1024
+# All of a request, with whatever a chunked body has beside its bytes. The application's own limit is far below.
+MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
+# Of one connection, sent ahead of the answers to those before.
+MAX_PIPELINED: Final = 64
 MAX_CONNECTIONS: Final = 4096
 # Of every answer, errors too. There is no page, so that nothing may be loaded or framed.
 SECURITY_HEADERS: Final = [
@@ -21,17 +29,30 @@ SECURITY_HEADERS: Final = [
     ("content-security-policy", "default-src 'none'; frame-ancestors 'none'"),
     ("referrer-policy", "no-referrer"),
 ]
-_TOO_SLOW_BODY: Final = b'{"status":408,"title":"Too slow","detail":"the request took longer than 10 s to arrive"}'
-_TOO_SLOW: Final = b"".join(
-    (
-        b"HTTP/1.1 408 Request Timeout\r\ncontent-type: application/problem+json\r\nconnection: close\r\n",
-        *(f"{name}: {value}\r\n".encode() for name, value in SECURITY_HEADERS),
-        b"content-length: %d\r\n\r\n" % len(_TOO_SLOW_BODY),
-        _TOO_SLOW_BODY,
-    )
-)
 _STOP_SECONDS = 10
 _BACKLOG = 2048
+# Open files beside the connections: the ledger, Redis, the API.
+_OTHER_FILES = 256
+
+
+def _last_answer(status: str, title: str, detail: str, *headers: str) -> bytes:
+    """Return a whole answer for a connection that ends with it, where no application may be asked."""
+    body = json.dumps({"status": int(status[:3]), "title": title, "detail": detail}).encode()
+    lines = [
+        f"HTTP/1.1 {status}",
+        "content-type: application/problem+json",
+        "connection: close",
+        *(f"{name}: {value}" for name, value in SECURITY_HEADERS),
+        *headers,
+        f"content-length: {len(body)}",
+    ]
+    return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
+
+
+_TOO_SLOW: Final = _last_answer("408 Request Timeout", "Too slow", "the request took longer than 10 s to arrive")
+_TOO_MANY: Final = _last_answer(
+    "503 Service Unavailable", "Too many connections", "nothing was read, send it again", "retry-after: 5"
+)
 
 
 class _Server(uvicorn.Server):
@@ -75,19 +96,27 @@ class _Joining:
 
 
 class _Protocol(HttpToolsProtocol):
-    """Uvicorn's protocol, which by itself waits for ever for the rest of a request and takes headers of any size.
+    """Uvicorn's protocol, which by itself waits for ever for the rest of a request and takes one of any size.
 
-    One timer per connection, not per request: it looks every few seconds at how long a request is under way.
+    One timer per connection, not per request: it looks every few seconds at how long a request is under way, how long
+    there was none, and whether the client takes its answers.
     """
+
+    max_connections = MAX_CONNECTIONS
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock: a connection without a request is one that has not arrived yet."""
         super().connection_made(cast("asyncio.Transport", _Joining(transport, self.loop)))
         self._incomplete_since: float | None = self.loop.time()
-        self._header_bytes = 0
+        self._rests_since = self.loop.time()
+        self._request_bytes = 0
+        self._unsent_bytes = 0
         self._is_in_headers = True
         self._is_begun = False
-        self._watch = self.loop.call_later(REQUEST_SECONDS, self._close_if_slow)
+        self._watch = self.loop.call_later(REQUEST_SECONDS, self._look)
+        if len(self.connections) > self.max_connections:
+            self.transport.write(_TOO_MANY)
+            self.transport.close()
 
     def connection_lost(self, exc: Exception | None) -> None:
         """Stop the clock."""
@@ -95,27 +124,29 @@ class _Protocol(HttpToolsProtocol):
         super().connection_lost(exc)
 
     def data_received(self, data: bytes) -> None:
-        """Count what headers there are, and end the connection when they are too many."""
-        if self._is_in_headers:
-            self._header_bytes += len(data)
-            # A body's first part may come in the same piece, so this is a bound and no exact limit.
-            if self._header_bytes > MAX_HEADER_BYTES + len(data):
-                self.transport.abort()
-                return
+        """Count what there is of the request, and end the connection when it is too much."""
+        self._request_bytes += len(data)
+        # What began within this piece may be another request, so these are bounds and no exact limits.
+        limit = MAX_HEADER_BYTES if self._is_in_headers else MAX_REQUEST_BYTES
+        if self._request_bytes > limit + len(data):
+            self.transport.abort()
+            return
         super().data_received(data)
 
     def on_message_begin(self) -> None:
         """Start the clock of this request."""
         self._is_begun = True
         self._incomplete_since = self.loop.time()
-        self._header_bytes = 0
+        self._request_bytes = 0
         self._is_in_headers = True
         super().on_message_begin()
 
     def on_headers_complete(self) -> None:
-        """Stop counting."""
+        """From here on it is the body."""
         self._is_in_headers = False
         super().on_headers_complete()
+        if len(self.pipeline) > MAX_PIPELINED:
+            self.transport.abort()
 
     def on_message_complete(self) -> None:
         """Stop the clock of this request."""
@@ -123,13 +154,25 @@ class _Protocol(HttpToolsProtocol):
         self._incomplete_since = None
         super().on_message_complete()
 
-    def _close_if_slow(self) -> None:
-        since = self._incomplete_since
-        waited = 0.0 if since is None else self.loop.time() - since
-        if waited >= REQUEST_SECONDS:
+    def on_response_complete(self) -> None:
+        """Start to rest."""
+        self._rests_since = self.loop.time()
+        super().on_response_complete()
+
+    def _look(self) -> None:
+        now, since = self.loop.time(), self._incomplete_since
+        unsent = self.transport.get_write_buffer_size()
+        is_answering = self.cycle is not None and not self.cycle.response_complete
+        if unsent and unsent >= self._unsent_bytes > 0:
+            self.transport.abort()  # it took nothing of its answer since the last look
+        elif since is not None and now - since >= REQUEST_SECONDS:
             self._end_slow_request()
+        elif since is None and not is_answering and now - self._rests_since > IDLE_SECONDS + REQUEST_SECONDS:
+            self.transport.abort()  # bytes that are no request stopped uvicorn's own clock
         else:
-            self._watch = self.loop.call_later(REQUEST_SECONDS - waited, self._close_if_slow)
+            self._unsent_bytes = unsent
+            wait = REQUEST_SECONDS if since is None else since + REQUEST_SECONDS - now
+            self._watch = self.loop.call_later(wait, self._look)
 
     def _end_slow_request(self) -> None:
         """End the connection, with a 408 where that cannot get between the parts of another answer."""
@@ -137,11 +180,21 @@ class _Protocol(HttpToolsProtocol):
             is_answerable = self._is_begun and (self.cycle is None or self.cycle.response_complete)
         else:
             is_answerable = not self.pipeline and not self.cycle.response_started
-        if is_answerable:
+        if is_answerable and not self.transport.get_write_buffer_size():
             self.transport.write(_TOO_SLOW)
             self.transport.close()
         else:
             self.transport.abort()
+
+
+def _most_connections() -> int:
+    """Return how many connections there may be, after asking for as many open files as that takes."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    wanted = MAX_CONNECTIONS + _OTHER_FILES
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    return min(MAX_CONNECTIONS, max(1, soft - _OTHER_FILES))
 
 
 @asynccontextmanager
@@ -150,6 +203,7 @@ async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa
 
     Raises: OSError when the address cannot be listened on.
     """
+    _Protocol.max_connections = _most_connections()
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=_BACKLOG) as listener:
         config = uvicorn.Config(
@@ -163,8 +217,7 @@ async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa
             server_header=False,
             headers=SECURITY_HEADERS,
             backlog=_BACKLOG,
-            limit_concurrency=MAX_CONNECTIONS,
-            timeout_keep_alive=75,
+            timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
         server = _Server(config)

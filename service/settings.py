@@ -4,7 +4,10 @@
 """
 
 import difflib
+import errno
+import ipaddress
 import os
+import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -134,10 +137,13 @@ def require_webhook_secret(settings: Settings) -> None:
         )
 
 
+NO_API_KEY: Final = "SYNC_API_KEY is not set: put an API key of your sync.so organisation into it"
+
+
 def require_api_key(settings: Settings) -> None:
     """Raise SettingsError unless there is a key to delete with."""
     if settings.api_key is None:
-        raise SettingsError(["SYNC_API_KEY is not set: put an API key of your sync.so organisation into it"])
+        raise SettingsError([NO_API_KEY])
 
 
 def _text(option: Option, environment: Mapping[str, str]) -> str | None:
@@ -145,20 +151,23 @@ def _text(option: Option, environment: Mapping[str, str]) -> str | None:
     path = environment.get(f"{option.name}_FILE", "").strip() if option.is_secret else ""
     if not text and path:
         text = Path(path).read_text(encoding="utf-8").strip()
+        if not text:
+            raise OSError(errno.ENODATA, "it is empty")
     return text or option.default
 
 
 def _unknown(environment: Mapping[str, str]) -> list[str]:
-    """Name variables that look like a slip of the pen: MAYFLY_DRYRUN ignored in silence would delete for real."""
+    """Name variables that nothing reads: MAYFLY_DRY ignored in silence would delete for real."""
     known = {option.name for option in OPTIONS.values()}
     known |= {f"{option.name}_FILE" for option in OPTIONS.values() if option.is_secret}
     problems = []
-    for name in sorted(environment):
-        if not name.startswith(("MAYFLY_", "SYNC_")) or name in known:
-            continue
+    for name in sorted(environment.keys() - known):
+        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if name.startswith("MAYFLY_") else 0.88)
         if name in NOT_SUPPORTED:
             problems.append(f"{name} is set, but this release does not support it yet: unset it")
-        elif near := difflib.get_close_matches(name, known, n=1, cutoff=0.88):
+        elif name.startswith("MAYFLY_") and not _LINK.search(name) and name not in TOLERATED:
+            problems.append(f"{name} is not an option" + (f": did you mean {near[0]}?" if near else ""))
+        elif name.startswith("SYNC_") and near:
             problems.append(f"{name} is not an option: did you mean {near[0]}?")
     return problems
 
@@ -172,19 +181,38 @@ def _secrets(text: str) -> tuple[Secret, ...]:
 
 
 def _token(text: str) -> Secret:
-    if len(text) < 16 or not text.isascii() or not text.isprintable() or " " in text:
+    if len(text) < 16:
+        raise ValueError
+    return _header_value(text)
+
+
+def _header_value(text: str) -> Secret:
+    """Read what travels in a header: one pasted with its mask, as in ``sk-…``, would fail each record by itself."""
+    if not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError
     return Secret(text)
 
 
 def _base_url(text: str) -> str:
     parts = urlsplit(text)
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.query or parts.username:
+    is_complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
+    if not is_complete or parts.username or "?" in text or "#" in text:
         raise ValueError
     # The API key travels with every call.
-    if parts.scheme == "http" and parts.hostname not in LOCAL_HOSTS and "." in parts.hostname:
+    if parts.scheme == "http" and not _is_near(parts.hostname or ""):
+        raise ValueError
+    # With it in the path twice every generation would be unknown.
+    if parts.path.rstrip("/").endswith("/v2"):
         raise ValueError
     return text.rstrip("/")
+
+
+def _is_near(host: str) -> bool:
+    """Whether *host* is within one's own network: a private address, or a name without a domain."""
+    try:
+        return ipaddress.ip_address(host).is_private
+    except ValueError:
+        return "." not in host
 
 
 def _database_url(text: str) -> URL:
@@ -198,15 +226,16 @@ def _database_url(text: str) -> URL:
         return URL.create("sqlite", database=url.database)
     if url.drivername not in ("postgres", "postgresql", "postgresql+asyncpg"):
         raise ValueError
-    # libpq's name for it, which the driver calls ssl.
-    mode = url.query.get("sslmode")
-    url = url.difference_update_query(["sslmode"])
-    return (url.update_query_dict({"ssl": mode}) if mode else url).set(drivername="postgresql")
+    # The driver reads libpq's parameters, but not these two, which hosters put into their URLs.
+    return url.difference_update_query(["channel_binding", "connect_timeout"]).set(drivername="postgresql")
 
 
 def _redis_url(text: str) -> Secret:
+    from service.queue import check_url  # noqa: PLC0415 - Redis' library, which most commands do without
+
     if not text.startswith(("redis://", "rediss://", "unix://", "sentinel://")):
         raise ValueError
+    check_url(text)
     return Secret(text)
 
 
@@ -262,13 +291,16 @@ def _log_format(text: str) -> LogFormat:
     raise ValueError
 
 
-LOCAL_HOSTS: Final = frozenset({"localhost", "127.0.0.1", "::1"})
 _DURATION = "a duration such as 90s, 15m, 24h, 7d, 2w"
 # Named in the design, read by a later release: to ignore one of these in silence could delete what it was to keep.
 NOT_SUPPORTED: Final = frozenset({"MAYFLY_CONFIG", "MAYFLY_ARCHIVE_URL"})
+# Named there as well, and harmless where nothing reads it.
+TOLERATED: Final = frozenset({"MAYFLY_PUBLIC_URL"})
+# What Kubernetes and container links set for a service called mayfly-something.
+_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_[0-9]+_(TCP|UDP).*)?$|_ENV_|_NAME$")
 
 OPTIONS: Final[Mapping[str, Option]] = {
-    "api_key": Option("SYNC_API_KEY", Secret, None, "an API key", is_secret=True),
+    "api_key": Option("SYNC_API_KEY", _header_value, None, "the whole API key, printable ASCII", is_secret=True),
     "webhook_secrets": Option(
         "SYNC_WEBHOOK_SECRET",
         _secrets,
@@ -277,7 +309,10 @@ OPTIONS: Final[Mapping[str, Option]] = {
         is_secret=True,
     ),
     "base_url": Option(
-        "SYNC_BASE_URL", _base_url, "https://api.sync.so", "an https URL (http only within your own network)"
+        "SYNC_BASE_URL",
+        _base_url,
+        "https://api.sync.so",
+        "an https URL without /v2 (http only within your own network)",
     ),
     "ttl": Option("MAYFLY_TTL", parse_ttl, "24h", f"{_DURATION}, or forever"),
     "min_ttl": Option("MAYFLY_MIN_TTL", _duration(timedelta(seconds=1)), "1m", _DURATION),

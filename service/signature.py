@@ -49,9 +49,17 @@ def verify(header: str, body: bytes, *, secrets: Sequence[bytes], now: datetime,
             matches |= hmac.compare_digest(expected, digest)
     if not matches:
         raise SignatureError("mismatch")
-    if abs(int(timestamp) - now.timestamp()) > tolerance.total_seconds():
-        raise SignatureError("stale")
+    _check_time(timestamp, now, tolerance)
     return datetime.fromtimestamp(int(timestamp), UTC)
+
+
+def check_form(header: str, *, now: datetime, tolerance: timedelta) -> None:
+    """Return if *header* could sign something: it has its form and a time near *now*. It is no proof.
+
+    Raises: SignatureError.
+    """
+    timestamp, _ = _parse(header)
+    _check_time(timestamp, now, tolerance)
 
 
 def sign(body: bytes, *, secret: bytes, at: datetime) -> str:
@@ -59,6 +67,11 @@ def sign(body: bytes, *, secret: bytes, at: datetime) -> str:
     timestamp = int(at.timestamp())
     digest = hmac.digest(secret, b"%d." % timestamp + body, "sha256").hex()
     return f"t={timestamp},v1={digest}"
+
+
+def _check_time(timestamp: str, now: datetime, tolerance: timedelta) -> None:
+    if abs(int(timestamp) - now.timestamp()) > tolerance.total_seconds():
+        raise SignatureError("stale")
 
 
 def _parse(header: str) -> tuple[str, list[bytes]]:

@@ -23,7 +23,7 @@ def configure_logging(log_format: LogFormat | None) -> None:
         structlog.contextvars.merge_contextvars,
         structlog.stdlib.add_log_level,
         structlog.processors.TimeStamper(fmt="iso", utc=True),
-        structlog.processors.format_exc_info if is_json else structlog.processors.UnicodeDecoder(),
+        structlog.processors.format_exc_info,  # before the masking, which sees texts only
         redact,
     ]
     renderer: Any = (
@@ -72,9 +72,20 @@ class _Lossy:
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Mask what looks like a secret in the texts of a log event."""
     for name, value in event.items():
-        if isinstance(value, str):
-            event[name] = _SECRETS.sub(r"\1…", value)
+        event[name] = _masked(value)
     return event
+
+
+def _masked(value: Any) -> Any:  # noqa: ANN401 - whatever is logged
+    match value:
+        case str():
+            return _SECRETS.sub(r"\1…", value)
+        case dict():
+            return {name: _masked(one) for name, one in value.items()}
+        case list() | tuple():
+            return [_masked(one) for one in value]
+        case _:
+            return value
 
 
 class Metrics:

@@ -17,13 +17,14 @@ from service.ledger.database import ConflictError, Database, LedgerUnavailableEr
 from service.ledger.receiving import Arrival, Receipt
 from service.lifecycle import State
 from service.retention import Policy, decide
-from service.signature import SignatureError, verify
+from service.signature import SignatureError, check_form, verify
 from service.telemetry import Metrics
 
 log = structlog.get_logger()
 
 MAX_BODY_BYTES = 1024 * 1024
-# Of all bodies that have begun to arrive, together: nobody has proven anything yet.
+# What a body may always take while it arrives, which is more than a webhook has; and what all may take beyond that.
+FREE_BODY_BYTES = 32 * 1024
 MAX_UNREAD_BYTES = 32 * 1024 * 1024
 # Bells waiting for a Redis that is slow; more are left to the reconciler.
 _MAX_BELLS = 10_000
@@ -31,7 +32,7 @@ _GATHER_SECONDS = 0.05
 
 
 class BodyError(Exception):
-    """A body that cannot be taken: *status* 413 (too large), 400 (broken off) or 503 (too many at once)."""
+    """A body that cannot be taken: *status* 413 too large, 415 no JSON, 400 broken off, 503 too many at once."""
 
     def __init__(self, status: int, message: str) -> None:
         super().__init__(message)
@@ -72,6 +73,17 @@ class Intake:
         self._known = metrics.webhooks.labels("known")
         self._group: GroupCommit[Arrival, Receipt] = GroupCommit(self._commit)
 
+    def check_form(self, header: str) -> None:
+        """Return if *header* could sign a body that is still to come.
+
+        Raises: SignatureError.
+        """
+        try:
+            check_form(header, now=self._now(), tolerance=self._tolerance)
+        except SignatureError as error:
+            self._metrics.signatures_refused.labels(error.reason).inc()
+            raise
+
     async def accept(self, account: str, header: str, body: bytes) -> Answer:
         """Prove, read and store one webhook.
 
@@ -101,9 +113,8 @@ class Intake:
         self._metrics.webhooks.labels("batch" if generation.is_batch else "ignored").inc()
         if not generation.is_batch and generation.status not in RUNNING:
             self._metrics.statuses_unknown.inc()
-            log.warning(
-                "webhook.status_unknown", generation=generation.id, what_now="it is ignored, nothing is deleted"
-            )
+            names = {"generation": generation.id, "status": ascii(generation.status)[1:-1]}
+            log.warning("webhook.status_unknown", **names, what_now="it is ignored, nothing is deleted")
 
     async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
         receipts = await self._write(arrivals)

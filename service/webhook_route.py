@@ -4,8 +4,10 @@ Measured with 64 connections: request objects, dependency groups and responses t
 tests/bench.
 """
 
-from collections.abc import Iterable
+import time
+from collections.abc import Callable, Iterable
 from datetime import datetime
+from functools import partial
 from typing import Any
 
 import msgspec
@@ -29,15 +31,15 @@ from litestar.types import Receive, Scope, Send
 
 from service.generation import MalformedError
 from service.ledger.database import LedgerUnavailableError, RefusedDataError
-from service.problems import problem
 from service.signature import SignatureError
 from service.telemetry import Metrics
-from service.webhook import MAX_BODY_BYTES, MAX_UNREAD_BYTES, BodyError, Intake
+from service.webhook import FREE_BODY_BYTES, MAX_BODY_BYTES, MAX_UNREAD_BYTES, BodyError, Intake
 
 log = structlog.get_logger()
 
 PATH = "/webhooks/sync"
 _DEFAULT_ACCOUNT = "default"
+_LOG_EVERY_SECONDS = 1.0
 _CONTENT_TYPE = (b"content-type", b"application/json")
 
 
@@ -54,29 +56,21 @@ _encoder = msgspec.json.Encoder()
 
 def webhook_route(intake: Intake, metrics: Metrics) -> ASGIRouteHandler:
     """Build the handler of ``POST /webhooks/sync``."""
-    unstored = {
-        SignatureError: metrics.webhooks.labels("refused"),
-        MalformedError: metrics.webhooks.labels("malformed"),
-        RefusedDataError: metrics.webhooks.labels("malformed"),
-        LedgerUnavailableError: metrics.webhooks.labels("unavailable"),
-    }
-
-    bodies = _Bodies()
+    bodies, refusals = _Bodies(), _Refusals(metrics)
 
     @asgi(PATH, copy_scope=False)
     async def receive_webhook(scope: Scope, receive: Receive, send: Send) -> None:
         if scope.get("method") != "POST":
             raise MethodNotAllowedException(headers={"Allow": "POST"})
         content_type, signature, length = _read_headers(scope["headers"])
-        _check_content_type(content_type)
-        if length.isdigit() and int(length) > MAX_BODY_BYTES:
-            raise _too_large()
-        body = await bodies.read(receive)
         try:
+            _check_content_type(content_type)
+            if length.isdigit() and int(length) > MAX_BODY_BYTES:
+                raise _too_large()
+            body = await bodies.read(receive, partial(intake.check_form, signature))
             answer = await intake.accept(_DEFAULT_ACCOUNT, signature, body)
-        except (SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError) as error:
-            unstored[type(error)].inc()
-            log.warning("webhook.not_stored", reason=str(error))
+        except (SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError, BodyError) as error:
+            refusals.note(error)
             raise
         content = _encoder.encode(Accepted(answer.id, answer.state or "ignored", answer.due_at))
         headers = [_CONTENT_TYPE, (b"content-length", b"%d" % len(content))]
@@ -84,6 +78,36 @@ def webhook_route(intake: Intake, metrics: Metrics) -> ASGIRouteHandler:
         await send({"type": "http.response.body", "body": content, "more_body": False})
 
     return receive_webhook
+
+
+class _Refusals:
+    """Counts what was not stored, and logs it, but no more than once a second: anyone can send what is refused."""
+
+    def __init__(self, metrics: Metrics) -> None:
+        self._metrics = metrics
+        self._unlogged = 0
+        self._log_again_at = 0.0
+
+    def note(self, error: Exception) -> None:
+        """Count and perhaps log *error*."""
+        self._metrics.webhooks.labels(_label(error)).inc()
+        if time.monotonic() < self._log_again_at:
+            self._unlogged += 1
+            return
+        log.warning("webhook.not_stored", reason=str(error), unlogged=self._unlogged)
+        self._log_again_at, self._unlogged = time.monotonic() + _LOG_EVERY_SECONDS, 0
+
+
+def _label(error: Exception) -> str:
+    match error:
+        case SignatureError():
+            return "refused"
+        case LedgerUnavailableError():
+            return "unavailable"
+        case BodyError():
+            return {413: "too_large", 415: "unsupported", 503: "unavailable"}.get(error.status, "broken_off")
+        case _:
+            return "malformed"
 
 
 def _read_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str, str, bytes]:
@@ -107,39 +131,45 @@ def _check_content_type(content_type: str) -> None:
     kind, charset = kind.strip(), parameters.replace(" ", "").replace('"', "")
     is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
     if not is_json or ("charset=" in charset and "charset=utf-8" not in charset and "charset=utf8" not in charset):
-        raise problem(415, "Unsupported media type", "the body must be application/json in UTF-8")
+        raise BodyError(415, "the body must be application/json in UTF-8")
 
 
 class _Bodies:
-    """Collects bodies, each up to MAX_BODY_BYTES and all that are under way up to MAX_UNREAD_BYTES."""
+    """Collects bodies, each up to MAX_BODY_BYTES; what is large of those under way is bounded together."""
 
     def __init__(self) -> None:
         self._unread_bytes = 0
 
-    async def read(self, receive: Receive) -> bytes:
-        """Return the whole body; the server ends a connection whose request takes too long.
+    async def read(self, receive: Receive, check_form: Callable[[], None]) -> bytes:
+        """Return the whole body; *check_form* is asked first whether one that is not all there is worth waiting for.
 
-        Raises: BodyError.
+        The server ends a connection whose request takes too long.
+
+        Raises: BodyError; what *check_form* raises.
         """
         parts: list[bytes] = []
-        size = 0
+        size = held = 0
         try:
             while True:
                 message: Any = await receive()
                 if message["type"] == "http.disconnect":
                     raise BodyError(400, "the body broke off")
                 part = message["body"]
-                if size + len(part) > MAX_BODY_BYTES:
+                size += len(part)
+                if size > MAX_BODY_BYTES:
                     raise _too_large()
                 if not message["more_body"]:
                     return b"".join((*parts, part)) if parts else part
+                if not parts:
+                    check_form()
                 parts.append(part)
-                size += len(part)
-                self._unread_bytes += len(part)
+                more = max(0, size - FREE_BODY_BYTES) - held
+                held += more
+                self._unread_bytes += more
                 if self._unread_bytes > MAX_UNREAD_BYTES:
                     raise BodyError(503, "too many large bodies arrive at once; nothing was stored, send it again")
         finally:
-            self._unread_bytes -= size
+            self._unread_bytes -= held
 
 
 def _too_large() -> BodyError:
@@ -169,6 +199,7 @@ def describe() -> PathItem:
     problems = {
         "400": "not the documented shape",
         "401": "the signature does not prove it",
+        "408": "it took longer than 10 s to arrive",
         "413": "the body is larger than 1 MiB",
         "415": "not JSON in UTF-8",
     }

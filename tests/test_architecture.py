@@ -27,6 +27,8 @@ LAYERS = {
         "service.grouping",
         "service.budget",
         "service.serving",
+        "service.tasks",
+        "workers.heartbeat",
     ),
     "flow": (
         "service.webhook",

@@ -3,32 +3,39 @@
 The order is the promise. Nothing reaches the DELETE but a copy that is committed, under a lease that still holds.
 """
 
+import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from typing import TypeVar
 
 import msgspec
 import structlog
 
-from service.ledger.cleaning import Claim, Copied, Copy, Settlement
+from service.generation import Generation
+from service.ledger.claiming import Claim
+from service.ledger.cleaning import Copied, Copy, Settlement
 from service.ledger.database import LedgerUnavailableError
 from service.lifecycle import Move
-from service.retention import Step, Verdict, after_attempt
+from service.retention import Retention, Step, Verdict, after_attempt, reconsider, throttle
 from service.sync_api import DELETE_SECONDS, GET_SECONDS, Answer, SyncApi
 from service.telemetry import Metrics
 
 log = structlog.get_logger()
 
-# What a whole attempt takes of the budget of calls: a GET and a DELETE.
-CALLS = 2
+T = TypeVar("T")
+
 # A DELETE that might still be under way when the lease ends would meet its successor.
 _DELETE_MARGIN = timedelta(seconds=DELETE_SECONDS + 1)
 _ATTEMPT_MARGIN = _DELETE_MARGIN + timedelta(seconds=GET_SECONDS)
 REHEARSE_AGAIN = timedelta(hours=1)
-# Answers to a DELETE that say that nothing was deleted; after the others nobody knows.
-_NOT_DELETED = frozenset({Verdict.RUNNING, Verdict.REFUSED, Verdict.UNAUTHORIZED})
+# Statuses with which the API says that it did not delete; after all other answers nobody knows.
+_NOT_DELETED = frozenset({400, 401, 402, 403, 405, 409, 422, 429})
+_TOO_MANY = 429
+# A commit that meets a locked or absent ledger is tried again for as long as the lease holds.
+_COMMIT_AGAIN_SECONDS = 1.0
 # Copies that are durable and not followed by a DELETE, with what is said of it.
 _WAITS = {Copied.LIMITED: "MAYFLY_MAX_DELETES_PER_DAY is reached", Copied.PAUSED: "deletions were paused"}
 
@@ -74,7 +81,21 @@ class Cleaner:
             return await self._decline(claim, "the worker that had it could not begin in time")
         if looked.verdict is not Verdict.DONE or looked.generation is None or looked.body is None:
             return await self._end(claim, looked, "GET")
-        return await self._proceed(claim, await self.copy(Copy(claim, looked.generation, looked.body)))
+        if (later := self._reconsidered(claim, looked.generation)) is not None:
+            return await self._spare(claim, later)
+        copied = Copy(claim, looked.generation, looked.body)
+        return await self._proceed(claim, await self._commit(claim, lambda: self.copy(copied)))
+
+    def _reconsidered(self, claim: Claim, generation: Generation) -> Retention | None:
+        return reconsider(rule=claim.rule, due_at=claim.due_at, ttl=claim.ttl, webhook_url=generation.webhook_url)
+
+    async def _spare(self, claim: Claim, later: Retention) -> Verdict | None:
+        """Put off, hold or keep a generation whose wish the API shows and the webhook did not."""
+        step = Step(Move.DEFER, claim.progress, retry_at=later.due_at or self.now())
+        if not await self._settle(Settlement(claim, Verdict.DONE, step, retention=later)):
+            return self._lost(claim)
+        log.info("cleanup.spared", **_names(claim), rule=later.rule, what_now="it is kept as its wish says")
+        return Verdict.DONE
 
     async def _proceed(self, claim: Claim, copied: Copied) -> Verdict | None:
         """Delete what is copied, unless the lease, the day's limit or the dry run is against it."""
@@ -106,9 +127,16 @@ class Cleaner:
             jitter=random.random(),  # noqa: S311 - spreads retries, protects nothing
         )
         receipt = _receipt(method, answer, now) if step.move is Move.CONFIRM else None
-        is_refund = method == "DELETE" and answer.verdict in _NOT_DELETED
-        error = None if receipt else answer.error
-        if not await self.settle(Settlement(claim, answer.verdict, step, receipt, error, is_refund)):
+        settlement = Settlement(
+            claim,
+            answer.verdict,
+            step,
+            receipt,
+            error=None if receipt else answer.error,
+            is_refund=method == "DELETE" and answer.status in _NOT_DELETED,
+            throttle=throttle(answer.retry_after) if answer.status == _TOO_MANY else None,
+        )
+        if not await self._settle(settlement):
             return self._lost(claim)
         self.metrics.attempts.labels(answer.verdict).inc()
         _log_end(claim, answer, step)
@@ -117,21 +145,45 @@ class Cleaner:
     async def _rehearsed(self, claim: Claim) -> Verdict | None:
         step = Step(Move.DEFER, claim.progress, retry_at=self.now() + REHEARSE_AGAIN)
         error = "dry run: it would have been deleted"
-        if not await self.settle(Settlement(claim, Verdict.DONE, step, error=error)):
+        if not await self._settle(Settlement(claim, Verdict.DONE, step, error=error)):
             return self._lost(claim)
         log.info("cleanup.rehearsed", **_names(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
         return Verdict.DONE
 
     async def give_back(self, claim: Claim) -> None:
-        """Return a record untouched, for any worker to claim."""
-        await self._decline(claim, "the worker that had it was stopped")
+        """Return a record untouched, for any worker to claim; a ledger that is away is not waited for.
+
+        Raises: LedgerUnavailableError; the lease then ends by itself.
+        """
+        await self.settle(self._declined(claim, "the worker that had it was stopped"))
 
     async def _decline(self, claim: Claim, error: str, *, is_refund: bool = False) -> Verdict | None:
         """Put a record back to where it was before the claim; its failures stay as they were."""
-        step = Step(Move.DEFER, claim.progress, retry_at=self.now())
-        await self.settle(Settlement(claim, Verdict.RETRY, step, error=error, is_refund=is_refund))
+        if not await self._settle(self._declined(claim, error, is_refund=is_refund)):
+            return self._lost(claim)
         log.warning("cleanup.given_back", **_names(claim), error=error)
         return None
+
+    def _declined(self, claim: Claim, error: str, *, is_refund: bool = False) -> Settlement:
+        step = Step(Move.DEFER, claim.progress, retry_at=self.now())
+        return Settlement(claim, Verdict.RETRY, step, error=error, is_refund=is_refund)
+
+    async def _settle(self, settlement: Settlement) -> bool:
+        return await self._commit(settlement.claim, lambda: self.settle(settlement))
+
+    async def _commit(self, claim: Claim, write: Callable[[], Awaitable[T]]) -> T:
+        """Commit, again while the ledger is away and the lease holds: nobody else has what the API said.
+
+        Raises: LedgerUnavailableError once the lease is over.
+        """
+        while True:
+            try:
+                return await write()
+            except LedgerUnavailableError as error:
+                if self.now() + timedelta(seconds=_COMMIT_AGAIN_SECONDS) >= claim.lease_until:
+                    raise
+                log.warning("cleanup.waits", **_names(claim), error=str(error), what_now="committed once it can be")
+                await asyncio.sleep(_COMMIT_AGAIN_SECONDS)
 
     async def _settle_crash(self, claim: Claim) -> None:
         fault = Answer(Verdict.REFUSED, error="a fault of Mayfly's own; its log tells more")

@@ -10,7 +10,7 @@ from datetime import datetime, timedelta
 
 import structlog
 
-from service.ledger.cleaning import Claim
+from service.ledger.claiming import Claim
 from service.ledger.database import LedgerUnavailableError
 from service.retention import Verdict
 from service.telemetry import Metrics
@@ -20,13 +20,14 @@ log = structlog.get_logger()
 # The longest sleep: how late a change of another process is seen when its bell is not heard.
 TICK = timedelta(seconds=5)
 _ERROR_PAUSE = timedelta(seconds=1)
+_GROWTH = 4
 
 
 class Dispatcher:
     """Keeps up to *concurrency* cleanups under way and as many claimed beside them, so that claims come in batches.
 
     *allow(limit)* tells how many records may be begun now, *claim(limit)* claims due ones, *next_wake()* tells when the
-    ledger has the next one, *clean* cleans one, *give_back* returns one that was claimed and not begun.
+    ledger has the next one, *clean* cleans one, *give_back* returns one not begun, *beat* is called in each round.
     """
 
     def __init__(
@@ -37,6 +38,7 @@ class Dispatcher:
         next_wake: Callable[[], Awaitable[datetime | None]],
         clean: Callable[[Claim], Coroutine[object, object, Verdict | None]],
         give_back: Callable[[Claim], Awaitable[None]],
+        beat: Callable[[], None],
         now: Callable[[], datetime],
         concurrency: int,
         metrics: Metrics,
@@ -46,6 +48,7 @@ class Dispatcher:
         self._next_wake = next_wake
         self._clean = clean
         self._give_back = give_back
+        self._beat = beat
         self._now = now
         self._concurrency = concurrency
         self._metrics = metrics
@@ -53,6 +56,7 @@ class Dispatcher:
         self._running: set[asyncio.Task[Verdict | None]] = set()
         self._woken = asyncio.Event()
         self._has_more = False  # the last claim was a full one
+        self._appetite = 1  # how many to claim, so that a budget shared with others is not asked for more than is due
         self._is_stopping = False
 
     def ring(self) -> None:
@@ -63,6 +67,7 @@ class Dispatcher:
         """Work until stop(), then return once every cleanup under way has ended."""
         while not self._is_stopping:
             try:
+                self._beat()
                 await self._round()
             except LedgerUnavailableError as error:
                 self._metrics.loops_failed.labels("dispatch").inc()
@@ -91,11 +96,12 @@ class Dispatcher:
         if not self._has_more and (wait := await self._until_next()) > timedelta(0):
             await self._sleep(min(wait, TICK))
             return
-        allowed = await self._allow(room)
+        allowed = await self._allow(min(room, self._appetite))
         if not allowed:
             return  # it has waited; what is due then may be another record
         claims = await self._claim(allowed)
         self._has_more = len(claims) == allowed
+        self._appetite = _GROWTH * self._appetite if self._has_more else max(1, len(claims))
         self._claimed.extend(claims)
         self._start()
         if not claims:

@@ -8,6 +8,7 @@ import socket
 import time
 from collections.abc import AsyncIterator, Sequence
 from contextlib import asynccontextmanager
+from dataclasses import dataclass, field
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
@@ -19,15 +20,18 @@ from arq.worker import Worker, func
 from service import queue
 from service.budget import Budget
 from service.grouping import GroupCommit
-from service.ledger import cleaning, reading
-from service.ledger.cleaning import Claim, Copied
+from service.ledger import claiming, cleaning, reading
+from service.ledger.claiming import Claim
+from service.ledger.cleaning import Copied
 from service.ledger.database import Database
 from service.resources import Resources, open_queue
-from service.settings import Settings, require_api_key
+from service.settings import NO_API_KEY, Secret, Settings, SettingsError
 from service.sync_api import open_sync_api
+from service.tasks import end
 from service.telemetry import Metrics
-from workers.cleanup import CALLS, Cleaner
+from workers.cleanup import Cleaner
 from workers.dispatch import Dispatcher
+from workers.heartbeat import beat
 from workers.reconcile import reconcile
 
 log = structlog.get_logger()
@@ -38,7 +42,6 @@ LEASE: Final = timedelta(seconds=60)
 STOP_SECONDS: Final = LEASE.total_seconds() + 5
 _LEASES_AT_ONCE: Final = 500
 _ARQ_RESTART_SECONDS: Final = 2.0
-_CANCEL_AGAIN_SECONDS: Final = 0.2
 
 
 async def ring(ctx: dict[str, Any], *_: object) -> None:
@@ -52,27 +55,31 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
 
     Raises: SettingsError without an API key; QueueError for a Redis that would drop jobs.
     """
-    require_api_key(settings)
+    if settings.api_key is None:
+        raise SettingsError([NO_API_KEY])
     actor = f"worker {socket.gethostname()}:{os.getpid()}"
     async with (
         open_queue(resources.redis_url, retries=2) as pool,
-        _dispatcher(settings, resources.database, pool, metrics, actor) as dispatcher,
+        _dispatcher(
+            settings, settings.api_key, database=resources.database, pool=pool, metrics=metrics, actor=actor
+        ) as dispatcher,
     ):
         helpers = [
             asyncio.create_task(_hear_bells(pool, dispatcher, metrics)),
             asyncio.create_task(
                 reconcile(
-                    lose_leases=partial(_lose_leases, resources.database, actor),
-                    ring=dispatcher.ring,
-                    data_dir=settings.data_dir,
-                    metrics=metrics,
+                    lose_leases=partial(_lose_leases, resources.database, actor), ring=dispatcher.ring, metrics=metrics
                 )
             ),
+            asyncio.create_task(_until(stop)),
         ]
         work = asyncio.create_task(dispatcher.run())
         log.info("worker.started", concurrency=settings.concurrency, dry_run=settings.is_dry_run)
         try:
-            await stop.wait()
+            # None of them ends by itself; should one, then half a worker would look like a whole one.
+            ended, _ = await asyncio.wait([work, *helpers], return_when=asyncio.FIRST_COMPLETED)
+            if not stop.is_set():
+                raise RuntimeError(f"a part of the worker has ended: {ended}")
         finally:
             dispatcher.stop()
             await end(helpers)
@@ -80,88 +87,91 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
             log.info("worker.stopped", is_drained=work.done())
 
 
-async def end(tasks: Sequence[asyncio.Task[None]]) -> None:
-    """Cancel *tasks* until they have ended.
-
-    Once is not enough: redis-py waits for each write with asyncio.wait_for, which before Python 3.12 loses a
-    cancellation that comes just as the write is done.
-    """
-    while pending := [task for task in tasks if not task.done()]:
-        for task in pending:
-            task.cancel()
-        await asyncio.wait(pending, timeout=_CANCEL_AGAIN_SECONDS)
+async def _until(stop: asyncio.Event) -> None:
+    await stop.wait()
 
 
 @asynccontextmanager
 async def _dispatcher(
-    settings: Settings, database: Database, pool: ArqRedis, metrics: Metrics, actor: str
+    settings: Settings, key: Secret, *, database: Database, pool: ArqRedis, metrics: Metrics, actor: str
 ) -> AsyncIterator[Dispatcher]:
-    """Join the cleanup to the ledger and the API."""
-    require_api_key(settings)
-    assert settings.api_key is not None  # noqa: S101 - tells the type checker what the line above did
-
-    budget = Budget(settings.api_rate, pool, settings.api_key, clock=time.monotonic)
+    """Join the cleanup to the ledger, the budget and the API, which *key* opens."""
+    budget = Budget(settings.api_rate, pool, key, clock=time.monotonic)
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
-    silencing: set[asyncio.Task[None]] = set()
-    places = asyncio.Semaphore(settings.concurrency)
-
-    async def copy(items: Sequence[cleaning.Copy]) -> Sequence[Copied]:
-        return await database.write(partial(cleaning.copy, copies=items, now=_now(), limit=limit, actor=actor))
-
-    async def settle(items: Sequence[cleaning.Settlement]) -> Sequence[bool]:
-        return await database.write(partial(cleaning.settle, settlements=items, now=_now(), actor=actor))
-
-    async def claim(room: int) -> Sequence[Claim]:
-        claims = await database.write(partial(cleaning.claim, now=_now(), lease=LEASE, limit=room, actor=actor))
-        budget.put_back(CALLS * (room - len(claims)))
-        if claims:
-            # Behind the deletions' backs: they do not wait for Redis.
-            task = asyncio.create_task(_silence(pool, claims))
-            silencing.add(task)
-            task.add_done_callback(silencing.discard)
-        return claims
-
-    async def allow(room: int) -> int:
-        granted = await budget.grant(CALLS * room)
-        budget.put_back(granted % CALLS)
-        return granted // CALLS
-
-    @asynccontextmanager
-    async def turn(until: datetime) -> AsyncIterator[bool]:
-        async with places:
-            yield await budget.is_open_within((until - _now()).total_seconds())
-
-    async def next_wake() -> datetime | None:
-        return await database.read(reading.next_wake)
-
+    work = _Work(database, pool, budget, asyncio.Semaphore(settings.concurrency), limit, actor)
     async with open_sync_api(
-        settings.base_url,
-        settings.api_key,
-        connections=settings.concurrency,
-        metrics=metrics,
-        on_throttled=budget.close_for,
+        settings.base_url, key, connections=settings.concurrency, metrics=metrics, on_throttled=work.throttle
     ) as api:
         cleaner = Cleaner(
             api=api,
-            copy=GroupCommit(copy).submit,
-            settle=GroupCommit(settle).submit,
-            turn=turn,
+            copy=GroupCommit(work.copy).submit,
+            settle=GroupCommit(work.settle).submit,
+            turn=work.turn,
             now=_now,
             give_up_after=settings.give_up_after,
             is_dry_run=settings.is_dry_run,
             metrics=metrics,
         )
         yield Dispatcher(
-            allow=allow,
-            claim=claim,
-            next_wake=next_wake,
+            allow=budget.grant,
+            claim=work.claim,
+            next_wake=work.next_wake,
             clean=cleaner.clean,
             give_back=cleaner.give_back,
+            beat=partial(beat, settings.data_dir),
             now=_now,
             # Twice as many as there are places at the API: one half waits for its commit while the other calls.
             concurrency=2 * settings.concurrency,
             metrics=metrics,
         )
+
+
+@dataclass(frozen=True, slots=True)
+class _Work:
+    """The ledger, the bells and the budget as the cleanup and its dispatcher ask for them."""
+
+    database: Database
+    pool: ArqRedis
+    budget: Budget
+    places: asyncio.Semaphore
+    limit: int | None
+    actor: str
+    silencing: set[asyncio.Task[None]] = field(default_factory=set)
+
+    async def claim(self, room: int) -> Sequence[Claim]:
+        """Claim up to *room* records; what of the budget is not needed for them goes back."""
+        write = partial(claiming.claim, now=_now(), lease=LEASE, limit=room, actor=self.actor)
+        claims = await self.database.write(write)
+        self.budget.put_back(room - len(claims))
+        if claims:
+            # Behind the deletions' backs: they do not wait for Redis.
+            task = asyncio.create_task(_silence(self.pool, claims))
+            self.silencing.add(task)
+            task.add_done_callback(self.silencing.discard)
+        return claims
+
+    async def next_wake(self) -> datetime | None:
+        """Return when the ledger has something to do."""
+        return await self.database.read(reading.next_wake)
+
+    async def copy(self, items: Sequence[cleaning.Copy]) -> Sequence[Copied]:
+        """Commit copies."""
+        write = partial(cleaning.copy, copies=items, now=_now(), limit=self.limit, actor=self.actor)
+        return await self.database.write(write)
+
+    async def settle(self, items: Sequence[cleaning.Settlement]) -> Sequence[bool]:
+        """Commit how attempts ended."""
+        return await self.database.write(partial(cleaning.settle, settlements=items, now=_now(), actor=self.actor))
+
+    @asynccontextmanager
+    async def turn(self, until: datetime) -> AsyncIterator[bool]:
+        """Wait for a place at the API and yield whether there is one by *until*."""
+        async with self.places:
+            yield await self.budget.is_open_within((until - _now()).total_seconds())
+
+    def throttle(self, seconds: float) -> None:
+        """Make no call for as long as claims of before last; then, and for all others, the ledger's pause decides."""
+        self.budget.close_for(min(seconds, LEASE.total_seconds()))
 
 
 async def _silence(pool: ArqRedis, claims: Sequence[Claim]) -> None:
@@ -220,7 +230,7 @@ def _arq_worker(pool: ArqRedis, dispatcher: Dispatcher) -> Worker:
 
 
 async def _lose_leases(database: Database, actor: str) -> int:
-    return await database.write(partial(cleaning.lose_leases, now=_now(), limit=_LEASES_AT_ONCE, actor=actor))
+    return await database.write(partial(claiming.lose_leases, now=_now(), limit=_LEASES_AT_ONCE, actor=actor))
 
 
 def _now() -> datetime:

@@ -4,7 +4,7 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
@@ -29,7 +29,8 @@ from service.commands.running import (
     settings_or_exit,
 )
 from service.embedded import EmbeddedRedisError, embedded_redis
-from service.ledger import pausing
+from service.health import LATE
+from service.ledger import pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.queue import QueueError
@@ -120,12 +121,17 @@ async def _ledger(settings: Settings) -> list[Finding]:
     try:
         async with open_ledger(settings) as database:
             pauses = await database.read(pausing.find)
+            next_wake = await database.read(reading.next_wake)
     except SchemaError as error:
         return [Finding("ledger", "failing", str(error))]
     except LedgerUnavailableError as error:
         return [Finding("ledger", "failing", f"{error}; see to MAYFLY_DATABASE_URL")]
     kind = "PostgreSQL" if settings.ledger_url.get_backend_name() == "postgresql" else "SQLite"
     paused = [Finding("deletions", "warning", f"paused ({one.kind}): {one.reason}") for one in pauses]
+    late = datetime.now(UTC) - next_wake if next_wake is not None and not pauses else timedelta(0)
+    if late > LATE:
+        detail = f"the oldest is {late // timedelta(minutes=1)} min overdue: see that a worker runs"
+        paused.append(Finding("deletions", "failing", detail))
     return [Finding("ledger", "ok", f"{kind}, its tables are as this release needs them"), *paused]
 
 
@@ -166,20 +172,41 @@ async def _api(settings: Settings) -> list[Finding]:
     try:
         async with asyncio.timeout(_API_SECONDS), httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
             answer = await client.get(f"{settings.base_url}/v2/generations", params={"limit": 1}, headers=headers)
+            secret = await client.get(f"{settings.base_url}/v2/organizations/webhook/secret", headers=headers)
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         detail = f"the API cannot be reached ({type(error).__name__}); see to SYNC_BASE_URL and the network"
         return [Finding("API key", "failing", detail)]
-    return [_judged(answer.status_code), *_clock(answer.headers.get("date", ""), settings.webhook_tolerance)]
+    return [
+        _judged(answer.status_code, answer.content),
+        *_owner(secret, settings.webhook_secrets),
+        *_clock(answer.headers.get("date", ""), settings.webhook_tolerance),
+    ]
 
 
-def _judged(status: int) -> Finding:
-    if status == 200:
+def _judged(status: int, body: bytes) -> Finding:
+    if status == 200 and body.lstrip().startswith(b"["):
         return Finding("API key", "ok", "the API takes it")
-    if status in (401, 403):
-        return Finding("API key", "failing", f"the API refuses it ({status}); see to SYNC_API_KEY")
+    if status == 200:
+        return Finding("API key", "failing", "what answers is not the Sync API; see to SYNC_BASE_URL")
+    if status in (401, 402, 403):
+        return Finding("API key", "failing", f"the API refuses it ({status}); see to SYNC_API_KEY and the account")
     if 300 <= status < 400 or status == 404:
         return Finding("API key", "failing", f"this is not the Sync API ({status}); see to SYNC_BASE_URL")
     return Finding("API key", "warning", f"the API answered {status}; try again later")
+
+
+def _owner(answer: httpx.Response, secrets: Sequence[Secret]) -> list[Finding]:
+    """Hold the secrets that are set against the organisation's own: with a key of another one all would seem gone."""
+    try:
+        theirs = msgspec.json.decode(answer.content, type=dict[str, str]).get("secret") if answer.is_success else None
+    except msgspec.MsgspecError:
+        return []
+    if theirs is None or not secrets:
+        return []
+    if Secret(theirs) in secrets:
+        return [Finding("organisation", "ok", "the API key and the webhook secret belong together")]
+    detail = "the API key's organisation signs with another secret; see to SYNC_WEBHOOK_SECRET and SYNC_API_KEY"
+    return [Finding("organisation", "failing", detail)]
 
 
 def _clock(header: str, tolerance: timedelta) -> list[Finding]:

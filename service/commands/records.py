@@ -2,13 +2,25 @@
 
 from datetime import UTC, datetime
 from functools import partial
+from typing import Any
 
 import click
 import msgspec
 from rich.markup import escape
 from rich.table import Table
+from sqlalchemy import Row
 
-from service.commands.running import actor, as_json, console, fail, open_ledger, print_json, run, settings_or_exit
+from service.commands.running import (
+    STATE_STYLES,
+    actor,
+    as_json,
+    console,
+    fail,
+    open_ledger,
+    print_json,
+    run,
+    settings_or_exit,
+)
 from service.generation import Key
 from service.ledger import moving, reading
 from service.ledger.pausing import ACCOUNT
@@ -19,14 +31,6 @@ from service.retention import Outcome
 from service.settings import Settings
 
 _WIDE = 100
-_STYLES = {
-    State.SCHEDULED: "yellow",
-    State.DELETING: "cyan",
-    State.DELETED: "green",
-    State.FAILED: "bold red",
-    State.HELD: "magenta",
-    State.KEPT: "blue",
-}
 
 
 @click.group()
@@ -62,8 +66,15 @@ def list_records(
 
     async def work(settings: Settings) -> RecordPage:
         async with open_ledger(settings) as database:
-            page = await database.read(partial(reading.page, wanted=wanted, limit=limit, cursor=cursor))
-            return RecordPage([present(row) for row in page.rows], page.next_cursor)
+            rows: list[Row[Any]] = []
+            behind = cursor
+            while True:  # a page of a search may be short
+                look = partial(reading.page, wanted=wanted, limit=limit - len(rows), cursor=behind)
+                page = await database.read(look)
+                rows += page.rows
+                behind = page.next_cursor
+                if behind is None or len(rows) == limit:
+                    return RecordPage([present(row) for row in rows], behind)
 
     page = run(work(settings_or_exit()))
     if is_json:
@@ -83,7 +94,7 @@ def _print_page(page: RecordPage) -> None:
     for heading in headings:
         table.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=36 if heading == "id" else None)
     for record in page.items:
-        state = f"[{_STYLES[record.state]}]{record.state}[/]"
+        state = f"[{STATE_STYLES[record.state]}]{record.state}[/]"
         cells = (escape(record.id), escape(record.status), state, _next(record, now), _time(record.received_at))
         table.add_row(*cells[: len(headings)])
     output.print(table)
@@ -137,7 +148,7 @@ def show(generation_id: str, *, is_json: bool) -> None:
         async with open_ledger(settings) as database:
             return await database.read(partial(find_record, key=Key(ACCOUNT, generation_id)))
 
-    record = run(work(settings_or_exit()))
+    record = run(work(settings_or_exit())) if generation_id.isprintable() else None
     if record is None:
         fail(f"there is no record of generation {generation_id}")
     if is_json:
@@ -167,7 +178,7 @@ def _mover(move: Move, explained: str) -> None:
                 row = await database.write(wanted)
                 return None if row is None else State(row.state)
 
-        state = run(work(settings_or_exit()))
+        state = run(work(settings_or_exit())) if generation_id.isprintable() else None
         if state is None:
             fail(f"there is no record of generation {generation_id}")
         click.echo(f"{generation_id} is {state}.")

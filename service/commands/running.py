@@ -23,7 +23,7 @@ from service.ledger import migrating
 from service.ledger.database import Database, LedgerUnavailableError, open_database
 from service.ledger.migrating import SchemaError
 from service.ledger.reading import CursorError
-from service.lifecycle import IllegalMoveError
+from service.lifecycle import IllegalMoveError, State
 from service.queue import QueueError
 from service.settings import Settings, SettingsError, read_settings
 from service.telemetry import configure_logging
@@ -36,6 +36,15 @@ EXIT_FAILED: Final = 1
 EXIT_SETTINGS: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
+# The colour of each state, the same in every table.
+STATE_STYLES: Final = {
+    State.SCHEDULED: "yellow",
+    State.DELETING: "cyan",
+    State.DELETED: "green",
+    State.FAILED: "bold red",
+    State.HELD: "magenta",
+    State.KEPT: "blue",
+}
 # One option, spelled the same everywhere.
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON, for scripts.")
 

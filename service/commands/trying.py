@@ -10,7 +10,7 @@ from typing import BinaryIO, Final
 import click
 import httpx
 
-from service.commands.running import EXIT_FAILED, fail, on_stop, run, settings_or_exit
+from service.commands.running import EXIT_FAILED, EXIT_INTERRUPTED, fail, on_stop, run, settings_or_exit
 from service.settings import Settings, require_webhook_secret
 from service.signature import sign
 from service.simulator import Generation, Simulator, serve_forever
@@ -21,6 +21,7 @@ from service.telemetry import configure_logging
 # Longer than the simulator's own: Mayfly refuses secrets that could be guessed.
 SIMULATOR_SECRET: Final = "whsec_simulator_only"  # noqa: S105 - proves nothing to anybody
 _SEND_SECONDS: Final = 30.0
+_SECONDS: Final = click.FloatRange(0.01, 86_400)
 _STATUSES: Final = ("COMPLETED", "FAILED", "REJECTED", "PROCESSING")
 
 
@@ -37,17 +38,31 @@ def demo(picture: Path | None) -> None:
     """
     from service.demo import perform  # noqa: PLC0415 - all of Mayfly, which simulate and send do without
 
-    sys.exit(0 if run(perform(picture)) else EXIT_FAILED)
+    async def play() -> bool:
+        if (playing := asyncio.current_task()) is not None:
+            on_stop(playing.cancel)
+        return await perform(picture)
+
+    try:
+        sys.exit(0 if run(play()) else EXIT_FAILED)
+    except asyncio.CancelledError:
+        sys.exit(EXIT_INTERRUPTED)
 
 
 @click.command()
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
-@click.option("--port", default=8090, show_default=True, help="Port to listen on; 0 lets the system choose.")
+@click.option(
+    "--port",
+    type=click.IntRange(0, 65535),
+    default=8090,
+    show_default=True,
+    help="Port to listen on; 0 lets the system choose.",
+)
 @click.option("--api-key", default="sk-simulator", show_default=True, help="The key it takes.")
 @click.option("--webhook-secret", default=SIMULATOR_SECRET, show_default=True, help="The secret it signs with.")
 @click.option("--webhook-url", help="Make a sample generation now and then, and send its webhook there.")
-@click.option("--every", default=5.0, show_default=True, help="Seconds between two samples.")
-@click.option("--processing", default=2.0, show_default=True, help="Seconds a sample takes.")
+@click.option("--every", type=_SECONDS, default=5.0, show_default=True, help="Seconds between two samples.")
+@click.option("--processing", type=_SECONDS, default=2.0, show_default=True, help="Seconds a sample takes.")
 @click.option("--count", type=click.IntRange(1), help="Stop making samples after so many.")
 @click.option("--allow-remote", is_flag=True, help="Listen on an address that other machines reach.")
 def simulate(
@@ -102,7 +117,7 @@ def _directions(url: str, api_key: str, webhook_secret: str, webhook_url: str | 
     samples = (
         f"Sample generations are announced to {webhook_url}."
         if webhook_url
-        else "With --webhook-url http://127.0.0.1:8080/webhooks/sync?ttl=1m it also makes samples and announces them."
+        else "With --webhook-url 'http://127.0.0.1:8080/webhooks/sync?ttl=1m' it also makes samples and announces them."
     )
     return f"""The simulator of the Sync API listens at {url}. Point Mayfly at it, in another terminal:
 

@@ -33,8 +33,22 @@ Show = Callable[[list[Line]], None]
 
 
 async def perform(picture: Path | None = None) -> bool:
-    """Play the demo, print it, and return whether all went right; *picture* is where a table goes as SVG."""
+    """Play the demo, print it, and return whether all went right; *picture* is where a table goes as SVG.
+
+    What it made is removed, but for the log of a demo that went wrong.
+    """
     folder = Path(tempfile.mkdtemp(prefix="mayfly-demo-"))
+    try:
+        is_right = await _perform(folder, picture)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
+    if is_right:
+        shutil.rmtree(folder, ignore_errors=True)
+    return is_right
+
+
+async def _perform(folder: Path, picture: Path | None) -> bool:
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     console.print(
         "A stand-in for the Sync API, Mayfly's two sides, a Redis and a ledger start in this process. "
@@ -48,9 +62,7 @@ async def perform(picture: Path | None = None) -> bool:
         _save(richest, picture)
     _conclude(console, lines, findings)
     is_right = not any(finding.against for finding in findings)
-    if is_right:
-        shutil.rmtree(folder, ignore_errors=True)
-    else:
+    if not is_right:
         console.print(f"\nWhat Mayfly did is in [bold]{escape(str(folder / 'mayfly.log'))}[/].")
     return is_right
 

@@ -2,27 +2,18 @@
 
 from dataclasses import dataclass
 from datetime import datetime
-from typing import Final
 
 from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
+from service.commands.running import STATE_STYLES
 from service.demo.scenes import Scene
 from service.lifecycle import State
 from service.records_api import Record
 from service.retention import Outcome
 from service.simulator import Generation
 from service.simulator.generation import UNFINISHED
-
-_STYLES: Final = {
-    State.SCHEDULED: "yellow",
-    State.DELETING: "cyan",
-    State.DELETED: "green",
-    State.FAILED: "bold red",
-    State.HELD: "magenta",
-    State.KEPT: "blue",
-}
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,7 +43,7 @@ def table_of(lines: list[Line], now: datetime, title: str) -> Table:
     table.add_column("what happens", no_wrap=True, overflow="ellipsis", ratio=1)
     for line in lines:
         record = line.record
-        state = "" if record is None else f"[{_STYLES[record.state]}]{record.state}[/]"
+        state = "" if record is None else f"[{STATE_STYLES[record.state]}]{record.state}[/]"
         tries = str(record.attempts) if record and record.attempts else ""
         copied = "✓" if record and record.copied_at else ""
         table.add_row(escape(line.scene.title), line.at_sync, state, tries, copied, escape(what_happens(line, now)))

@@ -1,8 +1,4 @@
-"""What a worker does to records: claim, copy, settle. Each statement's WHERE decides the race for its row.
-
-A claim gives the row a lease and a new attempt number. Every later write carries that number, so that a worker that
-slept past its lease cannot write over its successor.
-"""
+"""What a worker does to records that it has claimed: keep the copy, settle the attempt, fenced by its claim."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -10,31 +6,18 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Interval, Row, bindparam, func, select, update
+from sqlalchemy import Connection, Date, Row, bindparam, func, select, update
 from sqlalchemy import Text as TextType
 
-from service.generation import Generation, Key
+from service.generation import Generation
 from service.ledger import limiting, pausing
+from service.ledger.claiming import Claim
 from service.ledger.describing import DESCRIBED, described
 from service.ledger.history import Entry, append
 from service.ledger.pausing import Kind, Pause
-from service.ledger.schema import Instant, records
+from service.ledger.schema import records
 from service.lifecycle import Move, State, after
-from service.retention import Progress, Step, Verdict, after_lost_lease
-
-LOST_LEASE = "the worker that had it did not finish"
-
-
-@dataclass(frozen=True, slots=True)
-class Claim:
-    """A record that this worker alone may delete until *lease_until*."""
-
-    seq: int
-    key: Key
-    attempt: int  # counts from 1
-    due_at: datetime
-    lease_until: datetime
-    progress: Progress
+from service.retention import Retention, Step, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -56,75 +39,8 @@ class Settlement:
     receipt: str | None = None
     error: str | None = None
     is_refund: bool = False  # it was counted against the day's limit, and the API did not delete
-
-
-def _not_after(connection: Connection, now: datetime) -> ColumnElement[Any]:
-    """Return the earlier of our clock and the database's: a worker whose clock runs ahead deletes nothing early."""
-    if connection.dialect.name == "sqlite":
-        return bindparam("now", now, Instant)
-    # Not clock_timestamp(): a volatile function is no bound for an index, and all that is scheduled would be read.
-    return func.least(bindparam("now", now, Instant), func.statement_timestamp(), type_=Instant)
-
-
-def _lease_end(connection: Connection, now: datetime, lease: timedelta) -> ColumnElement[Any]:
-    """Return the later end by our clock and the database's: a worker whose clock runs behind keeps its whole lease."""
-    end = bindparam("b_until", now + lease, Instant)
-    if connection.dialect.name == "sqlite":
-        return end
-    return func.greatest(end, func.statement_timestamp() + bindparam("b_lease", lease, Interval), type_=Instant)
-
-
-def claim(connection: Connection, *, now: datetime, lease: timedelta, limit: int, actor: str) -> list[Claim]:
-    """Claim up to *limit* due records, longest overdue first; rows that another worker is claiming are passed over.
-
-    While deletions are paused nothing is claimed, but for a single probe now and then of a key that was refused.
-    """
-    limit = min(limit, pausing.allowance(connection, now=now))
-    if limit == 0:
-        return []
-    due = (
-        select(records)
-        .where(records.c.wake_at <= _not_after(connection, now), records.c.state == State.SCHEDULED)
-        .where(records.c.due_at <= _not_after(connection, now))
-        .order_by(records.c.wake_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    rows = connection.execute(due).all()
-    if not rows:
-        return []
-    until = now + lease
-    connection.execute(
-        update(records)
-        .where(records.c.seq.in_([row.seq for row in rows]), records.c.state == State.SCHEDULED)
-        .values(
-            state=after(State.SCHEDULED, Move.CLAIM),
-            attempts=records.c.attempts + 1,
-            wake_at=_lease_end(connection, now, lease),
-        )
-    )
-    append(connection, [Entry(row.seq, now, Move.CLAIM, actor, {"attempt": row.attempts + 1}) for row in rows])
-    return [
-        Claim(row.seq, Key(row.account, row.id), row.attempts + 1, row.due_at, until, _progress(row)) for row in rows
-    ]
-
-
-def lose_leases(connection: Connection, *, now: datetime, limit: int, actor: str) -> int:
-    """Take back up to *limit* records whose worker let its lease run out, and return how many."""
-    expired = (
-        select(records)
-        .where(records.c.wake_at <= _not_after(connection, now), records.c.state == State.DELETING)
-        .order_by(records.c.wake_at)
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
-    rows = connection.execute(expired).all()
-    if not rows:
-        return 0
-    steps = [(row, after_lost_lease(_progress(row), now=now)) for row in rows]
-    connection.execute(_settle, [_settled(row.seq, row.attempts, step, LOST_LEASE) for row, step in steps])
-    append(connection, [Entry(row.seq, now, Move.LOSE_LEASE, actor, {"attempt": row.attempts}) for row in rows])
-    return len(rows)
+    throttle: timedelta | None = None  # how long the API wants no calls at all
+    retention: Retention | None = None  # what the API's own word on the generation changes, for a DEFER
 
 
 class Copied(StrEnum):
@@ -142,13 +58,19 @@ def copy(
     """Keep what the API showed of each generation, and count the deletions to come against the day's *limit*."""
     mine = _still_mine(connection, [item.claim for item in copies])
     kept = [item for item in copies if item.claim.seq in mine and item.claim.lease_until > now]
-    if kept:
-        connection.execute(_copy, [_copied(item, now) for item in kept])
-    if kept and any(one.kind is Kind.OPERATOR for one in pausing.find(connection)):
-        allowed, beyond = 0, Copied.PAUSED
+    if not kept:
+        return [Copied.LOST] * len(copies)
+    today = limiting.day_of(now)
+    connection.execute(_copy, [_copied(item, now) for item in kept])
+    if any(one.kind is Kind.OPERATOR for one in pausing.find(connection)):
+        outcomes = {item.claim.seq: Copied.PAUSED for item in kept}
     else:
-        allowed, beyond = limiting.reserve(connection, len(kept), limit=limit, now=now, actor=actor), Copied.LIMITED
-    outcomes = {item.claim.seq: Copied.KEPT if index < allowed else beyond for index, item in enumerate(kept)}
+        others = [item.claim.seq for item in kept if mine[item.claim.seq].counted_on != today]
+        reserved = limiting.reserve(connection, len(others), limit=limit, now=now, actor=actor)
+        if limit is not None and reserved:
+            connection.execute(_count, [{"b_seq": seq, "b_day": today} for seq in others[:reserved]])
+        beyond = set(others[reserved:])
+        outcomes = {i.claim.seq: Copied.LIMITED if i.claim.seq in beyond else Copied.KEPT for i in kept}
     return [outcomes.get(item.claim.seq, Copied.LOST) for item in copies]
 
 
@@ -156,20 +78,23 @@ def settle(connection: Connection, settlements: Sequence[Settlement], *, now: da
     """Write how each attempt ended; False where the lease is no longer the claim's, and its successor decides."""
     mine = _still_mine(connection, [item.claim for item in settlements])
     valid = [item for item in settlements if item.claim.seq in mine]
-    confirmed = [item for item in valid if item.step.move is Move.CONFIRM]
-    others = [item for item in valid if item.step.move is not Move.CONFIRM]
-    if confirmed:
-        connection.execute(_confirm, [_confirmed(item, now) for item in confirmed])
-    if others:
-        connection.execute(_settle, [_settled(i.claim.seq, i.claim.attempt, i.step, i.error) for i in others])
-    append(connection, [_entry(item, now, actor) for item in valid])
-    limiting.refund(connection, sum(item.is_refund for item in valid), now=now)
-    _note_key(connection, settlements, now, actor)
+    for statement, values in (
+        (_confirm, [_confirmed(item, now) for item in valid if item.step.move is Move.CONFIRM]),
+        (_put_off, [_put_off_with(item) for item in valid if item.step.move is not Move.CONFIRM]),
+        (_reconsider, [_reconsidered(item, item.retention) for item in valid if item.retention is not None]),
+        (_uncount, [{"b_seq": item.claim.seq} for item in valid if item.is_refund]),
+    ):
+        if values:
+            connection.execute(statement, values)
+    append(connection, [entry for item in valid for entry in _entries(item, now, actor)])
+    counted = [mine[item.claim.seq].counted_on for item in valid if item.is_refund]
+    limiting.refund(connection, [day for day in counted if day is not None])
+    _note_pauses(connection, settlements, now, actor)
     return [item.claim.seq in mine for item in settlements]
 
 
 _select_mine = (
-    select(records.c.seq, records.c.attempts)
+    select(records.c.seq, records.c.attempts, records.c.counted_on)
     .where(records.c.seq.in_(bindparam("seqs", expanding=True)), records.c.state == State.DELETING)
     # As receive() locks them: in another order each would wait for the other when they are announced again.
     .order_by(records.c.account, records.c.id)
@@ -208,7 +133,20 @@ _confirm = (
         last_error=None,
     )
 )
-_settle = (
+_count = update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=bindparam("b_day", type_=Date))
+_uncount = update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=None)
+_reconsider = (
+    update(records)
+    .where(records.c.seq == bindparam("b_seq"))
+    .values(
+        due_at=bindparam("b_due_at"),
+        rule=bindparam("b_rule"),
+        ttl_seconds=bindparam("b_ttl_seconds"),
+        hold_by=bindparam("b_hold_by"),
+        hold_reason=bindparam("b_hold_reason"),
+    )
+)
+_put_off = (
     update(records)
     .where(*_fence)
     .values(
@@ -222,14 +160,10 @@ _settle = (
 )
 
 
-def _still_mine(connection: Connection, claims: Sequence[Claim]) -> set[int]:
-    rows = connection.execute(_select_mine, {"seqs": [item.seq for item in claims]}).all()
-    attempts = {row.seq: row.attempts for row in rows}
-    return {item.seq for item in claims if attempts.get(item.seq) == item.attempt}
-
-
-def _progress(row: Row[Any]) -> Progress:
-    return Progress(row.failing_since, row.failures, row.refusals)
+def _still_mine(connection: Connection, claims: Sequence[Claim]) -> dict[int, Row[Any]]:
+    rows: Sequence[Any] = connection.execute(_select_mine, {"seqs": [item.seq for item in claims]}).all()
+    attempts = {item.seq: item.attempt for item in claims}
+    return {row.seq: row for row in rows if attempts[row.seq] == row.attempts}
 
 
 def _copied(item: Copy, now: datetime) -> dict[str, Any]:
@@ -253,20 +187,41 @@ def _confirmed(item: Settlement, now: datetime) -> dict[str, Any]:
     }
 
 
-def _settled(seq: int, attempt: int, step: Step, error: str | None) -> dict[str, Any]:
+def _put_off_with(item: Settlement) -> dict[str, Any]:
+    state = after(State.DELETING, *_moves(item))
     return {
-        "b_seq": seq,
-        "b_attempt": attempt,
-        "b_state": after(State.DELETING, step.move),
-        "b_wake_at": step.retry_at,
-        "b_failing_since": step.progress.failing_since,
-        "b_failures": step.progress.failures,
-        "b_refusals": step.progress.refusals,
-        "b_last_error": error,
+        "b_seq": item.claim.seq,
+        "b_attempt": item.claim.attempt,
+        "b_state": state,
+        "b_wake_at": item.step.retry_at if state is State.SCHEDULED else None,
+        "b_failing_since": item.step.progress.failing_since,
+        "b_failures": item.step.progress.failures,
+        "b_refusals": item.step.progress.refusals,
+        "b_last_error": item.error,
     }
 
 
-def _entry(item: Settlement, now: datetime, actor: str) -> Entry:
+def _moves(item: Settlement) -> list[Move]:
+    """Return the move that ends the attempt, and the one that what the API showed adds to it."""
+    if item.retention is None:
+        return [item.step.move]
+    if item.retention.hold_reason is not None:
+        return [item.step.move, Move.HOLD]
+    return [item.step.move, Move.KEEP] if item.retention.due_at is None else [item.step.move]
+
+
+def _reconsidered(item: Settlement, retention: Retention) -> dict[str, Any]:
+    return {
+        "b_seq": item.claim.seq,
+        "b_due_at": retention.due_at,
+        "b_rule": retention.rule,
+        "b_ttl_seconds": None if retention.ttl is None else int(retention.ttl.total_seconds()),
+        "b_hold_by": "wish" if retention.hold_reason else None,
+        "b_hold_reason": retention.hold_reason,
+    }
+
+
+def _entries(item: Settlement, now: datetime, actor: str) -> list[Entry]:
     detail: dict[str, Any] = {"attempt": item.claim.attempt, "verdict": item.verdict}
     if item.step.outcome:
         detail["outcome"] = item.step.outcome
@@ -274,17 +229,21 @@ def _entry(item: Settlement, now: datetime, actor: str) -> Entry:
         detail["retryAt"] = item.step.retry_at
     if item.error:
         detail["error"] = item.error
-    return Entry(item.claim.seq, now, item.step.move, actor, detail)
+    if item.retention:
+        detail["rule"] = item.retention.rule
+    return [Entry(item.claim.seq, now, move, actor, detail) for move in _moves(item)]
 
 
-def _note_key(connection: Connection, settlements: Sequence[Settlement], now: datetime, actor: str) -> None:
-    """Pause deletions when the API refuses our key, and end that pause once it takes it again."""
+def _note_pauses(connection: Connection, settlements: Sequence[Settlement], now: datetime, actor: str) -> None:
+    """Pause deletions when the API refuses our key or has had too many calls; end the first once it takes the key."""
     verdicts = {item.verdict for item in settlements}
     if Verdict.UNAUTHORIZED in verdicts:
         reason = "the API refuses the key"
         pausing.pause(connection, Pause(Kind.UNAUTHORIZED, now, actor, reason, now + pausing.PROBE_EVERY))
     elif verdicts & _PROVE_KEY:
         pausing.resume(connection, [Kind.UNAUTHORIZED])
+    if waits := [item.throttle for item in settlements if item.throttle is not None]:
+        pausing.throttle(connection, max(waits), now=now, actor=actor)
 
 
 # Answers that only a good key gets.

@@ -24,7 +24,8 @@ READ_TIMEOUT_SECONDS = 10.0
 # An index on a table of millions takes minutes; nobody waits for an answer meanwhile.
 MIGRATION_SECONDS = 3600.0
 _READ_THREADS = 4
-_DATA_EXCEPTION = "22"  # the class of SQL states for values that do not fit
+# The classes of SQL states for values that do not fit: data exceptions, and limits such as an index entry's.
+_REFUSED_STATES = ("22", "54")
 
 
 class ConflictError(Exception):
@@ -142,15 +143,18 @@ class PostgresDatabase:
 
     def __init__(self, url: URL, write_seconds: float = WRITE_TIMEOUT_SECONDS) -> None:
         self._write_seconds = write_seconds
-        from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415 - 8 MB that SQLite has no use for
+        import asyncpg  # noqa: PLC0415 - 8 MB that SQLite has no use for
+        from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415
 
+        # The driver itself reads the URL: it knows libpq's parameters, of which SQLAlchemy hands on some.
+        dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._engine = create_async_engine(
-            url.set(drivername="postgresql+asyncpg"),
+            "postgresql+asyncpg://",
+            async_creator=partial(asyncpg.connect, dsn, timeout=5, command_timeout=write_seconds),
             pool_size=10,
             max_overflow=5,
             pool_timeout=WRITE_TIMEOUT_SECONDS,
             pool_pre_ping=True,
-            connect_args={"timeout": 5, "command_timeout": write_seconds},
             hide_parameters=True,
         )
 
@@ -200,7 +204,7 @@ def _translated(error: Exception) -> Exception:
     if isinstance(error, IntegrityError):
         return ConflictError("the key is taken")
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    if str(getattr(cause, "sqlstate", "")).startswith(_DATA_EXCEPTION):
+    if str(getattr(cause, "sqlstate", "")).startswith(_REFUSED_STATES) or isinstance(cause, sqlite3.DataError):
         return RefusedDataError("the database cannot hold one of the values")
     if isinstance(error, TimeoutError):
         return LedgerUnavailableError("the database did not answer in time")

@@ -1,7 +1,9 @@
 """The day's limit of deletions: counted before each DELETE is sent, so that the first one beyond it never is."""
 
 import contextlib
-from datetime import UTC, datetime, time, timedelta
+from collections import Counter
+from collections.abc import Iterable
+from datetime import UTC, date, datetime, time, timedelta
 
 from sqlalchemy import Connection, insert, select, update
 from sqlalchemy.exc import IntegrityError
@@ -15,7 +17,7 @@ def reserve(connection: Connection, wanted: int, *, limit: int | None, now: date
     """Count up to *wanted* deletions against today's *limit* and return how many may be made; pause at the limit."""
     if limit is None or wanted == 0:
         return wanted
-    day = now.astimezone(UTC).date()
+    day = day_of(now)
     mine = (tallies.c.account == ACCOUNT, tallies.c.day == day)
     count = select(tallies.c.deletes).where(*mine).with_for_update()
     used = connection.scalar(count)
@@ -25,17 +27,17 @@ def reserve(connection: Connection, wanted: int, *, limit: int | None, now: date
             connection.execute(insert(tallies).values(account=ACCOUNT, day=day, deletes=0))
         used = connection.scalar(count) or 0
     allowed = max(0, min(wanted, limit - used))
-    connection.execute(update(tallies).where(*mine).values(deletes=tallies.c.deletes + allowed))
+    if allowed:
+        connection.execute(update(tallies).where(*mine).values(deletes=tallies.c.deletes + allowed))
     if allowed < wanted:
-        reason = f"{limit} deletions were made today"
+        reason = f"{limit} deletions were begun today"
         pausing.pause(connection, Pause(Kind.DAILY_LIMIT, now, actor, reason, _next_day(now)))
     return allowed
 
 
-def refund(connection: Connection, count: int, *, now: datetime) -> None:
-    """Take back *count* deletions that the API refused to make."""
-    if count:
-        day = now.astimezone(UTC).date()
+def refund(connection: Connection, days: Iterable[date]) -> None:
+    """Take back one deletion of each of *days*, the days that they were counted on: the API refused to make it."""
+    for day, count in sorted(Counter(days).items()):
         connection.execute(
             update(tallies)
             .where(tallies.c.account == ACCOUNT, tallies.c.day == day, tallies.c.deletes >= count)
@@ -43,5 +45,10 @@ def refund(connection: Connection, count: int, *, now: datetime) -> None:
         )
 
 
+def day_of(now: datetime) -> date:
+    """Return the UTC day of *now*."""
+    return now.astimezone(UTC).date()
+
+
 def _next_day(now: datetime) -> datetime:
-    return datetime.combine(now.astimezone(UTC).date() + timedelta(days=1), time(), UTC)
+    return datetime.combine(day_of(now) + timedelta(days=1), time(), UTC)

@@ -21,6 +21,8 @@ def migrate(connection: Connection) -> tuple[str | None, str]:
 
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
+        # A step that waits for a long reader, a backup perhaps, would keep every webhook waiting behind it.
+        connection.execute(text("SET LOCAL lock_timeout = '5s'"))
     before = current(connection)
     if before is not None and before > HEAD:
         return before, before  # left so by a newer release: each step keeps the code of the release before it running
@@ -43,6 +45,16 @@ def check(connection: Connection) -> None:
             f"the ledger's tables are {revision or 'not there yet'}, {HEAD} is needed: run mayfly migrate"
         )
     # Newer tables are fine: each step keeps the code of the release before it running (expand, then contract).
+
+
+def check_writable(connection: Connection) -> None:
+    """Return if this release can write to the tables: a database that only reads, or is locked, raises its own error.
+
+    Raises: SchemaError.
+    """
+    check(connection)
+    # Changes nothing, and is refused like any other write; on SQLite the transaction itself takes the lock.
+    connection.execute(text("UPDATE alembic_version SET version_num = version_num WHERE 1 = 0"))
 
 
 def current(connection: Connection) -> str | None:

@@ -6,7 +6,7 @@ from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Final
 
-from sqlalchemy import Connection, delete, insert, select, update
+from sqlalchemy import Connection, delete, func, insert, select, update
 from sqlalchemy.exc import IntegrityError
 
 from service.ledger.schema import pauses
@@ -24,6 +24,7 @@ class Kind(StrEnum):
     OPERATOR = "operator"  # a person; until a person resumes
     UNAUTHORIZED = "unauthorized"  # the API refused the key; a probe resumes
     DAILY_LIMIT = "daily_limit"  # MAYFLY_MAX_DELETES_PER_DAY is reached; midnight UTC resumes
+    THROTTLED = "throttled"  # the API had too many calls; the time that it asked for resumes
 
 
 @dataclass(frozen=True, slots=True)
@@ -59,32 +60,52 @@ def pause(connection: Connection, wanted: Pause) -> bool:
 def resume(connection: Connection, kinds: Sequence[Kind]) -> list[Kind]:
     """End the pauses of *kinds* and return those that were in force."""
     gone = [one.kind for one in find(connection) if one.kind in kinds]
-    # One by one, in the order in which allowance() takes them: in another each could wait for the other.
+    # One by one, in the order in which allowance() takes them.
     for kind in gone:
         connection.execute(delete(pauses).where(pauses.c.account == ACCOUNT, pauses.c.kind == kind))
     return gone
 
 
+def throttle(connection: Connection, wait: timedelta, *, now: datetime, actor: str) -> None:
+    """Let no record be claimed for so long, nor for less than was asked before."""
+    until = _by_both_clocks(connection, now) + wait
+    if not pause(connection, Pause(Kind.THROTTLED, now, actor, "the API has had too many calls", until)):
+        mine = (pauses.c.account == ACCOUNT, pauses.c.kind == Kind.THROTTLED, pauses.c.until < until)
+        connection.execute(update(pauses).where(*mine).values(until=until))
+
+
 def allowance(connection: Connection, *, now: datetime) -> int:
     """Return how many records may be claimed now: all, none, or one that probes a refused key."""
+    found = find(connection)
+    if not found:
+        return UNLIMITED
+    at = _by_both_clocks(connection, now)
+    over = [one for one in found if one.until is not None and one.until <= at]
+    if len(over) < len(found):
+        return 0
     allowed = UNLIMITED
-    for one in find(connection):
-        if one.kind is Kind.UNAUTHORIZED and one.until is not None and _take_turn(connection, one, now):
-            allowed = min(allowed, 1)
-        elif one.kind is Kind.DAILY_LIMIT and one.until is not None and one.until <= now:
+    for one in over:  # in the order in which resume() takes them: in another each could wait for the other
+        if one.kind is not Kind.UNAUTHORIZED:
             resume(connection, [one.kind])
+        elif _take_turn(connection, one, at):
+            allowed = 1
         else:
             return 0
     return allowed
 
 
-def _take_turn(connection: Connection, one: Pause, now: datetime) -> bool:
-    """Take the next probe for this worker alone; False when it is not time, or another was first."""
-    if one.until is None or one.until > now:
-        return False
+def _take_turn(connection: Connection, one: Pause, at: datetime) -> bool:
+    """Take the next probe for this worker alone; False when another was first."""
     taken = connection.execute(
         update(pauses)
         .where(pauses.c.account == ACCOUNT, pauses.c.kind == one.kind, pauses.c.until == one.until)
-        .values(until=now + PROBE_EVERY)
+        .values(until=at + PROBE_EVERY)
     )
     return taken.rowcount == 1
+
+
+def _by_both_clocks(connection: Connection, now: datetime) -> datetime:
+    """Return the earlier of our clock and the database's: one that runs ahead must not make all others wait for it."""
+    if connection.dialect.name == "sqlite":
+        return now
+    return min(now, connection.scalar(select(func.statement_timestamp())) or now)

@@ -11,9 +11,14 @@ from sqlalchemy import ColumnElement, Connection, Row, func, literal_column, or_
 
 from service.generation import Key
 from service.ledger.schema import records
+from service.ledger.sequence import number_at
 from service.lifecycle import State
 
 MAX_PAGE = 500
+# How many records one page of a search looks at: some 15 ms.
+SEARCHED = 10_000
+# How far a record's number may be from the time of its receipt: a commit that waits, a clock that is set.
+_APART = timedelta(minutes=1)
 # The states in which a worker has something to do sooner or later.
 WATCHED = (State.SCHEDULED, State.DELETING)
 
@@ -50,13 +55,29 @@ def find(connection: Connection, key: Key) -> Row[Any] | None:
 def page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | None) -> Page:
     """Return the page of up to *limit* records behind *cursor*.
 
+    A search for a text looks at SEARCHED records at most, so that it takes no longer in a large ledger: its page may
+    be short, or empty, and its cursor then goes on where it ended.
+
     Raises: CursorError.
     """
-    statement = select(records).where(*_conditions(wanted)).order_by(records.c.seq.desc()).limit(limit + 1)
-    if cursor is not None:
-        statement = statement.where(records.c.seq < _seq_of(cursor))
+    end = None if cursor is None else _seq_of(cursor)
+    conditions = _conditions(wanted) + ([] if end is None else [records.c.seq < end])
+    floor = None if wanted.text is None else _search_floor(connection, wanted, end)
+    if floor is not None:
+        conditions.append(records.c.seq >= floor)
+    statement = select(records).where(*conditions).order_by(records.c.seq.desc()).limit(limit + 1)
     rows = connection.execute(statement).all()
-    return Page(rows[:limit], _cursor_of(rows[limit - 1].seq) if len(rows) > limit else None)
+    if len(rows) > limit:
+        return Page(rows[:limit], _cursor_of(rows[limit - 1].seq))
+    return Page(rows, None if floor is None else _cursor_of(floor))
+
+
+def _search_floor(connection: Connection, wanted: Filter, end: int | None) -> int | None:
+    """Return the number of the last record that a search looks at; None where it looks at all that are left."""
+    behind = [records.c.seq < end] if end is not None else []
+    statement = select(records.c.seq).where(*_bounds(wanted), *behind).order_by(records.c.seq.desc())
+    floor: int | None = connection.scalar(statement.offset(SEARCHED - 1).limit(1))
+    return floor
 
 
 def next_wake(connection: Connection) -> datetime | None:
@@ -111,10 +132,7 @@ def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = [column == value for column, value in equal if value is not None]
     if wanted.status not in (None, "COMPLETED"):
         conditions.append(records.c.status != literal_column("'COMPLETED'"))  # lets the index for the others be used
-    if wanted.since is not None:
-        conditions.append(records.c.received_at >= wanted.since)
-    if wanted.until is not None:
-        conditions.append(records.c.received_at < wanted.until)
+    conditions += _bounds(wanted)
     if wanted.text is not None:
         columns = (
             records.c.id,
@@ -125,6 +143,16 @@ def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
         )
         conditions.append(or_(*(column.icontains(wanted.text, autoescape=True) for column in columns)))
     return conditions
+
+
+def _bounds(wanted: Filter) -> list[ColumnElement[bool]]:
+    """Bound the time of receipt, and by it the numbers: those are made in its order, a moment later, and indexed."""
+    bounds: list[ColumnElement[bool]] = []
+    if wanted.since is not None:
+        bounds += [records.c.received_at >= wanted.since, records.c.seq >= number_at(wanted.since, -_APART)]
+    if wanted.until is not None:
+        bounds += [records.c.received_at < wanted.until, records.c.seq <= number_at(wanted.until, _APART)]
+    return bounds
 
 
 def _cursor_of(seq: int) -> str:

@@ -97,6 +97,8 @@ records = Table(
     Column("attempts", Integer, nullable=False),
     # The attempt that made the copy: from then on its DELETE may be under way, and it is too late to stop it.
     Column("copied_attempt", Integer),
+    # The UTC day whose limit of deletions it was counted against: once a day, however many attempts.
+    Column("counted_on", Date),
     Column("failing_since", Instant),
     Column("failures", Integer, nullable=False),
     Column("refusals", Integer, nullable=False),

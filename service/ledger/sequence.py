@@ -2,9 +2,18 @@
 
 import random
 import time
+from datetime import UTC, datetime, timedelta
 
+_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+_MICROSECOND = timedelta(microseconds=1)
+_MOST = 2**63 - 1
 _RANDOM_BITS = 11  # microseconds since 1970 times 2048 fits 63 bits until the year 2112
 _last = 0
+
+
+def number_at(at: datetime, shift: timedelta) -> int:
+    """Return the least number that next_number() would return at the aware instant *at* shifted by *shift*."""
+    return min(max(0, (at - _EPOCH + shift) // _MICROSECOND) << _RANDOM_BITS, _MOST)
 
 
 def next_number() -> int:

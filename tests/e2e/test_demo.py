@@ -4,12 +4,14 @@ import asyncio
 import os
 import pty
 import re
+import signal
 import sys
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 
 import msgspec
+import psutil
 import pytest
 
 from service.demo.inspection import inspect
@@ -44,6 +46,27 @@ async def test_the_demo_goes_right_in_under_a_minute_and_prints_lines_where_ther
     assert "\x1b" not in output
     assert "<svg" in (tmp_path / "demo.svg").read_text()
     assert [path.name for path in tmp_path.iterdir()] == ["demo.svg"], "what went right leaves nothing behind"
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+async def test_a_demo_that_is_ended_leaves_nothing_behind(tmp_path, number):
+    process = await asyncio.create_subprocess_exec(
+        *(*MAYFLY, "demo"),
+        cwd=tmp_path,
+        env=os.environ | {"TMPDIR": str(tmp_path)},
+        stdout=asyncio.subprocess.PIPE,
+        stderr=asyncio.subprocess.DEVNULL,
+    )
+    assert process.stdout is not None
+    await asyncio.wait_for(process.stdout.readuntil(b"PENDING"), 20)
+    servers = psutil.Process(process.pid).children(recursive=True)
+    process.send_signal(number)
+    await asyncio.wait_for(process.communicate(), 20)
+
+    assert process.returncode == 130
+    assert servers
+    assert not [one for one in servers if one.is_running()]
+    assert list(tmp_path.iterdir()) == []
 
 
 async def test_on_a_terminal_it_draws_a_table_that_no_log_line_tears(tmp_path):

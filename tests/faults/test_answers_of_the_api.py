@@ -15,7 +15,7 @@ import pytest_asyncio
 from service.simulator import Generation, Operation, Simulator
 from tests.faults.databases import Row, migrated_sqlite
 from tests.faults.processes import Nursery
-from tests.faults.system import System, at_once, overdue, running
+from tests.faults.system import TOKEN, System, at_once, overdue, running
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -172,8 +172,11 @@ async def test_a_429_slows_every_record_of_every_worker_down_and_its_own_by_what
     await overdue(system, others[-1])
     await asyncio.sleep(3)  # either worker has looked at them more than once
     assert [call for one in others for call in system.calls(one, Operation.GET)] == []
+    assert (await system.health())[1]["parts"]["deletions"]["detail"].count("the API has had too many calls") == 1
     await asyncio.gather(*(worker.kill() for worker in workers))
-    await system.redis.command("FLUSHALL")  # what they would have known of it, as after the wait
+    operator = {"authorization": f"Bearer {TOKEN}"}
+    resumed = await system.client.post(f"{system.url}/api/resume", headers=operator)  # as the wait would
+    assert resumed.status_code == 200
     await system.worker()
     await system.drain()
 

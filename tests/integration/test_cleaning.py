@@ -6,11 +6,12 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, update
 
-from service.ledger import cleaning, moving, pausing, reading
+from service.ledger import claiming, moving, pausing, reading
 from service.ledger.cleaning import Copied, Settlement
 from service.ledger.database import open_database
+from service.ledger.schema import records
 from service.lifecycle import IllegalMoveError, Move, State
 from service.retention import MAX_FREE_LOSSES, Outcome, Progress, Verdict
 from tests.support.ledger import (
@@ -113,7 +114,7 @@ async def test_a_claim_reads_no_more_of_postgresql_than_what_is_due(postgres_url
     def explain_claim(connection):
         seen: list[Any] = []
         event.listen(connection, "before_cursor_execute", lambda *given: seen.append(given[2:4]))
-        cleaning.claim(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
+        claiming.claim(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
         statement, parameters = next(pair for pair in seen if "SKIP LOCKED" in pair[0])
         connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # the table is too small to need its index
         return list(connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars())
@@ -353,6 +354,59 @@ async def test_a_deletion_that_the_api_refused_is_given_back_to_the_days_limit(d
     await settle(database, refused)
 
     assert await copy(database, second, limit=1) is Copied.KEPT
+
+
+async def test_a_record_counts_once_a_day_however_many_attempts_it_takes(database):
+    await receive(database, arrival(), arrival())
+    first, second = await claim(database)
+    for _ in range(3):  # the DELETE is answered 500 each time: nobody knows what it did
+        assert await copy(database, first, limit=1) is Copied.KEPT
+        await settle(database, deferred(first))
+        (first,) = [item for item in await claim(database) if item.key == first.key]
+
+    assert await copy(database, second, limit=1) is Copied.LIMITED
+    assert await copy(database, first, limit=1) is Copied.KEPT
+
+
+async def test_a_refund_after_midnight_is_the_day_befores(database):
+    evening = utc_now().replace(hour=23, minute=59, second=55, microsecond=0) - timedelta(days=1)
+    morning = evening + timedelta(seconds=20)
+    await receive(database, *(arrival(due_in=-72 * HOUR) for _ in range(4)))
+    claims = await claim(database, now=evening)
+    assert await copy(database, claims[0], limit=2, now=evening) is Copied.KEPT
+    refused = Settlement(claims[0], Verdict.RUNNING, deferred(claims[0]).step, is_refund=True)
+    assert await copy(database, claims[1], limit=2, now=morning) is Copied.KEPT
+    await settle(database, refused, now=morning)
+
+    assert await copy(database, claims[2], limit=2, now=morning) is Copied.KEPT
+    assert await copy(database, claims[3], limit=2, now=morning) is Copied.LIMITED
+
+
+async def test_time_in_which_nothing_could_be_tried_is_no_time_of_failing(database):
+    key = await store(database)
+    await settle(database, deferred(await claim_one(database)))
+    past = utc_now() - timedelta(days=7)
+    put_back = update(records).values(wake_at=past, failing_since=past - HOUR)
+    await database.write(lambda connection: connection.execute(put_back))
+    (again,) = await claim(database)
+
+    assert again.key == key
+    assert again.progress.failing_since is not None
+    assert abs(again.progress.failing_since - (utc_now() - HOUR)) < timedelta(minutes=1)
+
+
+async def test_a_claim_reads_no_bodies(database):
+    statements: list[str] = []
+
+    def claim_and_listen(connection):
+        event.listen(connection, "before_cursor_execute", lambda *given: statements.append(given[2]))
+        claiming.claim(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
+        claiming.lose_leases(connection, now=utc_now(), limit=10, actor=ACTOR)
+
+    await store(database)
+    await database.write(claim_and_listen)
+
+    assert not [one for one in statements if "notification" in one or "records.copy" in one]
 
 
 async def test_a_person_who_holds_and_a_worker_that_copies_at_once_never_both_succeed(database_url):

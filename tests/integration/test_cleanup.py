@@ -10,9 +10,10 @@ from functools import partial
 import pytest
 
 from service.generation import Key
-from service.ledger import cleaning, pausing
-from service.ledger.cleaning import Copied
+from service.ledger import cleaning, moving, pausing
+from service.ledger.cleaning import Copied, Settlement
 from service.ledger.database import LedgerUnavailableError, open_database
+from service.ledger.pausing import Kind
 from service.lifecycle import Move, State
 from service.retention import Outcome, Verdict
 from service.settings import Secret
@@ -112,6 +113,104 @@ async def test_a_due_generation_is_copied_and_deleted_with_its_receipt(cleaner, 
     assert calls_of(simulator) == [("GET", 200), ("DELETE", 200)]
     assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM, Move.CONFIRM]
     assert key.id in simulator.deleted
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("?ttl=forever", (State.KEPT, "wish: ttl")),
+        ("?ttl=9d", (State.SCHEDULED, "wish: ttl")),
+        ("?hold=legal", (State.HELD, "wish: hold")),
+        ("?Hold=legal", (State.HELD, "unreadable wish")),
+    ],
+)
+async def test_a_wish_that_only_the_api_shows_keeps_the_generation(cleaner, database, simulator, announced, case):
+    wish, leads_to = case
+    key = await announced()
+    simulator.generations[key.id].webhook_url = f"https://hooks.example.com/webhooks/sync{wish}"
+    assert await cleaner.clean(await claim_one(database)) is Verdict.DONE
+    row = await row_of(database, key)
+
+    state = row.state
+    assert (state, row.rule) == leads_to
+    assert calls_of(simulator) == [("GET", 200)]
+    assert row.wake_at == (row.due_at if state == State.SCHEDULED else None)
+    assert (row.due_at is None) == (state == State.KEPT)
+    assert state != State.SCHEDULED or row.due_at > utc_now() + timedelta(days=8)
+
+
+async def test_what_was_held_for_a_wish_is_deleted_once_a_person_released_it(cleaner, database, simulator, announced):
+    key = await announced()
+    simulator.generations[key.id].webhook_url = "https://hooks.example.com/webhooks/sync?hold=legal"
+    await cleaner.clean(await claim_one(database))
+    release = partial(moving.move, key=key, wanted=Move.RELEASE, now=utc_now(), actor="a person", reason=None)
+    await database.write(release)
+    await cleaner.clean(await claim_one(database))
+
+    assert (await row_of(database, key)).state == State.DELETED
+    assert await moves_of(database, key) == [
+        *(Move.RECEIVE, Move.CLAIM, Move.DEFER, Move.HOLD, Move.RELEASE, Move.CLAIM, Move.CONFIRM)
+    ]
+
+
+async def test_the_receipt_survives_a_ledger_that_was_away_for_a_moment(cleaner_of, api, database, announced):
+    key = await announced()
+    item = await claim_one(database)
+    faults = [LedgerUnavailableError("database is locked")] * 2
+
+    async def settle_in_the_end(settlement):
+        if faults:
+            raise faults.pop()
+        return (await settle(database, settlement))[0]
+
+    assert await cleaner_of(api, settle=settle_in_the_end).clean(item) is Verdict.DONE
+    row = await row_of(database, key)
+    assert (row.outcome, row.attempts) == (Outcome.DELETED, 1)
+    assert json.loads(row.receipt)["status"] == 200
+
+
+async def test_a_ledger_that_stays_away_is_waited_for_no_longer_than_the_lease(cleaner_of, api, database, announced):
+    key = await announced()
+    item = await claim_one(database)
+    clock = [utc_now()]
+
+    async def never(_settlement):
+        clock[0] = item.lease_until
+        raise LedgerUnavailableError("database is locked")
+
+    assert await cleaner_of(api, settle=never, now=lambda: clock[0]).clean(item) is None
+    assert (await row_of(database, key)).state == State.DELETING
+
+
+@pytest.mark.parametrize(
+    ("fault", "is_refund"),
+    [
+        *(("409", True), ("422", True), ("401", True), ("429", True)),
+        *(("500", False), ("lost", False), ("wrong-id", False), ("202", False)),
+    ],
+)
+async def test_a_delete_counts_against_the_days_limit_unless_the_api_says_that_it_made_none(
+    cleaner, database, announced, fault, is_refund
+):
+    await announced(faults={"DELETE": [fault]})
+    settled: list[Settlement] = []
+
+    async def settle_one(settlement):
+        settled.append(settlement)
+        return (await settle(database, settlement))[0]
+
+    await replace(cleaner, settle=settle_one).clean(await claim_one(database))
+
+    assert [one.is_refund for one in settled] == [is_refund]
+
+
+async def test_a_429_pauses_every_worker_for_as_long_as_the_api_asks(cleaner, database, announced):
+    await announced(faults={"GET": ["429:retry_after=120"]})
+    await cleaner.clean(await claim_one(database))
+    (pause,) = await database.read(pausing.find)
+
+    assert pause.kind is Kind.THROTTLED
+    assert timedelta(seconds=115) < pause.until - utc_now() <= timedelta(seconds=120)
 
 
 async def test_the_copy_is_durable_before_the_delete_has_any_effect(

@@ -12,9 +12,10 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from service.commands.doctor import _clock
+from service.commands.doctor import _clock, _judged
 from tests.conftest import API_TOKEN, http_client
 from tests.support.commands import command
+from tests.support.ledger import HOUR, store
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually
 from tests.support.webhooks import SECRET, webhook
@@ -201,10 +202,11 @@ async def test_a_fresh_machine_is_fit_and_stays_as_it_was(tmp_path, simulator):
         "ledger": "ok",
         "redis": "ok",
         "API key": "ok",
+        "organisation": "ok",
         "clock": "warning",  # the simulator tells no date
     }
     assert list(tmp_path.iterdir()) == []
-    assert [call.operation for call in simulator.calls] == ["LIST"]
+    assert [call.operation for call in simulator.calls] == ["LIST", "SECRET"]
 
 
 async def test_postgresql_and_redis_that_are_fit_are_told(tmp_path, simulator, postgres_url, redis_url):
@@ -241,6 +243,28 @@ async def test_what_fails_is_named_with_the_variable_and_the_rest_is_looked_at(
     assert [name for name, finding in found.items() if finding["status"] == "failing"] == [part]
     assert named in found[part]["detail"]
     assert "hunter2" not in found[part]["detail"]
+
+
+async def test_a_secret_of_another_organisation_is_failing(tmp_path, simulator):
+    simulator.webhook_secret = "whsec_of_another_organisation"
+    code, found = await examined(tmp_path, simulator)
+
+    assert (code, found["organisation"]["status"]) == (1, "failing")
+    assert "another_organisation" not in str(found)
+
+
+@pytest.mark.parametrize(("status", "body"), [(200, b"<html>"), (402, b"{}"), (403, b""), (404, b"{}"), (301, b"")])
+def test_what_is_not_the_api_or_does_not_take_the_key_is_failing(status, body):
+    assert _judged(status, body).status == "failing"
+    assert _judged(200, b"[]").status == "ok"
+
+
+async def test_deletions_that_are_late_are_failing(tmp_path, simulator, sqlite_database, sqlite_url):
+    await store(sqlite_database, due_in=-HOUR)
+    code, found = await examined(tmp_path, simulator, MAYFLY_DATABASE_URL=f"sqlite:///{sqlite_url.database}")
+
+    assert (code, found["deletions"]["status"]) == (1, "failing")
+    assert "60 min overdue" in found["deletions"]["detail"]
 
 
 async def test_a_redis_that_would_drop_jobs_is_failing(tmp_path, simulator):

@@ -11,6 +11,7 @@ from service.ledger import reading
 from service.ledger.database import Database, LedgerUnavailableError
 from service.lifecycle import State
 from service.retention import Verdict
+from service.tasks import end
 from tests.support.ledger import (
     HOUR,
     arrival,
@@ -28,8 +29,8 @@ from tests.support.ledger import (
 from tests.support.waiting import eventually
 from workers import dispatch
 from workers.dispatch import Dispatcher
-from workers.main import end
-from workers.reconcile import is_alive, reconcile
+from workers.heartbeat import beat, is_alive
+from workers.reconcile import reconcile
 
 
 class Work:
@@ -41,12 +42,16 @@ class Work:
         self.gate = asyncio.Event()
         self.gate.set()
         self.looks = 0
+        self.beats = 0
         self.claims: list[int] = []
         self.cleaned: list[Key] = []
         self.given_back: list[Key] = []
         self.running = self.most_running = 0
         self.faults: list[Exception] = []
         self.budget: int | None = None  # how many records may be begun; None is any number
+
+    def beat(self):
+        self.beats += 1
 
     async def allow(self, limit):
         if self.budget is None:
@@ -94,6 +99,7 @@ def running(sqlite_database, metrics):
             next_wake=work.next_wake,
             clean=work.clean,
             give_back=work.give_back,
+            beat=work.beat,
             now=utc_now,
             concurrency=concurrency,
             metrics=metrics,
@@ -133,7 +139,7 @@ async def test_as_many_again_are_claimed_beside_those_under_way_and_in_batches(r
         work.gate.set()
         await eventually(lambda: len(work.cleaned) == 30)
 
-    assert len([size for size in work.claims if size]) <= 8
+    assert len([size for size in work.claims if size]) <= 9
 
 
 async def test_no_more_is_claimed_than_the_budget_allows_and_the_rest_as_soon_as_it_does(running, sqlite_database):
@@ -229,14 +235,12 @@ async def test_it_works_on_after_a_ledger_that_was_away_and_after_a_fault(
     assert metrics.registry.get_sample_value("mayfly_loops_failed_total", {"loop": "dispatch"}) == 2
 
 
-# The reconciler
+# The reconciler and the heartbeat
 
 
 @asynccontextmanager
-async def reconciling(lose, ring, folder, metrics):
-    task = asyncio.create_task(
-        reconcile(lose_leases=lose, ring=ring, data_dir=folder, metrics=metrics, every=timedelta(seconds=0.02))
-    )
+async def reconciling(lose, ring, metrics):
+    task = asyncio.create_task(reconcile(lose_leases=lose, ring=ring, metrics=metrics, every=timedelta(seconds=0.02)))
     try:
         yield
     finally:
@@ -244,22 +248,19 @@ async def reconciling(lose, ring, folder, metrics):
         await asyncio.gather(task, return_exceptions=True)
 
 
-async def test_the_reconciler_takes_back_lost_records_and_rings_and_shows_that_it_lives(database, metrics, tmp_path):
+async def test_the_reconciler_takes_back_lost_records_and_rings_for_them(database, metrics):
     key = await store(database)
     await claim(database)
     await end_lease(database, key)
     rung = asyncio.Event()
-    async with reconciling(lambda: lose_leases(database), rung.set, tmp_path, metrics):
+    async with reconciling(lambda: lose_leases(database), rung.set, metrics):
         await asyncio.wait_for(rung.wait(), 5)
 
-        await eventually(lambda: is_alive(tmp_path, now_seconds=utc_now().timestamp()))
     assert (await row_of(database, key)).state == State.SCHEDULED
-    assert not is_alive(tmp_path, now_seconds=utc_now().timestamp() + 61)
-    assert not is_alive(tmp_path / "elsewhere", now_seconds=utc_now().timestamp())
 
 
-async def test_the_reconciler_outlives_a_ledger_that_is_away_a_fault_and_a_full_disk(metrics, tmp_path):
-    faults = [LedgerUnavailableError("away"), ZeroDivisionError(), OSError(28, "No space left on device")]
+async def test_the_reconciler_outlives_a_ledger_that_is_away_and_a_fault(metrics):
+    faults = [LedgerUnavailableError("away"), ZeroDivisionError()]
     rounds = []
 
     async def lose():
@@ -268,23 +269,36 @@ async def test_the_reconciler_outlives_a_ledger_that_is_away_a_fault_and_a_full_
             raise faults[len(rounds) - 1]
         return 0
 
-    async with reconciling(lose, lambda: None, tmp_path, metrics):
-        await eventually(lambda: len(rounds) >= 5)
+    async with reconciling(lose, lambda: None, metrics):
+        await eventually(lambda: len(rounds) >= 4)
 
-    assert metrics.registry.get_sample_value("mayfly_loops_failed_total", {"loop": "reconcile"}) == 3
+    assert metrics.registry.get_sample_value("mayfly_loops_failed_total", {"loop": "reconcile"}) == 2
 
 
-async def test_the_reconciler_takes_back_lost_records_even_where_it_cannot_write_a_file(metrics, tmp_path):
-    rounds: list[int] = []
+async def test_each_round_shows_that_the_worker_lives_also_while_the_ledger_is_away(running, monkeypatch):
+    monkeypatch.setattr(dispatch, "_ERROR_PAUSE", timedelta(seconds=0.02))
+    async with running() as (dispatcher, work):
+        work.faults = [LedgerUnavailableError("away")] * 3
+        await store(work.database)
+        dispatcher.ring()
 
-    async def lose():
-        rounds.append(1)
-        return 0
+        await eventually(lambda: len(work.cleaned) == 1)
+    assert work.beats >= 4
 
-    async with reconciling(lose, lambda: None, tmp_path / "gone", metrics):
-        await eventually(lambda: len(rounds) >= 2, seconds=3)
 
-    assert metrics.registry.get_sample_value("mayfly_loops_failed_total", {"loop": "reconcile"}) >= 1
+def test_a_worker_is_alive_for_a_minute_after_its_last_beat(tmp_path):
+    now = utc_now().timestamp()
+    assert not is_alive(tmp_path, now_seconds=now)
+    beat(tmp_path)
+
+    assert is_alive(tmp_path, now_seconds=now)
+    assert not is_alive(tmp_path, now_seconds=now + 61)
+
+
+def test_a_heartbeat_that_cannot_be_written_keeps_nobody_from_work(tmp_path, capsys):
+    beat(tmp_path / "gone")
+
+    assert "heartbeat.failed" in capsys.readouterr().out
 
 
 # Stopping

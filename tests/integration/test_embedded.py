@@ -1,7 +1,10 @@
 """The embedded Redis is private, belongs to one process at a time, and keeps its jobs over any end."""
 
+import asyncio
 import os
 import stat
+from contextlib import AsyncExitStack
+from functools import partial
 from pathlib import Path
 
 import psutil
@@ -11,6 +14,7 @@ import redis.asyncio as redis
 from service import embedded
 from service.embedded import EmbeddedRedisError, embedded_redis, find_server, prepare_data_dir
 from service.settings import Secret
+from tests.support.waiting import eventually
 
 
 @pytest.fixture
@@ -47,6 +51,18 @@ async def test_a_data_directory_that_others_could_read_is_closed(tmp_path):
     prepare_data_dir(folder)
 
     assert mode_of(folder) == 0o700
+
+
+@pytest.mark.parametrize("mode", [0o755, 0o777])
+async def test_a_folder_that_others_use_is_not_taken_from_them(tmp_path, mode):
+    folder = tmp_path / "shared"
+    folder.mkdir()
+    folder.chmod(mode)
+    (folder / "file").touch()
+
+    with pytest.raises(OSError, match="MAYFLY_DATA_DIR holds files of others"):
+        prepare_data_dir(folder)
+    assert mode_of(folder) == mode
 
 
 async def test_it_keeps_everything_and_drops_nothing(data_dir):
@@ -103,6 +119,38 @@ async def test_a_data_directory_with_a_long_path_has_its_socket_elsewhere_and_al
     async with embedded_redis(folder) as again:
         assert again == url
     socket.parent.rmdir()
+
+
+async def test_one_that_dies_is_started_again_with_its_jobs(data_dir):
+    async with embedded_redis(data_dir) as url:
+        await ask(url, "SET job 1")
+        await asyncio.sleep(1.2)  # its file is synced once a second
+        died = (await ask(url, "INFO"))["process_id"]
+        psutil.Process(died).kill()
+        again = await eventually(partial(answer_of, url), seconds=10)
+
+        assert again["process_id"] != died
+        assert await ask(url, "GET job") == b"1"
+    assert not psutil.pid_exists(again["process_id"])
+
+
+async def test_one_who_joined_takes_over_when_the_owner_ends(data_dir):
+    async with AsyncExitStack() as owner:
+        url = await owner.enter_async_context(embedded_redis(data_dir))
+        async with embedded_redis(data_dir):
+            first = (await ask(url, "INFO"))["process_id"]
+            await owner.aclose()
+            second = (await eventually(partial(answer_of, url), seconds=10))["process_id"]
+
+            assert second != first
+    assert not psutil.pid_exists(second)
+
+
+async def answer_of(url):
+    try:
+        return await ask(url, "INFO")
+    except (redis.RedisError, OSError):
+        return None
 
 
 async def test_one_that_cannot_start_says_where_to_look(data_dir, monkeypatch):

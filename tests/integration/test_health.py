@@ -1,6 +1,7 @@
 """What the outside sees: alive, ready with the parts that fail, numbers, and the description of the routes."""
 
 import asyncio
+import sqlite3
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
@@ -36,6 +37,7 @@ async def numbers_of(client):
     """Return the samples of /metrics by name and labels."""
     answer = await client.get("/metrics")
     assert answer.headers["content-type"].startswith("text/plain")
+    assert answer.headers["content-type"].count("charset") == 1
     families = text_string_to_metric_families(answer.text)
     return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
@@ -107,6 +109,7 @@ async def test_tables_of_another_release_are_503_with_what_to_do(app_client, dat
         (Kind.OPERATOR, "mayfly resume ends it"),
         (Kind.UNAUTHORIZED, "see to SYNC_API_KEY"),
         (Kind.DAILY_LIMIT, "MAYFLY_MAX_DELETES_PER_DAY is reached"),
+        (Kind.THROTTLED, "when the time is over that the API asked for"),
     ],
 )
 async def test_a_pause_degrades_and_says_who_why_and_what_ends_it(sqlite_database, open_client, kind, advice):
@@ -122,6 +125,39 @@ async def test_a_pause_degrades_and_says_who_why_and_what_ends_it(sqlite_databas
     assert part["detail"].startswith("since 2026-11-23 12:00:00 UTC by a person: moving house; ")
     assert advice in part["detail"]
     assert {one: numbers["mayfly_pauses", one] for one in Kind} == {one: float(one is kind) for one in Kind}
+
+
+async def test_a_ledger_that_takes_no_writes_is_503(serve, pool, sqlite_url, postgres_url):
+    blocker = sqlite3.connect(sqlite_url.database, isolation_level=None)
+    blocker.execute("BEGIN IMMEDIATE")
+    reads_only = postgres_url.update_query_dict({"options": "-c default_transaction_read_only=on"})
+    parts = []
+    for url in (sqlite_url, reads_only):
+        async with (
+            open_database(url) as database,
+            serve(database, pool) as port,
+            http_client(f"http://127.0.0.1:{port}") as client,
+        ):
+            answer = await client.get("/health/ready")
+            parts.append((answer.status_code, answer.json()["parts"]["ledger"]))
+            blocker.close()
+
+    detail = "the database takes no writes: webhooks are refused with 503 until it does"
+    assert parts == [(503, {"status": "failing", "detail": detail})] * 2
+
+
+async def test_deletions_that_are_late_or_only_rehearsed_degrade(sqlite_database, open_client):
+    await store(sqlite_database, due_in=-HOUR)
+    async with open_client(sqlite_database) as client, open_client(sqlite_database, MAYFLY_DRY_RUN="true") as dry:
+        late, rehearsed = [(await one.get("/health/ready")).json() for one in (client, dry)]
+    await settle(sqlite_database, *(confirmed(item) for item in await claim(sqlite_database)))
+    async with open_client(sqlite_database) as client:
+        well = (await client.get("/health/ready")).json()
+
+    assert (late["status"], late["parts"]["deletions"]["status"]) == ("degraded", "late")
+    assert "60 min overdue: see that a worker runs" in late["parts"]["deletions"]["detail"]
+    assert rehearsed["parts"]["deletions"] == {"status": "paused", "detail": "MAYFLY_DRY_RUN is on: nothing is deleted"}
+    assert well["parts"]["deletions"] == {"status": "ok"}
 
 
 async def test_the_numbers_of_the_ledger_are_in_the_metrics(app_client, database):
@@ -223,8 +259,9 @@ async def test_the_description_is_json_and_no_page_that_loads_the_scripts_of_oth
 
 
 async def test_two_parts_that_hang_are_told_within_a_second(serve):
-    async def swallow(reader, _writer):
+    async def swallow(reader, writer):
         await reader.read()
+        writer.close()
 
     async with await asyncio.start_server(swallow, "127.0.0.1", 0) as hole:
         port = hole.sockets[0].getsockname()[1]

@@ -51,6 +51,59 @@ async def test_while_an_operator_paused_nothing_is_claimed_and_everything_once_r
     assert (await claim_one(database)).key == key
 
 
+async def throttle(database, seconds, *, ago=0):
+    now = utc_now() - timedelta(seconds=ago)
+    wait = timedelta(seconds=seconds)
+    await database.write(partial(pausing.throttle, wait=wait, now=now, actor="a worker"))
+
+
+async def test_after_a_429_nothing_is_claimed_until_its_time_is_over_and_then_all_at_once(database):
+    await store(database)
+    await store(database)
+    await throttle(database, 60)
+    assert await claim(database) == []
+    await database.write(partial(pausing.resume, kinds=[Kind.THROTTLED]))
+    await throttle(database, 60, ago=61)
+
+    assert len(await claim(database)) == 2
+    assert await kinds(database) == []
+
+
+async def test_of_two_429s_the_longer_one_counts(database):
+    await throttle(database, 60)
+    await throttle(database, 600)
+    await throttle(database, 5)
+    (one,) = await database.read(pausing.find)
+
+    assert one.until is not None
+    assert timedelta(seconds=590) < one.until - utc_now() <= timedelta(seconds=600)
+
+
+async def test_a_probe_is_not_spent_while_another_pause_holds(database):
+    past = utc_now() - SECOND
+    await store(database)
+    await pause(database, Kind.UNAUTHORIZED, until=past)
+    await pause(database, Kind.OPERATOR)
+    assert await claim(database) == []
+    (probe, _) = await database.read(pausing.find)
+    assert probe.until == past
+    await database.write(partial(pausing.resume, kinds=[Kind.OPERATOR]))
+
+    assert len(await claim(database)) == 1
+
+
+async def test_a_worker_whose_clock_runs_ahead_puts_the_others_probe_no_further_off(postgres_url):
+    async with open_database(postgres_url) as database:
+        await store(database)
+        await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
+        ahead = utc_now() + timedelta(hours=3)
+        assert await database.write(partial(pausing.allowance, now=ahead)) == 1
+        (probe,) = await database.read(pausing.find)
+
+    assert probe.until is not None
+    assert probe.until <= utc_now() + PROBE_EVERY
+
+
 async def test_a_pause_keeps_its_first_reason_and_ends_once(database):
     assert await pause(database, Kind.OPERATOR)
     since = (await database.read(pausing.find))[0].since

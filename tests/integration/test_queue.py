@@ -21,6 +21,7 @@ from service import queue
 from service.generation import Key
 from service.queue import Bell, QueueError
 from service.settings import Secret
+from service.tasks import end
 from tests.support.ledger import HOUR, utc_now
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually
@@ -62,7 +63,7 @@ async def listening(redis_url):
         yield listener
     finally:
         worker.handle_sig(signal.SIGTERM)
-        await workers.main.end([task])
+        await end([task])
         await pool.aclose(close_connection_pool=True)
 
 

@@ -1,14 +1,16 @@
 """The server gives slow and greedy clients so much and no more, and answers what is under way when it stops."""
 
 import asyncio
+import contextlib
 import json
 import re
+import socket
 
 import pytest
 import uvloop
 
 from service import serving as serving_module
-from service.serving import MAX_HEADER_BYTES, SECURITY_HEADERS, serving
+from service.serving import MAX_HEADER_BYTES, MAX_REQUEST_BYTES, SECURITY_HEADERS, serving
 
 
 async def app(scope, receive, send):
@@ -25,7 +27,7 @@ async def app(scope, receive, send):
         size, has_more = size + len(message.get("body", b"")), message.get("more_body", False)
     if scope["path"] == "/slow":
         await asyncio.sleep(0.5)
-    body = b"%d" % size
+    body = b"%d" % size if scope["path"] != "/large" else b"x" * 8_000_000
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
@@ -113,6 +115,78 @@ async def test_headers_without_end_are_ended():
         answer = await exchange(port, b"GET / HTTP/1.1\r\nHost: x\r\n", *flood, b"\r\n")
 
     assert b"200 OK" not in answer
+
+
+@pytest.mark.parametrize(
+    "part", [b"X-T: " + b"x" * 60_000 + b"\r\n", b"x" * 60_000, b"1;" + b"e" * 60_000 + b"\r\na\r\n"],
+    ids=["trailers", "one trailer", "extensions of chunks"],
+)  # fmt: skip
+async def test_what_a_chunked_body_has_beside_its_bytes_is_counted_too(part):
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
+    start = head if part.startswith(b"1;") else head + b"1\r\na\r\n0\r\nX-A: "
+    async with serving(app, "127.0.0.1", 0) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(start)
+        sent = 0
+        with contextlib.suppress(ConnectionError):
+            while sent < 4 * MAX_REQUEST_BYTES and not reader.at_eof():
+                writer.write(part)
+                await writer.drain()
+                sent += len(part)
+                await asyncio.sleep(0)
+        writer.close()
+
+    assert sent < 3 * MAX_REQUEST_BYTES
+
+
+@pytest.mark.usefixtures("quick")
+async def test_bytes_between_two_requests_that_are_none_keep_no_connection_open(monkeypatch):
+    monkeypatch.setattr(serving_module, "IDLE_SECONDS", 1)
+    async with serving(app, "127.0.0.1", 0) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
+        await reader.readuntil(b"0")
+        writer.write(b"\r\n")
+
+        assert await asyncio.wait_for(reader.read(), 5) is not None
+        writer.close()
+
+
+@pytest.mark.usefixtures("quick")
+@pytest.mark.parametrize(("path", "at_once"), [("/large", 1), ("/", 1000)], ids=["one large answer", "many small ones"])
+async def test_a_client_that_does_not_read_its_answers_is_ended(path, at_once):
+    async with serving(app, "127.0.0.1", 0) as port:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
+            client.connect(("127.0.0.1", port))
+            client.settimeout(0)
+            request = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() * at_once
+
+            async def send() -> None:
+                while True:
+                    await asyncio.get_running_loop().sock_sendall(client, request)
+                    await asyncio.sleep(0.1)
+
+            with pytest.raises(ConnectionError):
+                await asyncio.wait_for(send(), 20)
+
+
+async def test_more_connections_than_there_may_be_are_answered_503_and_the_others_served(monkeypatch):
+    monkeypatch.setattr(serving_module, "MAX_CONNECTIONS", 2)
+    request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
+    async with serving(app, "127.0.0.1", 0) as port:
+        first, second = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        refused = await exchange(port)
+        second[1].close()
+        await asyncio.sleep(0.1)
+        served = await exchange(port, request)
+        first[1].close()
+
+    assert refused.startswith(b"HTTP/1.1 503 ")
+    assert b"retry-after: 5\r\n" in refused
+    assert json.loads(refused.rpartition(b"\r\n\r\n")[2])["status"] == 503
+    assert b"200 OK" in served
 
 
 @pytest.mark.parametrize(

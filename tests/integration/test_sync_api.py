@@ -1,6 +1,7 @@
 """Every answer of the Sync API has one meaning; whatever is odd never means that a generation is gone."""
 
 import asyncio
+import contextlib
 from datetime import timedelta
 from urllib.parse import quote
 
@@ -70,10 +71,14 @@ class Raw:
         self.url = ""
         self.answer = b""
         self.requests: list[bytes] = []
+        self.gate = asyncio.Event()
+        self.gate.set()
 
     async def serve(self, reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
         """Note the request's head and answer."""
-        self.requests.append(await reader.readuntil(b"\r\n\r\n"))
+        with contextlib.suppress(asyncio.IncompleteReadError):
+            self.requests.append(await reader.readuntil(b"\r\n\r\n"))
+            await self.gate.wait()
         writer.write(self.answer)
         await writer.drain()
         writer.close()
@@ -282,13 +287,41 @@ async def test_a_date_in_retry_after_is_told_as_the_time_until_then(simulator, a
     assert abs(answer.retry_after - timedelta(seconds=seconds)) < timedelta(seconds=5)
 
 
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("status", [404, 410])
+async def test_a_route_that_is_not_there_says_nothing_of_the_generation(raw_server, metrics, method, status):
+    body = b'{"message":"Cannot %s /v2/v2/generate/g1","error":"Not Found","statusCode":404}' % method.encode()
+
+    assert (await raw_answer(raw_server, metrics, method, http(status, body))).verdict is REFUSED
+
+
+async def test_a_call_that_is_given_up_is_ended_on_the_wire_and_its_connection_is_free_again(
+    raw_server, metrics, monkeypatch
+):
+    monkeypatch.setattr(sync_api, "GET_SECONDS", 0.3)
+    monkeypatch.setattr(sync_api, "DELETE_SECONDS", 0.3)
+    raw_server.gate.clear()
+    async with open_sync_api(raw_server.url, Secret(API_KEY), connections=1, metrics=metrics) as api:
+        looking = asyncio.create_task(api.get("g1"))
+        await asyncio.sleep(0.1)
+        deleting = asyncio.create_task(api.delete("g2"))  # waits for the one connection
+        looked, deleted = await asyncio.gather(looking, deleting)
+        seen = len(raw_server.requests)
+        raw_server.answer = http(404, b'{"errorCode":"generation_not_found"}')
+        raw_server.gate.set()
+        await asyncio.sleep(0.3)
+
+        assert (looked.verdict, deleted.verdict) == (RETRY, RETRY)
+        assert len(raw_server.requests) == seen  # nothing was sent late
+        assert (await api.get("g3")).verdict is GONE
+
+
 async def test_a_429_is_told_to_the_budget_of_calls(simulator, metrics):
     told: list[float] = []
 
-    async def heed(seconds):
-        told.append(seconds)
-
-    async with open_sync_api(simulator.url, Secret(API_KEY), connections=1, metrics=metrics, on_throttled=heed) as api:
+    async with open_sync_api(
+        simulator.url, Secret(API_KEY), connections=1, metrics=metrics, on_throttled=told.append
+    ) as api:
         await api.get(simulator.add(faults={"GET": ["429:retry_after=7"]}).id)
         await api.get(simulator.add(faults={"GET": ["503:retry_after=7"]}).id)
 

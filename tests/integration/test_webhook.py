@@ -3,13 +3,14 @@
 import asyncio
 import json
 import sqlite3
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import asyncpg
 import pytest
 
-from service import webhook_route
+from service import telemetry, webhook_route
 from service.generation import Key
 from service.ledger.database import open_database
 from service.lifecycle import Move, State
@@ -264,31 +265,81 @@ async def test_a_body_just_under_the_limit_is_taken_in_pieces(client):
     assert (await client.post("/webhooks/sync", content=chunks(), headers=sent.headers)).status_code == 202
 
 
+@asynccontextmanager
+async def half_sent(client, sent, *, size=None):
+    """Send so much of a webhook over a socket of its own and yield what reads the answer."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
+    head = "".join(f"{name}: {value}\r\n" for name, value in sent.headers.items())
+    writer.write(f"POST /webhooks/sync HTTP/1.1\r\nHost: x\r\nContent-Length: {len(sent.body)}\r\n{head}\r\n".encode())
+    writer.write(sent.body[:size])
+    await writer.drain()
+    try:
+        yield reader, writer
+    finally:
+        writer.close()
+        with suppress(ConnectionError):
+            await writer.wait_closed()
+
+
+async def head_of(reader):
+    return (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode()
+
+
 async def test_large_bodies_that_arrive_at_once_are_bounded_together_and_leave_room_when_they_are_gone(
-    client, monkeypatch
+    client, monkeypatch, metrics
 ):
     monkeypatch.setattr(webhook_route, "MAX_UNREAD_BYTES", 200_000)
-    sent = webhook(error="x" * 100_000)
-    go_on = asyncio.Event()
+    large = webhook(error="x" * 120_000)
+    async with AsyncExitStack() as stack:
+        for _ in range(2):
+            await stack.enter_async_context(half_sent(client, large, size=110_000))
+        async with half_sent(client, large, size=110_000) as (reader, _):
+            refused = await head_of(reader)
+        small = await send(client, webhook())
+        halved = webhook()
+        async with half_sent(client, halved, size=50) as (reader, writer):  # none of the large ones
+            await asyncio.sleep(0.1)
+            writer.write(halved.body[50:])
+            taken = await head_of(reader)
+    await asyncio.sleep(0.1)
+    after = await send(client, large)
 
-    async def stuck():
-        yield sent.body[:90_000]
-        await go_on.wait()
-        yield sent.body[90_000:]
+    assert refused.startswith("HTTP/1.1 503 ")
+    assert "retry-after: 5" in refused
+    assert taken.startswith("HTTP/1.1 202 ")
+    assert [answer.status_code for answer in (small, after)] == [202, 202]
+    assert metrics.registry.get_sample_value("mayfly_webhooks_total", {"answer": "unavailable"}) == 1
 
-    waiting = [
-        asyncio.create_task(client.post("/webhooks/sync", content=stuck(), headers=sent.headers)) for _ in range(3)
-    ]
-    done, others = await asyncio.wait(waiting, return_when=asyncio.FIRST_COMPLETED, timeout=5)
-    (refused,) = [task.result() for task in done]
-    small = await send(client, webhook())
-    go_on.set()
-    taken = [answer.status_code for answer in await asyncio.gather(*others)]
 
-    assert_problem(refused, 503)
-    assert refused.headers["retry-after"] == "5"
-    assert small.status_code == 202
-    assert taken == [202, 202]
+@pytest.mark.parametrize("signature", ["", "t=1,v1=00", f"t=1761300005,v1={'0' * 64}"])
+async def test_a_body_whose_signature_cannot_be_one_is_not_waited_for(client, signature, metrics):
+    sent = webhook()
+    sent.headers["Sync-Signature"] = signature
+    async with half_sent(client, sent, size=50) as (reader, _):
+        assert (await head_of(reader)).startswith("HTTP/1.1 401 ")
+    assert metrics.registry.get_sample_value("mayfly_webhooks_total", {"answer": "refused"}) == 1
+
+
+async def test_every_refusal_is_counted_by_its_kind_and_logged_once_a_second(client, metrics, capsys):
+    telemetry.configure_logging("json")
+    sent = webhook()
+    for content, headers in (
+        (sent.body, sent.headers | {"Content-Type": "application/octet-stream"}),
+        (sent.body, sent.headers | {"Sync-Signature": "t=1,v1=2"}),
+        (b"x" * (MAX_BODY_BYTES + 1), sent.headers),
+        (b"{}", webhook(b"{}").headers),
+    ):
+        await client.post("/webhooks/sync", content=content, headers=headers)
+    async with half_sent(client, sent, size=50):
+        await asyncio.sleep(0.1)
+    await asyncio.sleep(0.1)
+    counted = {
+        kind: metrics.registry.get_sample_value("mayfly_webhooks_total", {"answer": kind})
+        for kind in ("unsupported", "refused", "too_large", "malformed", "broken_off")
+    }
+
+    assert counted == dict.fromkeys(counted, 1)
+    assert capsys.readouterr().err.count("webhook.not_stored") == 1
 
 
 async def test_another_method_is_405(client):

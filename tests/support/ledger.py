@@ -9,8 +9,9 @@ from typing import Any
 from sqlalchemy import Row, update
 
 from service.generation import Generation, Key, read
-from service.ledger import cleaning, history, reading, receiving
-from service.ledger.cleaning import Claim, Copied, Copy, Settlement
+from service.ledger import claiming, cleaning, history, reading, receiving
+from service.ledger.claiming import Claim
+from service.ledger.cleaning import Copied, Copy, Settlement
 from service.ledger.database import Database
 from service.ledger.receiving import Arrival, Receipt
 from service.ledger.schema import records
@@ -57,7 +58,7 @@ async def claim(
 ) -> list[Claim]:
     """Claim due records."""
     at = now or utc_now()
-    return await database.write(partial(cleaning.claim, now=at, lease=lease, limit=limit, actor=ACTOR))
+    return await database.write(partial(claiming.claim, now=at, lease=lease, limit=limit, actor=ACTOR))
 
 
 async def claim_one(database: Database, **options: Any) -> Claim:  # noqa: ANN401 - handed on
@@ -102,7 +103,7 @@ def given_up(item: Claim) -> Settlement:
 
 async def lose_leases(database: Database, *, now: datetime | None = None, limit: int = 100) -> int:
     """Take back records whose lease ran out."""
-    return await database.write(partial(cleaning.lose_leases, now=now or utc_now(), limit=limit, actor=ACTOR))
+    return await database.write(partial(claiming.lose_leases, now=now or utc_now(), limit=limit, actor=ACTOR))
 
 
 async def row_of(database: Database, key: Key) -> Row[Any]:

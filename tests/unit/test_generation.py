@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from service.generation import MAX_ID_LENGTH, MalformedError, read
+from service.generation import MAX_DEPTH, MAX_ID_LENGTH, MalformedError, read
 from tests.support.webhooks import batch, notification
 
 
@@ -108,7 +108,6 @@ def test_a_batch_is_told_by_its_metrics_and_by_nothing_else():
         b'{"id":"g1","status":""}',
         b'{"id":"g1","status":5}',
         b'{"id":"g1","status":"COMPLETED"} trailing',
-        b'{"id":"g1","status":"COMPLETED","outputDuration":"long"}',
         b'{"id":"g1","status":"COMPLETED","outputDuration":1e999}',
         b'{"id":"g1","status":"COMPLETED","webhookUrl":7}',
         b"\xff\xfe",
@@ -122,6 +121,36 @@ def test_a_batch_is_told_by_its_metrics_and_by_nothing_else():
 )
 def test_a_body_of_another_shape_is_refused_with_a_sentence(body):
     assert refusal_of(body).startswith("not a generation")
+
+
+@pytest.mark.parametrize(
+    ("field", "value", "name", "read_as"),
+    [
+        ("error", ["a", "b"], "error", '["a","b"]'),
+        ("error", {"message": "x"}, "error", '{"message":"x"}'),
+        ("model", 2, "model", "2"),
+        ("errorCode", False, "failure_code", "false"),
+        ("error_code", 17, "failure_code", "17"),
+        ("projectId", 12, "project_id", "12"),
+        ("outputUrl", {"url": "https://o"}, "media_url", '{"url":"https://o"}'),
+        ("outputDuration", "9.98", "output_duration", None),
+        ("outputDuration", [], "output_duration", None),
+    ],
+)
+def test_what_nobody_decides_on_may_have_any_type(field, value, name, read_as):
+    body = json.dumps({"id": "g1", "status": "FAILED", field: value}, separators=(",", ":")).encode()
+
+    assert getattr(read(body), name) == read_as
+
+
+def test_what_is_nested_deeper_than_anyone_nests_is_refused_and_brackets_in_texts_are_none():
+    def nested(depth):
+        return b'{"id":"g1","status":"FAILED","input":' + b"[" * (depth - 1) + b"]" * (depth - 1) + b"}"
+
+    many = json.dumps({"id": "g1", "status": "FAILED", "error": '[{"' * 500, "input": [{"a": []}] * 500}).encode()
+
+    assert read(nested(MAX_DEPTH)).id == read(many).id == "g1"
+    assert refusal_of(nested(MAX_DEPTH + 1)) == "not a generation: nested too deeply"
 
 
 @pytest.mark.parametrize(

@@ -4,7 +4,16 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.retention import MAX_TTL, Policy, Retention, decide, format_duration, parse_duration, parse_ttl
+from service.retention import (
+    MAX_TTL,
+    Policy,
+    Retention,
+    decide,
+    format_duration,
+    parse_duration,
+    parse_ttl,
+    reconsider,
+)
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -139,9 +148,55 @@ def test_a_webhook_url_that_is_none_never_shortens_the_time(url):
     assert retention.due_at == NOW + DAY
 
 
-@pytest.mark.parametrize("query", ["TTL=1h", "ttl2=1h", "x=ttl%3D1h", "utm=1"])
+@pytest.mark.parametrize("query", ["x=ttl%3D1h", "utm=1", "title=x", "t=1", "token=x", "url=x", "expiry=x", "id=hold"])
 def test_other_parts_of_the_query_are_no_wishes(query):
     assert decided(query).rule == "MAYFLY_TTL"
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        *("TTL=forever", "Hold=legal", "ttl%20=forever", "ttl%0A=forever", "x=1&amp;ttl=forever"),
+        *("tll=forever", "tl=forever", "tttl=forever", "hodl=legal", "hol=legal", "expire=2027-01-01T00:00:00Z"),
+        *("ttl=forever&Ttl=1h", "#ttl=forever", "#a?hold=legal"),
+    ],
+)
+def test_the_name_of_a_wish_that_is_misspelt_or_out_of_place_holds_too(query):
+    assert decided(query).rule == "unreadable wish"
+    assert decided(query).hold_reason is not None
+
+
+@pytest.mark.parametrize("query", ["", "ttl=1m", "expires=2026-11-23T12:00:00Z"])
+def test_nothing_is_due_before_the_least_time_from_now_however_old_the_signature(query):
+    policy = Policy(timedelta(minutes=1), timedelta(minutes=1))
+
+    assert decided(query, policy=policy, sent_at=NOW - timedelta(minutes=5)).due_at == NOW + policy.min_ttl
+
+
+def reconsidered(query, rule="MAYFLY_TTL", ttl=DAY):
+    return reconsider(rule=rule, due_at=NOW + DAY, ttl=ttl, webhook_url=f"https://h/webhooks/sync?{query}")
+
+
+def test_a_wish_that_only_the_api_shows_keeps_longer():
+    assert reconsidered("ttl=3d") == Retention("wish: ttl", 3 * DAY, NOW + 3 * DAY)
+    assert reconsidered("ttl=forever") == Retention("wish: ttl", None, None)
+    assert reconsidered("hold=legal").hold_reason == "legal"
+    assert reconsidered("Hold=legal").rule == "unreadable wish"
+
+
+@pytest.mark.parametrize("query", ["", "ttl=1h", "ttl=1d", "expires=2026-11-23T13:00:00Z", "utm=1"])
+def test_a_wish_that_only_the_api_shows_never_shortens(query):
+    assert reconsidered(query) is None
+
+
+def test_a_hold_that_only_the_api_shows_stands_beside_the_due_time_that_was_promised():
+    assert reconsidered("hold=legal").due_at == NOW + DAY
+
+
+@pytest.mark.parametrize("rule", ["wish: ttl", "wish: hold", "unreadable wish", "kept by a person"])
+def test_what_was_decided_by_a_wish_or_a_person_is_not_decided_again(rule):
+    assert reconsidered("hold=legal", rule=rule) is None
+    assert reconsidered("hold=legal", ttl=None) is None
 
 
 def test_the_clock_starts_at_the_signed_send_time():

@@ -55,6 +55,8 @@ def test_an_empty_environment_gives_the_documented_defaults():
         ("base_url", "https://proxy.example.com/sync/", "https://proxy.example.com/sync"),
         ("base_url", "http://127.0.0.1:8090", "http://127.0.0.1:8090"),
         ("base_url", "http://simulator:8090", "http://simulator:8090"),
+        ("base_url", "http://10.0.0.5:8090", "http://10.0.0.5:8090"),
+        ("base_url", "http://[::1]:8090", "http://[::1]:8090"),
         ("ttl", "7d", timedelta(days=7)),
         ("ttl", "forever", None),
         ("min_ttl", "1s", timedelta(seconds=1)),
@@ -88,11 +90,14 @@ def test_a_value_of_a_variable_is_read(field, text, value):
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg"])
 def test_a_postgresql_url_is_taken_in_each_spelling(scheme):
-    url = read_settings({"MAYFLY_DATABASE_URL": f"{scheme}://u:p@db:5433/mayfly?sslmode=require"}).database_url
+    text = (
+        f"{scheme}://u:p@db:5433/mayfly?sslmode=require&channel_binding=require&connect_timeout=10&application_name=m"
+    )
+    url = read_settings({"MAYFLY_DATABASE_URL": text}).database_url
 
     assert url is not None
     assert (url.drivername, url.host, url.port, url.password) == ("postgresql", "db", 5433, "p")
-    assert url.query == {"ssl": "require"}
+    assert url.query == {"sslmode": "require", "application_name": "m"}
 
 
 @pytest.mark.parametrize(
@@ -107,6 +112,14 @@ def test_a_postgresql_url_is_taken_in_each_spelling(scheme):
         ("base_url", "http://api.sync.so"),
         ("base_url", "https://user:pass@api.sync.so"),
         ("base_url", "https://api.sync.so?x=1"),
+        ("base_url", "https://api.sync.so/#"),
+        ("base_url", "https://api.sync.so/v2"),
+        ("base_url", "https://api.sync.so/v2/"),
+        ("base_url", "https://api.sync.so:port"),
+        ("base_url", "https://api.sync.so:99999"),
+        ("base_url", "http://[2001:4860::1]:8080"),
+        ("api_key", "sk-…1234"),
+        ("api_key", "sk-1 234"),
         ("ttl", "24"),
         ("ttl", "0"),
         ("ttl", "24hours"),
@@ -119,6 +132,16 @@ def test_a_postgresql_url_is_taken_in_each_spelling(scheme):
         ("database_url", "not a verysecret url"),
         ("redis_url", "localhost:6379"),
         ("redis_url", "http://redis:6379"),
+        ("redis_url", "redis://:verysecret/abc@127.0.0.1:6379/0"),
+        ("redis_url", "redis://localhost:abc"),
+        ("redis_url", "redis://[::1"),
+        ("redis_url", "redis://redis/one"),
+        ("redis_url", "redis://redis/0?foo=bar"),
+        ("redis_url", "rediss://redis/0?ssl_cert_reqs=bogus"),
+        ("redis_url", "sentinel://a:abc/mymaster/0"),
+        ("redis_url", "sentinel://u:verysecret/abc@a/mymaster/0"),
+        ("redis_url", "sentinel://a:26379/mymaster/one"),
+        ("redis_url", "sentinel://a:26379/mymaster/0?foo=bar"),
         ("port", "65536"),
         ("port", "-1"),
         ("port", "٨٠"),
@@ -208,9 +231,40 @@ def test_a_slip_of_the_pen_is_not_ignored_in_silence(name, meant):
     assert problems_of(**{name: "true"}) == [f"{name} is not an option: did you mean {meant}?"]
 
 
-@pytest.mark.parametrize("name", ["SYNC_GATEWAY", "PATH", "MAYFLY", "HOME", "MAYFLY_HOOK_URL_OF_MY_OWN"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("MAYFLY_DRY", "MAYFLY_MAX_DELETES", "MAYFLY_DEFAULT_TTL", "MAYFLY_TTL_FILE", "MAYFLY_WEBHOOK_SECRET"),
+        *("MAYFLY_TOLERANCE", "MAYFLY_HOOK_URL_OF_MY_OWN", "MAYFLY_X"),
+    ],
+)
+def test_no_variable_that_begins_like_ours_is_ignored_however_far_off(name):
+    (problem,) = problems_of(**{name: "true"})
+
+    assert problem.startswith(f"{name} is not an option")
+
+
+def test_a_variable_that_nothing_resembles_is_named_without_a_guess():
+    assert problems_of(MAYFLY_QQQQQQQQQQQQ="1") == ["MAYFLY_QQQQQQQQQQQQ is not an option"]
+
+
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("SYNC_GATEWAY", "PATH", "MAYFLY", "HOME", "MAYFLY_PUBLIC_URL"),
+        *("MAYFLY_API_SERVICE_HOST", "MAYFLY_API_SERVICE_PORT", "MAYFLY_API_SERVICE_PORT_HTTP", "MAYFLY_API_PORT"),
+        *("MAYFLY_API_PORT_80_TCP", "MAYFLY_API_PORT_80_TCP_ADDR", "MAYFLY_1_NAME", "MAYFLY_1_ENV_HOME"),
+    ],
+)
 def test_variables_of_others_are_none_of_our_business(name):
     assert read_settings({name: "x"}) == read_settings({})
+
+
+def test_a_file_for_a_secret_that_is_empty_is_not_taken_for_no_secret(tmp_path):
+    path = tmp_path / "secret"
+    path.write_text("\n")
+
+    assert problems_of(MAYFLY_DATABASE_URL_FILE=str(path)) == ["MAYFLY_DATABASE_URL_FILE cannot be read: it is empty"]
 
 
 @pytest.mark.parametrize("name", sorted(NOT_SUPPORTED))

@@ -73,6 +73,7 @@ def _records() -> None:
         sa.Column("wake_at", _INSTANT),
         sa.Column("attempts", sa.Integer, nullable=False),
         sa.Column("copied_attempt", sa.Integer),
+        sa.Column("counted_on", sa.Date),
         sa.Column("failing_since", _INSTANT),
         sa.Column("failures", sa.Integer, nullable=False),
         sa.Column("refusals", sa.Integer, nullable=False),
