@@ -201,8 +201,6 @@ class Chaos:
 
     async def _strike_last(self) -> None:
         """Take the bells of records that are due in a moment, and the workers; whatever else was done, these remain."""
-        # A due time is in whole seconds: early in one of them there is time for what follows.
-        await asyncio.sleep(1.05 - time.time() % 1)
         await asyncio.gather(*(self._announce(self.system.generation()) for _ in range(10)))
         await asyncio.sleep(0.2)
         await self._flush()
