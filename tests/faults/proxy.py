@@ -18,15 +18,16 @@ class Proxy:
         self._connect = connect
         self._trouble: Trouble | None = None
         self._needle = b""
+        self._after = b""
         self._is_once = False
         self._released = asyncio.Event()
         self.reached = asyncio.Event()
         self.port = 0
         self._tasks: set[asyncio.Task[None]] = set()
 
-    def trouble(self, kind: Trouble, needle: bytes, *, once: bool = False) -> None:
-        """Let requests that hold *needle* meet trouble from now on, or *once*."""
-        self._trouble, self._needle, self._is_once = kind, needle, once
+    def trouble(self, kind: Trouble, needle: bytes, *, after: bytes = b"", once: bool = False) -> None:
+        """Let requests that hold *needle* meet trouble from now on, or *once*; only behind *after* on a connection."""
+        self._trouble, self._needle, self._after, self._is_once = kind, needle, after, once
         self._released.clear()
         self.reached.clear()
 
@@ -54,7 +55,8 @@ class Proxy:
         assert task is not None
         self._tasks.add(task)
         try:
-            with contextlib.suppress(OSError, asyncio.IncompleteReadError):
+            # Cancelled at the end: asyncio would log that as a fault of the handler.
+            with contextlib.suppress(OSError, asyncio.IncompleteReadError, asyncio.CancelledError):
                 await self._forward(reader, writer)
         finally:
             writer.close()
@@ -78,8 +80,10 @@ class Proxy:
     async def _requests(
         self, reader: asyncio.StreamReader, upstream: asyncio.StreamWriter, is_losing: asyncio.Event
     ) -> None:
+        is_behind = False
         while data := await reader.read(65536):
-            if self._trouble is not None and self._needle in data:
+            is_behind = is_behind or (self._trouble is not None and self._after in data)
+            if self._trouble is not None and is_behind and self._needle in data:
                 trouble = self._trouble
                 self.reached.set()
                 if self._is_once:

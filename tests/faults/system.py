@@ -7,7 +7,7 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequenc
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import httpx
 
@@ -16,15 +16,20 @@ from service.generation import Key
 from service.queue import Bell
 from service.settings import Secret
 from service.simulator import Call, Generation, Operation, Simulator
-from tests.faults.databases import Ledger, Row
+from tests.faults.databases import Ledger, Row, migrated_sqlite
 from tests.faults.judging import FINAL, Sent, Verdict, WatchedCalls, judge
 from tests.faults.processes import Nursery, Process, RedisServer, free_port
+from tests.faults.pulse import Pulse
 from tests.support.waiting import eventually
 from tests.support.webhooks import SECRET
+
+T = TypeVar("T")
 
 API_KEY = "sk-faults-0123456789abcdef"
 TOKEN = "operator-token-of-the-fault-tests"
 SECRETS = (SECRET, API_KEY, TOKEN)
+# The pulse must not wait for a connection that a hundred webhooks have in use.
+_MANY = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 
 
 @dataclass
@@ -37,10 +42,14 @@ class System:
     redis: RedisServer
     ledger: Ledger
     client: httpx.AsyncClient
+    pulse: Pulse
     environment: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     sent: list[Sent] = field(default_factory=list)
     processes: list[Process] = field(default_factory=list)
+    # Whether hurry() rings as well. For tests of what an attempt leads to alone: where it is judged whether there is
+    # one at all, a bell of the test's own would do the repair that it is to see.
+    is_ringing: bool = False
 
     @property
     def url(self) -> str:
@@ -80,14 +89,18 @@ class System:
         return process
 
     async def api(self, **environment: str) -> Process:
-        """Start ``mayfly api`` and wait until it serves."""
+        """Start ``mayfly api``, wait until it serves, and have an eye on its health from then on."""
         process = self.spawn("api", **environment)
         await process.logged("web.started")
+        self.pulse.follow(process, int(environment.get("MAYFLY_PORT", self.port)))
         return process
 
-    async def worker(self, **environment: str) -> Process:
-        """Start ``mayfly worker`` and wait until it works."""
-        process = self.spawn("worker", **environment)
+    async def worker(self, *, without: str | None = None, **environment: str) -> Process:
+        """Start ``mayfly worker``, or one *without* a part (see crippled.py), and wait until it works."""
+        if without is None:
+            process = self.spawn("worker", **environment)
+        else:
+            process = self.spawn("worker", module="tests.faults.crippled", arguments=[without], **environment)
         await process.logged("worker.started")
         return process
 
@@ -136,26 +149,39 @@ class System:
         return [c for c in self.simulator.calls if c.generation_id == generation.id and c.operation is operation]
 
     async def hurry(self) -> None:
-        """Bring the next attempts forward to now, as waiting would, and ring for them."""
+        """Bring the next attempts forward to now, as waiting would. Whoever is to make them has to find that out."""
         await self.ledger.execute(
             "UPDATE records SET wake_at = :now WHERE state = 'scheduled' AND due_at <= :now AND wake_at > :now"
         )
-        with contextlib.suppress(*queue.QUEUE_ERRORS):
-            await self.ring()
+        if self.is_ringing:
+            with contextlib.suppress(*queue.QUEUE_ERRORS):
+                await self.ring()
 
     async def expire_leases(self) -> None:
         """End the leases of workers that were killed, as waiting a minute would."""
         await self.ledger.execute("UPDATE records SET wake_at = :now WHERE state = 'deleting'")
 
-    async def ring(self, *, times: int = 1) -> None:
-        """Ring the bell: the worker then looks at the ledger at once."""
+    async def ring(self, *, times: int = 1, at: datetime | None = None) -> None:
+        """Ring the bell, now or *at* a later time: a worker that hears it looks at the ledger at once."""
         pool = queue.connect(Secret(self.redis.url), retries=0)
         try:
             now = datetime.now(UTC)
-            bells = [Bell(Key("default", f"bell-{number}-{now.timestamp()}"), 0, now) for number in range(times)]
-            await queue.ring_later(pool, bells, now=now)
+            keys = [Key("default", f"bell-{number}-{now.timestamp()}") for number in range(times)]
+            await queue.ring_later(pool, [Bell(key, 0, at or now) for key in keys], now=now)
         finally:
             await pool.aclose(close_connection_pool=True)
+
+    async def bells(self) -> int:
+        """Count the bells that hang in Redis."""
+        return int(await self.redis.command("ZCARD", queue.QUEUE))
+
+    async def hung(self, number: int) -> None:
+        """Wait until *number* bells hang in Redis: the web side hangs them a moment after its answers."""
+
+        async def are_there() -> bool:
+            return await self.bells() == number
+
+        await eventually(are_there, seconds=5)
 
     async def until(self, generation: Generation, state: str, *, seconds: float = 20, is_hurried: bool = True) -> Row:
         """Wait until the record of *generation* is in *state*."""
@@ -185,6 +211,7 @@ class System:
             logs=[process.log for process in self.processes],
             secrets=SECRETS,
             may_fail=frozenset(one.id for one in may_fail),
+            unhealthy=self.pulse.breaches,
         )
 
     async def held(self, generation: Generation) -> None:
@@ -223,19 +250,59 @@ async def running(
 ) -> AsyncIterator[System]:
     """Run a simulator and a Redis with *options* for a System whose processes the test starts; end all of it."""
     simulator = Simulator(api_key=API_KEY, webhook_secret=SECRET, seed=0)
-    simulator.calls = WatchedCalls(ledger.has_copy)
+    simulator.calls = calls = WatchedCalls(ledger.has_copy)
     server = RedisServer(folder / "redis", options=options)
     await server.start()
-    async with simulator.serve(), httpx.AsyncClient(verify=False, trust_env=False, timeout=10) as client:  # noqa: S501
-        system = System(nursery, folder, simulator, server, ledger, client, dict(environment or {}))
+    async with (
+        simulator.serve(),
+        httpx.AsyncClient(verify=False, trust_env=False, timeout=10, limits=_MANY) as client,  # noqa: S501
+        Pulse(client, server.reach, ledger.reach).beating() as pulse,
+    ):
+        system = System(nursery, folder, simulator, server, ledger, client, pulse, dict(environment or {}))
+        looking = asyncio.create_task(calls.keep_looking())
         try:
             yield system
         finally:
+            looking.cancel()
             for generation_id in list(simulator.gates.waiting):
                 simulator.release(generation_id)
-            await asyncio.gather(*(process.kill() for process in system.processes))
-            server.thaw()
-            server.kill()
+            try:
+                await asyncio.gather(*(process.kill() for process in system.processes))
+            finally:
+                server.thaw()
+                server.kill()
+
+
+async def at_once(
+    nursery: Nursery, folder: Path, scenarios: Mapping[str, Callable[[System], Awaitable[T]]]
+) -> dict[str, T]:
+    """Play *scenarios*, each in a system of its own on SQLite, at the same time: most of it is waiting.
+
+    Return what they returned, by their names.
+    """
+    ledgers = {}
+    for name in scenarios:
+        (folder / name).mkdir()
+        ledgers[name] = await migrated_sqlite(folder / name)
+
+    async def play(name: str) -> T:
+        async with running(nursery, folder / name, ledgers[name]) as system:
+            return await _noted(scenarios[name], system)
+
+    async with asyncio.TaskGroup() as group:
+        played = {name: group.create_task(play(name)) for name in scenarios}
+    for ledger in ledgers.values():
+        ledger.close()
+    return {name: task.result() for name, task in played.items()}
+
+
+async def _noted(scenario: Callable[[System], Awaitable[T]], system: System) -> T:
+    """Play *scenario*, and let its failure tell in which system it was."""
+    try:
+        return await scenario(system)
+    except BaseException as error:
+        error.add_note(f"on {type(system.ledger).__name__}, in {system.folder}")
+        raise
 
 
 async def overdue(system: System, generation: Generation) -> None:
@@ -249,17 +316,10 @@ async def overdue(system: System, generation: Generation) -> None:
 def on_both(scenario: Callable[[System], Awaitable[None]]) -> Callable[..., Awaitable[None]]:
     """Make a test that runs *scenario* on SQLite and PostgreSQL at the same time: most of it is waiting."""
 
-    async def told(system: System) -> None:
-        try:
-            await scenario(system)
-        except BaseException as error:
-            error.add_note(f"on {type(system.ledger).__name__}, in {system.folder}")
-            raise
-
     async def test(both: tuple[System, System]) -> None:
         async with asyncio.TaskGroup() as group:
             for system in both:
-                group.create_task(told(system))
+                group.create_task(_noted(scenario, system))
 
     # Not functools.wraps: pytest would look for the scenario's own argument.
     test.__name__, test.__qualname__, test.__module__ = scenario.__name__, scenario.__qualname__, scenario.__module__

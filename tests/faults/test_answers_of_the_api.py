@@ -1,10 +1,12 @@
 """Rows 49 to 60: what each answer of the API leads to, over the whole of a running Mayfly."""
 
 import asyncio
-import re
+import contextlib
+import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator, Iterator, Sequence
 from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 
 import pytest
@@ -13,7 +15,7 @@ import pytest_asyncio
 from service.simulator import Generation, Operation, Simulator
 from tests.faults.databases import Row, migrated_sqlite
 from tests.faults.processes import Nursery
-from tests.faults.system import TOKEN, System, overdue, running
+from tests.faults.system import TOKEN, System, at_once, overdue, running
 from tests.support.waiting import eventually
 
 pytestmark = pytest.mark.asyncio(loop_scope="module")
@@ -31,6 +33,7 @@ async def shared(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("answers")
     ledger = await migrated_sqlite(folder)
     async with running(nursery, folder, ledger) as system:
+        system.is_ringing = True  # what is judged here is what an answer leads to, not who wakes up for the next one
         await asyncio.gather(system.api(), system.worker())
         yield system
     ledger.close()
@@ -243,16 +246,52 @@ async def test_a_silent_api_is_given_up_within_its_limit_and_the_next_look_settl
     await shared.until(generation, "deleted")
 
 
-@pytest.mark.parametrize("url", ["http://127.0.0.1:9", "https://127.0.0.1:{port}", "https://mayfly-test.invalid"])
-async def test_an_api_that_cannot_be_reached_is_network_trouble_and_fails_nothing(own: System, url: str):
-    port = re.sub(r".*:", "", own.simulator.url)
-    worker, _ = await asyncio.gather(own.worker(SYNC_BASE_URL=url.format(port=port)), own.api())
-    generation = await own.accepted(own.generation())
-    row = await put_off(own, generation)
+async def test_an_api_that_cannot_be_reached_is_network_trouble_and_fails_nothing(nursery: Nursery, tmp_path: Path):
+    with no_one_answers() as port:
+        addresses = {
+            "refused": "http://127.0.0.1:9",
+            "no_tls": "https://127.0.0.1:{simulator}",
+            "no_name": "https://mayfly-test.invalid",
+            "silent": f"http://127.0.0.1:{port}",
+        }
+        reach = {name: partial(cannot_be_reached, address) for name, address in addresses.items()}
+        seconds = await at_once(nursery, tmp_path, reach)
+
+    # Its connect timeout is 5 s, and the due time up to 1 s away.
+    assert 4.5 < seconds.pop("silent") < 9
+    assert max(seconds.values()) < 4
+
+
+async def cannot_be_reached(address: str, system: System) -> float:
+    """Let *system* call an API at *address*, then at the right one; return how long the first attempt took."""
+    url = address.format(simulator=system.simulator.url.rpartition(":")[2])
+    worker, _ = await asyncio.gather(system.worker(SYNC_BASE_URL=url), system.api())
+    generation = await system.accepted(system.generation())
+    begun = time.monotonic()
+    row = await put_off(system, generation)
+    seconds = time.monotonic() - begun
     assert row.last_error is not None
     assert row.last_error.startswith("the GET did not get through")
+    assert (row.state, row.failures, row.refusals) == ("scheduled", 1, 0)
     assert await worker.stop() == 0
-    await own.worker()
-    await own.drain()
+    assert system.simulator.calls == []
+    await system.hurry()
+    await system.worker()
+    await system.drain()
 
-    assert not (await own.judged()).all
+    assert not (await system.judged()).all
+    return seconds
+
+
+@contextlib.contextmanager
+def no_one_answers() -> Iterator[int]:
+    """Listen at a port where connections are neither taken nor refused: those that may wait do so already."""
+    with socket.create_server(("127.0.0.1", 0), backlog=0) as listener, contextlib.ExitStack() as waiting:
+        address = listener.getsockname()
+        for _ in range(4):
+            one = waiting.enter_context(socket.socket())
+            one.settimeout(0)
+            one.connect_ex(address)
+        with pytest.raises(TimeoutError):
+            socket.create_connection(address, timeout=0.3)
+        yield address[1]

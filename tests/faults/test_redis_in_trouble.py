@@ -1,20 +1,27 @@
 """Rows 6 to 13, 66 and 67: a Redis that is down, frozen, emptied, full, read-only, or holds bytes of others."""
 
 import asyncio
-import contextlib
 import pickle
 import time
+from collections.abc import Awaitable, Callable
+from datetime import UTC, datetime, timedelta
+from functools import partial
 from pathlib import Path
 from typing import Any
 
+import msgspec
 import pytest
+import redis.asyncio as redis
 
+from service import queue
 from service.simulator import Generation
-from tests.faults.processes import free_port
+from tests.faults.judging import Sent, Verdict
+from tests.faults.processes import Nursery, free_port
 from tests.faults.proxy import Proxy, Trouble
-from tests.faults.system import System, on_both, overdue
+from tests.faults.system import System, at_once, on_both, overdue
+from tests.support.waiting import eventually
 
-OLD_JOB = {"t": 1, "f": "delete_generation", "a": ["from", "an", "older", "release"], "k": {}, "et": 1}
+AWAY = timedelta(hours=30)
 
 
 async def timed(system: System, generation: Generation) -> float:
@@ -81,66 +88,166 @@ async def test_an_enqueue_that_fails_in_any_way_is_made_good_by_the_ledger(syste
     assert not (await system.judged()).all
 
 
-@on_both
-async def test_a_flushed_redis_loses_none_of_a_hundred_waiting_records_and_starts_none_early(system: System):
-    await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker())
+# Three ways to lose every bell. Each ends with records that are overdue and no bell that could ring for them: what
+# runs them is the ledger, or nothing.
+
+
+async def flushed(system: System, *, without: str | None = None) -> None:
+    """Empty Redis while a hundred records wait."""
+    await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker(without=without))
     generations = [system.generation() for _ in range(100)]
     await asyncio.gather(*map(system.accepted, generations))
+    await system.hung(100)
     await system.redis.command("FLUSHALL")
+    assert datetime.now(UTC) < min(row.due_at for row in await system.ledger.rows() if row.due_at)
+    assert await system.bells() == 0
     await overdue(system, generations[-1])
-    await system.drain()
-
-    assert len(system.simulator.removed) == 100
-    assert not (await system.judged()).all
 
 
-@pytest.mark.parametrize("is_kept", [True, False], ids=["with its file", "without"])
-async def test_a_redis_that_is_killed_and_comes_back_loses_nothing(system: System, *, is_kept: bool):
+async def restarted_empty(system: System, *, without: str | None = None) -> None:
+    """Kill a Redis that keeps nothing, and start it again."""
+    await killed(system, is_kept=False, without=without)
+
+
+async def killed(system: System, *, is_kept: bool, without: str | None = None) -> None:
+    """Kill Redis while ten records wait, and start it again, with its file or without."""
     await system.redis.command("CONFIG", "SET", "appendonly", "yes" if is_kept else "no")
-    _, worker = await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker())
+    await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker(without=without))
     generations = [await system.accepted(system.generation()) for _ in range(10)]
+    await system.hung(10)
     system.redis.kill()
     await asyncio.sleep(0.5)
     await system.redis.start()
-    await system.drain()
+    assert await system.bells() == (10 if is_kept else 0)
+    await overdue(system, generations[-1])
 
-    assert worker.exit_code is None
-    assert len(system.simulator.removed) == len(generations)
+
+async def expired(system: System, *, without: str | None = None) -> None:
+    """Have no worker until all jobs have expired, and then one."""
+    await system.api()
+    generations = [await system.accepted(system.generation()) for _ in range(10)]
+    await system.hung(10)
+    await overdue(system, generations[-1])
+    async with system.redis.client() as client:
+        keys = [key async for key in client.scan_iter("arq:job:*")]
+        assert await client.delete(*keys) == 10
+    await system.ledger.pass_time(AWAY)
+    assert await system.metric("mayfly_oldest_overdue_seconds") > AWAY.total_seconds()
+    assert await system.metric("mayfly_due_records") == 10
+    await system.worker(without=without)
+
+
+@on_both
+async def test_a_flushed_redis_loses_none_of_a_hundred_waiting_records_and_starts_none_early(system: System):
+    await flushed(system)
+    await system.drain(seconds=10)
+
+    assert len(system.simulator.removed) == 100
+    assert await system.bells() == 0  # nobody has hung them again
     assert not (await system.judged()).all
 
 
-@pytest.mark.parametrize("trouble", ["full", "read-only", "cannot save"])
-async def test_a_redis_that_takes_no_writes_delays_nothing_but_bells(system: System, trouble: str):
-    api, worker = await asyncio.gather(system.api(), system.worker())
-    broken, healed = {
-        "full": (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0")),
-        "read-only": (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE")),
-        "cannot save": (("CONFIG", "SET", "save", "1 1", "dir", "/proc"), ("CONFIG", "SET", "save", "")),
-    }[trouble]
-    with contextlib.suppress(Exception) if trouble == "cannot save" else contextlib.nullcontext():
-        await system.redis.command(*broken)
+async def test_a_redis_that_is_killed_and_comes_back_loses_nothing(nursery: Nursery, tmp_path: Path):
+    async def loses_nothing(system: System, *, is_kept: bool) -> None:
+        await killed(system, is_kept=is_kept)
+        await system.drain(seconds=10)
+
+        assert len(system.simulator.removed) == 10
+        assert [process.exit_code for process in system.processes] == [None, None]
+        assert not (await system.judged()).all
+
+    both = {"with_its_file": partial(loses_nothing, is_kept=True), "without": partial(loses_nothing, is_kept=False)}
+    await at_once(nursery, tmp_path, both)
+
+
+@on_both
+async def test_records_whose_jobs_expired_while_no_worker_was_there_run_when_one_returns(system: System):
+    await expired(system)
+    await system.drain(seconds=10)
+
+    assert len(system.simulator.removed) == 10
+    assert await system.metric("mayfly_oldest_overdue_seconds") == 0
+    assert not (await system.judged()).all
+
+
+async def test_the_judge_sees_all_of_them_stay_behind_without_the_ledgers_dispatch(nursery: Nursery, tmp_path: Path):
+    async def is_left_behind(scenario: Callable[..., Awaitable[None]], system: System) -> Verdict:
+        await scenario(system, without="ledger")
+        await asyncio.sleep(3)
+        verdict = await system.judged()
+        await system.ring()  # a bell would have helped: the worker has nothing else wrong
+        await system.drain(seconds=10)
+        assert not (await system.judged()).lost
+        return verdict
+
+    scenarios = {one.__name__: partial(is_left_behind, one) for one in (flushed, restarted_empty, expired)}
+    verdicts = await at_once(nursery, tmp_path, scenarios)
+
+    assert {name: len(one.lost) for name, one in verdicts.items()} == {
+        "flushed": 100,
+        "restarted_empty": 10,
+        "expired": 10,
+    }
+    assert not any([*one.early, *one.unrecorded, *one.uninvited, *one.leaked] for one in verdicts.values())
+
+
+async def test_a_redis_that_takes_no_writes_delays_nothing_but_bells(nursery: Nursery, tmp_path: Path):
+    troubles = {
+        "full": (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0"), "command not allowed when"),
+        "read_only": (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"), "read only replica"),
+        "cannot_save": (("CONFIG", "SET", "save", "3600 1"), ("CONFIG", "SET", "save", ""), "MISCONF"),
+    }
+    await at_once(nursery, tmp_path, {name: partial(takes_no_writes, *words) for name, words in troubles.items()})
+
+
+async def takes_no_writes(broken: tuple[str, ...], healed: tuple[str, ...], refusal: str, system: System) -> None:
+    """Let Redis refuse writes with *refusal* from its command *broken* to *healed*."""
+    await asyncio.gather(system.api(), system.worker())
+    await system.redis.command(*broken)
+    if refusal == "MISCONF":
+        await let_a_save_fail(system)
+    with pytest.raises(redis.RedisError, match=refusal):
+        await system.redis.command("SET", "anything", "at all")
     generation = system.generation()
     assert await timed(system, generation) < 2
     await system.until(generation, "deleted", is_hurried=False)
+    assert await system.metric("mayfly_enqueue_failures_total") == 1
     await system.redis.command(*healed)
     later = await system.accepted(system.generation())
     await system.until(later, "deleted", is_hurried=False)
 
-    assert worker.exit_code is None
-    assert api.exit_code is None
+    assert await system.metric("mayfly_enqueue_failures_total") == 1
+    assert [process.exit_code for process in system.processes] == [None, None]
     assert not (await system.judged()).all
 
 
-async def test_a_worker_that_starts_without_a_redis_works_and_hears_bells_once_it_is_there(system: System):
+async def let_a_save_fail(system: System) -> None:
+    """Have Redis find a folder where its dump should be."""
+    (system.folder / "redis" / "dump.rdb").mkdir()
+    await system.redis.command("BGSAVE")
+
+    async def has_failed() -> bool:
+        async with system.redis.client() as client:
+            return bool((await client.info("persistence"))["rdb_last_bgsave_status"] == "err")
+
+    await eventually(has_failed)
+
+
+async def test_a_worker_works_without_a_redis_and_hears_bells_as_soon_as_there_is_one(system: System):
     system.redis.kill()
-    _, worker = await asyncio.gather(system.api(), system.worker())
+    _, worker, listener = await asyncio.gather(system.api(), system.worker(), system.worker(without="ledger"))
     generation = await system.accepted(system.generation())
     await system.until(generation, "deleted", is_hurried=False)
-    await system.redis.start()
-    later = await system.accepted(system.generation())
-    await system.until(later, "deleted", is_hurried=False)
+    assert await worker.stop() == 0
+    for outages in (1, 2):
+        # What is left wakes by bells alone. It has missed Redis, its arq worker has ended, and is started again.
+        await listener.logged("bells.unheard", times=outages)
+        await system.redis.start()
+        later = await system.accepted(system.generation())
+        await system.until(later, "deleted", is_hurried=False, seconds=10)
+        system.redis.kill()
 
-    assert worker.exit_code is None
+    assert listener.exit_code is None
     assert not (await system.judged()).all
 
 
@@ -153,53 +260,124 @@ async def test_a_redis_that_would_drop_jobs_is_refused_at_start(system: System):
         assert "noeviction" in process.log.read_text()
 
 
-async def test_records_whose_jobs_expired_while_no_worker_was_there_run_when_one_returns(system: System):
-    await system.api()
-    generations = [await system.accepted(system.generation()) for _ in range(5)]
-    await overdue(system, generations[-1])
-    async with system.redis.client() as client:
-        keys = [key async for key in client.scan_iter("arq:job:*")]
-        await client.delete(*keys)
-    assert await system.metric("mayfly_oldest_overdue_seconds") > 0
-    assert await system.metric("mayfly_due_records") == 5
-    await system.worker()
-    await system.drain()
+class Bomb:
+    """What a pickle may do when it is read."""
 
-    assert len(system.simulator.removed) == 5
-    assert await system.metric("mayfly_oldest_overdue_seconds") == 0
-    assert not (await system.judged()).all
+    def __init__(self, target: Path) -> None:
+        self._target = target
+
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return (eval, (f"open({str(self._target)!r}, 'w').close()",))
 
 
-async def test_hostile_and_foreign_bytes_in_redis_run_no_code_and_stop_nobody(system: System, tmp_path: Path):
-    target = tmp_path / "owned"
+def packed(function: Any, *arguments: Any, t: Any = None, et: Any = 1, **keywords: Any) -> bytes:  # noqa: ANN401
+    """Return the payload of a job as arq and our serializer write it."""
+    return msgspec.msgpack.encode({"t": t, "f": function, "a": arguments, "k": keywords, "et": et})
 
-    class Bomb:
-        def __reduce__(self) -> tuple[Any, tuple[str]]:
-            return (eval, (f"open({str(target)!r}, 'w').close()",))  # what a pickle may do
 
-    _, worker = await asyncio.gather(system.api(), system.worker())
+async def hang(system: System, job_id: bytes, payload: bytes | None) -> None:
+    """Put a job into the queue as somebody else would."""
     now = int(time.time() * 1000)
-    bytes_of_others = {
-        "bomb": pickle.dumps({"t": 1, "f": "cleanup", "a": (Bomb(),), "k": {}, "et": now}),
-        "old": pickle.dumps(OLD_JOB),
+    if payload is not None:
+        await system.redis.command("PSETEX", b"arq:job:" + job_id, 600_000, payload)
+    await system.redis.command("ZADD", queue.QUEUE, now - 1000, job_id)
+
+
+async def left_in_redis(system: System) -> list[Any]:
+    """Return what is left of all jobs: ids in the queue, payloads, and results."""
+    async with system.redis.client() as client:
+        kept = [key async for key in client.scan_iter("arq:*") if b":in-progress:" not in key and b":retry:" not in key]
+        return [*await client.zrange(queue.QUEUE, 0, -1), *kept]
+
+
+async def is_empty(system: System) -> bool:
+    """Whether no job is left."""
+    return not await left_in_redis(system)
+
+
+async def test_hostile_bytes_in_redis_run_no_code_and_are_out_of_the_way_of_bells_at_once(
+    system: System, tmp_path: Path
+):
+    target = tmp_path / "owned"
+    # It wakes by bells alone, and those of the webhook hang behind the hostile ones.
+    _, worker = await asyncio.gather(system.api(), system.worker(without="ledger"))
+    now = int(time.time() * 1000)
+    for job_id, payload in {
+        "bomb": pickle.dumps({"t": 1, "f": "cleanup", "a": (Bomb(target),), "k": {}, "et": now}),
         "noise": b"\xff\x00\xfe not a job",
         "deep": b"\x91" * 100_000,
+        "number": msgspec.msgpack.encode(7),
+        "nobody": packed("no function of ours", "x"),
+        "list": msgspec.msgpack.encode([1, 2, 3]),
         "empty": b"",
-    }
-    for name, data in bytes_of_others.items():
-        await system.redis.command("PSETEX", f"arq:job:{name}", 60_000, data)
-        await system.redis.command("ZADD", "mayfly:v1", now, name)
-    await system.redis.command("ZADD", "mayfly:v1", now, b"\xff\xfe\x00", now, "no job at all")
+        "no job at all": None,
+    }.items():
+        await hang(system, job_id.encode(), payload)
     generation = await system.accepted(system.generation())
     await system.until(generation, "deleted", is_hurried=False)
 
+    await eventually(partial(is_empty, system))
     assert not target.exists()
+    assert worker.exit_code is None
+    assert worker.events("bells.crashed") == []
+    assert not (await system.judged()).all
+
+
+@pytest.mark.parametrize(
+    ("job_id", "payload"),
+    [(b"\xff\xfe\x00", b"any"), (b"a job", packed(["no name"])), (b"a job", packed(queue.FUNCTION, t="no number"))],
+    ids=["an id that is no text", "a function that is no name", "a try that is no number"],
+)
+async def test_what_arq_itself_falls_over_does_not_silence_the_bells(system: System, job_id: bytes, payload: bytes):
+    _, worker = await asyncio.gather(system.api(), system.worker(without="ledger"))
+    await hang(system, job_id, payload)
+    generation = await system.accepted(system.generation())
+    await system.until(generation, "deleted", is_hurried=False, seconds=8)
+
+    await eventually(partial(is_empty, system), seconds=8)
     assert worker.exit_code is None
     assert not (await system.judged()).all
 
 
+@on_both
+async def test_jobs_of_another_release_wake_the_worker_or_go_and_its_rows_run(system: System):
+    _, listener = await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker(without="ledger"))
+    rung = await system.accepted(system.generation())
+    await system.hung(1)
+    await system.redis.command("FLUSHALL")
+    await overdue(system, rung)
+    # Nothing else can wake this worker: the job of an older release does, whatever it brings along.
+    await hang(system, b"older", packed(queue.FUNCTION, "default", rung.id, 1))
+    await system.until(rung, "deleted", is_hurried=False)
+    await hang(system, b"with names", packed(queue.FUNCTION, account="default", attempt=1))
+    await hang(system, b"renamed", packed("delete_generation", rung.id))
+    await eventually(partial(is_empty, system))
+    assert listener.events("bells.crashed") == []
+    left = await a_row_of_an_older_release(system)
+    await system.worker()
+    await system.drain()
+
+    assert (await system.row(left)).outcome == "deleted"
+    assert listener.exit_code is None
+    assert not (await system.judged()).all
+
+
+async def a_row_of_an_older_release(system: System) -> Generation:
+    """Write a record that knows less than ours: after attempts and a copy that left no traces but the least."""
+    generation = system.generation()
+    body = f'{{"id":"{generation.id}","status":"COMPLETED"}}'
+    await system.ledger.execute(
+        "INSERT INTO records (seq, account, id, state, status, notification, copy, received_at, copied_at, due_at, "  # noqa: S608
+        "wake_at, attempts, failures, refusals, rule) "
+        f"SELECT seq - 1, account, '{generation.id}', 'scheduled', status, '{body}', '{body}', received_at, copied_at, "
+        "due_at, due_at, 3, 3, 1, 'a rule that is no more' FROM records"
+    )
+    system.sent.append(Sent(generation.id, 202, datetime.now(UTC), (await system.row(generation)).due_at))
+    return generation
+
+
 async def test_a_queue_key_of_another_type_stops_no_deletion(system: System):
-    await system.redis.command("SET", "mayfly:v1", "not a queue")
+    await system.redis.command("SET", queue.QUEUE, "not a queue")
     _, worker = await asyncio.gather(system.api(), system.worker())
     generation = await system.accepted(system.generation())
     await system.until(generation, "deleted", is_hurried=False)

@@ -6,7 +6,7 @@ import signal
 import sqlite3
 import ssl
 import time
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import quote
@@ -65,6 +65,11 @@ class Website:
         with contextlib.closing(sqlite3.connect(self.ledger)) as connection:
             (count,) = connection.execute("SELECT count(*) FROM records").fetchone()
             return int(count)
+
+    def write(self, statement: str, values: Sequence[str | int]) -> None:
+        """Change the ledger behind its back."""
+        with contextlib.closing(sqlite3.connect(self.ledger, timeout=10)) as connection, connection:
+            connection.execute(statement, values)
 
     def metric(self, name: str) -> float:
         """Read one number from the metrics."""

@@ -1,24 +1,31 @@
 """Bells are arq jobs in one form for web and worker; they ring at their time, once, and can be moved and silenced."""
 
 import asyncio
+import os
+import pickle
 import shutil
 import signal
 import tempfile
-from datetime import timedelta
+import time
+from contextlib import asynccontextmanager
+from datetime import UTC, timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from arq.constants import job_key_prefix
-from arq.worker import Worker, func
+from arq.constants import abort_jobs_ss, in_progress_key_prefix, job_key_prefix, result_key_prefix, retry_key_prefix
+from arq.jobs import Job
 
+import workers.main
 from service import queue
 from service.generation import Key
 from service.queue import Bell, QueueError
 from service.settings import Secret
+from service.tasks import end
 from tests.support.ledger import HOUR, utc_now
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually
+from workers.dispatch import Dispatcher
 
 ID = b"default:g1:1"
 
@@ -35,20 +42,29 @@ async def scores(pool):
     return dict(await pool.zrange(queue.QUEUE, 0, -1, withscores=True))
 
 
-def worker_of(pool, heard):
-    async def ring_(ctx):
-        heard.append(ctx["job_id"])
+class Listener(Dispatcher):
+    """What a worker's arq tells of bells: it counts them, where a dispatcher would look at the ledger."""
 
-    return Worker(
-        functions=[func(ring_, name=queue.FUNCTION)],
-        queue_name=queue.QUEUE,
-        redis_pool=pool,
-        handle_signals=False,
-        keep_result=0,
-        poll_delay=0.02,
-        job_serializer=pool.job_serializer,
-        job_deserializer=pool.job_deserializer,
-    )
+    def __init__(self) -> None:
+        self.rung = 0
+
+    def ring(self):
+        self.rung += 1
+
+
+@asynccontextmanager
+async def listening(redis_url):
+    """Run the arq worker of ``mayfly worker`` on a pool of its own and yield what hears it."""
+    pool = queue.connect(Secret(redis_url), retries=1)
+    listener = Listener()
+    worker = workers.main._arq_worker(pool, listener)
+    task = asyncio.create_task(worker.async_run())
+    try:
+        yield listener
+    finally:
+        worker.handle_sig(signal.SIGTERM)
+        await end([task])
+        await pool.aclose(close_connection_pool=True)
 
 
 @pytest.fixture
@@ -68,19 +84,107 @@ async def test_a_bell_is_a_delayed_job_with_the_records_key_and_attempt_as_its_i
 
 
 async def test_arq_hears_what_we_ring_when_its_time_has_come_and_not_before(pool, redis_url):
-    heard: list[str] = []
-    other = queue.connect(Secret(redis_url), retries=1)
-    worker = worker_of(other, heard)
-    task = asyncio.create_task(worker.async_run())
-    await ring(pool, bell("now", delay=-HOUR), bell("soon", delay=timedelta(seconds=0.4)), bell("later"))
-    await eventually(lambda: heard == ["default:now:1"], seconds=3)
-    await eventually(lambda: heard == ["default:now:1", "default:soon:1"], seconds=3)
-    left = await scores(pool)
-    worker.handle_sig(signal.SIGTERM)
-    await asyncio.gather(task, return_exceptions=True)
-    await other.aclose(close_connection_pool=True)
+    async with listening(redis_url) as listener:
+        await ring(pool, bell("now", delay=-HOUR), bell("soon", delay=timedelta(seconds=1)), bell("later"))
+        await eventually(lambda: listener.rung == 1, seconds=3)
+        begun = time.monotonic()
+        await eventually(lambda: listener.rung == 2, seconds=3)
+        left = await scores(pool)
 
+    assert time.monotonic() - begun > 0.3
     assert [*left] == [b"default:later:1"]
+
+
+async def test_a_bell_that_was_heard_leaves_nothing_and_can_be_rung_again(pool, redis_url):
+    async with listening(redis_url) as listener:
+        for _ in range(3):
+            await ring(pool, bell("again", delay=-HOUR))
+            # arq refuses the id of a job whose result lives, and passes over one that is marked as in progress.
+            await eventually(lambda: is_gone(pool, "default:again:1"), seconds=3)
+
+    assert listener.rung == 3
+
+
+async def is_gone(pool, job_id):
+    prefixes = (job_key_prefix, in_progress_key_prefix, retry_key_prefix, result_key_prefix)
+    return not await pool.exists(*(prefix + job_id for prefix in prefixes)) and not await scores(pool)
+
+
+async def test_no_number_of_tries_silences_a_bell(pool, redis_url):
+    await pool.set(retry_key_prefix + "default:g1:1", 5000)
+    await ring(pool, bell(delay=-HOUR))
+    async with listening(redis_url) as listener:
+        await eventually(lambda: listener.rung == 1, seconds=3)
+
+
+async def test_an_abort_that_somebody_sent_neither_silences_a_bell_nor_stays_in_its_way(pool, redis_url):
+    await pool.zadd(abort_jobs_ss, {"default:g1:1": int(time.time() * 1000)})
+    await ring(pool, bell(delay=timedelta(seconds=0.3)))
+    async with listening(redis_url) as listener:
+        job = Job("default:g1:1", pool, _queue_name=queue.QUEUE, _deserializer=pool.job_deserializer)
+        assert not await job.abort(timeout=0.1)
+        await eventually(lambda: listener.rung == 1, seconds=3)
+
+
+async def test_only_our_own_queue_is_heard_and_only_in_our_own_form(pool, redis_url, tmp_path):
+    target = tmp_path / "owned"
+
+    class Bomb:
+        def __reduce__(self) -> tuple[Any, tuple[str]]:
+            return (eval, (f"open({str(target)!r}, 'w').close()",))  # what a pickle may do
+
+    await pool.enqueue_job(queue.FUNCTION, _job_id="elsewhere", _queue_name="arq:queue")
+    await pool.set(
+        job_key_prefix + "pickled", pickle.dumps({"t": 1, "f": queue.FUNCTION, "a": (Bomb(),), "k": {}, "et": 1})
+    )
+    await pool.zadd(queue.QUEUE, {"pickled": 1})
+    async with listening(redis_url) as listener:
+        await eventually(lambda: is_gone(pool, "pickled"), seconds=3)
+        await ring(pool, bell(delay=-HOUR))
+        await eventually(lambda: listener.rung == 1, seconds=3)
+
+    assert not target.exists()
+    assert await pool.zcard("arq:queue") == 1
+
+
+async def test_a_worker_that_dies_with_a_bell_in_hand_holds_that_id_for_seconds_and_not_for_minutes(pool):
+    worker = workers.main._arq_worker(pool, Listener())
+
+    # arq holds an id for the longest job_timeout of all functions and ten seconds more.
+    assert worker.in_progress_timeout_s <= 30
+    assert all(one.timeout_s is None for one in worker.functions.values())
+    assert all(one.max_tries is None and one.keep_result_s is None for one in worker.functions.values())
+
+
+async def test_each_process_has_a_health_key_of_its_own_that_ends_soon_after_it(pool, redis_url):
+    async with listening(redis_url):
+        (key,) = await eventually(lambda: pool.keys(f"{queue.QUEUE}:health:*"), seconds=3)
+
+        assert key.decode().endswith(f":{os.getpid()}")
+        assert await pool.pttl(key) <= 16_000
+
+
+async def test_arq_is_built_with_the_settings_that_keep_bells_from_being_lost(pool):
+    worker = workers.main._arq_worker(pool, Listener())
+    is_built = {
+        "queue_name": queue.QUEUE,
+        "keep_result_s": 0,
+        "keep_result_forever": False,
+        "max_tries": 10**6,
+        "allow_abort_jobs": False,
+        "job_serializer": pool.job_serializer,
+        "job_deserializer": pool.job_deserializer,
+        "timezone": UTC,
+        "burst": False,
+        "cron_jobs": [],
+        "on_job_start": None,  # a hook that raises would end the worker
+        "on_job_end": None,
+        "after_job_end": None,
+    }
+
+    assert {name: getattr(worker, name) for name in is_built} == is_built
+    assert list(worker.functions) == [queue.FUNCTION]
+    assert worker.poll_delay_s <= 0.2
 
 
 async def test_ringing_again_moves_the_one_job(pool):

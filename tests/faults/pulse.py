@@ -1,0 +1,94 @@
+"""The pulse: every web side is asked how it is, all the time; it must answer within a second and not lie (I7)."""
+
+import asyncio
+import contextlib
+import time
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from typing import Any
+
+import httpx
+
+from tests.faults.processes import Process, Reach
+
+EVERY_SECONDS = 1.0
+# A second, and a half for a machine that others use.
+LIMIT_SECONDS = 1.5
+_PATIENCE_SECONDS = 5.0
+# A server that went away a moment ago may still have answered.
+_SETTLED_SECONDS = 0.3
+_PATHS = ("/health/ready", "/metrics", "/health/live")
+_TICK_SECONDS = 0.05
+
+
+@dataclass(slots=True)
+class Pulse:
+    """What was asked and what was wrong with the answers; *redis* and *database* are what may be away."""
+
+    client: httpx.AsyncClient
+    redis: Reach
+    database: Reach | None
+    asked: int = 0
+    breaches: list[str] = field(default_factory=list)
+    _stalled: float = 0.0  # for how long our own event loop, and not a web side, kept answers waiting
+    _tasks: list[asyncio.Task[None]] = field(default_factory=list)
+
+    @contextlib.asynccontextmanager
+    async def beating(self) -> AsyncIterator["Pulse"]:
+        """Watch the event loop, and what follow() was told of, until the block ends."""
+        self._tasks.append(asyncio.create_task(self._watch_ourselves()))
+        try:
+            yield self
+        finally:
+            for task in self._tasks:
+                task.cancel()
+            await asyncio.gather(*self._tasks, return_exceptions=True)
+
+    def follow(self, process: Process, port: int) -> None:
+        """Ask the web side at *port* from now on, as long as *process* runs."""
+        self._tasks.append(asyncio.create_task(self._ask_on(process, port)))
+
+    async def _ask_on(self, process: Process, port: int) -> None:
+        while process.exit_code is None:
+            for path in _PATHS:
+                await asyncio.sleep(EVERY_SECONDS / len(_PATHS))
+                if process.is_left_alone:
+                    await self._ask(process, f"http://127.0.0.1:{port}{path}")
+
+    async def _ask(self, process: Process, url: str) -> None:
+        begun, stalled = time.monotonic(), self._stalled
+        try:
+            answer = await self.client.get(url, timeout=_PATIENCE_SECONDS)
+        except httpx.HTTPError as error:
+            found = [f"I7 {url} gave no answer: {type(error).__name__}"]
+        else:
+            seconds = time.monotonic() - begun - (self._stalled - stalled)
+            found = [f"I7 {url} answered after {seconds:.2f} s"] if seconds > LIMIT_SECONDS else []
+            found += [f"I7 {url} {lie}" for lie in self._lies(url, answer, begun)]
+        if process.is_left_alone and process.signalled_at < begun:
+            self.asked += 1
+            self.breaches += found
+
+    def _lies(self, url: str, answer: httpx.Response, begun: float) -> list[str]:
+        """Return what *answer*, asked for at *begun*, says against what is known."""
+        settled = begun - _SETTLED_SECONDS
+        is_redis_away = self.redis.is_away_since(settled)
+        is_database_away = self.database is not None and self.database.is_away_since(settled)
+        if url.endswith("/live"):
+            return [] if answer.status_code == 200 else [f"says {answer.status_code} of a process that lives"]
+        if url.endswith("/metrics"):
+            is_up = "\nmayfly_ledger_up 1.0" in answer.text
+            return ["says that a ledger is up that is not"] if is_database_away and is_up else []
+        parts: dict[str, Any] = answer.json()["parts"]
+        lies = []
+        if is_redis_away and parts["redis"]["status"] != "failing":
+            lies.append("says that a Redis is well that is not")
+        if is_database_away and (answer.status_code != 503 or parts["ledger"]["status"] != "failing"):
+            lies.append("says that a ledger is well that is not")
+        return lies
+
+    async def _watch_ourselves(self) -> None:
+        while True:
+            begun = time.monotonic()
+            await asyncio.sleep(_TICK_SECONDS)
+            self._stalled += max(0.0, time.monotonic() - begun - _TICK_SECONDS - 0.02)
