@@ -1,9 +1,9 @@
 """How the service is: alive, ready, and in numbers."""
 
 import asyncio
-from collections.abc import Awaitable, Callable
+from collections.abc import Callable
 from datetime import datetime, timedelta
-from typing import Literal, TypeVar
+from typing import Literal
 
 import msgspec
 from arq.connections import ArqRedis
@@ -17,9 +17,8 @@ from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.ledger.pausing import Kind, Pause
 from service.queue import QUEUE_ERRORS
+from service.tasks import within
 from service.telemetry import Metrics
-
-T = TypeVar("T")
 
 _TEXT = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")  # Litestar adds that itself
 _CHECK_SECONDS = 0.9
@@ -76,7 +75,7 @@ async def ready(
 
 async def _ledger(database: Database) -> Part:
     try:
-        await _bounded(lambda: database.write(migrating.check_writable))
+        await within(_CHECK_SECONDS, database.write(migrating.check_writable))
     except SchemaError as error:
         return Part("failing", str(error))
     except (LedgerUnavailableError, TimeoutError):
@@ -86,7 +85,7 @@ async def _ledger(database: Database) -> Part:
 
 async def _redis(queue_pool: ArqRedis) -> Part:
     try:
-        await _bounded(queue_pool.ping)
+        await within(_CHECK_SECONDS, queue_pool.ping())
     except QUEUE_ERRORS:
         return Part("failing", "Redis does not answer: webhooks are stored, deletions are started from the ledger")
     return Part("ok")
@@ -94,8 +93,9 @@ async def _redis(queue_pool: ArqRedis) -> Part:
 
 async def _deletions(database: Database, now: datetime, *, is_dry_run: bool) -> Part:
     try:
-        pauses, next_wake = await _bounded(
-            lambda: database.read(lambda connection: (pausing.find(connection), reading.next_wake(connection)))
+        pauses, next_wake = await within(
+            _CHECK_SECONDS,
+            database.read(lambda connection: (pausing.find(connection), reading.next_wake(connection))),
         )
     except (LedgerUnavailableError, TimeoutError):
         return Part("failing", "the database does not answer")
@@ -119,11 +119,6 @@ def _explained(pause: Pause) -> str:
     return f"since {pause.since:%Y-%m-%d %H:%M:%S} UTC by {pause.actor}: {pause.reason}; {advice[pause.kind]}"
 
 
-async def _bounded(call: Callable[[], Awaitable[T]]) -> T:
-    async with asyncio.timeout(_CHECK_SECONDS):
-        return await call()
-
-
 @get("/metrics", tags=["health"], summary="Prometheus metrics", media_type=_TEXT)
 async def show_metrics(
     database: NamedDependency[Database], metrics: NamedDependency[Metrics], now: NamedDependency[Callable[[], datetime]]
@@ -136,8 +131,9 @@ async def show_metrics(
 async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> None:
     """Read the ledger's gauges; without a ledger they keep still, and mayfly_ledger_up says so."""
     try:
-        backlog, pauses = await _bounded(
-            lambda: database.read(lambda connection: (reading.backlog(connection, now=now), pausing.find(connection)))
+        backlog, pauses = await within(
+            _CHECK_SECONDS,
+            database.read(lambda connection: (reading.backlog(connection, now=now), pausing.find(connection))),
         )
     except (LedgerUnavailableError, TimeoutError):
         metrics.ledger_up.set(0)

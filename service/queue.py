@@ -168,6 +168,18 @@ async def silence(pool: ArqRedis, bells: Sequence[Bell]) -> None:
         await pipeline.execute()
 
 
+async def throw_away_what_rings(pool: ArqRedis, *, now: datetime) -> None:
+    """Take jobs whose time has come out of the queue, whoever put them there and whatever their ids are.
+
+    Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS.
+    """
+    async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
+        ids: list[bytes] = await pool.zrangebyscore(QUEUE, "-inf", _milliseconds(now), start=0, num=_COMMANDS_AT_ONCE)
+        if ids:
+            await pool.zrem(QUEUE, *ids)
+            await pool.delete(*(job_key_prefix.encode() + job_id for job_id in ids))
+
+
 def job_id_of(bell: Bell) -> str:
     """Return the job's id, the same each time: ringing twice moves the one job, and a begun attempt can be silenced.
 

@@ -1,8 +1,10 @@
-"""Ending tasks for good."""
+"""Ending tasks for good, and not waiting for those that end slowly."""
 
 import asyncio
-from collections.abc import Collection
-from typing import Any
+from collections.abc import Awaitable, Collection
+from typing import Any, TypeVar
+
+T = TypeVar("T")
 
 _CANCEL_AGAIN_SECONDS = 0.2
 
@@ -17,3 +19,33 @@ async def end(tasks: Collection[asyncio.Task[Any]]) -> None:
         for task in pending:
             task.cancel()
         await asyncio.wait(pending, timeout=_CANCEL_AGAIN_SECONDS)
+
+
+# Calls that were too slow and have still to end: asyncio itself keeps no hold of its tasks.
+_slow: set[asyncio.Future[Any]] = set()
+
+
+async def within(seconds: float, call: Awaitable[T]) -> T:
+    """Return what *call* does, if it does so in time. One that does not is cancelled and not waited for.
+
+    asyncio.timeout() would wait: the driver of a PostgreSQL that hangs takes two seconds to give up its connection.
+
+    Raises: TimeoutError, and whatever *call* raises.
+    """
+    task = asyncio.ensure_future(call)
+    try:
+        done, _ = await asyncio.wait([task], timeout=seconds)
+    finally:
+        if not task.done():
+            task.cancel()
+            _slow.add(task)
+            task.add_done_callback(_forget)
+    if not done:
+        raise TimeoutError
+    return task.result()
+
+
+def _forget(task: asyncio.Future[Any]) -> None:
+    _slow.discard(task)
+    if not task.cancelled():
+        task.exception()  # asked for, so that asyncio does not log it

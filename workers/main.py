@@ -194,7 +194,11 @@ async def _hear_bells(pool: ArqRedis, dispatcher: Dispatcher, metrics: Metrics) 
                 what_now="deletions start from the ledger meanwhile",
             )
         except Exception:  # bytes in Redis that are none of ours
-            log.exception("bells.crashed", what_now="the arq worker is started again")
+            log.exception("bells.crashed", what_now="what rings now is thrown away, the ledger is looked at")
+            # Left where it is, it would end the next arq worker as well, and the bells behind it would never be heard.
+            with contextlib.suppress(*queue.QUEUE_ERRORS):
+                await queue.throw_away_what_rings(pool, now=_now())
+            dispatcher.ring()
         finally:
             # Not its close(), which would close the pool as well.
             worker.handle_sig(signal.SIGTERM)

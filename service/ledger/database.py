@@ -6,6 +6,7 @@ so a whole transaction costs one hop and writers queue fairly; on PostgreSQL asy
 
 import asyncio
 import sqlite3
+import time
 from collections.abc import AsyncIterator, Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
@@ -13,6 +14,7 @@ from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
 from sqlalchemy import URL, Connection, create_engine, event
+from sqlalchemy.engine.interfaces import DBAPICursor
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 T = TypeVar("T")
@@ -23,6 +25,7 @@ WRITE_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 10.0
 # An index on a table of millions takes minutes; nobody waits for an answer meanwhile.
 MIGRATION_SECONDS = 3600.0
+_LOOK_AGAIN_SECONDS = 0.001
 _READ_THREADS = 4
 # The classes of SQL states for values that do not fit: data exceptions, and limits such as an index entry's.
 _REFUSED_STATES = ("22", "54")
@@ -85,8 +88,7 @@ class SqliteDatabase:
         )
         event.listen(self._engine, "connect", _prepare_sqlite)
         event.listen(self._engine, "begin", _begin_sqlite)
-        # A deferred transaction that reads first cannot become a writer later: it fails at once as "locked".
-        self._writing_engine = self._engine.execution_options(begin="BEGIN IMMEDIATE")
+        self._writing_engine = self._engine.execution_options(is_writing=True)
         self._writing: Connection | None = None
         self._writer = ThreadPoolExecutor(1, "ledger-writer")
         self._readers = ThreadPoolExecutor(_READ_THREADS, "ledger-reader")
@@ -118,6 +120,7 @@ class SqliteDatabase:
         """Run a write on the writer's own connection, which stays out of the pool and so costs a fifth less."""
         if self._writing is None:
             self._writing = self._writing_engine.connect()
+            self._writing.connection.cursor().execute("PRAGMA busy_timeout=0")  # see _begin_writing
         try:
             return _in_transaction(self._writing, function)
         except BaseException:
@@ -196,7 +199,29 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 -
 
 def _begin_sqlite(connection: Connection) -> None:
     # Straight to the driver: SQLAlchemy's way there would be a tenth of a small transaction's time.
-    connection.connection.cursor().execute(connection.get_execution_options().get("begin", "BEGIN"))
+    cursor = connection.connection.cursor()
+    if connection.get_execution_options().get("is_writing", False):
+        _begin_writing(cursor)
+    else:
+        cursor.execute("BEGIN")
+
+
+def _begin_writing(cursor: DBAPICursor) -> None:
+    """Take the write lock, however busily another process writes.
+
+    SQLite's own wait looks every 0.1 s in the end and so misses the moments between the commits of a busy worker.
+    """
+    deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
+    while True:
+        try:
+            # A deferred transaction that reads first cannot become a writer later: it fails at once as "locked".
+            cursor.execute("BEGIN IMMEDIATE")
+        except sqlite3.OperationalError as error:
+            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+                raise
+            time.sleep(_LOOK_AGAIN_SECONDS)
+        else:
+            return
 
 
 def _translated(error: Exception) -> Exception:
