@@ -1,6 +1,7 @@
 """The mayfly command: its names, and the long-running sides; what a command does not need is not loaded."""
 
 import asyncio
+import gc
 import importlib
 import sys
 import time
@@ -117,7 +118,18 @@ def _serve(sides: list[Side], *requirements: Callable[[Settings], None], is_migr
     from service.commands.running import run, settings_or_exit  # noqa: PLC0415
 
     settings = settings_or_exit(*requirements)
+    _collect_rarely()
     run(_run_sides(settings, sides, is_migrating=is_migrating))
+
+
+def _collect_rarely() -> None:
+    """Spare the garbage collector what was imported, and some of its rounds: a full one stopped all for 50 ms.
+
+    Measured with 256 connections: of webhooks, 1 in 100 took 81 ms before and 38 ms since.
+    """
+    gc.collect()
+    gc.freeze()
+    gc.set_threshold(10_000, 10, 10)
 
 
 async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: bool) -> None:

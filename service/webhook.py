@@ -126,7 +126,7 @@ class Intake:
         """Write them as new ones, else with a look at those that are known, again if another process was first."""
         for function in (receiving.insert, receiving.receive, receiving.receive):
             try:
-                return await self._database.write(partial(function, arrivals=arrivals))
+                return await self._database.write(partial(function, arrivals=arrivals), is_quick=True)
             except ConflictError:
                 continue
         raise LedgerUnavailableError("other processes kept writing the same generations")

@@ -141,7 +141,7 @@ class _Work:
     async def claim(self, room: int) -> Sequence[Claim]:
         """Claim up to *room* records; what of the budget is not needed for them goes back."""
         write = partial(claiming.claim, now=_now(), lease=LEASE, limit=room, actor=self.actor)
-        claims = await self.database.write(write)
+        claims = await self.database.write(write, is_quick=True)
         self.budget.put_back(room - len(claims))
         if claims:
             # Behind the deletions' backs: they do not wait for Redis.
@@ -157,11 +157,12 @@ class _Work:
     async def copy(self, items: Sequence[cleaning.Copy]) -> Sequence[Copied]:
         """Commit copies."""
         write = partial(cleaning.copy, copies=items, now=_now(), limit=self.limit, actor=self.actor)
-        return await self.database.write(write)
+        return await self.database.write(write, is_quick=True)
 
     async def settle(self, items: Sequence[cleaning.Settlement]) -> Sequence[bool]:
         """Commit how attempts ended."""
-        return await self.database.write(partial(cleaning.settle, settlements=items, now=_now(), actor=self.actor))
+        write = partial(cleaning.settle, settlements=items, now=_now(), actor=self.actor)
+        return await self.database.write(write, is_quick=True)
 
     @asynccontextmanager
     async def turn(self, until: datetime) -> AsyncIterator[bool]:

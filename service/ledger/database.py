@@ -1,20 +1,19 @@
 """Opening the ledger's database and running statements in it: SQLite in threads, PostgreSQL on the event loop.
 
-Statements are plain functions of a Connection, written once. On SQLite all writes of a process go through one thread,
-so a whole transaction costs one hop and writers queue fairly; on PostgreSQL asyncpg runs the same functions.
+Statements are plain functions of a Connection, written once. On SQLite the writes of a process take turns at one
+connection; on PostgreSQL asyncpg runs the same functions.
 """
 
 import asyncio
 import sqlite3
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager
+from contextlib import asynccontextmanager, contextmanager
 from functools import partial
 from typing import Any, Protocol, TypeVar, runtime_checkable
 
-from sqlalchemy import URL, Connection, create_engine, event
-from sqlalchemy.engine.interfaces import DBAPICursor
+from sqlalchemy import URL, Connection, RootTransaction, create_engine, event
 from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
 
 T = TypeVar("T")
@@ -47,8 +46,10 @@ class LedgerUnavailableError(Exception):
 class Database(Protocol):
     """A database that runs functions of a connection, each in a transaction of its own."""
 
-    async def write(self, function: Callable[[Connection], T]) -> T:
+    async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:
         """Run *function* in a transaction and return its result once that is durable.
+
+        *is_quick* says that its statements take no longer than the event loop may stand still for them.
 
         Raises: ConflictError, RefusedDataError, LedgerUnavailableError; whatever *function* raises. Nothing is
         written then.
@@ -88,45 +89,98 @@ class SqliteDatabase:
         )
         event.listen(self._engine, "connect", _prepare_sqlite)
         event.listen(self._engine, "begin", _begin_sqlite)
-        self._writing_engine = self._engine.execution_options(is_writing=True)
+        # A deferred transaction that reads first cannot become a writer later: it fails at once as "locked".
+        self._writing_engine = self._engine.execution_options(begin="BEGIN IMMEDIATE")
         self._writing: Connection | None = None
+        self._turn = asyncio.Lock()
         self._writer = ThreadPoolExecutor(1, "ledger-writer")
         self._readers = ThreadPoolExecutor(_READ_THREADS, "ledger-reader")
 
-    async def write(self, function: Callable[[Connection], T]) -> T:
+    async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:
         """See Database."""
-        return await self._run(self._writer, function, self._write_seconds)
-
-    async def read(self, function: Callable[[Connection], T]) -> T:
-        """See Database."""
-        return await self._run(self._readers, function, READ_TIMEOUT_SECONDS)
-
-    async def _run(self, threads: ThreadPoolExecutor, function: Callable[[Connection], T], limit: float) -> T:
-        loop = asyncio.get_running_loop()
-        transaction = partial(self._transaction, function, is_write=threads is self._writer)
         try:
-            async with asyncio.timeout(limit):
-                return await loop.run_in_executor(threads, transaction)
+            async with asyncio.timeout(self._write_seconds):
+                await self._turn.acquire()
+                # Whoever stops waiting does not stop what is under way: the turn ends when that does.
+                return await asyncio.shield(self._started(function, is_quick=is_quick))
         except (SQLAlchemyError, sqlite3.Error, TimeoutError) as error:
             raise _translated(error) from error
 
-    def _transaction(self, function: Callable[[Connection], T], *, is_write: bool) -> T:
-        if is_write:
-            return self._written(function)
-        with self._engine.connect() as connection:
-            return _in_transaction(connection, function)
+    async def read(self, function: Callable[[Connection], T]) -> T:
+        """See Database."""
+        try:
+            async with asyncio.timeout(READ_TIMEOUT_SECONDS):
+                return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, function)
+        except (SQLAlchemyError, sqlite3.Error, TimeoutError) as error:
+            raise _translated(error) from error
+
+    def _read(self, function: Callable[[Connection], T]) -> T:
+        with self._engine.connect() as connection, connection.begin():
+            return function(connection)
+
+    def _started(self, function: Callable[[Connection], T], *, is_quick: bool) -> asyncio.Future[T]:
+        """Start a write whose turn it is.
+
+        Quick statements run here and now, and the thread has only the commit, which waits for the disk. In the thread
+        each statement would give up the interpreter's lock and have to win it back from a busy loop: measured with 32
+        connections, a webhook took 185 µs of processor time that way and 134 µs this way.
+        """
+        try:
+            rest = (self._stated(function) if is_quick else None) or partial(self._written, function)
+            future = asyncio.get_running_loop().run_in_executor(self._writer, rest)
+        except BaseException:
+            self._turn.release()
+            raise
+        future.add_done_callback(lambda _: self._turn.release())
+        return future
+
+    def _stated(self, function: Callable[[Connection], T]) -> Callable[[], T] | None:
+        """Run *function* and return the commit that is left to do; None if there is something to wait for first."""
+        if self._writing is None:
+            return None
+        with self._undone_on_error():
+            try:
+                transaction = self._writing.begin()
+            except sqlite3.OperationalError as error:
+                if _is_busy(error):
+                    return None
+                raise
+            result = function(self._writing)
+        return partial(self._committed, transaction, result)
 
     def _written(self, function: Callable[[Connection], T]) -> T:
-        """Run a write on the writer's own connection, which stays out of the pool and so costs a fifth less."""
         if self._writing is None:
+            # The writer's own connection, which stays out of the pool and so costs a fifth less.
             self._writing = self._writing_engine.connect()
-            self._writing.connection.cursor().execute("PRAGMA busy_timeout=0")  # see _begin_writing
+            self._writing.connection.cursor().execute("PRAGMA busy_timeout=0")
+        with self._undone_on_error():
+            transaction = _patiently(self._writing.begin)
+            result = function(self._writing)
+        return self._committed(transaction, result)
+
+    def _committed(self, transaction: RootTransaction, result: T) -> T:
+        with self._undone_on_error():
+            transaction.commit()
+        return result
+
+    @contextmanager
+    def _undone_on_error(self) -> Iterator[None]:
         try:
-            return _in_transaction(self._writing, function)
+            yield
         except BaseException:
-            # Whatever it was, the next write begins with a connection that nothing has happened to.
-            self._close_writing()
+            self._undo()
             raise
+
+    def _undo(self) -> None:
+        """Roll back, in SQLite itself as well: to SQLAlchemy a commit that failed is the end of its transaction."""
+        if self._writing is None:
+            return
+        try:
+            self._writing.rollback()
+            self._writing.connection.rollback()
+        except Exception:  # noqa: BLE001 - whatever it is, that connection is of no more use
+            self._writing.invalidate()
+            self._close_writing()
 
     def _close_writing(self) -> None:
         if self._writing is not None:
@@ -161,7 +215,7 @@ class PostgresDatabase:
             hide_parameters=True,
         )
 
-    async def write(self, function: Callable[[Connection], T]) -> T:
+    async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:  # noqa: ARG002 - nothing waits for it
         """See Database."""
         return await self._run(function, self._write_seconds)
 
@@ -188,8 +242,8 @@ def _in_transaction(connection: Connection, function: Callable[[Connection], T])
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own type
     connection.isolation_level = None  # transactions begin where _begin_sqlite says, not where the driver guesses
+    _patiently(lambda: connection.execute("PRAGMA journal_mode=WAL"))  # the one that SQLite itself does not wait for
     for pragma in (
-        "journal_mode=WAL",
         "synchronous=FULL",  # a commit survives a power cut; WAL's usual NORMAL may lose the last ones
         "fullfsync=1",  # macOS: reach the disk, not only its cache
         "cache_size=-2048",
@@ -197,31 +251,28 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 -
         connection.execute(f"PRAGMA {pragma}")
 
 
-def _begin_sqlite(connection: Connection) -> None:
-    # Straight to the driver: SQLAlchemy's way there would be a tenth of a small transaction's time.
-    cursor = connection.connection.cursor()
-    if connection.get_execution_options().get("is_writing", False):
-        _begin_writing(cursor)
-    else:
-        cursor.execute("BEGIN")
-
-
-def _begin_writing(cursor: DBAPICursor) -> None:
-    """Take the write lock, however busily another process writes.
+def _patiently(call: Callable[[], T]) -> T:
+    """Make *call* again for as long as another process has the lock that it needs.
 
     SQLite's own wait looks every 0.1 s in the end and so misses the moments between the commits of a busy worker.
     """
     deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
     while True:
         try:
-            # A deferred transaction that reads first cannot become a writer later: it fails at once as "locked".
-            cursor.execute("BEGIN IMMEDIATE")
+            return call()
         except sqlite3.OperationalError as error:
-            if error.sqlite_errorcode & 0xFF != sqlite3.SQLITE_BUSY or time.monotonic() > deadline:
+            if not _is_busy(error) or time.monotonic() > deadline:
                 raise
-            time.sleep(_LOOK_AGAIN_SECONDS)
-        else:
-            return
+        time.sleep(_LOOK_AGAIN_SECONDS)
+
+
+def _is_busy(error: sqlite3.OperationalError) -> bool:
+    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY  # whichever kind of it
+
+
+def _begin_sqlite(connection: Connection) -> None:
+    # Straight to the driver: SQLAlchemy's way there would be a tenth of a small transaction's time.
+    connection.connection.cursor().execute(connection.get_execution_options().get("begin", "BEGIN"))
 
 
 def _translated(error: Exception) -> Exception:

@@ -60,6 +60,16 @@ async def test_what_comes_during_a_commit_is_in_the_next_one_together(group, com
     assert commits.batches == [[1], [2, 3, 4]]
 
 
+async def test_what_comes_turn_by_turn_before_the_commit_is_in_it_as_well(group, commits):
+    submissions = []
+    for number in range(5):
+        submissions.append(asyncio.create_task(group.submit(number)))
+        await asyncio.sleep(0)
+
+    assert await asyncio.gather(*submissions) == [0, 2, 4, 6, 8]
+    assert commits.batches == [[0, 1, 2, 3, 4]]
+
+
 async def test_a_batch_has_a_largest_size(group, commits):
     assert await submit_all(group, range(100, 100 + MAX_BATCH + 1)) == [2 * n for n in range(100, 101 + MAX_BATCH)]
     assert [len(batch) for batch in commits.batches] == [MAX_BATCH, 1]
