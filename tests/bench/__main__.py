@@ -43,6 +43,12 @@ def measure_intake(order: Order) -> list[Row]:
     return report.disk_rows(fsyncs, commits) + report.intake_rows(results)
 
 
+def measure_servers(order: Order) -> list[Row]:
+    """What the choice of the server is made by: the barest app under each."""
+    order.raw["servers"] = results = intake(systems.servers(), order.folder, rounds=ROUNDS, seconds=SECONDS)
+    return report.server_rows(results)
+
+
 def measure_growth(order: Order) -> list[Row]:
     """Intake and lists over a growing ledger."""
     sizes = [0, 100_000, 1_000_000] if order.is_full else [0, 100_000]
@@ -61,7 +67,11 @@ def measure_drain(order: Order) -> list[Row]:
             for latency in latencies
         }
     order.raw["drain"] = results
-    return report.drain_rows(results, systems.CONCURRENCY)
+    order.raw["bare_drain"] = limits = {
+        latency: draining.bare_drain(order.folder / f"bare-{latency}", count=5000, latency_seconds=latency)
+        for latency in results["mayfly"]
+    }
+    return report.drain_rows(results, limits, systems.CONCURRENCY)
 
 
 def measure_lag(order: Order) -> list[Row]:
@@ -94,6 +104,7 @@ def measure_profile(order: Order) -> list[Row]:
 
 MEASUREMENTS: dict[str, Callable[[Order], list[Row]]] = {
     "intake": measure_intake,
+    "servers": measure_servers,
     "growth": measure_growth,
     "drain": measure_drain,
     "lag": measure_lag,

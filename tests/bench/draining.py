@@ -2,15 +2,17 @@
 
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
+from time import sleep
 from typing import Any
 
 import redis
 
-from tests.bench.api import api
+from tests.bench.api import Api, api
 from tests.bench.processes import BenchError, cpu_seconds, python_module
 from tests.bench.systems import Place, System, place, web, worker, write_json
 
 _LEAD = timedelta(seconds=6)  # for the webhooks to be taken before the first is due
+_LAST_BELL_SECONDS = 0.5  # what is enqueued after the answers is in Redis by then
 
 
 def announce(where: Place, url: str, due: dict[str, datetime]) -> None:
@@ -23,7 +25,8 @@ def announce(where: Place, url: str, due: dict[str, datetime]) -> None:
 
 
 def redis_bytes(where: Place) -> int:
-    """Return what Redis holds in memory now."""
+    """Return what Redis holds in memory once all that was answered is enqueued."""
+    sleep(_LAST_BELL_SECONDS)
     with redis.Redis(unix_socket_path=str(where.redis_socket)) as client:
         used: int = client.info("memory")["used_memory"]
         return used
@@ -40,29 +43,46 @@ def drain(system: System, folder: Path, *, count: int, latency_seconds: float) -
         stand_in.set_latency(latency_seconds)
         with worker(system, where, stand_in.url) as process:
             deletes = stand_in.wait_for_deletes(ids, seconds=120)
-            used_seconds = cpu_seconds(process)
+            used_seconds, memory = cpu_seconds(process), process.memory_info().rss
     first, last = min(deletes.values()), max(deletes.values())
     return {
         "rate": round((count - 1) / (last - first).total_seconds(), 1),
         "cpu_us": round(used_seconds / count * 1e6),
+        "worker_after_load_mb": round(memory / 1e6, 1),
         "redis_bytes_per_record": round((used - empty) / count),
     }
+
+
+def bare_drain(folder: Path, *, count: int, latency_seconds: float) -> dict[str, Any]:
+    """Make the same calls with nothing around them."""
+    folder.mkdir(parents=True)
+    with api(folder) as stand_in:
+        ids = stand_in.add(count)
+        stand_in.set_latency(latency_seconds)
+        path = write_json(folder / "ids.json", ids)
+        result: dict[str, Any] = python_module("tests.bench.bare_client", stand_in.url, str(path))
+    return result
 
 
 def lag(system: System, folder: Path, *, count: int, over_seconds: float, latency_seconds: float) -> dict[str, Any]:
     """Let *count* generations come due over so many seconds, 0 for all at once, with the worker waiting."""
     with place(folder) as where, api(folder) as stand_in:
-        ids = stand_in.add(count)
         stand_in.set_latency(latency_seconds)
         with web(system, where, stand_in.url) as (url, _), worker(system, where, stand_in.url):
-            start = datetime.now(UTC) + _LEAD
-            due = {id_: start + timedelta(seconds=over_seconds * at / count) for at, id_ in enumerate(ids)}
-            announce(where, url, due)
-            deletes = stand_in.wait_for_deletes(ids, seconds=over_seconds + 120)
-    lags = sorted((deletes[id_] - due[id_]).total_seconds() for id_ in ids)
+            return lags(where, url, stand_in, count=count, over_seconds=over_seconds)
+
+
+def lags(where: Place, url: str, stand_in: Api, *, count: int, over_seconds: float) -> dict[str, Any]:
+    """Announce *count* generations due over so many seconds to a running system, and see when each is deleted."""
+    ids = stand_in.add(count)
+    start = datetime.now(UTC) + _LEAD
+    due = {id_: start + timedelta(seconds=over_seconds * at / count) for at, id_ in enumerate(ids)}
+    announce(where, url, due)
+    deletes = stand_in.wait_for_deletes(ids, seconds=over_seconds + 120)
+    late = sorted((deletes[id_] - due[id_]).total_seconds() for id_ in ids)
     return {
-        "p50_ms": round(lags[len(lags) // 2] * 1000, 1),
-        "p99_ms": round(lags[int(len(lags) * 0.99)] * 1000, 1),
-        "max_ms": round(lags[-1] * 1000, 1),
-        "early": sum(one < 0 for one in lags),
+        "p50_ms": round(late[len(late) // 2] * 1000, 1),
+        "p99_ms": round(late[int(len(late) * 0.99)] * 1000, 1),
+        "max_ms": round(late[-1] * 1000, 1),
+        "early": sum(one < 0 for one in late),
     }

@@ -1,30 +1,36 @@
-"""Growth: whether a ledger full of scheduled records makes anything slower."""
+"""Growth: whether a ledger full of scheduled records makes anything slower, on both of its sides."""
 
+from collections import defaultdict
 from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from statistics import median
 from time import perf_counter
-from typing import Any
 
 import httpx
 from sqlalchemy import BigInteger, create_engine, func, insert, literal, select, type_coerce
 
 from service.ledger.schema import events, records
-from tests.bench.draining import announce
-from tests.bench.intake import medians, offer
+from tests.bench.api import api
+from tests.bench.draining import announce, lags
+from tests.bench.intake import CONNECTIONS, Figures, medians, offer
 from tests.bench.processes import BenchError
-from tests.bench.systems import Place, mayfly, place, web
+from tests.bench.systems import Place, System, mayfly, place, web, worker
 from tests.bench.webhooks import fresh
 
 TOKEN = "bench-0123456789abcdef"
 _QUERIES = {
-    "list newest": "?limit=50",
-    "list by state": "?limit=50&state=scheduled",
-    "list by status": "?limit=50&status=COMPLETED",
-    "search": "?q={id}",
-    "one record": "/{id}",
+    "list newest": "/records?limit=50",
+    "list by state": "/records?limit=50&state=scheduled",
+    "list by status": "/records?limit=50&status=COMPLETED",
+    "list by rarer status": "/records?limit=50&status=FAILED",
+    "list by project": "/records?limit=50&projectId=none-of-these",
+    "list by time": "/records?limit=50&from={yesterday}&to={tomorrow}",
+    "search for an id": "/records?q={id}",
+    "search for a part": "/records?q={part}",
+    "one record": "/records/{id}",
+    "stats": "/stats",
 }
 _CALLS = 20
 # Beyond the horizon of the queue, as the larger part of a long backlog is.
@@ -58,9 +64,9 @@ def preload(where: Place, count: int) -> float:
 _INSTANTS = ("due_at", "wake_at")
 
 
-def growth(folder: Path, sizes: list[int], *, rounds: int, seconds: float) -> dict[int, dict[str, Any]]:
+def growth(folder: Path, sizes: list[int], *, rounds: int, seconds: float) -> dict[int, Figures]:
     """Measure Mayfly in turns with ledgers of so many scheduled records."""
-    results: dict[int, dict[str, Any]] = {size: {"runs": []} for size in sizes}
+    results: dict[int, Figures] = {size: {} for size in sizes}
     system = replace(mayfly(), extra={"MAYFLY_API_TOKEN": TOKEN})
     with ExitStack() as stack:
         webs = {}
@@ -70,25 +76,38 @@ def growth(folder: Path, sizes: list[int], *, rounds: int, seconds: float) -> di
                 announce(where, url, {one.id: datetime.now(UTC) + _DUE_IN for one in fresh(1)})
             if size:
                 results[size]["ledger_bytes_per_record"] = round(preload(where, size))
-            webs[size] = stack.enter_context(web(system, where))
-            offer(*webs[size], connections=8, seconds=1.0)
+            webs[size] = where, stack.enter_context(web(system, where))
+            offer(*webs[size][1], connections=8, seconds=1.0)
+        runs: dict[tuple[int, int], list[Figures]] = defaultdict(list)
         for _ in range(rounds):
-            for size, served in webs.items():
-                results[size]["runs"].append(offer(*served, connections=32, seconds=seconds))
-        for size, (url, _) in webs.items():
-            results[size] |= medians(results[size].pop("runs")) | {"queries_ms": _queries(url)}
+            for connections in CONNECTIONS:
+                for size, (_, served) in webs.items():
+                    runs[size, connections].append(offer(*served, connections=connections, seconds=seconds))
+        for size, (where, (url, _)) in webs.items():
+            results[size]["intake"] = {number: medians(runs[size, number]) for number in CONNECTIONS}
+            results[size]["queries_ms"] = _queries(url)
+            results[size]["lag"] = _lag(system, where, url)
     return results
+
+
+def _lag(system: System, where: Place, url: str) -> Figures:
+    """Return how late a worker is with a light load beside the full ledger."""
+    with api(where.folder) as stand_in, worker(system, where, stand_in.url):
+        stand_in.set_latency(0.02)
+        return lags(where, url, stand_in, count=300, over_seconds=10.0)
 
 
 def _queries(url: str) -> dict[str, float]:
     """Return the median time of each query of the operator API."""
-    base = f"{url.removesuffix('/webhooks/sync')}/api/records"
+    base = f"{url.removesuffix('/webhooks/sync')}/api"
     with httpx.Client(trust_env=False, timeout=60, headers={"authorization": f"Bearer {TOKEN}"}) as client:
-        first = client.get(base, params={"limit": 1})
+        first = client.get(f"{base}/records", params={"limit": 1})
         if first.status_code != 200:
             raise BenchError(f"the list of records answered {first.status_code}")
-        known = first.json()["items"][0]["id"]
-        return {name: _time_ms(client, f"{base}{query.format(id=known)}") for name, query in _QUERIES.items()}
+        known, now = first.json()["items"][0]["id"], datetime.now(UTC)
+        days = {"yesterday": now - timedelta(days=1), "tomorrow": now + timedelta(days=1)}
+        given = {"id": known, "part": known[3:9]} | {name: f"{day:%Y-%m-%dT%H:%M:%SZ}" for name, day in days.items()}
+        return {name: _time_ms(client, base + query.format(**given)) for name, query in _QUERIES.items()}
 
 
 def _time_ms(client: httpx.Client, url: str) -> float:

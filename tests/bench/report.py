@@ -2,7 +2,7 @@
 
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any
@@ -83,15 +83,32 @@ def intake_rows(results: dict[str, dict[int, dict[str, Any]]]) -> list[Row]:
     return rows
 
 
+def server_rows(results: dict[str, dict[int, dict[str, Any]]]) -> list[Row]:
+    """The bare app's rate under each server."""
+    return [
+        Row(f"bare app, {name}, {number} connections", "/s", {"limit": figures["rate"]})
+        for name, by_number in results.items()
+        for number, figures in by_number.items()
+    ]
+
+
 def growth_rows(results: dict[int, dict[str, Any]]) -> list[Row]:
-    """Intake and queries by the number of records scheduled before."""
+    """Intake, queries and lag by the number of records scheduled before."""
     empty = results[0]
     rows = []
     for size, result in results.items():
-        is_flat = result["rate"] >= 0.9 * empty["rate"] if size else None
-        goal = f"≥ {0.9 * empty['rate']:,.0f}" if size else ""
-        rows.append(Row(f"intake, {size:,} records scheduled", "/s", {"mayfly": result["rate"]}, goal, is_flat))
-        rows.append(Row("  processor time each", "µs", {"mayfly": result["cpu_us"]}))
+        for number, figures in result["intake"].items():
+            least = 0.9 * empty["intake"][number]["rate"]
+            is_flat, goal = (figures["rate"] >= least, f"≥ {least:,.0f}") if size else (None, "")
+            name = f"intake, {size:,} records scheduled, {number} connections"
+            rows.append(Row(name, "/s", {"mayfly": figures["rate"]}, goal, is_flat))
+            rows.append(Row("  p99", "ms", {"mayfly": figures["p99_ms"]}))
+            rows.append(Row("  processor time each", "µs", {"mayfly": figures["cpu_us"]}))
+        # The machine's own noise is larger than a tenth of such a small time.
+        allowed = 1.1 * empty["lag"]["p50_ms"] + 5
+        is_flat, goal = (result["lag"]["p50_ms"] <= allowed, f"≤ {allowed:.0f}") if size else (None, "")
+        rows.append(Row("  lag, 300 over 10 s: p50", "ms", {"mayfly": result["lag"]["p50_ms"]}, goal, is_flat))
+        rows.append(Row("  lag, 300 over 10 s: p99", "ms", {"mayfly": result["lag"]["p99_ms"]}))
         for name, milliseconds in result["queries_ms"].items():
             allowed = 1.1 * empty["queries_ms"][name] + 0.5
             is_flat = milliseconds <= allowed if size else None
@@ -102,8 +119,10 @@ def growth_rows(results: dict[int, dict[str, Any]]) -> list[Row]:
     return rows
 
 
-def drain_rows(results: dict[str, dict[float, dict[str, Any]]], concurrency: int) -> list[Row]:
-    """Drain rates by the API's latency, and what Redis held for each record."""
+def drain_rows(
+    results: dict[str, dict[float, dict[str, Any]]], limits: dict[float, dict[str, Any]], concurrency: int
+) -> list[Row]:
+    """Drain rates by the API's latency beside those of the bare calls, what a worker took, what Redis held."""
     rows = []
     for latency in results["mayfly"]:
         rates = {name: by_latency[latency]["rate"] for name, by_latency in results.items() if latency in by_latency}
@@ -112,9 +131,12 @@ def drain_rows(results: dict[str, dict[float, dict[str, Any]]], concurrency: int
             least = 0.9 * concurrency / (2 * latency)
             goal = f"≥ {least:,.0f}"
         is_met = rates["mayfly"] >= least if least else None
+        rates |= {"limit": limits[latency]["rate"]}
         rows.append(Row(f"drain, API at {latency * 1000:.0f} ms", "/s", rates, goal if least else "", is_met))
         costs = {name: by_latency[latency]["cpu_us"] for name, by_latency in results.items() if latency in by_latency}
         rows.append(Row("  processor time each", "µs", costs))
+    after = {name: next(iter(by.values()))["worker_after_load_mb"] for name, by in results.items()}
+    rows.append(Row("worker after the load", "MB", after))
     held = {name: next(iter(by.values()))["redis_bytes_per_record"] for name, by in results.items()}
     rows.append(Row("Redis, per scheduled record", "bytes", held, "< 400", held["mayfly"] < 400))
     return rows
@@ -122,17 +144,15 @@ def drain_rows(results: dict[str, dict[float, dict[str, Any]]], concurrency: int
 
 def lag_rows(results: dict[str, dict[str, dict[str, Any]]]) -> list[Row]:
     """Lag between due time and DELETE."""
-    is_met: dict[str, tuple[str, Callable[[dict[str, Any]], bool]]] = {
-        "burst": ("all within 4 s", lambda figures: figures["max_ms"] <= 4000),
-        "spread": ("p99 < 60 ms", lambda figures: figures["p99_ms"] < 60),
-    }
+    most = {("burst", "max_ms"): 4000, ("spread", "p50_ms"): 250, ("spread", "p99_ms"): 60}
     rows = []
-    for load, (goal, reached) in is_met.items():
+    for load in ("burst", "spread"):
         by_system = {name: by_load[load] for name, by_load in results.items() if load in by_load}
         for figure in ("p50_ms", "p99_ms", "max_ms"):
             values = {name: figures[figure] for name, figures in by_system.items()}
-            rows.append(Row(f"lag, {load}: {figure.removesuffix('_ms')}", "ms", values))
-        rows[-1] = Row(**(asdict(rows[-1]) | {"goal": goal, "is_met": reached(by_system["mayfly"])}))
+            limit = most.get((load, figure))
+            goal, is_met = (f"≤ {limit}", values["mayfly"] <= limit) if limit else ("", None)
+            rows.append(Row(f"lag, {load}: {figure.removesuffix('_ms')}", "ms", values, goal, is_met))
     return rows
 
 

@@ -7,7 +7,7 @@ import subprocess
 import sys
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import psutil
@@ -75,6 +75,26 @@ class System:
 def limit() -> System:
     """The barest ASGI app, see limit.py."""
     return System("limit", lambda port: [PYTHON, "-m", "uvicorn", "tests.bench.limit:app", *_on(port)])
+
+
+def servers() -> list[System]:
+    """The same app under the servers, loops and parsers that there are to choose from, one process each."""
+
+    def uvicorn(port: int) -> list[str]:
+        options = ["--http", "h11", "--loop", "asyncio", "--no-access-log", "--log-level", "warning"]
+        return [PYTHON, "-m", "uvicorn", "tests.bench.limit:app", "--host", "127.0.0.1", "--port", str(port), *options]
+
+    granian = str(_python_environment() / "granian")
+
+    def granian_on(port: int) -> list[str]:
+        options = ["--interface", "asginl", "--loop", "uvloop", "--workers", "1", "--no-ws", "--log-level", "warning"]
+        return [granian, *options, "--host", "127.0.0.1", "--port", str(port), "tests.bench.limit:app"]
+
+    return [
+        replace(limit(), name="uvicorn, uvloop, httptools"),
+        System("uvicorn, asyncio, h11", uvicorn),
+        System("granian, uvloop", granian_on, extra={"PYTHONPATH": str(ROOT)}),
+    ]
 
 
 def mayfly() -> System:
