@@ -5,6 +5,8 @@ connection; on PostgreSQL asyncpg runs the same functions.
 """
 
 import asyncio
+import contextlib
+import os
 import sqlite3
 import time
 from collections.abc import AsyncIterator, Callable, Iterator
@@ -69,11 +71,19 @@ async def open_database(url: URL, *, write_seconds: float = WRITE_TIMEOUT_SECOND
     A write may take *write_seconds*.
     """
     is_sqlite = url.get_backend_name() == "sqlite"
+    if is_sqlite and url.database:
+        _make_private(url.database)
     database = SqliteDatabase(url, write_seconds) if is_sqlite else PostgresDatabase(url, write_seconds)
     try:
         yield database
     finally:
         await database.close()
+
+
+def _make_private(path: str) -> None:
+    """Make the file, if there is none yet, for its owner alone; SQLite gives those beside it the same mode."""
+    with contextlib.suppress(OSError):  # whoever opens it says what is wrong
+        os.close(os.open(path, os.O_CREAT | os.O_RDWR, 0o600))
 
 
 class SqliteDatabase:

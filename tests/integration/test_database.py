@@ -7,7 +7,7 @@ import time
 from contextlib import closing
 
 import pytest
-from sqlalchemy import text
+from sqlalchemy import URL, text
 
 from service.ledger.database import ConflictError, LedgerUnavailableError, open_database
 
@@ -121,6 +121,16 @@ async def test_a_commit_that_cannot_be_made_leaves_nothing_behind_and_the_next_w
     await words.write(adding("kept"), is_quick=True)
 
     assert await all_words(words) == ["kept"]
+
+
+async def test_the_files_are_their_owners_alone_wherever_they_are(tmp_path):
+    tmp_path.chmod(0o755)
+    url = URL.create("sqlite", database=str(tmp_path / "ledger.db"))
+    async with open_database(url) as database:
+        await database.write(do_nothing)
+        modes = {path.name: path.stat().st_mode & 0o777 for path in tmp_path.iterdir()}
+
+    assert modes == dict.fromkeys(("ledger.db", "ledger.db-shm", "ledger.db-wal"), 0o600)
 
 
 async def test_a_lock_that_is_held_for_too_long_is_named(sqlite_url, other):
