@@ -40,15 +40,6 @@ def make_app(
 ) -> Litestar:
     """Build the ASGI application over resources that are open."""
     ringer = Ringer(queue_pool, horizon=settings.queue_horizon, now=now, metrics=metrics)
-    intake = Intake(
-        database=database,
-        ring=ringer.ring,
-        secrets=[secret.reveal().encode() for secret in settings.webhook_secrets],
-        tolerance=settings.webhook_tolerance,
-        policy=settings.policy,
-        now=now,
-        metrics=metrics,
-    )
     given = {
         "database": database,
         "queue_pool": queue_pool,
@@ -59,6 +50,7 @@ def make_app(
     operator = Router(
         "/api", route_handlers=[RecordsController, OperatorController], guards=[OperatorToken(settings.api_token)]
     )
+    intake = _intake(settings, database, ringer, metrics, now)
     route = webhook_route.webhook_route(intake, metrics)
     app = _Mayfly(
         [route, health.live, health.ready, health.show_metrics, operator],
@@ -79,6 +71,20 @@ def make_app(
     _describe(app)
     app.webhook = route.fn
     return app
+
+
+def _intake(
+    settings: Settings, database: Database, ringer: Ringer, metrics: Metrics, now: Callable[[], datetime]
+) -> Intake:
+    return Intake(
+        database=database,
+        ring=ringer.ring,
+        secrets=[secret.reveal().encode() for secret in settings.webhook_secrets],
+        tolerance=settings.webhook_tolerance,
+        policy=settings.policy,
+        now=now,
+        metrics=metrics,
+    )
 
 
 class _Mayfly(Litestar):

@@ -16,7 +16,7 @@ from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import FixedWindowRateLimiter
 
 from service.queue import QUEUE_ERRORS
-from service.settings import Rate, Secret
+from service.values import Rate, Secret
 
 log = structlog.get_logger()
 

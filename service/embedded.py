@@ -17,8 +17,8 @@ from typing import TextIO
 import redis.asyncio as redis
 import structlog
 
-from service.settings import Secret
 from service.tasks import end
+from service.values import Secret
 
 log = structlog.get_logger()
 

@@ -20,7 +20,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff
 
 from service.generation import Key
-from service.settings import Secret
+from service.values import Secret
 
 QUEUE: Final = "mayfly:v1"
 FUNCTION: Final = "cleanup"

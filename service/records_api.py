@@ -21,7 +21,7 @@ from service.ledger.reading import MAX_PAGE, Filter
 from service.lifecycle import Move, State
 from service.problems import documented, problem
 from service.retention import format_duration
-from service.settings import Secret
+from service.values import Secret
 
 DEFAULT_PAGE = 50
 # Stands for an escaped slash on the way through the router: a control character, which no id has.

@@ -12,7 +12,8 @@ from service import queue
 from service.embedded import embedded_redis, prepare_data_dir
 from service.ledger import migrating
 from service.ledger.database import MIGRATION_SECONDS, Database, open_database
-from service.settings import Secret, Settings
+from service.settings import Settings
+from service.values import Secret
 
 log = structlog.get_logger()
 

@@ -5,20 +5,33 @@
 
 import difflib
 import errno
-import ipaddress
 import os
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
-from typing import Any, Final, Literal
-from urllib.parse import urlsplit
+from typing import Any, Final
 
-from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import URL
 
-from service.retention import Policy, parse_duration, parse_ttl
+from service.retention import Policy, parse_ttl
+from service.values import (
+    LogFormat,
+    Rate,
+    Secret,
+    duration_reader,
+    number_reader,
+    read_base_url,
+    read_database_url,
+    read_flag,
+    read_header_value,
+    read_log_format,
+    read_rate,
+    read_redis_url,
+    read_secrets,
+    read_token,
+)
 
 
 class SettingsError(Exception):
@@ -27,36 +40,6 @@ class SettingsError(Exception):
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
         self.problems = problems
-
-
-class Secret:
-    """A text that shows itself only when asked to."""
-
-    __slots__ = ("_text",)
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def reveal(self) -> str:
-        """Return the text; it goes to the wire and nowhere else."""
-        return self._text
-
-    def __repr__(self) -> str:
-        return "Secret(…)"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._text == self._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """So many calls in so many seconds."""
-
-    calls: int
-    seconds: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,9 +51,6 @@ class Option:
     default: str | None
     accepts: str
     is_secret: bool = False  # then NAME_FILE may name a file that holds it
-
-
-LogFormat = Literal["console", "json"]
 
 
 @dataclass(frozen=True, slots=True)
@@ -172,125 +152,6 @@ def _unknown(environment: Mapping[str, str]) -> list[str]:
     return problems
 
 
-def _secrets(text: str) -> tuple[Secret, ...]:
-    parts = [part.strip() for part in text.split(",")]
-    # A short key could be guessed; whsec_ is how all of theirs begin, and a key without it never verifies.
-    if any(not part.startswith("whsec_") or len(part) < 16 for part in parts):
-        raise ValueError
-    return tuple(Secret(part) for part in parts)
-
-
-def _token(text: str) -> Secret:
-    if len(text) < 16:
-        raise ValueError
-    return _header_value(text)
-
-
-def _header_value(text: str) -> Secret:
-    """Read what travels in a header: one pasted with its mask, as in ``sk-…``, would fail each record by itself."""
-    if not text.isascii() or not text.isprintable() or " " in text:
-        raise ValueError
-    return Secret(text)
-
-
-def _base_url(text: str) -> str:
-    parts = urlsplit(text)
-    is_complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
-    if not is_complete or parts.username or "?" in text or "#" in text:
-        raise ValueError
-    # The API key travels with every call.
-    if parts.scheme == "http" and not _is_near(parts.hostname or ""):
-        raise ValueError
-    # With it in the path twice every generation would be unknown.
-    if parts.path.rstrip("/").endswith("/v2"):
-        raise ValueError
-    return text.rstrip("/")
-
-
-def _is_near(host: str) -> bool:
-    """Whether *host* is within one's own network: a private address, or a name without a domain."""
-    try:
-        return ipaddress.ip_address(host).is_private
-    except ValueError:
-        return "." not in host
-
-
-def _database_url(text: str) -> URL:
-    try:
-        url = make_url(text)
-    except ArgumentError:
-        raise ValueError from None
-    if url.get_backend_name() == "sqlite":
-        if not url.database or url.database == ":memory:":
-            raise ValueError
-        return URL.create("sqlite", database=url.database)
-    if url.drivername not in ("postgres", "postgresql", "postgresql+asyncpg"):
-        raise ValueError
-    # The driver reads libpq's parameters, but not these two, which hosters put into their URLs.
-    return url.difference_update_query(["channel_binding", "connect_timeout"]).set(drivername="postgresql")
-
-
-def _redis_url(text: str) -> Secret:
-    from service.queue import check_url  # noqa: PLC0415 - Redis' library, which most commands do without
-
-    if not text.startswith(("redis://", "rediss://", "unix://", "sentinel://")):
-        raise ValueError
-    check_url(text)
-    return Secret(text)
-
-
-def _flag(text: str) -> bool:
-    flags = {
-        "true": True,
-        "1": True,
-        "yes": True,
-        "on": True,
-        "false": False,
-        "0": False,
-        "no": False,
-        "off": False,
-    }
-    try:
-        return flags[text.lower()]
-    except KeyError:
-        raise ValueError from None
-
-
-def _number(low: int, high: int) -> Callable[[str], int]:
-    def read(text: str) -> int:
-        if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
-            raise ValueError
-        return int(text)
-
-    return read
-
-
-def _duration(low: timedelta) -> Callable[[str], timedelta]:
-    def read(text: str) -> timedelta:
-        duration = parse_duration(text)
-        if duration < low:
-            raise ValueError
-        return duration
-
-    return read
-
-
-def _rate(text: str) -> Rate:
-    calls, _, unit = text.partition("/")
-    periods = {"second": 1, "minute": 60, "hour": 3600}
-    if unit not in periods:
-        raise ValueError
-    return Rate(_number(1, 1_000_000)(calls), periods[unit])
-
-
-def _log_format(text: str) -> LogFormat:
-    if text == "console":
-        return "console"
-    if text == "json":
-        return "json"
-    raise ValueError
-
-
 _DURATION = "a duration such as 90s, 15m, 24h, 7d, 2w"
 # Named in the design, read by a later release: to ignore one of these in silence could delete what it was to keep.
 NOT_SUPPORTED: Final = frozenset({"MAYFLY_CONFIG", "MAYFLY_ARCHIVE_URL"})
@@ -300,48 +161,48 @@ TOLERATED: Final = frozenset({"MAYFLY_PUBLIC_URL"})
 _LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_[0-9]+_(TCP|UDP).*)?$|_ENV_|_NAME$")
 
 OPTIONS: Final[Mapping[str, Option]] = {
-    "api_key": Option("SYNC_API_KEY", _header_value, None, "the whole API key, printable ASCII", is_secret=True),
+    "api_key": Option("SYNC_API_KEY", read_header_value, None, "the whole API key, printable ASCII", is_secret=True),
     "webhook_secrets": Option(
         "SYNC_WEBHOOK_SECRET",
-        _secrets,
+        read_secrets,
         None,
         "the whole whsec_… secret, several with commas between",
         is_secret=True,
     ),
     "base_url": Option(
         "SYNC_BASE_URL",
-        _base_url,
+        read_base_url,
         "https://api.sync.so",
         "an https URL without /v2 (http only within your own network)",
     ),
     "ttl": Option("MAYFLY_TTL", parse_ttl, "24h", f"{_DURATION}, or forever"),
-    "min_ttl": Option("MAYFLY_MIN_TTL", _duration(timedelta(seconds=1)), "1m", _DURATION),
-    "webhook_tolerance": Option("MAYFLY_WEBHOOK_TOLERANCE", _duration(timedelta(seconds=1)), "5m", _DURATION),
+    "min_ttl": Option("MAYFLY_MIN_TTL", duration_reader(timedelta(seconds=1)), "1m", _DURATION),
+    "webhook_tolerance": Option("MAYFLY_WEBHOOK_TOLERANCE", duration_reader(timedelta(seconds=1)), "5m", _DURATION),
     "database_url": Option(
-        "MAYFLY_DATABASE_URL", _database_url, None, "postgresql://… or sqlite:///path", is_secret=True
+        "MAYFLY_DATABASE_URL", read_database_url, None, "postgresql://… or sqlite:///path", is_secret=True
     ),
     "redis_url": Option(
         "MAYFLY_REDIS_URL",
-        _redis_url,
+        read_redis_url,
         None,
         "redis://…, rediss://…, unix://… or sentinel://…",
         is_secret=True,
     ),
     "data_dir": Option("MAYFLY_DATA_DIR", Path, "./.mayfly", "a folder"),
     "host": Option("MAYFLY_HOST", str, "127.0.0.1", "an address to listen on"),
-    "port": Option("MAYFLY_PORT", _number(0, 65535), "8080", "a port number"),
+    "port": Option("MAYFLY_PORT", number_reader(0, 65535), "8080", "a port number"),
     "api_token": Option(
         "MAYFLY_API_TOKEN",
-        _token,
+        read_token,
         None,
         "16 or more printable ASCII characters without spaces",
         is_secret=True,
     ),
-    "is_dry_run": Option("MAYFLY_DRY_RUN", _flag, "false", "true or false"),
-    "api_rate": Option("MAYFLY_API_RATE", _rate, "300/minute", "a number per second, minute or hour: 300/minute"),
-    "max_deletes_per_day": Option("MAYFLY_MAX_DELETES_PER_DAY", _number(0, 10**9), None, "a whole number"),
-    "give_up_after": Option("MAYFLY_GIVE_UP_AFTER", _duration(timedelta(minutes=1)), "7d", _DURATION),
-    "concurrency": Option("MAYFLY_CONCURRENCY", _number(1, 1000), "50", "a whole number from 1 to 1000"),
-    "queue_horizon": Option("MAYFLY_QUEUE_HORIZON", _duration(timedelta(minutes=1)), "48h", _DURATION),
-    "log_format": Option("MAYFLY_LOG_FORMAT", _log_format, None, "console or json"),
+    "is_dry_run": Option("MAYFLY_DRY_RUN", read_flag, "false", "true or false"),
+    "api_rate": Option("MAYFLY_API_RATE", read_rate, "300/minute", "a number per second, minute or hour: 300/minute"),
+    "max_deletes_per_day": Option("MAYFLY_MAX_DELETES_PER_DAY", number_reader(0, 10**9), None, "a whole number"),
+    "give_up_after": Option("MAYFLY_GIVE_UP_AFTER", duration_reader(timedelta(minutes=1)), "7d", _DURATION),
+    "concurrency": Option("MAYFLY_CONCURRENCY", number_reader(1, 1000), "50", "a whole number from 1 to 1000"),
+    "queue_horizon": Option("MAYFLY_QUEUE_HORIZON", duration_reader(timedelta(minutes=1)), "48h", _DURATION),
+    "log_format": Option("MAYFLY_LOG_FORMAT", read_log_format, None, "console or json"),
 }

@@ -19,8 +19,8 @@ import msgspec
 
 from service.generation import RUNNING, Generation, MalformedError, read
 from service.retention import Verdict, throttle
-from service.settings import Secret
 from service.telemetry import Metrics
+from service.values import Secret
 
 # The whole call, connecting and the last byte included: httpx's own timeouts are per read, and a dripping body
 # passes them for ever.

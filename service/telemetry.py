@@ -10,7 +10,7 @@ from typing import Any, Final, TextIO, cast
 import structlog
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
-from service.settings import LogFormat
+from service.values import LogFormat
 
 # What stands behind these marks is not for readers of logs. Nothing of ours logs such a text; libraries might.
 _SECRETS: Final = re.compile(r"(token=|whsec_|x-api-key['\"]?:\s*['\"]?|://[^/\s:@]*:)[^\s&\"'<>@,]+", re.IGNORECASE)

@@ -22,8 +22,9 @@ from sqlalchemy import URL
 from service import queue
 from service.ledger import migrating
 from service.ledger.database import Database, open_database
-from service.settings import Secret, Settings, read_settings
+from service.settings import Settings, read_settings
 from service.telemetry import Metrics
+from service.values import Secret
 from tests.support.postgres import NoPostgresError, Postgres, postgres_server
 from tests.support.process import Mayfly
 from tests.support.redis import redis_server

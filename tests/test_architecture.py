@@ -18,6 +18,7 @@ LAYERS = {
     "edge": (
         "service",
         "service.settings",
+        "service.values",
         "service.resources",
         "service.ledger",
         "service.queue",

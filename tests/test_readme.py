@@ -13,8 +13,9 @@ from service import queue
 from service.app import make_app
 from service.cli import main
 from service.ledger.database import open_database
-from service.settings import OPTIONS, Secret, read_settings
+from service.settings import OPTIONS, read_settings
 from service.telemetry import Metrics
+from service.values import Secret
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")

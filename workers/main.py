@@ -25,10 +25,11 @@ from service.ledger.claiming import Claim
 from service.ledger.cleaning import Copied
 from service.ledger.database import Database
 from service.resources import Resources, open_queue
-from service.settings import NO_API_KEY, Secret, Settings, SettingsError
+from service.settings import NO_API_KEY, Settings, SettingsError
 from service.sync_api import open_sync_api
 from service.tasks import end
 from service.telemetry import Metrics
+from service.values import Secret
 from workers.cleanup import Cleaner
 from workers.dispatch import Dispatcher
 from workers.heartbeat import beat

@@ -34,7 +34,8 @@ from service.ledger import pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.queue import QueueError
-from service.settings import Secret, Settings, SettingsError, require_api_key, require_webhook_secret
+from service.settings import Settings, SettingsError, require_api_key, require_webhook_secret
+from service.values import Secret
 
 # The date has whole seconds and the answer takes its time: less than this says nothing.
 _SKEW_NOTED: Final = timedelta(seconds=30)

@@ -79,7 +79,6 @@ def claim(connection: Connection, *, now: datetime, lease: timedelta, limit: int
     rows = connection.execute(due).all()
     if not rows:
         return []
-    until = now + lease
     connection.execute(
         update(records)
         .where(records.c.seq.in_([row.seq for row in rows]), records.c.state == State.SCHEDULED)
@@ -90,20 +89,21 @@ def claim(connection: Connection, *, now: datetime, lease: timedelta, limit: int
         )
     )
     append(connection, [Entry(row.seq, now, Move.CLAIM, actor, {"attempt": row.attempts + 1}) for row in rows])
-    return [
-        Claim(
-            row.seq,
-            Key(row.account, row.id),
-            row.attempts + 1,
-            row.due_at,
-            until,
-            # That it was not tried when it was to be, while all was paused or no worker there, is no time of failing.
-            waited(_progress(row), now - row.wake_at),
-            row.rule,
-            None if row.ttl_seconds is None else timedelta(seconds=row.ttl_seconds),
-        )
-        for row in rows
-    ]
+    return [_claimed(row, now=now, until=now + lease) for row in rows]
+
+
+def _claimed(row: Row[Any], *, now: datetime, until: datetime) -> Claim:
+    return Claim(
+        row.seq,
+        Key(row.account, row.id),
+        row.attempts + 1,
+        row.due_at,
+        until,
+        # That it was not tried when it was to be, while all was paused or no worker there, is no time of failing.
+        waited(_progress(row), now - row.wake_at),
+        row.rule,
+        None if row.ttl_seconds is None else timedelta(seconds=row.ttl_seconds),
+    )
 
 
 def lose_leases(connection: Connection, *, now: datetime, limit: int, actor: str) -> int:

@@ -25,6 +25,8 @@ _PRELOADED = (
     "workers.main",
 )
 
+_OURS = (signal.SIGCHLD, signal.SIGALRM)
+_LOOK_SECONDS = 0.5
 _logs: dict[int, Path] = {}
 
 
@@ -33,16 +35,19 @@ def main() -> None:
     for name in _PRELOADED:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, _reap)
+    # A signal that comes just before the read of the next order does not interrupt it: look now and then as well.
+    signal.signal(signal.SIGALRM, _reap)
+    signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
     print(json.dumps({"ready": os.getpid()}), flush=True)
     for line in sys.stdin:
         order = json.loads(line)
         log = Path(order["log"])
-        signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_BLOCK, _OURS)
         pid = os.fork()
         if pid == 0:
             _become(order, log)
         _logs[pid] = log
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
         print(json.dumps({"pid": pid}), flush=True)
     for pid in list(_logs):
         with contextlib.suppress(ProcessLookupError):
@@ -53,8 +58,9 @@ def _become(order: dict[str, Any], log: Path) -> None:
     """Turn the child into the process that was asked for; never returns."""
     code = 70
     try:
-        signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGCHLD})
+        for number in _OURS:
+            signal.signal(number, signal.SIG_DFL)
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, _OURS)
         os.setsid()
         output = os.open(log, os.O_WRONLY | os.O_CREAT | os.O_APPEND, 0o600)
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)

@@ -14,8 +14,8 @@ import httpx
 from service import queue
 from service.generation import Key
 from service.queue import Bell
-from service.settings import Secret
 from service.simulator import Call, Generation, Operation, Simulator
+from service.values import Secret
 from tests.faults.databases import Ledger, Row, migrated_sqlite
 from tests.faults.judging import FINAL, Sent, Verdict, WatchedCalls, judge
 from tests.faults.processes import Nursery, Process, RedisServer, free_port

@@ -7,7 +7,7 @@ import pytest
 
 from service import queue
 from service.budget import ALONE_SHARE, CALLS, Budget, spread
-from service.settings import Rate, Secret
+from service.values import Rate, Secret
 
 KEY = Secret("sk-1")
 

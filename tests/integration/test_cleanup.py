@@ -16,8 +16,8 @@ from service.ledger.database import LedgerUnavailableError, open_database
 from service.ledger.pausing import Kind
 from service.lifecycle import Move, State
 from service.retention import Outcome, Verdict
-from service.settings import Secret
 from service.sync_api import open_sync_api
+from service.values import Secret
 from tests.conftest import API_KEY
 from tests.support.ledger import (
     ACTOR,

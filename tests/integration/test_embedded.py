@@ -13,7 +13,7 @@ import redis.asyncio as redis
 
 from service import embedded
 from service.embedded import EmbeddedRedisError, embedded_redis, find_server, prepare_data_dir
-from service.settings import Secret
+from service.values import Secret
 from tests.support.waiting import eventually
 
 

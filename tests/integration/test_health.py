@@ -15,7 +15,7 @@ from service.ledger import pausing
 from service.ledger.database import open_database
 from service.ledger.pausing import Kind, Pause
 from service.serving import serving
-from service.settings import Secret
+from service.values import Secret
 from tests.conftest import http_client
 from tests.support.ledger import HOUR, claim, confirmed, given_up, settle, store
 from tests.support.waiting import eventually

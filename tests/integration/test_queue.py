@@ -20,8 +20,8 @@ import workers.main
 from service import queue
 from service.generation import Key
 from service.queue import Bell, QueueError
-from service.settings import Secret
 from service.tasks import end
+from service.values import Secret
 from tests.support.ledger import HOUR, utc_now
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually

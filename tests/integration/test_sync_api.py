@@ -9,9 +9,9 @@ import pytest
 
 from service import sync_api
 from service.retention import Verdict
-from service.settings import Secret
 from service.simulator import Simulator
 from service.sync_api import open_sync_api
+from service.values import Secret
 from tests.conftest import API_KEY
 
 DONE, GONE, RUNNING, RETRY = Verdict.DONE, Verdict.GONE, Verdict.RUNNING, Verdict.RETRY

@@ -409,7 +409,7 @@ async def test_a_redis_that_is_away_delays_no_answer(sqlite_database, settings, 
     from service import queue
     from service.app import make_app
     from service.serving import serving
-    from service.settings import Secret
+    from service.values import Secret
     from tests.conftest import http_client
 
     pool = queue.connect(Secret(f"unix://{tmp_path}/nowhere.sock"), retries=0)

@@ -10,13 +10,12 @@ from service.retention import Policy
 from service.settings import (
     NOT_SUPPORTED,
     OPTIONS,
-    Rate,
-    Secret,
     SettingsError,
     read_settings,
     require_api_key,
     require_webhook_secret,
 )
+from service.values import Rate, Secret
 
 SECRET = "whsec_test_0123456789abcdef"
 TOKEN = "0123456789abcdef"
