@@ -5,6 +5,7 @@ import sqlite3
 import threading
 import time
 from contextlib import closing
+from pathlib import Path
 
 import pytest
 from sqlalchemy import URL, text
@@ -39,6 +40,10 @@ def adding(word: str):
 
 def do_nothing(_connection):
     pass
+
+
+def sizes(*paths):
+    return [Path(path).stat().st_size for path in paths]
 
 
 async def all_words(database):
@@ -121,6 +126,29 @@ async def test_a_commit_that_cannot_be_made_leaves_nothing_behind_and_the_next_w
     await words.write(adding("kept"), is_quick=True)
 
     assert await all_words(words) == ["kept"]
+
+
+async def test_what_is_written_on_and_on_gets_from_the_log_into_the_database_itself(words, sqlite_url):
+    def add_some(connection):
+        connection.execute(text("INSERT INTO words VALUES (:word)"), [{"word": "w" * 1000}] * 500)
+
+    for _ in range(80):
+        await words.write(add_some, is_quick=True)
+    database, log = sizes(sqlite_url.database, f"{sqlite_url.database}-wal")
+
+    # 40 MB in all, of which the log holds what 2000 rows and those meanwhile take: begun anew, time and again.
+    assert database > 20_000_000
+    assert log < 20_000_000
+
+
+async def test_a_log_that_cannot_be_copied_does_not_make_a_commit_a_failure(words, monkeypatch):
+    monkeypatch.setattr("service.ledger.database._CHANGES_IN_LOG", 1)
+    monkeypatch.setattr("service.ledger.database._CHECKPOINT", "PRAGMA no such thing")
+    for number in range(5):
+        assert await words.write(adding(str(number)), is_quick=True) == str(number)
+        await asyncio.sleep(0.05)
+
+    assert await all_words(words) == [str(number) for number in range(5)]
 
 
 async def test_the_files_are_their_owners_alone_wherever_they_are(tmp_path):
