@@ -42,7 +42,7 @@ def do_nothing(_connection):
     pass
 
 
-def sizes(*paths):
+def sizes(*paths: str):
     return [Path(path).stat().st_size for path in paths]
 
 
