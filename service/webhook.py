@@ -13,7 +13,7 @@ from service import queue
 from service.generation import RUNNING, Generation, Key, read
 from service.grouping import GroupCommit
 from service.ledger import receiving
-from service.ledger.database import ConflictError, Database, LedgerUnavailableError
+from service.ledger.database import QUICK_BYTES, ConflictError, Database, LedgerUnavailableError
 from service.ledger.receiving import Arrival, Receipt
 from service.lifecycle import State
 from service.retention import Policy, decide
@@ -124,9 +124,10 @@ class Intake:
 
     async def _write(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
         """Write them as new ones, else with a look at those that are known, again if another process was first."""
+        is_quick = sum([len(arrival.body) for arrival in arrivals]) <= QUICK_BYTES
         for function in (receiving.insert, receiving.receive, receiving.receive):
             try:
-                return await self._database.write(partial(function, arrivals=arrivals), is_quick=True)
+                return await self._database.write(partial(function, arrivals=arrivals), is_quick=is_quick)
             except ConflictError:
                 continue
         raise LedgerUnavailableError("other processes kept writing the same generations")

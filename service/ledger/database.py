@@ -27,6 +27,11 @@ READ_TIMEOUT_SECONDS = 10.0
 # An index on a table of millions takes minutes; nobody waits for an answer meanwhile.
 MIGRATION_SECONDS = 3600.0
 _LOOK_AGAIN_SECONDS = 0.001
+# More than SQLite's cache takes goes to the disk before the commit: not for the event loop to wait for.
+QUICK_BYTES = 1024 * 1024
+# A quick write that takes so long meets a slow disk; the next ones go to the thread for a while.
+_SLOW_SECONDS = 0.05
+_SLOW_FOR_SECONDS = 10.0
 _READ_THREADS = 4
 # The classes of SQL states for values that do not fit: data exceptions, and limits such as an index entry's.
 _REFUSED_STATES = ("22", "54")
@@ -105,7 +110,9 @@ class SqliteDatabase:
         # A deferred transaction that reads first cannot become a writer later: it fails at once as "locked".
         self._writing_engine = self._engine.execution_options(begin="BEGIN IMMEDIATE")
         self._writing: Connection | None = None
+        self._quick_again_at = 0.0  # on the monotonic clock
         self._turn = asyncio.Lock()
+        self._is_closed = False
         self._writer = ThreadPoolExecutor(1, "ledger-writer")
         self._readers = ThreadPoolExecutor(_READ_THREADS, "ledger-reader")
 
@@ -114,6 +121,9 @@ class SqliteDatabase:
         try:
             async with asyncio.timeout(self._write_seconds):
                 await self._turn.acquire()
+                if self._is_closed:
+                    self._turn.release()
+                    raise LedgerUnavailableError("the ledger is closed")
                 # Whoever stops waiting does not stop what is under way: the turn ends when that does.
                 return await asyncio.shield(self._started(function, is_quick=is_quick))
         except (SQLAlchemyError, sqlite3.Error, TimeoutError) as error:
@@ -144,12 +154,18 @@ class SqliteDatabase:
         except BaseException:
             self._turn.release()
             raise
-        future.add_done_callback(lambda _: self._turn.release())
+        future.add_done_callback(self._end_turn)
         return future
+
+    def _end_turn(self, future: asyncio.Future[Any]) -> None:
+        self._turn.release()
+        if not future.cancelled():
+            future.exception()  # asked for, so that asyncio does not log it where nobody waits any more
 
     def _stated(self, function: Callable[[Connection], T]) -> Callable[[], T] | None:
         """Run *function* and return the commit that is left to do; None if there is something to wait for first."""
-        if self._writing is None:
+        begun_at = time.monotonic()
+        if self._writing is None or begun_at < self._quick_again_at:
             return None
         with self._undone_on_error():
             try:
@@ -159,6 +175,8 @@ class SqliteDatabase:
                     return None
                 raise
             result = function(self._writing)
+        if time.monotonic() - begun_at > _SLOW_SECONDS:
+            self._quick_again_at = time.monotonic() + _SLOW_FOR_SECONDS
         return partial(self._committed, transaction, result)
 
     def _written(self, function: Callable[[Connection], T]) -> T:
@@ -201,7 +219,9 @@ class SqliteDatabase:
             self._writing = None
 
     async def close(self) -> None:
-        """Wait for what is under way, then close."""
+        """Wait for what is under way, then close; what waits for its turn is refused."""
+        async with self._turn:
+            self._is_closed = True
         self._writer.submit(self._close_writing)
         await asyncio.to_thread(self._writer.shutdown)
         await asyncio.to_thread(self._readers.shutdown)

@@ -156,6 +156,32 @@ async def test_the_files_are_their_owners_alone_wherever_they_are(tmp_path):
     assert modes == dict.fromkeys(("ledger.db", "ledger.db-shm", "ledger.db-wal"), 0o600)
 
 
+async def test_after_a_slow_quick_write_the_next_ones_leave_the_loop_free(words):
+    def dawdle(_connection):
+        time.sleep(0.1)
+        threads.append(threading.current_thread())
+
+    threads: list[threading.Thread] = []
+    await words.write(adding("first"))
+    for _ in range(2):
+        await words.write(dawdle, is_quick=True)
+
+    assert threads[0] is threading.main_thread()
+    assert threads[1] is not threading.main_thread()
+
+
+async def test_writes_that_wait_while_the_database_closes_are_refused_and_none_is_half_made(sqlite_url, other):
+    async with open_database(sqlite_url) as database:
+        await database.write(lambda connection: connection.execute(text("CREATE TABLE words (word TEXT)")))
+        writes = [asyncio.create_task(database.write(adding(str(number)), is_quick=True)) for number in range(20)]
+        await asyncio.sleep(0)
+    results = await asyncio.gather(*writes, return_exceptions=True)
+
+    made = [result for result in results if isinstance(result, str)]
+    assert {type(result) for result in results} <= {str, LedgerUnavailableError}
+    assert [word for (word,) in other.execute("SELECT word FROM words")] == made
+
+
 async def test_a_lock_that_is_held_for_too_long_is_named(sqlite_url, other):
     async with open_database(sqlite_url, write_seconds=0.3) as database:
         other.execute("BEGIN IMMEDIATE")
