@@ -52,7 +52,7 @@ sbom: .venv-deploy/.ready ## list the Python packages of an image; IMAGE=mayfly:
 chaos: setup ## random faults against whole systems; SECONDS=60 each, SEED="1 2" or any
 	CHAOS_SECONDS=$(or $(SECONDS),60) CHAOS_SEED="$(SEED)" $(BIN)/python -m pytest -s -m chaos tests/faults
 
-bench: setup ## the benchmarks, about eight minutes; ONLY=intake selects, FULL=1 takes a million records
+bench: setup ## the benchmarks, about ten minutes; ONLY=intake selects, FULL=1 takes a million records
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full)
 
 check: setup ## lint, format and types

@@ -1,4 +1,4 @@
-"""The benchmark suite: ``make bench``, ``make bench ONLY=intake``, ``make bench FULL=1``; about eight minutes.
+"""The benchmark suite: ``make bench``, ``make bench ONLY=intake``, ``make bench FULL=1``; about ten minutes.
 
 Whole processes over loopback, in turns, beside what a user would pick instead and the physical limit of the same run:
 ratios within one run count, absolute figures do not. On a machine that does other work, read the processor times.
