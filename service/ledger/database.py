@@ -1,7 +1,7 @@
-"""Opening the ledger's database and running statements in it: SQLite in threads, PostgreSQL on the event loop.
+"""Opening the ledger's database and running statements in it.
 
-Statements are plain functions of a Connection, written once. On SQLite the writes of a process take turns at one
-connection; on PostgreSQL asyncpg runs the same functions.
+Statements are plain functions of a Connection, written once. On SQLite they run in threads, but for those of quick
+writes, and the writes of a process take turns at one connection; on PostgreSQL asyncpg runs them on the event loop.
 """
 
 import asyncio
@@ -248,7 +248,7 @@ class PostgresDatabase:
             hide_parameters=True,
         )
 
-    async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:  # noqa: ARG002 - nothing waits for it
+    async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:  # noqa: ARG002 - all are, for the loop
         """See Database."""
         return await self._run(function, self._write_seconds)
 
