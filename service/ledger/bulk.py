@@ -18,17 +18,21 @@ _MOST_ROWS: Final = 64
 
 
 class BulkInsert:
-    """An INSERT of *columns* into *table*, for rows given as tuples in that order."""
+    """An INSERT of *columns* into *table*, for rows given as tuples in that order.
 
-    def __init__(self, table: Table, columns: Sequence[str]) -> None:
+    One that *ignores_known* leaves rows as they are whose key is there; it is for SQLite alone.
+    """
+
+    def __init__(self, table: Table, columns: Sequence[str], *, ignores_known: bool = False) -> None:
         self._statement = insert(table).values({name: bindparam(name) for name in columns})
         self._columns = tuple(columns)
         self._instants = [index for index, name in enumerate(columns) if isinstance(table.c[name].type, Instant)]
         self._compiled: dict[str, str] = {}
         names = ", ".join(columns)
         row = f"({', '.join('?' * len(columns))})"
+        verb = "INSERT OR IGNORE INTO" if ignores_known else "INSERT INTO"
         self._many = {
-            rows: f"INSERT INTO {table.name} ({names}) VALUES {', '.join([row] * rows)}"  # noqa: S608 - our own names
+            rows: f"{verb} {table.name} ({names}) VALUES {', '.join([row] * rows)}"
             for rows in _sizes(2 * _MOST_ROWS - 1)
         }
 

@@ -27,6 +27,8 @@ READ_TIMEOUT_SECONDS = 10.0
 # An index on a table of millions takes minutes; nobody waits for an answer meanwhile.
 MIGRATION_SECONDS = 3600.0
 _LOOK_AGAIN_SECONDS = 0.001
+# Where, in Connection.info, functions remember what they know of the state that is committed.
+REMEMBERED = "mayfly.remembered"
 # More than SQLite's cache takes goes to the disk before the commit: not for the event loop to wait for.
 QUICK_BYTES = 1024 * 1024
 # A quick write that takes so long meets a slow disk; the next ones go to the thread for a while.
@@ -207,6 +209,7 @@ class SqliteDatabase:
         if self._writing is None:
             return
         try:
+            self._writing.info.pop(REMEMBERED, None)
             self._writing.rollback()
             self._writing.connection.rollback()
         except Exception:  # noqa: BLE001 - whatever it is, that connection is of no more use

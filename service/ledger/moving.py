@@ -7,6 +7,7 @@ from sqlalchemy import Connection, Row, select, update
 
 from service.generation import Key
 from service.ledger.history import Entry, append
+from service.ledger.keys import is_record_of
 from service.ledger.schema import records
 from service.lifecycle import Move, State, after, interrupted
 
@@ -18,8 +19,7 @@ def move(
 
     Raises: IllegalMoveError when the record's state does not have that move, as for one whose DELETE may be under way.
     """
-    mine = (records.c.account == key.account, records.c.id == key.id)
-    row = connection.execute(select(records).where(*mine).with_for_update()).first()
+    row = connection.execute(select(records).where(is_record_of(connection, key)).with_for_update()).first()
     if row is None:
         return None
     moves = _moves(row, wanted)

@@ -10,6 +10,7 @@ from typing import Any
 from sqlalchemy import ColumnElement, Connection, Row, func, literal_column, or_, select
 
 from service.generation import Key
+from service.ledger.keys import is_record_of
 from service.ledger.schema import records
 from service.ledger.sequence import number_at
 from service.lifecycle import State
@@ -49,7 +50,7 @@ class Page:
 
 def find(connection: Connection, key: Key) -> Row[Any] | None:
     """Return the record of *key*, None where there is none."""
-    return connection.execute(select(records).where(records.c.account == key.account, records.c.id == key.id)).first()
+    return connection.execute(select(records).where(is_record_of(connection, key))).first()
 
 
 def page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | None) -> Page:

@@ -9,6 +9,7 @@ import msgspec
 from sqlalchemy import Connection, Row, Text, bindparam, func, select, update
 
 from service.generation import Generation, Key
+from service.ledger import keys
 from service.ledger.bulk import BulkInsert
 from service.ledger.database import ConflictError
 from service.ledger.history import Entry, append
@@ -55,8 +56,6 @@ _select_known = (
         records.c.hold_reason,
         records.c.notification,
     )
-    .where(records.c.account.in_(bindparam("accounts", expanding=True)))
-    .where(records.c.id.in_(bindparam("ids", expanding=True)))
     .order_by(records.c.account, records.c.id)
     .with_for_update()
 )
@@ -104,11 +103,13 @@ _change = (
 
 
 def insert(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
-    """Write *arrivals* as records that are all new, the usual case: nothing is looked up.
+    """Write *arrivals* as records that are all new, the usual case: on PostgreSQL nothing is looked up.
 
     Raises: ConflictError, by itself or from the database's unique key, when one of them is known or is there twice;
     receive() then sorts them out.
     """
+    if connection.dialect.name == "sqlite":
+        return receive(connection, arrivals)
     if len({arrival.key for arrival in arrivals}) < len(arrivals):
         raise ConflictError("a generation is announced twice at once")
     batch = _Batch([], [], [])
@@ -146,6 +147,7 @@ class _Batch(msgspec.Struct, frozen=True, gc=False):
 
 
 def _write(connection: Connection, batch: _Batch) -> None:
+    keys.add(connection, [(Key(*row[1:3]), row[0]) for row in batch.inserts])
     # In the order of their keys, as _select_known locks them: two processes with the same ones in different orders
     # would each wait for the other.
     _insert_records(connection, sorted(batch.inserts, key=itemgetter(1, 2)))
@@ -154,9 +156,11 @@ def _write(connection: Connection, batch: _Batch) -> None:
     append(connection, batch.entries)
 
 
-def _find_known(connection: Connection, keys: Collection[Key]) -> dict[Key, Row[Any]]:
-    wanted = {"accounts": list({key.account for key in keys}), "ids": [key.id for key in keys]}
-    rows: Sequence[Any] = connection.execute(_select_known, wanted).all()
+def _find_known(connection: Connection, wanted: Collection[Key]) -> dict[Key, Row[Any]]:
+    condition = keys.are_perhaps_of(connection, wanted)
+    if condition is None:
+        return {}
+    rows: Sequence[Any] = connection.execute(_select_known.where(condition)).all()
     return {Key(row.account, row.id): row for row in rows}
 
 

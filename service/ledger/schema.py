@@ -60,8 +60,8 @@ metadata = MetaData(
 records = Table(
     "records",
     metadata,
-    # Time-ordered and made by the process that inserts (see sequence.py): pages are read newest first by it, and all
-    # indexes but the one on (account, id) grow at their end, so that a million records cost no more than none.
+    # Time-ordered and made by the process that inserts (see sequence.py): pages are read newest first by it, and on
+    # SQLite all indexes grow at their end, so that a million records cost no more than none.
     Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
     Column("account", String(64), nullable=False),
     Column("id", String(255), nullable=False),
@@ -108,9 +108,10 @@ records = Table(
     Column("hold_by", Text),
     Column("hold_reason", Text),
     Column("hold_until", Instant),
-    Index("records_account_id", "account", "id", unique=True),
     Index("records_state_seq", "state", "seq"),
 )
+# One record per key, on PostgreSQL; on SQLite see keys.py.
+Index("records_account_id", records.c.account, records.c.id, unique=True).ddl_if(dialect="postgresql")
 # One index entry read tells what is due: without the state in it, SQLite would rather sort all that are scheduled.
 Index(
     "records_state_wake_at",
@@ -167,4 +168,20 @@ tallies = Table(
     Column("account", String(64), primary_key=True),
     Column("day", Date, primary_key=True),
     Column("deletes", Integer, nullable=False),
+)
+
+# What SQLite has instead of a unique index on account and id (see keys.py). Hashes of keys, and numbers of records.
+sqlite_metadata = MetaData()
+key_buffer = Table(
+    "key_buffer",
+    sqlite_metadata,
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    Column("hash", Integer, nullable=False),
+)
+key_index = Table(
+    "key_index",
+    sqlite_metadata,
+    Column("hash", Integer, primary_key=True, autoincrement=False),
+    Column("seq", Integer, primary_key=True, autoincrement=False),
+    sqlite_with_rowid=False,
 )

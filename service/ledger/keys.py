@@ -1,0 +1,135 @@
+"""Which records have a key, asked for every webhook: cheap in a ledger of any size.
+
+On PostgreSQL a unique index tells. On SQLite one would have each insert write a page of its own, ids being random:
+measured, 35 of the 58 µs that a record took, and more the larger the ledger. So an insert appends the key's hash to
+key_buffer there; once many have gathered they are merged into key_index in the order of their hashes, many to a page.
+Whoever inserts has key_buffer in memory as well.
+
+That a key has one record is kept, on SQLite, by looking and inserting in one transaction that has the write lock.
+"""
+
+import hashlib
+from collections.abc import Collection, Sequence
+from typing import Any, Final
+
+from sqlalchemy import ColumnElement, Connection, select, union_all
+
+from service.generation import Key
+from service.ledger.bulk import BulkInsert
+from service.ledger.database import REMEMBERED
+from service.ledger.schema import key_buffer, key_index, records
+from service.ledger.sequence import go_on_after
+
+# With a million records a run of so many shares each page that it writes among three.
+RUN: Final = 16_384
+# How many entries are merged for each that is appended, so that no webhook waits for a whole run.
+_PACE: Final = 4
+
+_append = BulkInsert(key_buffer, ("seq", "hash"))
+# Another process, or this one before it was killed, may have merged the same.
+_merge = BulkInsert(key_index, ("hash", "seq"), ignores_known=True)
+_MOST_HASHES: Final = 512
+_look = {
+    size: f"SELECT seq FROM key_index WHERE hash IN ({', '.join('?' * size)})"  # noqa: S608 - no values in it
+    for size in (1 << power for power in range(_MOST_HASHES.bit_length()))
+}
+# None but those that the index is seen to have: a key that is in neither of the two would get a second record.
+_TRIM: Final = (
+    "DELETE FROM key_buffer WHERE seq <= ? AND EXISTS "
+    "(SELECT 1 FROM key_index WHERE key_index.hash = key_buffer.hash AND key_index.seq = key_buffer.seq)"
+)
+
+
+def hash_of(key: Key) -> int:
+    """Return the 64 bits that stand for *key*; two keys may share them, so that the record has the last word."""
+    digest = hashlib.blake2b(f"{key.account}\0{key.id}".encode(errors="surrogatepass"), digest_size=8).digest()
+    return int.from_bytes(digest, signed=True)
+
+
+def is_record_of(connection: Connection, key: Key) -> ColumnElement[bool]:
+    """Return the condition that picks the record of *key*, for whoever reads."""
+    mine = (records.c.account == key.account) & (records.c.id == key.id)
+    if connection.dialect.name != "sqlite":
+        return mine
+    number = hash_of(key)
+    found = union_all(*(select(table.c.seq).where(table.c.hash == number) for table in (key_index, key_buffer)))
+    return records.c.seq.in_(found) & mine
+
+
+def are_perhaps_of(connection: Connection, keys: Collection[Key]) -> ColumnElement[bool] | None:
+    """Return a condition that picks all records of *keys*, and perhaps others; None if *keys* have no records.
+
+    For a transaction that may insert some, and so on SQLite has the write lock.
+    """
+    if connection.dialect.name != "sqlite":
+        return records.c.account.in_({key.account for key in keys}) & records.c.id.in_([key.id for key in keys])
+    found = _buffer(connection).find([hash_of(key) for key in keys])
+    return records.c.seq.in_(found) if found else None
+
+
+def add(connection: Connection, numbers: Sequence[tuple[Key, int]]) -> None:
+    """Note that *numbers*, in their order, are about to be the records of these keys."""
+    if connection.dialect.name == "sqlite" and numbers:
+        _buffer(connection).add(connection, [(hash_of(key), number) for key, number in numbers])
+
+
+def _buffer(connection: Connection) -> "_Buffer":
+    buffer: _Buffer | None = connection.info.get(REMEMBERED)
+    if buffer is None:
+        buffer = connection.info[REMEMBERED] = _Buffer(connection.connection.driver_connection)
+    buffer.catch_up()
+    return buffer
+
+
+class _Buffer:
+    """key_buffer in the memory of a connection that inserts, and the run that it is merging."""
+
+    def __init__(self, driver: Any) -> None:  # noqa: ANN401 - the driver's own type
+        self._driver = driver
+        self._numbers: dict[int, int] = {}  # by hash
+        self._last = 0
+        self._run: list[int] = []  # hashes that are still to be merged, the largest first
+        self._run_end = 0
+
+    def catch_up(self) -> None:
+        """Read what other processes have appended: numbers grow with each commit, whoever makes it."""
+        last = self._driver.execute("SELECT max(seq) FROM key_buffer").fetchone()[0] or 0
+        if last > self._last:
+            rows = self._driver.execute("SELECT hash, seq FROM key_buffer WHERE seq > ?", (self._last,))
+            self._numbers.update(rows)
+            self._last = last
+            go_on_after(last)
+
+    def find(self, hashes: list[int]) -> list[int]:
+        """Return the numbers of all records that have one of *hashes*."""
+        found = [self._numbers[one] for one in hashes if one in self._numbers]
+        for start in range(0, len(hashes), _MOST_HASHES):
+            part = hashes[start : start + _MOST_HASHES]
+            size = 1 << (len(part) - 1).bit_length()  # of few sizes, so that there are few statements to prepare
+            padded = [*part, *part[:1] * (size - len(part))]
+            found += [number for (number,) in self._driver.execute(_look[size], padded)]
+        return found
+
+    def add(self, connection: Connection, numbers: Sequence[tuple[int, int]]) -> None:
+        """Append *numbers*, pairs of hash and number, and merge a few of those before."""
+        _append(connection, [(number, one) for one, number in numbers])
+        # Of two keys with one hash the memory has the first; the second goes where it is looked for all the same.
+        _merge(connection, [pair for pair in numbers if self._numbers.setdefault(*pair) != pair[1]])
+        self._last = numbers[-1][1]
+        if not self._run and len(self._numbers) >= 2 * RUN:
+            self._run_end = sorted(self._numbers.values())[RUN - 1]
+            self._run = sorted(self._merged(), reverse=True)
+        if self._run:
+            self._merge(connection, _PACE * len(numbers))
+
+    def _merge(self, connection: Connection, count: int) -> None:
+        part = self._run[-count:]
+        del self._run[-count:]
+        _merge(connection, [(one, self._numbers[one]) for one in reversed(part)])
+        if not self._run:
+            self._driver.execute(_TRIM, (self._run_end,))
+            for one in self._merged():
+                del self._numbers[one]
+
+    def _merged(self) -> list[int]:
+        return [one for one, number in self._numbers.items() if number <= self._run_end]
