@@ -63,7 +63,7 @@ def are_perhaps_of(connection: Connection, keys: Collection[Key]) -> ColumnEleme
     """
     if connection.dialect.name != "sqlite":
         return records.c.account.in_({key.account for key in keys}) & records.c.id.in_([key.id for key in keys])
-    found = _buffer(connection).find([hash_of(key) for key in keys])
+    found = _buffer(connection).find(connection, [hash_of(key) for key in keys])
     return records.c.seq.in_(found) if found else None
 
 
@@ -74,62 +74,67 @@ def add(connection: Connection, numbers: Sequence[tuple[Key, int]]) -> None:
 
 
 def _buffer(connection: Connection) -> "_Buffer":
-    buffer: _Buffer | None = connection.info.get(REMEMBERED)
-    if buffer is None:
-        buffer = connection.info[REMEMBERED] = _Buffer(connection.connection.driver_connection)
-    buffer.catch_up()
+    buffer: _Buffer = connection.info.setdefault(REMEMBERED, _Buffer())
+    buffer.catch_up(connection)
     return buffer
 
 
 class _Buffer:
     """key_buffer in the memory of a connection that inserts, and the run that it is merging."""
 
-    def __init__(self, driver: Any) -> None:  # noqa: ANN401 - the driver's own type
-        self._driver = driver
+    def __init__(self) -> None:
         self._numbers: dict[int, int] = {}  # by hash
         self._last = 0
         self._run: list[int] = []  # hashes that are still to be merged, the largest first
         self._run_end = 0
 
-    def catch_up(self) -> None:
+    def catch_up(self, connection: Connection) -> None:
         """Read what other processes have appended: numbers grow with each commit, whoever makes it."""
-        last = self._driver.execute("SELECT max(seq) FROM key_buffer").fetchone()[0] or 0
-        if last > self._last:
-            rows = self._driver.execute("SELECT hash, seq FROM key_buffer WHERE seq > ?", (self._last,))
-            self._numbers.update(rows)
-            self._last = last
+        driver = _driver(connection)
+        last = driver.execute("SELECT max(seq) FROM key_buffer").fetchone()[0] or 0
+        if last != self._last:
+            known = self._last if self._last < last else 0  # else an older ledger was put in this one's place
+            rows = driver.execute("SELECT hash, seq FROM key_buffer WHERE seq > ? ORDER BY seq", (known,)).fetchall()
+            self._remember(connection, rows, last)
             go_on_after(last)
 
-    def find(self, hashes: list[int]) -> list[int]:
+    def find(self, connection: Connection, hashes: list[int]) -> list[int]:
         """Return the numbers of all records that have one of *hashes*."""
         found = [self._numbers[one] for one in hashes if one in self._numbers]
         for start in range(0, len(hashes), _MOST_HASHES):
             part = hashes[start : start + _MOST_HASHES]
             size = 1 << (len(part) - 1).bit_length()  # of few sizes, so that there are few statements to prepare
             padded = [*part, *part[:1] * (size - len(part))]
-            found += [number for (number,) in self._driver.execute(_look[size], padded)]
+            found += [number for (number,) in _driver(connection).execute(_look[size], padded)]
         return found
 
     def add(self, connection: Connection, numbers: Sequence[tuple[int, int]]) -> None:
         """Append *numbers*, pairs of hash and number, and merge a few of those before."""
-        _append(connection, [(number, one) for one, number in numbers])
-        # Of two keys with one hash the memory has the first; the second goes where it is looked for all the same.
-        _merge(connection, [pair for pair in numbers if self._numbers.setdefault(*pair) != pair[1]])
-        self._last = numbers[-1][1]
         if not self._run and len(self._numbers) >= 2 * RUN:
             self._run_end = sorted(self._numbers.values())[RUN - 1]
-            self._run = sorted(self._merged(), reverse=True)
+            self._run = sorted(self._in_run(), reverse=True)
         if self._run:
             self._merge(connection, _PACE * len(numbers))
+        _append(connection, [(number, one) for one, number in numbers])
+        self._remember(connection, numbers, numbers[-1][1])
+
+    def _remember(self, connection: Connection, numbers: Sequence[tuple[int, int]], last: int) -> None:
+        # Of two keys with one hash the memory has the first; the second goes where it is looked for as well.
+        _merge(connection, [pair for pair in numbers if self._numbers.setdefault(*pair) != pair[1]])
+        self._last = last
 
     def _merge(self, connection: Connection, count: int) -> None:
         part = self._run[-count:]
         del self._run[-count:]
         _merge(connection, [(one, self._numbers[one]) for one in reversed(part)])
         if not self._run:
-            self._driver.execute(_TRIM, (self._run_end,))
-            for one in self._merged():
+            _driver(connection).execute(_TRIM, (self._run_end,))
+            for one in self._in_run():
                 del self._numbers[one]
 
-    def _merged(self) -> list[int]:
+    def _in_run(self) -> list[int]:
         return [one for one, number in self._numbers.items() if number <= self._run_end]
+
+
+def _driver(connection: Connection) -> Any:  # noqa: ANN401 - the driver's own type
+    return connection.connection.driver_connection

@@ -8,6 +8,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _MOST = 2**63 - 1
 _RANDOM_BITS = 11  # microseconds since 1970 times 2048 fits 63 bits until the year 2112
+_LEFT_OUT = 2**16  # 32 µs
 _last = 0
 
 
@@ -29,6 +30,9 @@ def next_number() -> int:
 
 
 def go_on_after(number: int) -> None:
-    """Have next_number() return greater ones than *number*, which another process made: its clock may be ahead."""
+    """Have next_number() return greater ones than *number* of another process, whose clock may be ahead.
+
+    Some are left out: that process gave those behind it to other rows of the same transaction.
+    """
     global _last  # noqa: PLW0603 - as above
-    _last = max(_last, number)
+    _last = max(_last, number + _LEFT_OUT)

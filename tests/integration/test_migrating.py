@@ -3,6 +3,7 @@
 import asyncio
 from contextlib import asynccontextmanager
 from pathlib import Path
+from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -47,20 +48,28 @@ async def test_the_migrations_lead_from_nothing_to_the_tables_of_the_code(empty)
     assert await empty.write(migrating.migrate) == (None, migrating.HEAD)
 
     def differences(connection):
-        context = MigrationContext.configure(connection, opts={"compare_type": True})
-        return compare_metadata(context, schema.metadata)
+        is_sqlite = connection.dialect.name == "sqlite"
+        tables: Any = [schema.metadata, schema.sqlite_metadata] if is_sqlite else schema.metadata
+
+        def is_for_it(item, _name, kind, _is_reflected, _compared):
+            # A condition of one's own is what autogeneration does not know.
+            return not (is_sqlite and kind == "index" and item.name == "records_account_id")
+
+        options = {"compare_type": True, "include_object": is_for_it}
+        return compare_metadata(MigrationContext.configure(connection, opts=options), tables)
 
     assert await empty.read(differences) == []
 
 
-async def test_the_indexes_are_those_of_the_code_with_their_conditions(empty):
+async def test_the_indexes_are_those_of_the_code_with_their_conditions(empty, empty_url):
     await empty.write(migrating.migrate)
     found = await empty.read(
         lambda connection: {index["name"]: index for index in inspect(connection).get_indexes("records")}
     )
+    unique = {name for name, index in found.items() if index["unique"]}
 
-    assert found.keys() == {index.name for index in schema.records.indexes}
-    assert found["records_account_id"]["unique"]
+    assert unique == (set() if empty_url.get_backend_name() == "sqlite" else {"records_account_id"})
+    assert found.keys() | {"records_account_id"} == {index.name for index in schema.records.indexes}
 
 
 def test_the_head_that_the_code_knows_is_that_of_the_folder():
