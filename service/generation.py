@@ -149,10 +149,10 @@ def _check_id(generation_id: str) -> None:
 def _check_keys(body: bytes) -> None:
     """Refuse a decisive key that stands twice at the top level."""
     # The slow second reading is only for bodies where it could find something: a name seen twice, or written
-    # with escapes, which no known sender does for keys.
+    # with escapes, which no known sender does for keys. One byte is looked for in a fifth of the time of two.
     count = body.count
     if (
-        b"\\u" not in body
+        (b"\\" not in body or b"\\u" not in body)
         and count(b'"id"') < 2
         and count(b'"status"') < 2
         and count(b'"metrics"') < 2
@@ -171,7 +171,7 @@ def _check_keys(body: bytes) -> None:
 
 def _check_text(generation: Generation, body: bytes) -> None:
     """Refuse a NUL character in a field that becomes a text column: PostgreSQL cannot hold it."""
-    if b"\\u0000" in body and any(
-        "\0" in text for text in msgspec.structs.astuple(generation) if isinstance(text, str)
-    ):
+    if b"\\" not in body or b"\\u0000" not in body:
+        return
+    if any("\0" in text for text in msgspec.structs.astuple(generation) if isinstance(text, str)):
         raise MalformedError("not a generation: it holds a NUL character")

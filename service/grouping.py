@@ -10,7 +10,7 @@ Item = TypeVar("Item")
 Result = TypeVar("Result")
 
 # More would only make the first of a batch wait longer for the last.
-MAX_BATCH = 512
+MAX_BATCH = 128
 
 
 class GroupCommit(Generic[Item, Result]):

@@ -11,7 +11,7 @@ from typing import Any, Final
 
 from sqlalchemy import Connection, Table, bindparam, insert
 
-from service.ledger.schema import Instant
+from service.ledger.schema import Instant, microseconds
 
 # Chunks are powers of two, so that there are few different statements to prepare.
 _MOST_ROWS: Final = 64
@@ -43,22 +43,20 @@ class BulkInsert:
         if connection.dialect.name != "sqlite":
             connection.exec_driver_sql(self._sql(connection), [tuple(row) for row in rows])
             return
-        values = self._values(connection, rows)
+        values = self._values(rows)
         width, start = len(self._columns), 0
         driver: Any = connection.connection.driver_connection
         for size in _sizes(len(rows)):
             driver.execute(self._many[size], values[start : start + size * width])
             start += size * width
 
-    def _values(self, connection: Connection, rows: Sequence[Sequence[Any]]) -> list[Any]:
-        """Return the values of all *rows* one after the other, instants as the driver takes them."""
+    def _values(self, rows: Sequence[Sequence[Any]]) -> list[Any]:
+        """Return the values of all *rows* one after the other, instants as SQLite keeps them."""
         values = list(chain.from_iterable(rows))
-        write = Instant().bind_processor(connection.dialect)
-        assert write is not None  # noqa: S101 - SQLite has no type for instants
-        for start in range(0, len(values), len(self._columns)):
-            for index in self._instants:
-                if (value := values[start + index]) is not None:
-                    values[start + index] = write(value)
+        for column in self._instants:
+            for index in range(column, len(values), len(self._columns)):
+                if (value := values[index]) is not None:
+                    values[index] = microseconds(value)
         return values
 
     def _sql(self, connection: Connection) -> str:

@@ -9,7 +9,7 @@ from sqlalchemy import Connection, select
 
 from service.ledger.bulk import BulkInsert
 from service.ledger.schema import events
-from service.ledger.sequence import next_number
+from service.ledger.sequence import next_numbers
 from service.lifecycle import Move
 
 
@@ -28,9 +28,13 @@ _insert = BulkInsert(events, ("record", "seq", "at", "move", "actor", "detail"))
 
 def append(connection: Connection, entries: Sequence[Entry]) -> None:
     """Append *entries* in their order."""
+    numbers = next_numbers(len(entries))
     _insert(
         connection,
-        [(entry.record, next_number(), entry.at, entry.move, entry.actor, _encoded(entry.detail)) for entry in entries],
+        [
+            (entry.record, number, entry.at, entry.move, entry.actor, _encoded(entry.detail))
+            for entry, number in zip(entries, numbers, strict=True)
+        ],
     )
 
 

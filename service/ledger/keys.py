@@ -1,4 +1,4 @@
-"""Which records have a key, asked for every webhook: cheap in a ledger of any size.
+"""Which records have a key, asked for every webhook: cheap in a ledger of millions.
 
 On PostgreSQL a unique index tells. On SQLite one would have each insert write a page of its own, ids being random:
 measured, 35 of the 58 µs that a record took, and more the larger the ledger. So an insert appends the key's hash to
@@ -10,6 +10,8 @@ That a key has one record is kept, on SQLite, by looking and inserting in one tr
 
 import hashlib
 from collections.abc import Collection, Sequence
+from functools import lru_cache
+from itertools import islice
 from typing import Any, Final
 
 from sqlalchemy import ColumnElement, Connection, select, union_all
@@ -33,13 +35,16 @@ _look = {
     size: f"SELECT seq FROM key_index WHERE hash IN ({', '.join('?' * size)})"  # noqa: S608 - no values in it
     for size in (1 << power for power in range(_MOST_HASHES.bit_length()))
 }
-# None but those that the index is seen to have: a key that is in neither of the two would get a second record.
-_TRIM: Final = (
-    "DELETE FROM key_buffer WHERE seq <= ? AND EXISTS "
+_IS_MERGED: Final = (
+    "FROM key_buffer WHERE seq <= ? AND EXISTS "
     "(SELECT 1 FROM key_index WHERE key_index.hash = key_buffer.hash AND key_index.seq = key_buffer.seq)"
 )
+_MERGED: Final = f"SELECT hash, seq {_IS_MERGED}"
+# None but those that the index is seen to have: a key that is in neither of the two would get a second record.
+_TRIM: Final = f"DELETE {_IS_MERGED} RETURNING hash, seq"
 
 
+@lru_cache(2 * _MOST_HASHES)  # asked for twice, before and after a look
 def hash_of(key: Key) -> int:
     """Return the 64 bits that stand for *key*; two keys may share them, so that the record has the last word."""
     digest = hashlib.blake2b(f"{key.account}\0{key.id}".encode(errors="surrogatepass"), digest_size=8).digest()
@@ -80,23 +85,32 @@ def _buffer(connection: Connection) -> "_Buffer":
 
 
 class _Buffer:
-    """key_buffer in the memory of a connection that inserts, and the run that it is merging."""
+    """key_buffer in the memory of a connection that inserts, and how far its oldest entries are merged."""
 
     def __init__(self) -> None:
-        self._numbers: dict[int, int] = {}  # by hash
+        self._forget()
+
+    def _forget(self) -> None:
+        self._numbers: dict[int, int] = {}  # by hash, in the order of the numbers
         self._last = 0
         self._run: list[int] = []  # hashes that are still to be merged, the largest first
-        self._run_end = 0
+        self._run_end = 0  # the last number of the run that is under way
+        self._knows_merged = False  # what was merged before it was read is in the index already
 
     def catch_up(self, connection: Connection) -> None:
         """Read what other processes have appended: numbers grow with each commit, whoever makes it."""
         driver = _driver(connection)
         last = driver.execute("SELECT max(seq) FROM key_buffer").fetchone()[0] or 0
-        if last != self._last:
-            known = self._last if self._last < last else 0  # else an older ledger was put in this one's place
-            rows = driver.execute("SELECT hash, seq FROM key_buffer WHERE seq > ? ORDER BY seq", (known,)).fetchall()
-            self._remember(connection, rows, last)
-            go_on_after(last)
+        if last == self._last:
+            return
+        is_there = driver.execute("SELECT 1 FROM key_buffer WHERE seq = ?", (self._last,)).fetchone()
+        # Without its last entry this is another ledger, an older one put in its place. And of those that others
+        # append and merge it keeps all until it reads anew.
+        if not is_there or len(self._numbers) > 4 * RUN:
+            self._forget()
+        rows = driver.execute("SELECT hash, seq FROM key_buffer WHERE seq > ? ORDER BY seq", (self._last,)).fetchall()
+        self._remember(connection, rows, last)
+        go_on_after(last)
 
     def find(self, connection: Connection, hashes: list[int]) -> list[int]:
         """Return the numbers of all records that have one of *hashes*."""
@@ -109,12 +123,13 @@ class _Buffer:
         return found
 
     def add(self, connection: Connection, numbers: Sequence[tuple[int, int]]) -> None:
-        """Append *numbers*, pairs of hash and number, and merge a few of those before."""
-        if not self._run and len(self._numbers) >= 2 * RUN:
-            self._run_end = sorted(self._numbers.values())[RUN - 1]
-            self._run = sorted(self._in_run(), reverse=True)
+        """Append *numbers*, pairs of hash and number, and merge or trim a few of those before."""
+        if not self._run_end and len(self._numbers) >= 2 * RUN:
+            self._begin(connection)
         if self._run:
             self._merge(connection, _PACE * len(numbers))
+        elif self._run_end:
+            self._trim(connection, _PACE * len(numbers))
         _append(connection, [(number, one) for one, number in numbers])
         self._remember(connection, numbers, numbers[-1][1])
 
@@ -123,17 +138,27 @@ class _Buffer:
         _merge(connection, [pair for pair in numbers if self._numbers.setdefault(*pair) != pair[1]])
         self._last = last
 
+    def _begin(self, connection: Connection) -> None:
+        oldest = list(islice(self._numbers.items(), RUN))
+        self._run_end = oldest[-1][1]
+        # What was begun and not ended, by a process that was killed perhaps, goes on: else it might never end.
+        merged = set() if self._knows_merged else set(_driver(connection).execute(_MERGED, (self._run_end,)))
+        self._run = sorted((one for one, number in oldest if (one, number) not in merged), reverse=True)
+        self._knows_merged = True
+
     def _merge(self, connection: Connection, count: int) -> None:
         part = self._run[-count:]
         del self._run[-count:]
         _merge(connection, [(one, self._numbers[one]) for one in reversed(part)])
-        if not self._run:
-            _driver(connection).execute(_TRIM, (self._run_end,))
-            for one in self._in_run():
-                del self._numbers[one]
 
-    def _in_run(self) -> list[int]:
-        return [one for one, number in self._numbers.items() if number <= self._run_end]
+    def _trim(self, connection: Connection, count: int) -> None:
+        end = min(self._run_end, next(islice(self._numbers.values(), count - 1, None), self._run_end))
+        trimmed = _driver(connection).execute(_TRIM, (end,)).fetchall()
+        for one, number in trimmed:
+            if self._numbers.get(one) == number:
+                del self._numbers[one]
+        if end == self._run_end or not trimmed:
+            self._run_end = 0
 
 
 def _driver(connection: Connection) -> Any:  # noqa: ANN401 - the driver's own type

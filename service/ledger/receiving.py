@@ -14,7 +14,7 @@ from service.ledger.bulk import BulkInsert
 from service.ledger.database import ConflictError
 from service.ledger.history import Entry, append
 from service.ledger.schema import records
-from service.ledger.sequence import next_number
+from service.ledger.sequence import next_numbers
 from service.lifecycle import Move, State, after, interrupted
 from service.retention import Retention
 
@@ -115,7 +115,8 @@ def insert(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]
     if len({arrival.key for arrival in arrivals}) < len(arrivals):
         raise ConflictError("a generation is announced twice at once")
     batch = _Batch([], [], [])
-    receipts = [_first(arrival, batch) for arrival in arrivals]
+    numbers = next_numbers(len(arrivals))
+    receipts = [_first(arrival, seq, batch) for arrival, seq in zip(arrivals, numbers, strict=True)]
     _write(connection, batch)
     return receipts
 
@@ -134,10 +135,10 @@ def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt
         indices = sorted(firsts.values())
         known = _find_known(connection, firsts.keys())
         batch = _Batch([], [], [])
-        for index in indices:
+        for index, seq in zip(indices, next_numbers(len(indices)), strict=True):
             arrival = waiting.pop(index)
             before = known.get(arrival.key)
-            receipts[index] = _first(arrival, batch) if before is None else _again(arrival, before, batch)
+            receipts[index] = _first(arrival, seq, batch) if before is None else _again(arrival, before, batch)
         _write(connection, batch)
     return [receipts[index] for index in range(len(arrivals))]
 
@@ -169,9 +170,9 @@ def _find_known(connection: Connection, wanted: Collection[Key]) -> dict[Key, Ro
 _FIRST = {move: after(None, move) for move in (Move.RECEIVE, Move.KEEP)}
 
 
-def _first(arrival: Arrival, batch: _Batch) -> Receipt:
+def _first(arrival: Arrival, seq: int, batch: _Batch) -> Receipt:
     """Add a new record to *batch*: scheduled, kept, or scheduled and at once held."""
-    retention, seq = arrival.retention, next_number()
+    retention = arrival.retention
     detail = {"rule": retention.rule, "status": arrival.generation.status}
     move = Move.RECEIVE if retention.due_at or retention.hold_reason else Move.KEEP
     state = _FIRST[move]

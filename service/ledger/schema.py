@@ -24,6 +24,11 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 
 
+def microseconds(instant: datetime) -> int:
+    """Return an aware instant as SQLite keeps it, in microseconds since 1970; a naive one raises TypeError."""
+    return (instant - _EPOCH) // _MICROSECOND
+
+
 class Instant(TypeDecorator[datetime]):
     """An aware UTC instant: timestamptz on PostgreSQL, whole microseconds since 1970 on SQLite."""
 
@@ -40,7 +45,7 @@ class Instant(TypeDecorator[datetime]):
             return None
         if value.tzinfo is None:
             raise ValueError("an instant needs its zone")
-        return (value - _EPOCH) // _MICROSECOND if dialect.name == "sqlite" else value
+        return microseconds(value) if dialect.name == "sqlite" else value
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401 - as above
         """Read an instant back as aware UTC."""

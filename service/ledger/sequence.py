@@ -13,24 +13,25 @@ _last = 0
 
 
 def number_at(at: datetime, shift: timedelta) -> int:
-    """Return the least number that next_number() would return at the aware instant *at* shifted by *shift*."""
+    """Return the least number that next_numbers() would return at the aware instant *at* shifted by *shift*."""
     return min(max(0, (at - _EPOCH + shift) // _MICROSECOND) << _RANDOM_BITS, _MOST)
 
 
-def next_number() -> int:
-    """Return a number greater than any this process returned before, and near the time in microseconds times 2048.
+def next_numbers(count: int) -> range:
+    """Return *count* numbers greater than any this process returned before, near the time in microseconds times 2048.
 
     Two processes make the same one about once in 2048 simultaneous microseconds; the unique key then refuses the
     second, and whoever inserts tries again with a new one.
     """
     global _last  # noqa: PLW0603 - the one thing that must be remembered between calls
     noise = random.getrandbits(_RANDOM_BITS)
-    _last = max(_last + 1, (time.time_ns() // 1000 << _RANDOM_BITS) | noise)
-    return _last
+    first = max(_last + 1, (time.time_ns() // 1000 << _RANDOM_BITS) | noise)
+    _last = first + count - 1
+    return range(first, first + count)
 
 
 def go_on_after(number: int) -> None:
-    """Have next_number() return greater ones than *number* of another process, whose clock may be ahead.
+    """Have next_numbers() return greater ones than *number* of another process, whose clock may be ahead.
 
     Some are left out: that process gave those behind it to other rows of the same transaction.
     """

@@ -3,10 +3,11 @@
 import asyncio
 import random
 import shutil
+import sqlite3
 import tempfile
 import time
 from collections import Counter
-from contextlib import AsyncExitStack
+from contextlib import AsyncExitStack, closing
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +21,7 @@ from sqlalchemy import URL, func, select, text
 
 from service.generation import Key
 from service.ledger import keys, migrating, reading, receiving, sequence
-from service.ledger.database import ConflictError, open_database
+from service.ledger.database import REMEMBERED, ConflictError, open_database
 from service.ledger.schema import key_buffer, key_index, records
 from tests.integration.test_migrating import FOLDER
 from tests.support.ledger import ACCOUNT, arrival, count, receive, row_of, store
@@ -155,6 +156,7 @@ async def play(path: Path, steps) -> None:
     async with open_database(url) as database:
         names = await database.read(lambda connection: connection.scalars(select(records.c.id)).all())
         assert Counter(names) == Counter(processes.stored)
+        assert await number_of(database, key_buffer) <= 8 * RUN
         for name in names:
             assert (await row_of(database, Key(ACCOUNT, name))).id == name
         assert await database.read(partial(reading.find, key=Key(ACCOUNT, "unheard of"))) is None
@@ -194,11 +196,69 @@ async def test_what_is_not_merged_stays_small_and_all_of_it_is_found(sqlite_data
         await receive(sqlite_database, *(arrival(id=f"g{batch}-{number}") for number in range(20)))
         sizes.append(await number_of(sqlite_database, key_buffer))
 
-    assert 200 <= max(sizes) < 250
+    assert 200 <= max(sizes) <= 260
     assert await number_of(sqlite_database, key_index) + sizes[-1] >= 1200
     for batch in range(60):
         assert (await row_of(sqlite_database, Key(ACCOUNT, f"g{batch}-7"))).id == f"g{batch}-7"
     assert not any(one.is_new for one in await receive(sqlite_database, arrival(id="g0-0"), arrival(id="g59-19")))
+
+
+async def test_restarts_do_not_keep_a_run_from_its_end(sqlite_url, monkeypatch):
+    monkeypatch.setattr(keys, "RUN", 60)
+    for number in range(300):
+        async with open_database(sqlite_url) as database:
+            await receive(database, arrival(id=f"g{number}"))
+
+    async with open_database(sqlite_url) as database:
+        assert await number_of(database, key_buffer) <= 150
+        assert not any([(await receive(database, arrival(id=f"g{number}")))[0].is_new for number in range(300)])
+
+
+async def test_of_two_processes_the_one_that_seldom_writes_does_not_remember_all(sqlite_url, monkeypatch):
+    monkeypatch.setattr(keys, "RUN", 20)
+    async with open_database(sqlite_url) as busy, open_database(sqlite_url) as other:
+        idle: Any = other
+        for number in range(1000):
+            await receive(busy, arrival(id=f"g{number}"))
+            if number % 40 == 0:
+                await receive(idle, arrival(id=f"h{number}"))
+        remembered = idle._writing.info[REMEMBERED]._numbers
+
+        assert len(remembered) <= 5 * keys.RUN + 40
+        receipts = await receive(idle, *(arrival(id=f"g{number}") for number in range(1000)))
+        assert not any(receipt.is_new for receipt in receipts)
+
+
+@pytest.mark.parametrize("is_written_between", [False, True])
+async def test_an_older_ledger_that_is_put_in_place_while_it_runs_gets_no_record_twice(
+    sqlite_url, monkeypatch, tmp_path, is_written_between
+):
+    monkeypatch.setattr(keys, "RUN", 20)
+
+    def copy_ledger(source, target):
+        with closing(sqlite3.connect(source)) as one, closing(sqlite3.connect(target)) as other:
+            one.backup(other)
+
+    async with open_database(sqlite_url) as database:
+        for number in range(60):
+            await receive(database, arrival(id=f"g{number}"))
+        copy_ledger(sqlite_url.database, tmp_path / "older.db")
+        for number in range(60, 75):
+            await receive(database, arrival(id=f"g{number}"))
+        copy_ledger(tmp_path / "older.db", sqlite_url.database)
+        if is_written_between:
+            async with open_database(sqlite_url) as other:
+                await receive(other, arrival(id="between"))
+        for number in range(200, 300):
+            await receive(database, arrival(id=f"g{number}"))
+
+        receipts = await receive(database, *(arrival(id=f"g{number}") for number in range(60)))
+        assert not any(receipt.is_new for receipt in receipts)
+
+
+def test_the_hash_of_a_key_is_what_it_was_when_ledgers_were_written():
+    assert keys.hash_of(Key("default", "a-1")) == 8070757590860851191
+    assert keys.hash_of(Key("default", "größe/🪰")) == 471426079583669658
 
 
 async def test_a_record_whose_key_is_not_noted_is_refused(sqlite_database):

@@ -251,13 +251,14 @@ async def test_the_same_id_in_two_accounts_is_two_records(database):
     assert await count(database) == 2
 
 
-async def test_the_insert_that_looks_nothing_up_refuses_a_known_generation_as_a_whole(postgres_database):
-    await store(postgres_database, id="g1")
+async def test_the_insert_that_looks_nothing_up_refuses_a_known_generation_as_a_whole(postgres_url):
+    async with open_database(postgres_url) as database:
+        await store(database, id="g1")
 
-    for known in ([arrival(id="g2"), arrival(id="g1")], [arrival(id="g2"), arrival(id="g2")]):
-        with pytest.raises(ConflictError):
-            await postgres_database.write(partial(receiving.insert, arrivals=known))
-    assert await count(postgres_database) == 1
+        for known in ([arrival(id="g2"), arrival(id="g1")], [arrival(id="g2"), arrival(id="g2")]):
+            with pytest.raises(ConflictError):
+                await database.write(partial(receiving.insert, arrivals=known))
+        assert await count(database) == 1
 
 
 async def write_as_the_web_side_does(database, arrivals):
