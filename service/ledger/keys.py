@@ -95,7 +95,7 @@ class _Buffer:
         self._last = 0
         self._run: list[int] = []  # hashes that are still to be merged, the largest first
         self._run_end = 0  # the last number of the run that is under way
-        self._knows_merged = False  # what was merged before it was read is in the index already
+        self._has_foreign = False  # entries of another process, which may have merged some of them
 
     def catch_up(self, connection: Connection) -> None:
         """Read what other processes have appended: numbers grow with each commit, whoever makes it."""
@@ -110,6 +110,7 @@ class _Buffer:
             self._forget()
         rows = driver.execute("SELECT hash, seq FROM key_buffer WHERE seq > ? ORDER BY seq", (self._last,)).fetchall()
         self._remember(connection, rows, last)
+        self._has_foreign = True
         go_on_after(last)
 
     def find(self, connection: Connection, hashes: list[int]) -> list[int]:
@@ -141,10 +142,10 @@ class _Buffer:
     def _begin(self, connection: Connection) -> None:
         oldest = list(islice(self._numbers.items(), RUN))
         self._run_end = oldest[-1][1]
-        # What was begun and not ended, by a process that was killed perhaps, goes on: else it might never end.
-        merged = set() if self._knows_merged else set(_driver(connection).execute(_MERGED, (self._run_end,)))
+        # A run that was begun, by a process that was killed perhaps, goes on where it was: else it might never end.
+        merged = set(_driver(connection).execute(_MERGED, (self._run_end,))) if self._has_foreign else set()
         self._run = sorted((one for one, number in oldest if (one, number) not in merged), reverse=True)
-        self._knows_merged = True
+        self._has_foreign = False
 
     def _merge(self, connection: Connection, count: int) -> None:
         part = self._run[-count:]
