@@ -1,4 +1,4 @@
-"""The tables of the ledger, as the newest migration leaves them; the same on SQLite and PostgreSQL."""
+"""The tables of the ledger, as the newest migration leaves them; but for the keys the same on SQLite and PostgreSQL."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
