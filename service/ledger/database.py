@@ -1,40 +1,26 @@
 """Opening the ledger's database and running statements in it.
 
-Statements are plain functions of a Connection, written once. On SQLite they run in threads, but for those of quick
-writes, and the writes of a process take turns at one connection; on PostgreSQL asyncpg runs them on the event loop.
+Statements are plain functions of a Connection, written once for both kinds.
 """
 
-import asyncio
-import contextlib
-import os
 import sqlite3
-import time
-from collections.abc import AsyncIterator, Callable, Iterator
-from concurrent.futures import ThreadPoolExecutor
-from contextlib import asynccontextmanager, contextmanager
-from functools import partial
-from typing import Any, Protocol, TypeVar, runtime_checkable
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from typing import Protocol, TypeVar, runtime_checkable
 
-from sqlalchemy import URL, Connection, RootTransaction, create_engine, event
-from sqlalchemy.exc import DBAPIError, IntegrityError, SQLAlchemyError
+from sqlalchemy import URL, Connection
+from sqlalchemy.exc import DBAPIError, IntegrityError
 
 T = TypeVar("T")
 
-# A writer in another process is waited for this long; a longer lock is answered 503 or tried again later.
-BUSY_TIMEOUT_SECONDS = 5.0
 WRITE_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 10.0
 # An index on a table of millions takes minutes; nobody waits for an answer meanwhile.
 MIGRATION_SECONDS = 3600.0
-_LOOK_AGAIN_SECONDS = 0.001
 # Where, in Connection.info, functions remember what they know of the state that is committed.
 REMEMBERED = "mayfly.remembered"
 # More than SQLite's cache takes goes to the disk before the commit: not for the event loop to wait for.
 QUICK_BYTES = 1024 * 1024
-# A quick write that takes so long meets a slow disk; the next ones go to the thread for a while.
-_SLOW_SECONDS = 0.05
-_SLOW_FOR_SECONDS = 10.0
-_READ_THREADS = 4
 # The classes of SQL states for values that do not fit: data exceptions, and limits such as an index entry's.
 _REFUSED_STATES = ("22", "54")
 
@@ -70,6 +56,9 @@ class Database(Protocol):
         Raises: LedgerUnavailableError.
         """
 
+    async def close(self) -> None:
+        """Close all connections, once what is under way has ended."""
+
 
 @asynccontextmanager
 async def open_database(url: URL, *, write_seconds: float = WRITE_TIMEOUT_SECONDS) -> AsyncIterator[Database]:
@@ -77,241 +66,25 @@ async def open_database(url: URL, *, write_seconds: float = WRITE_TIMEOUT_SECOND
 
     A write may take *write_seconds*.
     """
-    is_sqlite = url.get_backend_name() == "sqlite"
-    if is_sqlite and url.database:
-        _make_private(url.database)
-    database = SqliteDatabase(url, write_seconds) if is_sqlite else PostgresDatabase(url, write_seconds)
+    database = _of_kind(url, write_seconds)
     try:
         yield database
     finally:
         await database.close()
 
 
-def _make_private(path: str) -> None:
-    """Make the file, if there is none yet, for its owner alone; SQLite gives those beside it the same mode.
+def _of_kind(url: URL, write_seconds: float) -> Database:
+    # Loaded where it is used: asyncpg takes 8 MB that SQLite has no use for.
+    if url.get_backend_name() == "sqlite":
+        from service.ledger.sqlite import SqliteDatabase  # noqa: PLC0415
 
-    One that is there is not opened: to close it again would drop the locks that SQLite has on it in this process.
-    """
-    with contextlib.suppress(OSError):  # whoever opens it says what is wrong
-        os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
+        return SqliteDatabase(url, write_seconds)
+    from service.ledger.postgres import PostgresDatabase  # noqa: PLC0415
 
-
-class SqliteDatabase:
-    """SQLite in WAL mode with every commit synced to the disk."""
-
-    def __init__(self, url: URL, write_seconds: float = WRITE_TIMEOUT_SECONDS) -> None:
-        self._write_seconds = write_seconds
-        self._engine = create_engine(
-            url.set(drivername="sqlite"),
-            connect_args={"timeout": BUSY_TIMEOUT_SECONDS, "check_same_thread": False},
-            pool_size=_READ_THREADS + 1,
-            hide_parameters=True,
-        )
-        event.listen(self._engine, "connect", _prepare_sqlite)
-        event.listen(self._engine, "begin", _begin_sqlite)
-        # A deferred transaction that reads first cannot become a writer later: it fails at once as "locked".
-        self._writing_engine = self._engine.execution_options(begin="BEGIN IMMEDIATE")
-        self._writing: Connection | None = None
-        self._quick_again_at = 0.0  # on the monotonic clock
-        self._turn = asyncio.Lock()
-        self._is_closed = False
-        self._writer = ThreadPoolExecutor(1, "ledger-writer")
-        self._readers = ThreadPoolExecutor(_READ_THREADS, "ledger-reader")
-
-    async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:
-        """See Database."""
-        try:
-            async with asyncio.timeout(self._write_seconds):
-                await self._turn.acquire()
-                if self._is_closed:
-                    self._turn.release()
-                    raise LedgerUnavailableError("the ledger is closed")
-                # Whoever stops waiting does not stop what is under way: the turn ends when that does.
-                return await asyncio.shield(self._started(function, is_quick=is_quick))
-        except (SQLAlchemyError, sqlite3.Error, TimeoutError) as error:
-            raise _translated(error) from error
-
-    async def read(self, function: Callable[[Connection], T]) -> T:
-        """See Database."""
-        try:
-            async with asyncio.timeout(READ_TIMEOUT_SECONDS):
-                return await asyncio.get_running_loop().run_in_executor(self._readers, self._read, function)
-        except (SQLAlchemyError, sqlite3.Error, TimeoutError) as error:
-            raise _translated(error) from error
-
-    def _read(self, function: Callable[[Connection], T]) -> T:
-        with self._engine.connect() as connection, connection.begin():
-            return function(connection)
-
-    def _started(self, function: Callable[[Connection], T], *, is_quick: bool) -> asyncio.Future[T]:
-        """Start a write whose turn it is.
-
-        Quick statements run here and now, and the thread has only the commit, which waits for the disk. In the thread
-        each statement would give up the interpreter's lock and have to win it back from a busy loop: measured with 32
-        connections, a webhook took 185 µs of processor time that way and 134 µs this way.
-        """
-        try:
-            rest = (self._stated(function) if is_quick else None) or partial(self._written, function)
-            future = asyncio.get_running_loop().run_in_executor(self._writer, rest)
-        except BaseException:
-            self._turn.release()
-            raise
-        future.add_done_callback(self._end_turn)
-        return future
-
-    def _end_turn(self, future: asyncio.Future[Any]) -> None:
-        self._turn.release()
-        if not future.cancelled():
-            future.exception()  # asked for, so that asyncio does not log it where nobody waits any more
-
-    def _stated(self, function: Callable[[Connection], T]) -> Callable[[], T] | None:
-        """Run *function* and return the commit that is left to do; None if there is something to wait for first."""
-        begun_at = time.monotonic()
-        if self._writing is None or begun_at < self._quick_again_at:
-            return None
-        with self._undone_on_error():
-            try:
-                transaction = self._writing.begin()
-            except sqlite3.OperationalError as error:
-                if _is_busy(error):
-                    return None
-                raise
-            result = function(self._writing)
-        if time.monotonic() - begun_at > _SLOW_SECONDS:
-            self._quick_again_at = time.monotonic() + _SLOW_FOR_SECONDS
-        return partial(self._committed, transaction, result)
-
-    def _written(self, function: Callable[[Connection], T]) -> T:
-        if self._writing is None:
-            # The writer's own connection, which stays out of the pool and so costs a fifth less.
-            self._writing = self._writing_engine.connect()
-            self._writing.connection.cursor().execute("PRAGMA busy_timeout=0")
-        with self._undone_on_error():
-            transaction = _patiently(self._writing.begin)
-            result = function(self._writing)
-        return self._committed(transaction, result)
-
-    def _committed(self, transaction: RootTransaction, result: T) -> T:
-        with self._undone_on_error():
-            transaction.commit()
-        return result
-
-    @contextmanager
-    def _undone_on_error(self) -> Iterator[None]:
-        try:
-            yield
-        except BaseException:
-            self._undo()
-            raise
-
-    def _undo(self) -> None:
-        """Roll back, in SQLite itself as well: to SQLAlchemy a commit that failed is the end of its transaction."""
-        if self._writing is None:
-            return
-        try:
-            self._writing.info.pop(REMEMBERED, None)
-            self._writing.rollback()
-            self._writing.connection.rollback()
-        except Exception:  # noqa: BLE001 - whatever it is, that connection is of no more use
-            self._writing.invalidate()
-            self._close_writing()
-
-    def _close_writing(self) -> None:
-        if self._writing is not None:
-            self._writing.close()
-            self._writing = None
-
-    async def close(self) -> None:
-        """Wait for what is under way, then close; what waits for its turn is refused."""
-        async with self._turn:
-            self._is_closed = True
-        self._writer.submit(self._close_writing)
-        await asyncio.to_thread(self._writer.shutdown)
-        await asyncio.to_thread(self._readers.shutdown)
-        self._engine.dispose()
+    return PostgresDatabase(url, write_seconds)
 
 
-class PostgresDatabase:
-    """PostgreSQL 14 or later through asyncpg."""
-
-    def __init__(self, url: URL, write_seconds: float = WRITE_TIMEOUT_SECONDS) -> None:
-        self._write_seconds = write_seconds
-        import asyncpg  # noqa: PLC0415 - 8 MB that SQLite has no use for
-        from sqlalchemy.ext.asyncio import create_async_engine  # noqa: PLC0415
-
-        # The driver itself reads the URL: it knows libpq's parameters, of which SQLAlchemy hands on some.
-        dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
-        self._engine = create_async_engine(
-            "postgresql+asyncpg://",
-            async_creator=partial(asyncpg.connect, dsn, timeout=5, command_timeout=write_seconds),
-            pool_size=10,
-            max_overflow=5,
-            pool_timeout=WRITE_TIMEOUT_SECONDS,
-            pool_pre_ping=True,
-            hide_parameters=True,
-        )
-
-    async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:  # noqa: ARG002 - all are, for the loop
-        """See Database."""
-        return await self._run(function, self._write_seconds)
-
-    async def read(self, function: Callable[[Connection], T]) -> T:
-        """See Database."""
-        return await self._run(function, READ_TIMEOUT_SECONDS)
-
-    async def _run(self, function: Callable[[Connection], T], limit: float) -> T:
-        try:
-            async with asyncio.timeout(limit), self._engine.connect() as connection:
-                return await connection.run_sync(_in_transaction, function)
-        except (SQLAlchemyError, OSError, TimeoutError) as error:
-            raise _translated(error) from error
-
-    async def close(self) -> None:
-        """Close all connections."""
-        await self._engine.dispose()
-
-
-def _in_transaction(connection: Connection, function: Callable[[Connection], T]) -> T:
-    with connection.begin():
-        return function(connection)
-
-
-def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own type
-    connection.isolation_level = None  # transactions begin where _begin_sqlite says, not where the driver guesses
-    _patiently(lambda: connection.execute("PRAGMA journal_mode=WAL"))  # the one that SQLite itself does not wait for
-    for pragma in (
-        "synchronous=FULL",  # a commit survives a power cut; WAL's usual NORMAL may lose the last ones
-        "fullfsync=1",  # macOS: reach the disk, not only its cache
-        "cache_size=-2048",
-    ):
-        connection.execute(f"PRAGMA {pragma}")
-
-
-def _patiently(call: Callable[[], T]) -> T:
-    """Make *call* again for as long as another process has the lock that it needs.
-
-    SQLite's own wait looks every 0.1 s in the end and so misses the moments between the commits of a busy worker.
-    """
-    deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
-    while True:
-        try:
-            return call()
-        except sqlite3.OperationalError as error:
-            if not _is_busy(error) or time.monotonic() > deadline:
-                raise
-        time.sleep(_LOOK_AGAIN_SECONDS)
-
-
-def _is_busy(error: sqlite3.OperationalError) -> bool:
-    return getattr(error, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY  # whichever kind of it
-
-
-def _begin_sqlite(connection: Connection) -> None:
-    # Straight to the driver: SQLAlchemy's way there would be a tenth of a small transaction's time.
-    connection.connection.cursor().execute(connection.get_execution_options().get("begin", "BEGIN"))
-
-
-def _translated(error: Exception) -> Exception:
+def translated(error: Exception) -> Exception:
     """Translate a database error without its statement and parameters, which hold URLs and texts of users."""
     if isinstance(error, (IntegrityError, sqlite3.IntegrityError)):
         return ConflictError("the key is taken")

@@ -1,0 +1,57 @@
+"""PostgreSQL: asyncpg runs the statements on the event loop."""
+
+import asyncio
+from collections.abc import Callable
+from functools import partial
+from typing import TypeVar
+
+import asyncpg
+from sqlalchemy import URL, Connection
+from sqlalchemy.exc import SQLAlchemyError
+from sqlalchemy.ext.asyncio import create_async_engine
+
+from service.ledger.database import READ_TIMEOUT_SECONDS, WRITE_TIMEOUT_SECONDS, translated
+
+T = TypeVar("T")
+
+
+class PostgresDatabase:
+    """PostgreSQL 14 or later through asyncpg."""
+
+    def __init__(self, url: URL, write_seconds: float) -> None:
+        self._write_seconds = write_seconds
+        # The driver itself reads the URL: it knows libpq's parameters, of which SQLAlchemy hands on some.
+        dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
+        self._engine = create_async_engine(
+            "postgresql+asyncpg://",
+            async_creator=partial(asyncpg.connect, dsn, timeout=5, command_timeout=write_seconds),
+            pool_size=10,
+            max_overflow=5,
+            pool_timeout=WRITE_TIMEOUT_SECONDS,
+            pool_pre_ping=True,
+            hide_parameters=True,
+        )
+
+    async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:  # noqa: ARG002 - all are, for the loop
+        """See Database."""
+        return await self._run(function, self._write_seconds)
+
+    async def read(self, function: Callable[[Connection], T]) -> T:
+        """See Database."""
+        return await self._run(function, READ_TIMEOUT_SECONDS)
+
+    async def _run(self, function: Callable[[Connection], T], limit: float) -> T:
+        try:
+            async with asyncio.timeout(limit), self._engine.connect() as connection:
+                return await connection.run_sync(_in_transaction, function)
+        except (SQLAlchemyError, OSError, TimeoutError) as error:
+            raise translated(error) from error
+
+    async def close(self) -> None:
+        """Close all connections."""
+        await self._engine.dispose()
+
+
+def _in_transaction(connection: Connection, function: Callable[[Connection], T]) -> T:
+    with connection.begin():
+        return function(connection)
