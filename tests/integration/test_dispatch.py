@@ -5,6 +5,7 @@ from contextlib import asynccontextmanager
 from datetime import timedelta
 
 import pytest
+from structlog.testing import capture_logs
 
 from service.generation import Key
 from service.ledger import reading
@@ -295,10 +296,11 @@ def test_a_worker_is_alive_for_a_minute_after_its_last_beat(tmp_path):
     assert not is_alive(tmp_path, now_seconds=now + 61)
 
 
-def test_a_heartbeat_that_cannot_be_written_keeps_nobody_from_work(tmp_path, capsys):
-    beat(tmp_path / "gone")
+def test_a_heartbeat_that_cannot_be_written_keeps_nobody_from_work(tmp_path):
+    with capture_logs() as logs:
+        beat(tmp_path / "gone")
 
-    assert "heartbeat.failed" in capsys.readouterr().out
+    assert [entry["event"] for entry in logs] == ["heartbeat.failed"]
 
 
 # Stopping
