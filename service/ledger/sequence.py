@@ -8,7 +8,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _MOST = 2**63 - 1
 _RANDOM_BITS = 11  # microseconds since 1970 times 2048 fits 63 bits until the year 2112
-_LEFT_OUT = 2**16  # 32 µs
+_LEFT_OUT_BITS = 28  # an eighth of a second at most
 _last = 0
 
 
@@ -33,7 +33,7 @@ def next_numbers(count: int) -> range:
 def go_on_after(number: int) -> None:
     """Have next_numbers() return greater ones than *number* of another process, whose clock may be ahead.
 
-    Some are left out: that process gave those behind it to other rows of the same transaction.
+    Some are left out: that process may have given those behind it to other rows.
     """
     global _last  # noqa: PLW0603 - as above
-    _last = max(_last, number + _LEFT_OUT)
+    _last = max(_last, number + random.getrandbits(_LEFT_OUT_BITS))
