@@ -14,7 +14,7 @@ from uvicorn.protocols.http.httptools_impl import HttpToolsProtocol
 
 # From the first byte of a connection or request to its last; a webhook is a few kilobytes.
 REQUEST_SECONDS: Final = 10.0
-# A connection that rests between two requests.
+# A connection that rests between two requests; ended at the next look, up to REQUEST_SECONDS later.
 IDLE_SECONDS: Final = 75
 MAX_HEADER_BYTES: Final = 32 * 1024
 # All of a request, with whatever a chunked body has beside its bytes. The application's own limit is far below.
@@ -155,9 +155,18 @@ class _Protocol(HttpToolsProtocol):
         super().on_message_complete()
 
     def on_response_complete(self) -> None:
-        """Start to rest."""
+        """Start to rest, or begin with the next request if it is there already.
+
+        In place of uvicorn's own, which sets a timer for each answer and takes it back at each request: measured with
+        32 connections, 15 of the 109 µs of processor time that a webhook took.
+        """
         self._rests_since = self.loop.time()
-        super().on_response_complete()
+        self.server_state.total_requests += 1
+        if self.transport.is_closing():
+            return
+        self.flow.resume_reading()
+        if self.pipeline:
+            self._start_asgi_task(*self.pipeline.pop())
 
     def _look(self) -> None:
         now, since = self.loop.time(), self._incomplete_since
@@ -167,8 +176,8 @@ class _Protocol(HttpToolsProtocol):
             self.transport.abort()  # it took nothing of its answer since the last look
         elif since is not None and now - since >= REQUEST_SECONDS:
             self._end_slow_request()
-        elif since is None and not is_answering and now - self._rests_since > IDLE_SECONDS + REQUEST_SECONDS:
-            self.transport.abort()  # bytes that are no request stopped uvicorn's own clock
+        elif since is None and not is_answering and now - self._rests_since >= IDLE_SECONDS:
+            self.transport.close()
         else:
             self._unsent_bytes = unsent
             wait = REQUEST_SECONDS if since is None else since + REQUEST_SECONDS - now
@@ -217,7 +226,6 @@ async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa
             server_header=False,
             headers=SECURITY_HEADERS,
             backlog=_BACKLOG,
-            timeout_keep_alive=IDLE_SECONDS,
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
         server = _Server(config)

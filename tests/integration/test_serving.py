@@ -5,6 +5,7 @@ import contextlib
 import json
 import re
 import socket
+import time
 
 import pytest
 import uvloop
@@ -150,6 +151,29 @@ async def test_bytes_between_two_requests_that_are_none_keep_no_connection_open(
 
         assert await asyncio.wait_for(reader.read(), 5) is not None
         writer.close()
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_connection_that_rests_is_ended_and_one_that_is_used_is_not(monkeypatch):
+    monkeypatch.setattr(serving_module, "IDLE_SECONDS", 2)
+    request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+    async with serving(app, "127.0.0.1", 0) as port:
+        used, resting = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        begun = time.monotonic()
+        for _, writer in (used, resting):
+            writer.write(request)
+        await resting[0].readuntil(b"\r\n\r\n")
+        ended = asyncio.create_task(resting[0].read())
+        while time.monotonic() - begun < 5:
+            await used[0].readuntil(b"\r\n\r\n")
+            await asyncio.sleep(0.5)
+            assert not (ended.done() and time.monotonic() - begun < 2)
+            used[1].write(request)
+        await used[0].readuntil(b"\r\n\r\n")
+
+        assert ended.done()
+        for _, writer in (used, resting):
+            writer.close()
 
 
 @pytest.mark.usefixtures("quick")
