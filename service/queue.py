@@ -36,6 +36,12 @@ _RETRIED: Final = [redis.ConnectionError, redis.TimeoutError, OSError]
 QUEUE_ERRORS: Final = (redis.RedisError, OSError, TimeoutError)
 
 
+def is_of_odd_key(error: Exception) -> bool:
+    """Whether *error* is Redis's about a key of another type than ours: no trouble of Redis, and it will not pass."""
+    # In a pipeline the command stands before it.
+    return isinstance(error, redis.ResponseError) and "WRONGTYPE" in str(error)
+
+
 class QueueError(Exception):
     """Redis is set up so that jobs would be lost."""
 

@@ -189,18 +189,16 @@ async def _hear_bells(pool: ArqRedis, dispatcher: Dispatcher, metrics: Metrics) 
         worker = _arq_worker(pool, dispatcher)
         try:
             await worker.async_run()
-        except queue.QUEUE_ERRORS as error:
-            log.warning(
-                "bells.unheard",
-                error=type(error).__name__,
-                what_now="deletions start from the ledger meanwhile",
-            )
-        except Exception:  # bytes in Redis that are none of ours
-            log.exception("bells.crashed", what_now="what rings now is thrown away, the ledger is looked at")
-            # Left where it is, it would end the next arq worker as well, and the bells behind it would never be heard.
-            with contextlib.suppress(*queue.QUEUE_ERRORS):
-                await queue.throw_away_what_rings(pool, now=_now())
-            dispatcher.ring()
+        except Exception as error:
+            if isinstance(error, queue.QUEUE_ERRORS) and not queue.is_of_odd_key(error):
+                what_now = "deletions start from the ledger meanwhile"
+                log.warning("bells.unheard", error=type(error).__name__, what_now=what_now)
+            else:
+                log.exception("bells.crashed", what_now="what rings now is thrown away, the ledger is looked at")
+                # Left where it is, it would end the next arq worker as well, and no bell behind it would be heard.
+                with contextlib.suppress(*queue.QUEUE_ERRORS):
+                    await queue.throw_away_what_rings(pool, now=_now())
+                dispatcher.ring()
         finally:
             # Not its close(), which would close the pool as well.
             worker.handle_sig(signal.SIGTERM)

@@ -339,6 +339,24 @@ async def test_what_arq_itself_falls_over_does_not_silence_the_bells(system: Sys
     assert not (await system.judged()).all
 
 
+async def is_out_of_the_queue(system: System, job_id: str) -> bool:
+    """Whether the queue knows nothing of a job."""
+    return await system.redis.command("ZSCORE", queue.QUEUE, job_id) is None
+
+
+@pytest.mark.parametrize("kept", [b"arq:job:", b"arq:retry:"], ids=["its payload", "its tries"])
+async def test_a_job_with_a_key_of_another_type_does_not_silence_the_bells(system: System, kept: bytes):
+    _, worker = await asyncio.gather(system.api(), system.worker(without="ledger"))
+    await system.redis.command("LPUSH", kept + b"odd", "a list")
+    await hang(system, b"odd", None if kept == b"arq:job:" else packed(queue.FUNCTION))
+    generation = await system.accepted(system.generation())
+    await system.until(generation, "deleted", is_hurried=False, seconds=12)
+
+    assert worker.exit_code is None
+    await eventually(partial(is_out_of_the_queue, system, "odd"), seconds=8)
+    assert not (await system.judged()).all
+
+
 @on_both
 async def test_jobs_of_another_release_wake_the_worker_or_go_and_its_rows_run(system: System):
     _, listener = await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker(without="ledger"))
