@@ -176,7 +176,7 @@ class _Protocol(HttpToolsProtocol):
             self.transport.abort()  # it took nothing of its answer since the last look
         elif since is not None and now - since >= REQUEST_SECONDS:
             self._end_slow_request()
-        elif since is None and not is_answering and now - self._rests_since >= IDLE_SECONDS:
+        elif since is None and not is_answering and not unsent and now - self._rests_since >= IDLE_SECONDS:
             self.transport.close()
         else:
             self._unsent_bytes = unsent

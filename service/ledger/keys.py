@@ -41,7 +41,8 @@ _IS_MERGED: Final = (
 )
 _MERGED: Final = f"SELECT hash, seq {_IS_MERGED}"
 # None but those that the index is seen to have: a key that is in neither of the two would get a second record.
-_TRIM: Final = f"DELETE {_IS_MERGED} RETURNING hash, seq"
+_TRIM: Final = f"DELETE {_IS_MERGED}"
+_LEFT: Final = "SELECT seq FROM key_buffer WHERE seq <= ?"
 
 
 @lru_cache(2 * _MOST_HASHES)  # asked for twice, before and after a look
@@ -153,12 +154,16 @@ class _Buffer:
         _merge(connection, [(one, self._numbers[one]) for one in reversed(part)])
 
     def _trim(self, connection: Connection, count: int) -> None:
-        end = min(self._run_end, next(islice(self._numbers.values(), count - 1, None), self._run_end))
-        trimmed = _driver(connection).execute(_TRIM, (end,)).fetchall()
-        for one, number in trimmed:
-            if self._numbers.get(one) == number:
-                del self._numbers[one]
-        if end == self._run_end or not trimmed:
+        oldest = [pair for pair in islice(self._numbers.items(), count) if pair[1] <= self._run_end]
+        end = oldest[-1][1] if len(oldest) == count else self._run_end
+        driver = _driver(connection)
+        driver.execute(_TRIM, (end,))
+        # Others trim as well: what is not in the table any more is in the index, whoever took it out.
+        left = {number for (number,) in driver.execute(_LEFT, (end,))}
+        gone = [one for one, number in oldest if number not in left]
+        for one in gone:
+            del self._numbers[one]
+        if end == self._run_end or not gone:
             self._run_end = 0
 
 

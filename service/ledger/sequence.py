@@ -8,7 +8,7 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 _MICROSECOND = timedelta(microseconds=1)
 _MOST = 2**63 - 1
 _RANDOM_BITS = 11  # microseconds since 1970 times 2048 fits 63 bits until the year 2112
-_LEFT_OUT_BITS = 28  # an eighth of a second at most
+_LEFT_OUT_BITS = 20  # a quarter of a millisecond, less than two processes need to take turns at writing
 _last = 0
 
 

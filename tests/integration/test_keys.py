@@ -24,6 +24,7 @@ from service.ledger import keys, migrating, reading, receiving, sequence
 from service.ledger.database import REMEMBERED, ConflictError, open_database
 from service.ledger.schema import key_buffer, key_index, records
 from tests.integration.test_migrating import FOLDER
+from tests.integration.test_receiving import write_as_the_web_side_does
 from tests.support.ledger import ACCOUNT, arrival, count, receive, row_of, store
 
 # So small that a few records are several runs.
@@ -93,7 +94,7 @@ class Processes:
                 await database.write(partial(self._receive_an_orphan, arrivals=arrivals), is_quick=True)
             return
         names = [item.key.id for item in arrivals]
-        receipts = await database.write(partial(receiving.receive, arrivals=arrivals), is_quick=True)
+        receipts = await write_as_the_web_side_does(database, arrivals)
         firsts = {name for name, receipt in zip(names, receipts, strict=True) if receipt.is_new}
         assert firsts == set(names) - self.stored
         assert sum(receipt.is_new for receipt in receipts) == len(firsts)
@@ -226,6 +227,25 @@ async def test_of_two_processes_the_one_that_seldom_writes_does_not_remember_all
 
         assert len(remembered) <= 5 * keys.RUN + 40
         receipts = await receive(idle, *(arrival(id=f"g{number}") for number in range(1000)))
+        assert not any(receipt.is_new for receipt in receipts)
+
+
+@pytest.mark.parametrize("survivor", [0, 1])
+async def test_the_one_that_is_left_of_two_processes_goes_on_trimming(sqlite_url, monkeypatch, survivor):
+    monkeypatch.setattr(keys, "RUN", 20)
+    async with AsyncExitStack() as ends:
+        stacks = [await ends.enter_async_context(AsyncExitStack()) for _ in range(2)]
+        both: list[Any] = [await stack.enter_async_context(open_database(sqlite_url)) for stack in stacks]
+        for number in range(400):
+            await receive(both[number % 2], arrival(id=f"g{number}"))
+        await stacks[1 - survivor].aclose()
+        left = both[survivor]
+        for number in range(400, 800):
+            await receive(left, arrival(id=f"g{number}"))
+
+        assert await number_of(left, key_buffer) <= 3 * keys.RUN
+        assert len(left._writing.info[REMEMBERED]._numbers) <= 3 * keys.RUN
+        receipts = await receive(left, *(arrival(id=f"g{number}") for number in range(800)))
         assert not any(receipt.is_new for receipt in receipts)
 
 
