@@ -45,7 +45,7 @@ class BulkInsert:
             return
         values = self._values(rows)
         width, start = len(self._columns), 0
-        driver: Any = connection.connection.driver_connection
+        driver = driver_of(connection)
         for size in _sizes(len(rows)):
             driver.execute(self._many[size], values[start : start + size * width])
             start += size * width
@@ -67,6 +67,11 @@ class BulkInsert:
                 raise ValueError("columns must be given in the table's order")
             sql = self._compiled[connection.dialect.name] = str(compiled)
         return sql
+
+
+def driver_of(connection: Connection) -> Any:  # noqa: ANN401 - the driver's own type
+    """Return the driver's connection, for statements on which SQLAlchemy's work would be most of the time."""
+    return connection.connection.driver_connection
 
 
 def _sizes(rows: int) -> Iterator[int]:

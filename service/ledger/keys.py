@@ -12,12 +12,12 @@ import hashlib
 from collections.abc import Collection, Sequence
 from functools import lru_cache
 from itertools import islice
-from typing import Any, Final
+from typing import Final
 
 from sqlalchemy import ColumnElement, Connection, select, union_all
 
 from service.generation import Key
-from service.ledger.bulk import BulkInsert
+from service.ledger.bulk import BulkInsert, driver_of
 from service.ledger.database import REMEMBERED
 from service.ledger.schema import key_buffer, key_index, records
 from service.ledger.sequence import go_on_after
@@ -69,20 +69,19 @@ def are_perhaps_of(connection: Connection, keys: Collection[Key]) -> ColumnEleme
     """
     if connection.dialect.name != "sqlite":
         return records.c.account.in_({key.account for key in keys}) & records.c.id.in_([key.id for key in keys])
-    found = _buffer(connection).find(connection, [hash_of(key) for key in keys])
+    buffer: _Buffer = connection.info.setdefault(REMEMBERED, _Buffer())
+    buffer.catch_up(connection)
+    found = buffer.find(connection, [hash_of(key) for key in keys])
     return records.c.seq.in_(found) if found else None
 
 
 def add(connection: Connection, numbers: Sequence[tuple[Key, int]]) -> None:
-    """Note that *numbers*, in their order, are about to be the records of these keys."""
+    """Note that *numbers*, in their order, are about to be the records of these keys.
+
+    For a transaction that has asked are_perhaps_of(), which reads what other processes have noted.
+    """
     if connection.dialect.name == "sqlite" and numbers:
-        _buffer(connection).add(connection, [(hash_of(key), number) for key, number in numbers])
-
-
-def _buffer(connection: Connection) -> "_Buffer":
-    buffer: _Buffer = connection.info.setdefault(REMEMBERED, _Buffer())
-    buffer.catch_up(connection)
-    return buffer
+        connection.info[REMEMBERED].add(connection, [(hash_of(key), number) for key, number in numbers])
 
 
 class _Buffer:
@@ -100,7 +99,7 @@ class _Buffer:
 
     def catch_up(self, connection: Connection) -> None:
         """Read what other processes have appended: numbers grow with each commit, whoever makes it."""
-        driver = _driver(connection)
+        driver = driver_of(connection)
         last = driver.execute("SELECT max(seq) FROM key_buffer").fetchone()[0] or 0
         if last == self._last:
             return
@@ -121,7 +120,7 @@ class _Buffer:
             part = hashes[start : start + _MOST_HASHES]
             size = 1 << (len(part) - 1).bit_length()  # of few sizes, so that there are few statements to prepare
             padded = [*part, *part[:1] * (size - len(part))]
-            found += [number for (number,) in _driver(connection).execute(_look[size], padded)]
+            found += [number for (number,) in driver_of(connection).execute(_look[size], padded)]
         return found
 
     def add(self, connection: Connection, numbers: Sequence[tuple[int, int]]) -> None:
@@ -144,7 +143,7 @@ class _Buffer:
         oldest = list(islice(self._numbers.items(), RUN))
         self._run_end = oldest[-1][1]
         # A run that was begun, by a process that was killed perhaps, goes on where it was: else it might never end.
-        merged = set(_driver(connection).execute(_MERGED, (self._run_end,))) if self._has_foreign else set()
+        merged = set(driver_of(connection).execute(_MERGED, (self._run_end,))) if self._has_foreign else set()
         self._run = sorted((one for one, number in oldest if (one, number) not in merged), reverse=True)
         self._has_foreign = False
 
@@ -156,7 +155,7 @@ class _Buffer:
     def _trim(self, connection: Connection, count: int) -> None:
         oldest = [pair for pair in islice(self._numbers.items(), count) if pair[1] <= self._run_end]
         end = oldest[-1][1] if len(oldest) == count else self._run_end
-        driver = _driver(connection)
+        driver = driver_of(connection)
         driver.execute(_TRIM, (end,))
         # Others trim as well: what is not in the table any more is in the index, whoever took it out.
         left = {number for (number,) in driver.execute(_LEFT, (end,))}
@@ -165,7 +164,3 @@ class _Buffer:
             del self._numbers[one]
         if end == self._run_end or not gone:
             self._run_end = 0
-
-
-def _driver(connection: Connection) -> Any:  # noqa: ANN401 - the driver's own type
-    return connection.connection.driver_connection

@@ -114,7 +114,7 @@ def insert(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]
         return receive(connection, arrivals)
     if len({arrival.key for arrival in arrivals}) < len(arrivals):
         raise ConflictError("a generation is announced twice at once")
-    batch = _Batch([], [], [])
+    batch = _Batch([], [], [], [])
     numbers = next_numbers(len(arrivals))
     receipts = [_first(arrival, seq, batch) for arrival, seq in zip(arrivals, numbers, strict=True)]
     _write(connection, batch)
@@ -134,7 +134,7 @@ def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt
         firsts = {arrival.key: index for index, arrival in reversed(waiting.items())}
         indices = sorted(firsts.values())
         known = _find_known(connection, firsts.keys())
-        batch = _Batch([], [], [])
+        batch = _Batch([], [], [], [])
         for index, seq in zip(indices, next_numbers(len(indices)), strict=True):
             arrival = waiting.pop(index)
             before = known.get(arrival.key)
@@ -144,13 +144,14 @@ def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt
 
 
 class _Batch(msgspec.Struct, frozen=True, gc=False):
+    keys: list[tuple[Key, int]]  # of the records to insert, with their numbers
     inserts: list[tuple[Any, ...]]
     updates: list[dict[str, Any]]
     entries: list[Entry]
 
 
 def _write(connection: Connection, batch: _Batch) -> None:
-    keys.add(connection, [(Key(*row[1:3]), row[0]) for row in batch.inserts])
+    keys.add(connection, batch.keys)
     # In the order of their keys, as _select_known locks them: two processes with the same ones in different orders
     # would each wait for the other.
     _insert_records(connection, sorted(batch.inserts, key=itemgetter(1, 2)))
@@ -180,6 +181,7 @@ def _first(arrival: Arrival, seq: int, batch: _Batch) -> Receipt:
     if retention.hold_reason:
         state = after(state, Move.HOLD)
         batch.entries.append(Entry(seq, arrival.received_at, Move.HOLD, ACTOR, {"reason": retention.hold_reason}))
+    batch.keys.append((arrival.key, seq))
     batch.inserts.append(_columns(arrival, seq, state))
     return Receipt(seq, state, retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
 

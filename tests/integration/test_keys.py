@@ -24,8 +24,7 @@ from service.ledger import keys, migrating, reading, receiving, sequence
 from service.ledger.database import REMEMBERED, ConflictError, open_database
 from service.ledger.schema import key_buffer, key_index, records
 from tests.integration.test_migrating import FOLDER
-from tests.integration.test_receiving import write_as_the_web_side_does
-from tests.support.ledger import ACCOUNT, arrival, count, receive, row_of, store
+from tests.support.ledger import ACCOUNT, arrival, count, receive, receive_as_the_web_side_does, row_of, store
 
 # So small that a few records are several runs.
 RUN = 8
@@ -94,7 +93,7 @@ class Processes:
                 await database.write(partial(self._receive_an_orphan, arrivals=arrivals), is_quick=True)
             return
         names = [item.key.id for item in arrivals]
-        receipts = await write_as_the_web_side_does(database, arrivals)
+        receipts = await receive_as_the_web_side_does(database, arrivals)
         firsts = {name for name, receipt in zip(names, receipts, strict=True) if receipt.is_new}
         assert firsts == set(names) - self.stored
         assert sum(receipt.is_new for receipt in receipts) == len(firsts)
@@ -191,7 +190,6 @@ async def number_of(database, table):
 
 async def test_what_is_not_merged_stays_small_and_all_of_it_is_found(sqlite_database, monkeypatch):
     monkeypatch.setattr(keys, "RUN", 100)
-    await sqlite_database.write(migrating.migrate)
     sizes = []
     for batch in range(60):
         await receive(sqlite_database, *(arrival(id=f"g{batch}-{number}") for number in range(20)))
@@ -282,7 +280,6 @@ def test_the_hash_of_a_key_is_what_it_was_when_ledgers_were_written():
 
 
 async def test_a_record_whose_key_is_not_noted_is_refused(sqlite_database):
-    await sqlite_database.write(migrating.migrate)
     await store(sqlite_database, id="g1")
     again = text(
         "INSERT INTO records (seq, account, id, state, status, notification, received_at, attempts, failures, refusals,"

@@ -28,7 +28,8 @@ async def app(scope, receive, send):
         size, has_more = size + len(message.get("body", b"")), message.get("more_body", False)
     if scope["path"] == "/slow":
         await asyncio.sleep(0.5)
-    body = b"%d" % size if scope["path"] != "/large" else b"x" * 8_000_000
+    lengths = {"/large": 8_000_000, "/huge": 30_000_000}
+    body = b"x" * lengths[scope["path"]] if scope["path"] in lengths else b"%d" % size
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
@@ -193,6 +194,31 @@ async def test_a_client_that_does_not_read_its_answers_is_ended(path, at_once):
 
             with pytest.raises(ConnectionError):
                 await asyncio.wait_for(send(), 20)
+
+
+@pytest.mark.usefixtures("quick")
+async def test_a_client_that_takes_its_answer_slowly_and_then_no_more_is_ended(monkeypatch):
+    monkeypatch.setattr(serving_module, "IDLE_SECONDS", 1)
+    loop = asyncio.get_running_loop()
+    async with serving(app, "127.0.0.1", 0) as port:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+            client.connect(("127.0.0.1", port))
+            client.settimeout(0)
+            await loop.sock_sendall(client, b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
+            begun = time.monotonic()
+            while time.monotonic() - begun < 2.5:
+                for _ in range(20):
+                    assert await loop.sock_recv(client, 20_000)
+                await asyncio.sleep(0.1)
+
+            async def send() -> None:
+                while True:
+                    await loop.sock_sendall(client, b"\r\n")
+                    await asyncio.sleep(0.1)
+
+            with pytest.raises(ConnectionError):
+                await asyncio.wait_for(send(), 10)
 
 
 async def test_more_connections_than_there_may_be_are_answered_503_and_the_others_served(monkeypatch):
