@@ -2,9 +2,14 @@
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
+from functools import partial
 from typing import Generic, TypeVar
 
+import structlog
+
 from service.ledger.database import LedgerUnavailableError
+
+log = structlog.get_logger()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -22,7 +27,7 @@ class GroupCommit(Generic[Item, Result]):
 
     def __init__(self, commit: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]) -> None:
         self._commit = commit
-        self._waiting: list[tuple[Item, asyncio.Future[Result]]] = []
+        self._waiting: list[tuple[Item, Callable[[Result | Exception], None]]] = []
         self._runner: asyncio.Task[None] | None = None
 
     async def submit(self, item: Item) -> Result:
@@ -33,10 +38,14 @@ class GroupCommit(Generic[Item, Result]):
         Raises: LedgerUnavailableError; what *commit* raised for this very item.
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
-        self._waiting.append((item, future))
+        self.add(item, partial(settle, future))
+        return await future
+
+    def add(self, item: Item, done: Callable[[Result | Exception], None]) -> None:
+        """Have *done* called, on the loop, with what submit() would return or raise for *item*."""
+        self._waiting.append((item, done))
         if self._runner is None:
             self._runner = asyncio.create_task(self._run())
-        return await future
 
     async def _run(self) -> None:
         try:
@@ -58,24 +67,29 @@ class GroupCommit(Generic[Item, Result]):
             before = len(self._waiting)
             await asyncio.sleep(0)
 
-    async def _settle(self, batch: Sequence[tuple[Item, asyncio.Future[Result]]]) -> None:
+    async def _settle(self, batch: Sequence[tuple[Item, Callable[[Result | Exception], None]]]) -> None:
         try:
-            results = await self._commit([item for item, _ in batch])
+            results: Sequence[Result | Exception] = await self._commit([item for item, _ in batch])
         except LedgerUnavailableError as error:
-            _fail(batch, error)
+            results = [error] * len(batch)
         except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to one of the callers
-            if len(batch) == 1:
-                _fail(batch, error)
-            else:
+            if len(batch) > 1:
                 for pair in batch:
                     await self._settle([pair])
-        else:
-            for (_, future), result in zip(batch, results, strict=True):
-                if not future.done():
-                    future.set_result(result)
+                return
+            results = [error]
+        for (_, done), result in zip(batch, results, strict=True):
+            try:
+                done(result)
+            except Exception:
+                log.exception("group.crashed")  # a fault of ours, which must not keep the others from their results
 
 
-def _fail(batch: Sequence[tuple[Item, asyncio.Future[Result]]], error: Exception) -> None:
-    for _, future in batch:
-        if not future.done():
-            future.set_exception(error)
+def settle(future: asyncio.Future[Result], result: Result | Exception) -> None:
+    """Give *future* its *result* if it still waits."""
+    if future.done():
+        return
+    if isinstance(result, Exception):
+        future.set_exception(result)
+    else:
+        future.set_result(result)

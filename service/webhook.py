@@ -11,7 +11,7 @@ from arq.connections import ArqRedis
 
 from service import queue
 from service.generation import RUNNING, Generation, Key, read
-from service.grouping import GroupCommit
+from service.grouping import GroupCommit, settle
 from service.ledger import receiving
 from service.ledger.database import QUICK_BYTES, ConflictError, Database, LedgerUnavailableError
 from service.ledger.receiving import Arrival, Receipt
@@ -47,8 +47,11 @@ class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_default
     due_at: datetime | None = None
 
 
+Done = Callable[[Answer | Exception], None]
+
+
 class Intake:
-    """Takes webhooks for one account: each one is durable before accept() returns."""
+    """Takes webhooks for one account: each one is durable before it is answered."""
 
     def __init__(
         self,
@@ -88,6 +91,15 @@ class Intake:
 
         Raises: SignatureError, MalformedError, LedgerUnavailableError; nothing is stored then.
         """
+        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
+        self.take(account, header, body, partial(settle, future))
+        return await future
+
+    def take(self, account: str, header: str, body: bytes, done: Done) -> None:
+        """Have *done* called with what accept() would return or raise, once the webhook is stored.
+
+        Raises: SignatureError, MalformedError; *done* is not called then.
+        """
         now = self._now()
         try:
             sent_at = verify(header, body, secrets=self._secrets, now=now, tolerance=self._tolerance)
@@ -97,14 +109,22 @@ class Intake:
         generation = read(body)
         if generation.is_batch or not generation.is_terminal:
             self._note_ignored(generation)
-            return Answer(generation.id, "ignored")
+            done(Answer(generation.id, "ignored"))
+            return
         retention = decide(self._policy, webhook_url=generation.webhook_url, sent_at=sent_at, now=now)
         arrival = Arrival(Key(account, generation.id), generation, body.decode(), retention, now)
-        receipt = await self._group.submit(arrival)
+        self._group.add(arrival, partial(self._finish, generation.id, done))
+
+    def _finish(
+        self, generation: str, done: Callable[[Answer | Exception], None], receipt: Receipt | Exception
+    ) -> None:
+        if isinstance(receipt, Exception):
+            done(receipt)
+            return
         if receipt.is_conflict:
             self._metrics.conflicts.inc()
-            log.warning("webhook.conflicted", generation=generation.id, what_now="the first announcement is kept")
-        return Answer(generation.id, receipt.state, receipt.due_at)
+            log.warning("webhook.conflicted", generation=generation, what_now="the first announcement is kept")
+        done(Answer(generation, receipt.state, receipt.due_at))
 
     def _note_ignored(self, generation: Generation) -> None:
         self._metrics.webhooks.labels("batch" if generation.is_batch else "ignored").inc()

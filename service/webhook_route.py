@@ -5,7 +5,7 @@ tests/bench.
 """
 
 import time
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Mapping
 from functools import partial
 from typing import Any, cast
 
@@ -29,30 +29,62 @@ from litestar.openapi.spec import (
 from litestar.types import Receive, Scope, Send
 
 from service.generation import MalformedError
+from service.http_protocol import RAISED
 from service.ledger.database import LedgerUnavailableError, RefusedDataError
 from service.signature import SignatureError
 from service.telemetry import Metrics
-from service.webhook import FREE_BODY_BYTES, MAX_BODY_BYTES, MAX_UNREAD_BYTES, BodyError, Intake
+from service.webhook import FREE_BODY_BYTES, MAX_BODY_BYTES, MAX_UNREAD_BYTES, Answer, BodyError, Intake
 
 log = structlog.get_logger()
 
 PATH = "/webhooks/sync"
-# Where the application puts what the route raised on the short way, for it to raise where Litestar answers it.
-RAISED = "mayfly.raised"
 _DEFAULT_ACCOUNT = "default"
 _LOG_EVERY_SECONDS = 1.0
 _CONTENT_TYPE = (b"content-type", b"application/json")
-
+_REFUSALS = (SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError, BodyError)
 
 _encode = msgspec.json.Encoder().encode
 
 
-def webhook_route(intake: Intake, metrics: Metrics) -> ASGIRouteHandler:
-    """Build the handler of ``POST /webhooks/sync``."""
-    bodies, refusals = _Bodies(), _Refusals(metrics)
+class WebhookRoute:
+    """``POST /webhooks/sync``: ordinary requests on the short way, all others as an ASGI application."""
 
-    @asgi(PATH, copy_scope=False)
-    async def receive_webhook(scope: Scope, receive: Receive, send: Send) -> None:
+    path = PATH.encode()
+    max_bytes = FREE_BODY_BYTES
+
+    def __init__(self, intake: Intake, metrics: Metrics) -> None:
+        self._intake = intake
+        self._bodies = _Bodies()
+        self._refusals = _Refusals(metrics)
+
+    def check(self, headers: Mapping[bytes, bytes]) -> None:
+        """Raise what is wrong with the headers; see ShortWay."""
+        try:
+            _check_content_type(headers.get(b"content-type", b""))
+            self._intake.check_form(_signature(headers))
+        except _REFUSALS as error:
+            self._refusals.note(error)
+            raise
+
+    def take(self, headers: Mapping[bytes, bytes], body: bytes, done: Callable[[bytes | Exception], None]) -> None:
+        """Answer a whole request; see ShortWay."""
+        try:
+            _check_content_type(headers.get(b"content-type", b""))
+            self._intake.take(_DEFAULT_ACCOUNT, _signature(headers), body, partial(self._finish, done))
+        except _REFUSALS as error:
+            self._refusals.note(error)
+            raise
+
+    def _finish(self, done: Callable[[bytes | Exception], None], answer: Answer | Exception) -> None:
+        if isinstance(answer, _REFUSALS):
+            self._refusals.note(answer)
+        done(answer if isinstance(answer, Exception) else _encode(answer))
+
+    def handler(self) -> ASGIRouteHandler:
+        """Return the handler for Litestar."""
+        return asgi(PATH, copy_scope=False)(self._receive)
+
+    async def _receive(self, scope: Scope, receive: Receive, send: Send) -> None:
         if raised := cast("dict[str, Any]", scope).get(RAISED):
             raise raised
         if scope.get("method") != "POST":
@@ -62,17 +94,15 @@ def webhook_route(intake: Intake, metrics: Metrics) -> ASGIRouteHandler:
             _check_content_type(content_type)
             if length.isdigit() and int(length) > MAX_BODY_BYTES:
                 raise _too_large()
-            body = await bodies.read(receive, partial(intake.check_form, signature))
-            answer = await intake.accept(_DEFAULT_ACCOUNT, signature, body)
-        except (SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError, BodyError) as error:
-            refusals.note(error)
+            body = await self._bodies.read(receive, partial(self._intake.check_form, signature))
+            answer = await self._intake.accept(_DEFAULT_ACCOUNT, signature, body)
+        except _REFUSALS as error:
+            self._refusals.note(error)
             raise
         content = _encode(answer)
         headers = [_CONTENT_TYPE, (b"content-length", b"%d" % len(content))]
         await send({"type": "http.response.start", "status": 202, "headers": headers})
         await send({"type": "http.response.body", "body": content, "more_body": False})
-
-    return receive_webhook
 
 
 class _Refusals:
@@ -105,7 +135,11 @@ def _label(error: Exception) -> str:
             return "malformed"
 
 
-def _read_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str, str, bytes]:
+def _signature(headers: Mapping[bytes, bytes]) -> str:
+    return headers.get(b"sync-signature", b"").decode("latin-1")
+
+
+def _read_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[bytes, str, bytes]:
     """Pick content type, signature and length; a signature sent twice is read as one with commas, as HTTP says."""
     content_type, signatures, length = b"", b"", b""
     for name, value in headers:
@@ -115,14 +149,14 @@ def _read_headers(headers: Iterable[tuple[bytes, bytes]]) -> tuple[str, str, byt
             content_type = value
         elif name == b"content-length":
             length = value[:20]
-    return content_type.decode("latin-1"), signatures.decode("latin-1"), length
+    return content_type, signatures.decode("latin-1"), length
 
 
-def _check_content_type(content_type: str) -> None:
+def _check_content_type(content_type: bytes) -> None:
     """Refuse what says it is not JSON in UTF-8; a sender that says nothing is judged by the body."""
-    if content_type in ("application/json", ""):
+    if content_type in (b"application/json", b""):
         return
-    kind, _, parameters = content_type.lower().partition(";")
+    kind, _, parameters = content_type.decode("latin-1").lower().partition(";")
     kind, charset = kind.strip(), parameters.replace(" ", "").replace('"', "")
     is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
     if not is_json or ("charset=" in charset and "charset=utf-8" not in charset and "charset=utf8" not in charset):

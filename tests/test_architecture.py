@@ -27,6 +27,7 @@ LAYERS = {
         "service.embedded",
         "service.grouping",
         "service.budget",
+        "service.http_protocol",
         "service.serving",
         "service.tasks",
         "workers.heartbeat",

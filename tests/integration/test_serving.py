@@ -10,8 +10,10 @@ import time
 import pytest
 import uvloop
 
+from service import http_protocol
 from service import serving as serving_module
-from service.serving import MAX_HEADER_BYTES, MAX_REQUEST_BYTES, SECURITY_HEADERS, serving
+from service.http_protocol import MAX_HEADER_BYTES, MAX_REQUEST_BYTES, SECURITY_HEADERS
+from service.serving import serving
 
 
 async def app(scope, receive, send):
@@ -52,7 +54,7 @@ async def exchange(port, *parts: bytes, pause=0.0):
 @pytest.fixture
 def quick(monkeypatch):
     """Shorten the time a request may take to arrive."""
-    monkeypatch.setattr(serving_module, "REQUEST_SECONDS", 0.4)
+    monkeypatch.setattr(http_protocol, "REQUEST_SECONDS", 0.4)
 
 
 async def test_a_request_is_answered():
@@ -143,7 +145,7 @@ async def test_what_a_chunked_body_has_beside_its_bytes_is_counted_too(part):
 
 @pytest.mark.usefixtures("quick")
 async def test_bytes_between_two_requests_that_are_none_keep_no_connection_open(monkeypatch):
-    monkeypatch.setattr(serving_module, "IDLE_SECONDS", 1)
+    monkeypatch.setattr(http_protocol, "IDLE_SECONDS", 1)
     async with serving(app, "127.0.0.1", 0) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
@@ -156,7 +158,7 @@ async def test_bytes_between_two_requests_that_are_none_keep_no_connection_open(
 
 @pytest.mark.usefixtures("quick")
 async def test_a_connection_that_rests_is_ended_and_one_that_is_used_is_not(monkeypatch):
-    monkeypatch.setattr(serving_module, "IDLE_SECONDS", 2)
+    monkeypatch.setattr(http_protocol, "IDLE_SECONDS", 2)
     request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
     async with serving(app, "127.0.0.1", 0) as port:
         used, resting = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
@@ -198,7 +200,7 @@ async def test_a_client_that_does_not_read_its_answers_is_ended(path, at_once):
 
 @pytest.mark.usefixtures("quick")
 async def test_a_client_that_takes_its_answer_slowly_and_then_no_more_is_ended(monkeypatch):
-    monkeypatch.setattr(serving_module, "IDLE_SECONDS", 1)
+    monkeypatch.setattr(http_protocol, "IDLE_SECONDS", 1)
     loop = asyncio.get_running_loop()
     async with serving(app, "127.0.0.1", 0) as port:
         with socket.socket() as client:
