@@ -232,15 +232,16 @@ class HttpProtocol(HttpToolsProtocol):
         if self.url != way.path and not self.url.startswith(way.path + b"?"):
             return False
         given = self._given = dict(self.headers)
+        parser, before = self.parser, self.cycle
         return (
-            self.parser.get_method() == b"POST"
+            parser.get_method() == b"POST"
             and len(given) == len(self.headers)  # none stands twice
             and 0 <= int(given.get(b"content-length", -1)) <= way.max_bytes
             and b"expect" not in given
-            and self.parser.get_http_version() == "1.1"
-            and self.parser.should_keep_alive()
-            and not self.parser.should_upgrade()
-            and (self.cycle is None or self.cycle.response_complete)
+            and b"upgrade" not in given
+            and parser.should_keep_alive()
+            and (b"connection" not in given or parser.get_http_version() == "1.1")
+            and (before is None or before.response_complete)
             and not self.flow.write_paused
         )
 

@@ -32,7 +32,7 @@ def append(connection: Connection, entries: Sequence[Entry]) -> None:
     _insert(
         connection,
         [
-            (entry.record, number, entry.at, entry.move, entry.actor, _encoded(entry.detail))
+            (entry.record, number, entry.at, str(entry.move), entry.actor, _encoded(entry.detail))
             for entry, number in zip(entries, numbers, strict=True)
         ],
     )

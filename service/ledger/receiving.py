@@ -60,28 +60,34 @@ _select_known = (
     .with_for_update()
 )
 # What else the webhook says stays in its body until the copy is made: two thirds of the bytes of each insert saved.
-_insert_records = BulkInsert(
-    records,
-    (
-        "seq",
-        "account",
-        "id",
-        "state",
-        "status",
-        "project_id",
-        "notification",
-        "received_at",
-        "due_at",
-        "wake_at",
-        "attempts",
-        "failures",
-        "refusals",
-        "rule",
-        "ttl_seconds",
-        "hold_by",
-        "hold_reason",
-    ),
+_COLUMNS = (
+    "seq",
+    "account",
+    "id",
+    "state",
+    "status",
+    "project_id",
+    "notification",
+    "received_at",
+    "due_at",
+    "wake_at",
+    "attempts",
+    "failures",
+    "refusals",
+    "rule",
+    "ttl_seconds",
+    "hold_by",
+    "hold_reason",
 )
+_insert_records = BulkInsert(records, _COLUMNS)
+# On SQLite without what is NULL in nearly all: its driver looks for a way to adapt each NULL, 3 000 instructions that
+# lead to nothing.
+_ODD_COLUMNS = ("project_id", "hold_by", "hold_reason")
+_USUAL_COLUMNS = tuple(name for name in _COLUMNS if name not in _ODD_COLUMNS)
+_odd_values = itemgetter(*map(_COLUMNS.index, _ODD_COLUMNS))
+_usual_values = itemgetter(*map(_COLUMNS.index, _USUAL_COLUMNS))
+_insert_usual_records = BulkInsert(records, _USUAL_COLUMNS)
+_NO_ODD = (None, None, None)
 _change = (
     update(records)
     .where(
@@ -152,12 +158,23 @@ class _Batch(msgspec.Struct, frozen=True, gc=False):
 
 def _write(connection: Connection, batch: _Batch) -> None:
     keys.add(connection, batch.keys)
-    # In the order of their keys, as _select_known locks them: two processes with the same ones in different orders
-    # would each wait for the other.
-    _insert_records(connection, sorted(batch.inserts, key=itemgetter(1, 2)))
+    _insert(connection, batch.inserts)
     if batch.updates:
         connection.execute(_change, batch.updates)
     append(connection, batch.entries)
+
+
+def _insert(connection: Connection, rows: Sequence[tuple[Any, ...]]) -> None:
+    if connection.dialect.name != "sqlite":
+        # In the order of their keys, as _select_known locks them: two processes with the same ones in different orders
+        # would each wait for the other.
+        _insert_records(connection, sorted(rows, key=itemgetter(1, 2)))
+        return
+    # In the order of their numbers, which fills the pages: a tenth fewer are written.
+    usual = [_usual_values(row) for row in rows if _odd_values(row) == _NO_ODD]
+    _insert_usual_records(connection, usual)
+    if len(usual) < len(rows):
+        _insert_records(connection, [row for row in rows if _odd_values(row) != _NO_ODD])
 
 
 def _find_known(connection: Connection, wanted: Collection[Key]) -> dict[Key, Row[Any]]:
@@ -251,7 +268,7 @@ def _columns(arrival: Arrival, seq: int, state: State) -> tuple[Any, ...]:
         seq,
         arrival.key.account,
         arrival.key.id,
-        state,
+        str(state),  # the driver looks long for a way to adapt what is only nearly a text
         arrival.generation.status,
         arrival.generation.project_id,
         arrival.body,

@@ -21,12 +21,13 @@ from sqlalchemy import (
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-_MICROSECOND = timedelta(microseconds=1)
 
 
 def microseconds(instant: datetime) -> int:
     """Return an aware instant as SQLite keeps it, in microseconds since 1970; a naive one raises TypeError."""
-    return (instant - _EPOCH) // _MICROSECOND
+    # By hand: dividing by a microsecond goes through large numbers and takes four times as long.
+    since = instant - _EPOCH
+    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
 class Instant(TypeDecorator[datetime]):
