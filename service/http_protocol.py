@@ -84,6 +84,13 @@ class _Joining:
             self._call_soon(self._flush)
         self._parts.append(data)
 
+    def write_whole(self, data: bytes) -> None:
+        """Send *data*, of which nothing is to follow, at once; behind what is kept if there is any."""
+        if self._parts:
+            self._parts.append(data)
+        else:
+            self._transport.write(data)
+
     def close(self) -> None:
         """Send what there is, then close."""
         self._flush()
@@ -124,8 +131,8 @@ class HttpProtocol(HttpToolsProtocol):
 
     def connection_made(self, transport: asyncio.Transport) -> None:  # type: ignore[override]
         """Start the clock: a connection without a request is one that has not arrived yet."""
-        self._wire = transport
-        super().connection_made(cast("asyncio.Transport", _Joining(transport, self.loop)))
+        self._wire, self._joining = transport, _Joining(transport, self.loop)
+        super().connection_made(cast("asyncio.Transport", self._joining))
         self._incomplete_since: float | None = self.loop.time()
         self._rests_since = self.loop.time()
         self._request_bytes = 0
@@ -276,10 +283,10 @@ class HttpProtocol(HttpToolsProtocol):
             headers, head = HttpProtocol._head
             if headers is not self.server_state.default_headers:
                 head = self._new_head()
-            self._wire.write(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(outcome), outcome))
+            self._joining.write_whole(b"%bcontent-length: %d\r\n\r\n%b" % (head, len(outcome), outcome))
             self._rests_since = self.loop.time()
             if not self.cycle.keep_alive:
-                self._wire.close()
+                self._joining.close()
         if self._held:
             held, self._held = self._held, b""
             self.flow.resume_reading()
