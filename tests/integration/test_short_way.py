@@ -29,6 +29,7 @@ class Way:
         self.taken: list[tuple[dict[bytes, bytes], bytes]] = []
         self.waiting: list[Callable[[], None]] = []
         self.is_patient = False
+        self.repeat = 1
 
     def check(self, headers):
         if b"x-wrong" in headers:
@@ -38,7 +39,7 @@ class Way:
         self.taken.append((headers, body))
         if body == b"bad":
             raise ValueError("bad")
-        outcome = ValueError("odd") if body == b"odd" else b'"%b"' % body
+        outcome = ValueError("odd") if body == b"odd" else b'"%b"' % (body * self.repeat)
         if self.is_patient:
             self.waiting.append(lambda: done(outcome))
         else:
@@ -198,6 +199,7 @@ async def test_a_client_that_sends_ahead_without_end_is_not_read_while_it_waits(
 
 async def test_a_client_that_never_reads_its_answers_is_ended(site, monkeypatch):
     monkeypatch.setattr(http_protocol, "REQUEST_SECONDS", 0.4)
+    site.way.repeat = 50_000
     loop = asyncio.get_running_loop()
     with socket.socket() as client:
         client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
