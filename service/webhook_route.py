@@ -1,7 +1,7 @@
-"""The route of the webhooks: a raw ASGI handler, because Litestar's typed ones cost more than all the rest together.
+"""The route of the webhooks: a raw ASGI handler for Litestar, and the short way past it for ordinary requests.
 
-Measured with 64 connections: request objects, dependency groups and responses took 52 % of the process; see
-tests/bench.
+Litestar's typed handlers cost more than all the rest together: measured with 64 connections, request objects,
+dependency groups and responses took 52 % of the process. ASGI's own messages and tasks took a quarter of what was left.
 """
 
 import time
