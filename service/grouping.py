@@ -13,6 +13,8 @@ log = structlog.get_logger()
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
+# Is told a result, or the error in its place.
+Done = Callable[[Result | Exception], None]
 
 # More would only make the first of a batch wait longer for the last.
 MAX_BATCH = 128
@@ -27,7 +29,7 @@ class GroupCommit(Generic[Item, Result]):
 
     def __init__(self, commit: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]) -> None:
         self._commit = commit
-        self._waiting: list[tuple[Item, Callable[[Result | Exception], None]]] = []
+        self._waiting: list[tuple[Item, Done[Result]]] = []
         self._runner: asyncio.Task[None] | None = None
 
     async def submit(self, item: Item) -> Result:
@@ -41,7 +43,7 @@ class GroupCommit(Generic[Item, Result]):
         self.add(item, partial(settle, future))
         return await future
 
-    def add(self, item: Item, done: Callable[[Result | Exception], None]) -> None:
+    def add(self, item: Item, done: Done[Result]) -> None:
         """Have *done* called, on the loop, with what submit() would return or raise for *item*."""
         self._waiting.append((item, done))
         if self._runner is None:
@@ -67,7 +69,7 @@ class GroupCommit(Generic[Item, Result]):
             before = len(self._waiting)
             await asyncio.sleep(0)
 
-    async def _settle(self, batch: Sequence[tuple[Item, Callable[[Result | Exception], None]]]) -> None:
+    async def _settle(self, batch: Sequence[tuple[Item, Done[Result]]]) -> None:
         try:
             results: Sequence[Result | Exception] = await self._commit([item for item, _ in batch])
         except LedgerUnavailableError as error:

@@ -11,7 +11,7 @@ from arq.connections import ArqRedis
 
 from service import queue
 from service.generation import RUNNING, Generation, Key, read
-from service.grouping import GroupCommit, settle
+from service.grouping import Done, GroupCommit, settle
 from service.ledger import receiving
 from service.ledger.database import QUICK_BYTES, ConflictError, Database, LedgerUnavailableError
 from service.ledger.receiving import Arrival, Receipt
@@ -45,9 +45,6 @@ class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_default
     id: str
     state: str
     due_at: datetime | None = None
-
-
-Done = Callable[[Answer | Exception], None]
 
 
 class Intake:
@@ -95,7 +92,7 @@ class Intake:
         self.take(account, header, body, partial(settle, future))
         return await future
 
-    def take(self, account: str, header: str, body: bytes, done: Done) -> None:
+    def take(self, account: str, header: str, body: bytes, done: Done[Answer]) -> None:
         """Have *done* called with what accept() would return or raise, once the webhook is stored.
 
         Raises: SignatureError, MalformedError; *done* is not called then.
@@ -115,9 +112,7 @@ class Intake:
         arrival = Arrival(Key(account, generation.id), generation, body.decode(), retention, now)
         self._group.add(arrival, partial(self._finish, generation.id, done))
 
-    def _finish(
-        self, generation: str, done: Callable[[Answer | Exception], None], receipt: Receipt | Exception
-    ) -> None:
+    def _finish(self, generation: str, done: Done[Answer], receipt: Receipt | Exception) -> None:
         if isinstance(receipt, Exception):
             done(receipt)
             return

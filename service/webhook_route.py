@@ -29,6 +29,7 @@ from litestar.openapi.spec import (
 from litestar.types import Receive, Scope, Send
 
 from service.generation import MalformedError
+from service.grouping import Done
 from service.http_protocol import RAISED
 from service.ledger.database import LedgerUnavailableError, RefusedDataError
 from service.signature import SignatureError
@@ -66,7 +67,7 @@ class WebhookRoute:
             self._refusals.note(error)
             raise
 
-    def take(self, headers: Mapping[bytes, bytes], body: bytes, done: Callable[[bytes | Exception], None]) -> None:
+    def take(self, headers: Mapping[bytes, bytes], body: bytes, done: Done[bytes]) -> None:
         """Answer a whole request; see ShortWay."""
         try:
             _check_content_type(headers.get(b"content-type", b""))
@@ -75,7 +76,7 @@ class WebhookRoute:
             self._refusals.note(error)
             raise
 
-    def _finish(self, done: Callable[[bytes | Exception], None], answer: Answer | Exception) -> None:
+    def _finish(self, done: Done[bytes], answer: Answer | Exception) -> None:
         if isinstance(answer, _REFUSALS):
             self._refusals.note(answer)
         done(answer if isinstance(answer, Exception) else _encode(answer))

@@ -28,6 +28,7 @@ LAYERS = {
         "service.grouping",
         "service.budget",
         "service.http_protocol",
+        "service.http_writing",
         "service.serving",
         "service.tasks",
         "workers.heartbeat",

@@ -180,8 +180,8 @@ def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 -
         "synchronous=FULL",  # a commit survives a power cut; WAL's usual NORMAL may lose the last ones
         "fullfsync=1",  # macOS: reach the disk, not only its cache
         "cache_size=-2048",
-        # The commit that meets it waits for the log to be copied back: so it is fewer than one of a hundred with 32
-        # webhooks in each. Measured: p99 over 32 connections 17.2 ms at SQLite's own 1000 pages, 13.5 ms at this.
+        # The commit that meets it waits for the log to be copied back: one of 130, with 32 webhooks of 23 pages in each
+        # while no keys are merged. Measured: p99 over 32 connections 17.2 ms at SQLite's own 1000 pages, 13.5 ms here.
         "wal_autocheckpoint=3000",
     ):
         connection.execute(f"PRAGMA {pragma}")

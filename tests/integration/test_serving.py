@@ -12,7 +12,8 @@ import uvloop
 
 from service import http_protocol
 from service import serving as serving_module
-from service.http_protocol import MAX_HEADER_BYTES, MAX_REQUEST_BYTES, SECURITY_HEADERS
+from service.http_protocol import MAX_HEADER_BYTES, MAX_REQUEST_BYTES
+from service.http_writing import SECURITY_HEADERS
 from service.serving import serving
 
 

@@ -238,6 +238,24 @@ async def test_what_is_under_way_when_it_stops_is_answered():
     writer.close()
 
 
+async def test_half_a_request_that_arrives_when_it_stops_may_end_and_is_answered():
+    async with serving(App(), "127.0.0.1", 0) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(HEAD + b"a")
+        await asyncio.sleep(0.1)
+        asyncio.get_running_loop().call_later(0.3, writer.write, b"bc")
+    assert await answer_of(reader) == (200, b"app:abc")
+    writer.close()
+
+
+async def test_the_headers_of_a_request_that_arrives_in_pieces_are_checked_once(site, monkeypatch):
+    checked: list[object] = []
+    monkeypatch.setattr(site.way, "check", checked.append)
+    await site.talk(HEAD[:20], HEAD[20:], b"a", b"b", b"c", answers=1)
+
+    assert len(checked) == 1
+
+
 @pytest.mark.parametrize("body", [b"abc", b"odd"])
 def test_a_client_that_goes_before_its_answer_is_no_fault_of_ours(body):
     faults: list[object] = []
