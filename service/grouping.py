@@ -8,6 +8,7 @@ from typing import Generic, TypeVar
 import structlog
 
 from service.ledger.database import LedgerUnavailableError
+from service.tasks import settle
 
 log = structlog.get_logger()
 
@@ -85,13 +86,3 @@ class GroupCommit(Generic[Item, Result]):
                 done(result)
             except Exception:
                 log.exception("group.crashed")  # a fault of ours, which must not keep the others from their results
-
-
-def settle(future: asyncio.Future[Result], result: Result | Exception) -> None:
-    """Give *future* its *result* if it still waits."""
-    if future.done():
-        return
-    if isinstance(result, Exception):
-        future.set_exception(result)
-    else:
-        future.set_result(result)

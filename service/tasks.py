@@ -1,4 +1,4 @@
-"""Ending tasks for good, and not waiting for those that end slowly."""
+"""Ending tasks for good, not waiting for those that end slowly, results for whoever still waits."""
 
 import asyncio
 from collections.abc import Awaitable, Collection
@@ -43,6 +43,16 @@ async def within(seconds: float, call: Awaitable[T]) -> T:
     if not done:
         raise TimeoutError
     return task.result()
+
+
+def settle(future: asyncio.Future[T], outcome: T | BaseException) -> None:
+    """Give *future* its result, or the error in its place, if it still waits."""
+    if future.done():
+        return
+    if isinstance(outcome, BaseException):
+        future.set_exception(outcome)
+    else:
+        future.set_result(outcome)
 
 
 def _forget(task: asyncio.Future[Any]) -> None:

@@ -11,13 +11,14 @@ from arq.connections import ArqRedis
 
 from service import queue
 from service.generation import RUNNING, Generation, Key, read
-from service.grouping import Done, GroupCommit, settle
+from service.grouping import Done, GroupCommit
 from service.ledger import receiving
 from service.ledger.database import QUICK_BYTES, ConflictError, Database, LedgerUnavailableError
 from service.ledger.receiving import Arrival, Receipt
 from service.lifecycle import State
 from service.retention import Policy, decide
 from service.signature import SignatureError, check_form, verify
+from service.tasks import settle
 from service.telemetry import Metrics
 
 log = structlog.get_logger()

@@ -11,10 +11,13 @@ from contextlib import contextmanager
 from functools import partial
 from typing import Any, TypeVar
 
-from sqlalchemy import URL, Connection, RootTransaction, create_engine, event
+from sqlalchemy import URL, Connection, create_engine, event
 from sqlalchemy.exc import SQLAlchemyError
 
+from service.ledger.bulk import driver_of
 from service.ledger.database import READ_TIMEOUT_SECONDS, REMEMBERED, LedgerUnavailableError, translated
+from service.ledger.thread import CallingThread
+from service.tasks import settle
 
 T = TypeVar("T")
 
@@ -42,13 +45,11 @@ class SqliteDatabase:
         )
         event.listen(self._engine, "connect", _prepare_sqlite)
         event.listen(self._engine, "begin", _begin_sqlite)
-        # A deferred transaction that reads first cannot become a writer later: it fails at once as "locked".
-        self._writing_engine = self._engine.execution_options(begin="BEGIN IMMEDIATE")
         self._writing: Connection | None = None
         self._quick_again_at = 0.0  # on the monotonic clock
         self._turn = asyncio.Lock()
         self._is_closed = False
-        self._writer = ThreadPoolExecutor(1, "ledger-writer")
+        self._writer = CallingThread("ledger-writer")
         self._readers = ThreadPoolExecutor(_READ_THREADS, "ledger-reader")
 
     async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:
@@ -59,8 +60,7 @@ class SqliteDatabase:
                 if self._is_closed:
                     self._turn.release()
                     raise LedgerUnavailableError("the ledger is closed")
-                # Whoever stops waiting does not stop what is under way: the turn ends when that does.
-                return await asyncio.shield(self._started(function, is_quick=is_quick))
+                return await self._started(function, is_quick=is_quick)
         except (SQLAlchemyError, sqlite3.Error, TimeoutError) as error:
             raise translated(error) from error
 
@@ -77,7 +77,7 @@ class SqliteDatabase:
             return function(connection)
 
     def _started(self, function: Callable[[Connection], T], *, is_quick: bool) -> asyncio.Future[T]:
-        """Start a write whose turn it is.
+        """Start a write whose turn it is. Whoever stops waiting does not stop it: the turn ends when it does.
 
         Quick statements run here and now, and the thread has only the commit, which waits for the disk. In the thread
         each statement would give up the interpreter's lock and have to win it back from a busy loop: measured with 32
@@ -85,17 +85,16 @@ class SqliteDatabase:
         """
         try:
             rest = (self._stated(function) if is_quick else None) or partial(self._written, function)
-            future = asyncio.get_running_loop().run_in_executor(self._writer, rest)
+            future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
+            self._writer.call(rest, partial(self._ended, future))
         except BaseException:
             self._turn.release()
             raise
-        future.add_done_callback(self._end_turn)
         return future
 
-    def _end_turn(self, future: asyncio.Future[Any]) -> None:
+    def _ended(self, future: asyncio.Future[T], outcome: T | BaseException) -> None:
         self._turn.release()
-        if not future.cancelled():
-            future.exception()  # asked for, so that asyncio does not log it where nobody waits any more
+        settle(future, outcome)
 
     def _stated(self, function: Callable[[Connection], T]) -> Callable[[], T] | None:
         """Run *function* and return the commit that is left to do; None if there is something to wait for first."""
@@ -104,7 +103,7 @@ class SqliteDatabase:
             return None
         with self._undone_on_error():
             try:
-                transaction = self._writing.begin()
+                _begin_writing(self._writing)
             except sqlite3.OperationalError as error:
                 if _is_busy(error):
                     return None
@@ -112,21 +111,22 @@ class SqliteDatabase:
             result = function(self._writing)
         if time.monotonic() - begun_at > _SLOW_SECONDS:
             self._quick_again_at = time.monotonic() + _SLOW_FOR_SECONDS
-        return partial(self._committed, transaction, result)
+        return partial(self._committed, self._writing, result)
 
     def _written(self, function: Callable[[Connection], T]) -> T:
         if self._writing is None:
             # The writer's own connection, which stays out of the pool and so costs a fifth less.
-            self._writing = self._writing_engine.connect()
-            self._writing.connection.cursor().execute("PRAGMA busy_timeout=0")
+            self._writing = self._engine.connect()
+            driver_of(self._writing).execute("PRAGMA busy_timeout=0")
         with self._undone_on_error():
-            transaction = _patiently(self._writing.begin)
+            _patiently(partial(_begin_writing, self._writing))
             result = function(self._writing)
-        return self._committed(transaction, result)
+        return self._committed(self._writing, result)
 
-    def _committed(self, transaction: RootTransaction, result: T) -> T:
+    def _committed(self, connection: Connection, result: T) -> T:
         with self._undone_on_error():
-            transaction.commit()
+            connection.commit()  # to SQLAlchemy there is a transaction only if a statement went by its way
+            driver_of(connection).commit()
         return result
 
     @contextmanager
@@ -144,7 +144,7 @@ class SqliteDatabase:
         try:
             self._writing.info.pop(REMEMBERED, None)
             self._writing.rollback()
-            self._writing.connection.rollback()
+            driver_of(self._writing).rollback()
         except Exception:  # noqa: BLE001 - whatever it is, that connection is of no more use
             self._writing.invalidate()
             self._close_writing()
@@ -158,8 +158,8 @@ class SqliteDatabase:
         """Wait for what is under way, then close; what waits for its turn is refused."""
         async with self._turn:
             self._is_closed = True
-        self._writer.submit(self._close_writing)
-        await asyncio.to_thread(self._writer.shutdown)
+        self._writer.call(self._close_writing, lambda _: None)
+        await self._writer.close()
         await asyncio.to_thread(self._readers.shutdown)
         self._engine.dispose()
 
@@ -207,5 +207,13 @@ def _is_busy(error: sqlite3.OperationalError) -> bool:
 
 
 def _begin_sqlite(connection: Connection) -> None:
-    # Straight to the driver: SQLAlchemy's way there would be a tenth of a small transaction's time.
-    connection.connection.cursor().execute(connection.get_execution_options().get("begin", "BEGIN"))
+    # A transaction that writes has begun already.
+    driver = driver_of(connection)
+    if not driver.in_transaction:
+        driver.execute("BEGIN")
+
+
+def _begin_writing(connection: Connection) -> None:
+    # A deferred transaction that reads first cannot become a writer later: it fails at once as "locked". Straight to
+    # the driver, as most statements of a webhook are: SQLAlchemy's own begin() and commit() would take 30 µs.
+    driver_of(connection).execute("BEGIN IMMEDIATE")
