@@ -5,11 +5,13 @@ back from a busy event loop. Measured on the webhook's path: 64 rows of the reco
 0.9 ms as a tuple each, 0.6 ms as one statement.
 """
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from itertools import chain
+from operator import itemgetter
+from types import MappingProxyType
 from typing import Any, Final
 
-from sqlalchemy import Connection, Table, bindparam, insert
+from sqlalchemy import Connection, Dialect, Table, bindparam, insert, literal_column
 
 from service.ledger.schema import Instant, microseconds
 
@@ -20,16 +22,26 @@ _MOST_ROWS: Final = 64
 class BulkInsert:
     """An INSERT of *columns* into *table*, for rows given as tuples in that order.
 
-    One that *ignores_known* leaves rows as they are whose key is there; it is for SQLite alone.
+    All rows have the *constants*, numbers, beside them. One that *ignores_known* leaves rows as they are whose key is
+    there; it is for SQLite alone.
     """
 
-    def __init__(self, table: Table, columns: Sequence[str], *, ignores_known: bool = False) -> None:
-        self._statement = insert(table).values({name: bindparam(name) for name in columns})
+    def __init__(
+        self,
+        table: Table,
+        columns: Sequence[str],
+        *,
+        constants: Mapping[str, int] = MappingProxyType({}),
+        ignores_known: bool = False,
+    ) -> None:
+        literals = {name: str(number) for name, number in constants.items()}
+        given: dict[str, Any] = {name: bindparam(name) for name in columns}
+        self._statement = insert(table).values(given | {name: literal_column(text) for name, text in literals.items()})
         self._columns = tuple(columns)
         self._instants = [index for index, name in enumerate(columns) if isinstance(table.c[name].type, Instant)]
-        self._compiled: dict[str, str] = {}
-        names = ", ".join(columns)
-        row = f"({', '.join('?' * len(columns))})"
+        self._compiled: dict[str, tuple[str, itemgetter[Any]]] = {}
+        names = ", ".join([*columns, *literals])
+        row = f"({', '.join(['?'] * len(columns) + [*literals.values()])})"
         verb = "INSERT OR IGNORE INTO" if ignores_known else "INSERT INTO"
         self._many = {
             rows: f"{verb} {table.name} ({names}) VALUES {', '.join([row] * rows)}"
@@ -41,7 +53,8 @@ class BulkInsert:
         if not rows:
             return
         if connection.dialect.name != "sqlite":
-            connection.exec_driver_sql(self._sql(connection), [tuple(row) for row in rows])
+            sql, in_its_order = self._compile(connection.dialect)
+            connection.exec_driver_sql(sql, [in_its_order(row) for row in rows])
             return
         values = self._values(rows)
         width, start = len(self._columns), 0
@@ -59,14 +72,13 @@ class BulkInsert:
                     values[index] = microseconds(value)
         return values
 
-    def _sql(self, connection: Connection) -> str:
-        sql = self._compiled.get(connection.dialect.name)
-        if sql is None:
-            compiled = self._statement.compile(dialect=connection.dialect)
-            if tuple(compiled.positiontup or ()) != self._columns:
-                raise ValueError("columns must be given in the table's order")
-            sql = self._compiled[connection.dialect.name] = str(compiled)
-        return sql
+    def _compile(self, dialect: Dialect) -> tuple[str, "itemgetter[Any]"]:
+        """Return the statement and what puts a row in the order that it has the columns in, which is the table's."""
+        if dialect.name not in self._compiled:
+            compiled = self._statement.compile(dialect=dialect)
+            order = [self._columns.index(name) for name in compiled.positiontup or ()]
+            self._compiled[dialect.name] = (str(compiled), itemgetter(*order))
+        return self._compiled[dialect.name]
 
 
 def driver_of(connection: Connection) -> Any:  # noqa: ANN401 - the driver's own type

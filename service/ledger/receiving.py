@@ -60,34 +60,27 @@ _select_known = (
     .with_for_update()
 )
 # What else the webhook says stays in its body until the copy is made: two thirds of the bytes of each insert saved.
-_COLUMNS = (
+_USUAL_COLUMNS = (
     "seq",
     "account",
     "id",
     "state",
     "status",
-    "project_id",
     "notification",
     "received_at",
     "due_at",
     "wake_at",
-    "attempts",
-    "failures",
-    "refusals",
     "rule",
     "ttl_seconds",
-    "hold_by",
-    "hold_reason",
 )
-_insert_records = BulkInsert(records, _COLUMNS)
+_ODD_COLUMNS = ("project_id", "hold_by", "hold_reason")
+_NONE_YET = {"attempts": 0, "failures": 0, "refusals": 0}
+_insert_records = BulkInsert(records, (*_USUAL_COLUMNS, *_ODD_COLUMNS), constants=_NONE_YET)
 # On SQLite without what is NULL in nearly all: its driver looks for a way to adapt each NULL, 3 000 instructions that
 # lead to nothing.
-_ODD_COLUMNS = ("project_id", "hold_by", "hold_reason")
-_USUAL_COLUMNS = tuple(name for name in _COLUMNS if name not in _ODD_COLUMNS)
-_odd_values = itemgetter(*map(_COLUMNS.index, _ODD_COLUMNS))
-_usual_values = itemgetter(*map(_COLUMNS.index, _USUAL_COLUMNS))
-_insert_usual_records = BulkInsert(records, _USUAL_COLUMNS)
-_NO_ODD = (None, None, None)
+_insert_usual_records = BulkInsert(records, _USUAL_COLUMNS, constants=_NONE_YET)
+_USUAL = len(_USUAL_COLUMNS)
+_NO_ODD = (None,) * len(_ODD_COLUMNS)
 _change = (
     update(records)
     .where(
@@ -171,10 +164,10 @@ def _insert(connection: Connection, rows: Sequence[tuple[Any, ...]]) -> None:
         _insert_records(connection, sorted(rows, key=itemgetter(1, 2)))
         return
     # In the order of their numbers, which fills the pages: a tenth fewer are written.
-    usual = [_usual_values(row) for row in rows if _odd_values(row) == _NO_ODD]
+    usual = [row[:_USUAL] for row in rows if row[_USUAL:] == _NO_ODD]
     _insert_usual_records(connection, usual)
     if len(usual) < len(rows):
-        _insert_records(connection, [row for row in rows if _odd_values(row) != _NO_ODD])
+        _insert_records(connection, [row for row in rows if row[_USUAL:] != _NO_ODD])
 
 
 def _find_known(connection: Connection, wanted: Collection[Key]) -> dict[Key, Row[Any]]:
@@ -270,16 +263,13 @@ def _columns(arrival: Arrival, seq: int, state: State) -> tuple[Any, ...]:
         arrival.key.id,
         str(state),  # the driver looks long for a way to adapt what is only nearly a text
         arrival.generation.status,
-        arrival.generation.project_id,
         arrival.body,
         arrival.received_at,
         retention.due_at,
         retention.due_at if state is State.SCHEDULED else None,
-        0,
-        0,
-        0,
         retention.rule,
         _seconds(retention),
+        arrival.generation.project_id,
         ACTOR if retention.hold_reason else None,
         retention.hold_reason,
     )

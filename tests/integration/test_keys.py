@@ -43,6 +43,9 @@ STEPS = st.lists(
 @pytest.fixture
 def short_runs(monkeypatch):
     monkeypatch.setattr(keys, "RUN", RUN)
+    # And a filter that learns slowly, and of which one bit stands for many keys.
+    monkeypatch.setattr(keys, "_LEARNT", 1)
+    monkeypatch.setattr(keys, "_FILTER_BITS", 64)
 
 
 @pytest.fixture
