@@ -71,7 +71,7 @@ class HttpProtocol(HttpToolsProtocol):
         self._incomplete_since: float | None = self.loop.time()
         self._rests_since = self.loop.time()
         self._request_bytes = 0
-        self._unsent_bytes = 0
+        self._taken_bytes = 0
         self._is_in_headers = True
         self._is_begun = False
         self._short: dict[bytes, bytes] | None = None  # headers of the request that arrives, if it takes the short way
@@ -257,15 +257,16 @@ class HttpProtocol(HttpToolsProtocol):
     def _look(self) -> None:
         now, since = self.loop.time(), self._incomplete_since
         unsent = self.transport.get_write_buffer_size()
+        taken = self._joining.sent_bytes - unsent
         is_answering = self.cycle is not None and not self.cycle.response_complete
-        if unsent and unsent >= self._unsent_bytes > 0:
-            self.transport.abort()  # it took nothing of its answer since the last look
+        if unsent and taken == self._taken_bytes:
+            self.transport.abort()  # it took nothing of its answers since the last look
         elif since is not None and now - since >= REQUEST_SECONDS:
             self._end_slow_request()
         elif since is None and not is_answering and not unsent and now - self._rests_since >= IDLE_SECONDS:
             self.transport.close()
         else:
-            self._unsent_bytes = unsent
+            self._taken_bytes = taken
             wait = REQUEST_SECONDS if since is None else since + REQUEST_SECONDS - now
             self._watch = self.loop.call_later(wait, self._look)
 
@@ -278,5 +279,6 @@ class HttpProtocol(HttpToolsProtocol):
         if is_answerable and not self.transport.get_write_buffer_size():
             self.transport.write(TOO_SLOW)
             self.transport.close()
+            self._watch = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)  # if it does not take even that
         else:
             self.transport.abort()

@@ -43,6 +43,7 @@ class Joining:
         self._transport = transport
         self._call_soon = loop.call_soon
         self._parts: list[bytes] = []
+        self.sent_bytes = 0  # given to the transport, which may have some of them still
 
     def __getattr__(self, name: str) -> Any:  # noqa: ANN401 - whatever a transport has
         return getattr(self._transport, name)
@@ -62,6 +63,7 @@ class Joining:
         if self._parts:
             self._parts.append(data)
         else:
+            self.sent_bytes += len(data)
             self._transport.write(data)
 
     def close(self) -> None:
@@ -72,4 +74,6 @@ class Joining:
     def _flush(self) -> None:
         parts, self._parts = self._parts, []
         if parts and not self._transport.is_closing():  # the client may have gone within this turn
-            self._transport.write(b"".join(parts))
+            data = b"".join(parts)
+            self.sent_bytes += len(data)
+            self._transport.write(data)

@@ -224,6 +224,29 @@ async def test_a_client_that_takes_its_answer_slowly_and_then_no_more_is_ended(m
                 await asyncio.wait_for(send(), 10)
 
 
+@pytest.mark.usefixtures("quick")
+async def test_a_client_that_takes_one_large_answer_after_the_other_is_let_be():
+    loop = asyncio.get_running_loop()
+    async with serving(app, "127.0.0.1", 0) as port:
+        with socket.socket() as client:
+            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
+            client.connect(("127.0.0.1", port))
+            client.settimeout(0)
+            begun = time.monotonic()
+            asked = taken = 0
+            while time.monotonic() - begun < 4:
+                if 8_000_000 * asked - taken < 4_000_000:
+                    await loop.sock_sendall(client, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
+                    asked += 1
+                for _ in range(60):
+                    data = await asyncio.wait_for(loop.sock_recv(client, 20_000), 5)
+                    assert data, f"ended after {taken} bytes"
+                    taken += len(data)
+                await asyncio.sleep(0.02)
+
+            assert asked > 3
+
+
 async def test_more_connections_than_there_may_be_are_answered_503_and_the_others_served(monkeypatch):
     monkeypatch.setattr(serving_module, "MAX_CONNECTIONS", 2)
     request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
