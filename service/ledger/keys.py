@@ -73,7 +73,9 @@ def are_perhaps_of(connection: Connection, keys: Collection[Key]) -> ColumnEleme
     """
     if connection.dialect.name != "sqlite":
         return records.c.account.in_({key.account for key in keys}) & records.c.id.in_([key.id for key in keys])
-    buffer: _Buffer = connection.info.setdefault(REMEMBERED, _Buffer())
+    buffer: _Buffer | None = connection.info.get(REMEMBERED)
+    if buffer is None:
+        buffer = connection.info[REMEMBERED] = _Buffer()
     buffer.catch_up(connection)
     found = buffer.find(connection, keys)
     return records.c.seq.in_(found) if found else None
