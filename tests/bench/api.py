@@ -14,8 +14,9 @@ import httpx
 import uvloop
 
 from service.simulator import serve_forever
-from tests.bench.processes import PYTHON, BenchError, free_port, running, wait_for_port
+from tests.bench.processes import PYTHON, BenchError, running, wait_for_port
 from tests.bench.webhooks import API_KEY
+from tests.support.ports import free_port
 
 _POLL_SECONDS = 0.25
 

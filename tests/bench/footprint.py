@@ -11,9 +11,10 @@ import redis
 from tests.bench.draining import announce
 from tests.bench.intake import offer
 from tests.bench.load import exchange
-from tests.bench.processes import cpu_seconds, free_port, running
+from tests.bench.processes import cpu_seconds, running
 from tests.bench.systems import Place, mayfly, place, web, worker
 from tests.bench.webhooks import fresh, request_of
+from tests.support.ports import free_port
 
 _IDLE_SECONDS = 20.0
 _SETTLE_SECONDS = 3.0

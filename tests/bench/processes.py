@@ -62,14 +62,6 @@ def cpu_seconds(process: psutil.Process) -> float:
     return float(sum(one.user + one.system for one in times))
 
 
-def free_port() -> int:
-    """Return a port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port
-
-
 def wait_for_port(port: int, process: psutil.Process) -> None:
     """Return once something accepts connections on *port*."""
     for _ in _while_alive(process):

@@ -16,12 +16,12 @@ from tests.bench.processes import (
     PYTHON,
     ROOT,
     BenchError,
-    free_port,
     running,
     wait_for_file,
     wait_for_port,
 )
 from tests.bench.webhooks import API_KEY, SECRET
+from tests.support.ports import free_port
 
 BUILD = ROOT / "build" / "bench"
 CONCURRENCY = 50

@@ -5,7 +5,6 @@ import hashlib
 import hmac
 import os
 import shutil
-import socket
 import subprocess
 import time
 from collections.abc import Iterator, Sequence
@@ -19,6 +18,7 @@ from typing import Any, Protocol
 import httpx
 
 from tests.deploy.engine import TAG, Engine, EngineMissingError, wait_until
+from tests.support.ports import free_port
 
 API_KEY = "sk-of-the-deployment-test"
 API_TOKEN = "token-of-the-deployment-test"
@@ -162,7 +162,7 @@ def running(engine: Engine, root: Path, work: Path, file: str, beside: Path, *, 
 
     *more* stands in deploy/.env after the two values that are to be filled in.
     """
-    project, port, simulator_port = f"mayfly-test-{os.getpid()}", _free_port(), _free_port()
+    project, port, simulator_port = f"mayfly-test-{os.getpid()}", free_port(), free_port()
     copy = work / "project"
     shutil.copytree(root, copy, ignore=_LEFT_OUT)
     shutil.copy(root / ".dockerignore", copy)
@@ -212,8 +212,3 @@ def _podman_compose(root: Path) -> str:
     if found is None:
         raise EngineMissingError("podman-compose is not on this machine")
     return found
-
-
-def _free_port() -> int:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        return int(listener.getsockname()[1])

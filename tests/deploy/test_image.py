@@ -1,7 +1,6 @@
 """The image, built from the Dockerfile as it is: small, locked up, quick to start, quick to stop."""
 
 import contextlib
-import socket
 import time
 from dataclasses import dataclass
 
@@ -10,6 +9,7 @@ import pytest
 
 import service
 from tests.deploy.engine import Engine, Image, wait_until
+from tests.support.ports import free_port
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(700)]
 
@@ -128,8 +128,7 @@ class Life:
 
 
 def _live(engine: Engine, image: Image) -> Life:
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     options = [*LOCKED, *SECRETS, "--publish", f"127.0.0.1:{port}:8080"]
 
     def is_ready() -> bool:

@@ -22,9 +22,10 @@ import pytest
 from sqlalchemy import URL
 
 from tests.bench.api import Api, api
-from tests.bench.processes import PYTHON, free_port, python_module, running, wait_for, wait_for_file
+from tests.bench.processes import PYTHON, python_module, running, wait_for, wait_for_file
 from tests.bench.systems import Place, place, write_json
 from tests.deploy.engine import wait_until
+from tests.support.ports import free_port
 from tests.support.postgres import NoPostgresError, postgres_server
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]

@@ -3,7 +3,6 @@
 import contextlib
 import os
 import shutil
-import socket
 import subprocess
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -13,6 +12,7 @@ import httpx
 import pytest
 
 from tests.deploy.engine import Engine, EngineMissingError, Image, wait_until
+from tests.support.ports import free_port
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(700)]
 
@@ -124,8 +124,7 @@ def test_postgresql_is_reached_over_tls_by_its_name_and_authority(stores: Stores
 )
 def test_redis_is_reached_over_tls(stores: Stores, redis_url: str) -> None:
     wait_until(lambda: stores.mayfly("migrate").returncode == 0, seconds=60, every=1, what="the tables are there")
-    with socket.create_server(("127.0.0.1", 0)) as listener:
-        port = listener.getsockname()[1]
+    port = free_port()
     options = [*stores.options({"MAYFLY_REDIS_URL": redis_url}), "--publish", f"127.0.0.1:{port}:8080"]
 
     with stores.engine.container(stores.image.tag, "api", options=options) as name:

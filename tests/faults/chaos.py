@@ -14,8 +14,9 @@ import redis.asyncio as redis
 from service.simulator import Generation, Operation
 from tests.faults.databases import Postgres
 from tests.faults.judging import FINAL
-from tests.faults.processes import Process, ProcessError, free_port
+from tests.faults.processes import Process, ProcessError
 from tests.faults.system import System
+from tests.support.ports import free_port
 
 Harm = Callable[[], Awaitable[None]]
 

@@ -5,7 +5,6 @@ import contextlib
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -19,6 +18,7 @@ import redis.asyncio as redis
 
 import service
 from service.embedded import find_server
+from tests.support.ports import free_port
 
 ROOT = Path(service.__file__).parents[1]
 START_SECONDS = 30.0
@@ -242,11 +242,3 @@ class RedisServer:
         """Run one command."""
         async with self.client() as client:
             return await client.execute_command(*words)
-
-
-def free_port() -> int:
-    """Return a port that nobody listens on just now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port: int = probe.getsockname()[1]
-        return port

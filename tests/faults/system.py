@@ -18,8 +18,9 @@ from service.simulator import Call, Generation, Operation, Simulator
 from service.values import Secret
 from tests.faults.databases import Ledger, Row, migrated_sqlite
 from tests.faults.judging import FINAL, Sent, Verdict, WatchedCalls, judge
-from tests.faults.processes import Nursery, Process, RedisServer, free_port
+from tests.faults.processes import Nursery, Process, RedisServer
 from tests.faults.pulse import Pulse
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 from tests.support.webhooks import SECRET
 

@@ -2,9 +2,9 @@
 
 import asyncio
 
-from tests.faults.processes import free_port
 from tests.faults.proxy import Proxy
 from tests.faults.system import System, on_both, overdue
+from tests.support.ports import free_port
 
 
 async def test_half_a_webhook_at_a_killed_web_side_is_no_record_and_its_retry_is_one(system: System):

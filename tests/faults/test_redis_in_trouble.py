@@ -16,9 +16,10 @@ import redis.asyncio as redis
 from service import queue
 from service.simulator import Generation
 from tests.faults.judging import Sent, Verdict
-from tests.faults.processes import Nursery, free_port
+from tests.faults.processes import Nursery
 from tests.faults.proxy import Proxy, Trouble
 from tests.faults.system import System, at_once, on_both, overdue
+from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
 AWAY = timedelta(hours=30)

@@ -13,8 +13,9 @@ from urllib.parse import quote
 
 import httpx
 
-from tests.faults.processes import Nursery, Process, free_port
+from tests.faults.processes import Nursery, Process
 from tests.faults.system import API_KEY, TOKEN
+from tests.support.ports import free_port
 from tests.support.webhooks import SECRET, webhook
 
 Headers = Mapping[bytes, bytes] | Iterable[tuple[bytes, bytes]]
