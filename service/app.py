@@ -60,13 +60,7 @@ def make_app(
         exception_handlers=problems.exception_handlers,
         after_exception=[problems.log_fault],
         on_shutdown=[ringer.close],
-        openapi_config=OpenAPIConfig(
-            title="Mayfly",
-            version=__version__,
-            components=Components(security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer")}),
-            # No page with it: those that Litestar has load scripts of others, beside which nobody should type a token.
-            render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
-        ),
+        openapi_config=_openapi(),
         logging_config=None,
     )
     _describe(app)
@@ -100,6 +94,16 @@ class _Mayfly(Litestar):
             raw_path = _ESCAPED_SLASH.sub(ESCAPED_SLASH.encode(), scope["raw_path"])
             scope = {**scope, "path": unquote_to_bytes(raw_path).decode(errors="replace")}
         await super().__call__(scope, receive, send)
+
+
+def _openapi() -> OpenAPIConfig:
+    return OpenAPIConfig(
+        title="Mayfly",
+        version=__version__,
+        components=Components(security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer")}),
+        # No page with it: those that Litestar has load scripts of others, beside which nobody should type a token.
+        render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
+    )
 
 
 def _describe(app: Litestar) -> None:

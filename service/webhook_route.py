@@ -206,60 +206,64 @@ def _too_large() -> BodyError:
     return BodyError(413, f"the body is larger than {MAX_BODY_BYTES} bytes")
 
 
+_ACCEPTED = Schema(
+    type=OpenAPIType.OBJECT,
+    title="Accepted",
+    properties={
+        "id": Schema(type=OpenAPIType.STRING),
+        "state": Schema(type=OpenAPIType.STRING, description="the record's state, or ignored"),
+        "dueAt": Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.DATE_TIME),
+    },
+    required=["id", "state"],
+)
+_PROBLEM = Schema(
+    type=OpenAPIType.OBJECT,
+    title="Problem",
+    description="RFC 9457 problem details",
+    properties={
+        "status": Schema(type=OpenAPIType.INTEGER),
+        "title": Schema(type=OpenAPIType.STRING),
+        "detail": Schema(type=OpenAPIType.STRING),
+    },
+    required=["status", "title"],
+)
+_PROBLEMS = {
+    "400": "not the documented shape",
+    "401": "the signature does not prove it",
+    "408": "it took longer than 10 s to arrive",
+    "413": "the body is larger than 1 MiB",
+    "415": "not JSON in UTF-8",
+}
+_SIGNATURE = Parameter(
+    name="Sync-Signature",
+    param_in="header",
+    required=True,
+    schema=Schema(type=OpenAPIType.STRING, description="t=<unix seconds>,v1=<hex>"),
+)
+
+
 def describe() -> PathItem:
     """Describe the route for OpenAPI, which Litestar cannot do for a raw handler."""
-    text, number = Schema(type=OpenAPIType.STRING), Schema(type=OpenAPIType.INTEGER)
-    accepted = Schema(
-        type=OpenAPIType.OBJECT,
-        title="Accepted",
-        properties={
-            "id": text,
-            "state": Schema(type=OpenAPIType.STRING, description="the record's state, or ignored"),
-            "dueAt": Schema(type=OpenAPIType.STRING, format=OpenAPIFormat.DATE_TIME),
-        },
-        required=["id", "state"],
-    )
-    trouble = Schema(
-        type=OpenAPIType.OBJECT,
-        title="Problem",
-        description="RFC 9457 problem details",
-        properties={"status": number, "title": text, "detail": text},
-        required=["status", "title"],
-    )
-    problems = {
-        "400": "not the documented shape",
-        "401": "the signature does not prove it",
-        "408": "it took longer than 10 s to arrive",
-        "413": "the body is larger than 1 MiB",
-        "415": "not JSON in UTF-8",
-    }
-    failures = {
-        status: OpenAPIResponse(text, content={"application/problem+json": OpenAPIMediaType(schema=trouble)})
-        for status, text in problems.items()
-    }
-    unavailable = OpenAPIResponse(
-        "nothing was stored for now; send it again",
-        headers={"Retry-After": OpenAPIHeader(schema=number, description="seconds")},
-        content={"application/problem+json": OpenAPIMediaType(schema=trouble)},
-    )
-    accept = OpenAPIResponse("stored, or ignored", content={"application/json": OpenAPIMediaType(schema=accepted)})
+    trouble = {"application/problem+json": OpenAPIMediaType(schema=_PROBLEM)}
+    seconds = OpenAPIHeader(schema=Schema(type=OpenAPIType.INTEGER), description="seconds")
     return PathItem(
         post=Operation(
             operation_id="ReceiveWebhook",
             tags=["webhooks"],
             summary="Take a webhook of sync.so",
             description="Stores a proven webhook of a terminal generation and schedules its deletion; ignores others.",
-            parameters=[
-                Parameter(
-                    name="Sync-Signature",
-                    param_in="header",
-                    required=True,
-                    schema=Schema(type=OpenAPIType.STRING, description="t=<unix seconds>,v1=<hex>"),
-                )
-            ],
+            parameters=[_SIGNATURE],
             request_body=RequestBody(
                 content={"application/json": OpenAPIMediaType(schema=Schema(type=OpenAPIType.OBJECT))}, required=True
             ),
-            responses={"202": accept, **failures, "503": unavailable},
+            responses={
+                "202": OpenAPIResponse(
+                    "stored, or ignored", content={"application/json": OpenAPIMediaType(schema=_ACCEPTED)}
+                ),
+                **{status: OpenAPIResponse(text, content=trouble) for status, text in _PROBLEMS.items()},
+                "503": OpenAPIResponse(
+                    "nothing was stored for now; send it again", headers={"Retry-After": seconds}, content=trouble
+                ),
+            },
         )
     )
