@@ -12,7 +12,7 @@ from tests.bench.draining import announce
 from tests.bench.intake import offer
 from tests.bench.load import exchange
 from tests.bench.processes import cpu_seconds, running
-from tests.bench.systems import Place, mayfly, place, web, worker
+from tests.bench.systems import NOWHERE, Place, mayfly, place, web, worker
 from tests.bench.webhooks import fresh, request_of
 from tests.support.ports import free_port
 
@@ -25,7 +25,7 @@ def footprint(folder: Path) -> dict[str, Any]:
     system = mayfly()
     with place(folder) as where:
         figures: dict[str, Any] = {"start_to_first_202_ms": first_202_ms(where)}
-        with web(system, where) as (url, serving), worker(system, where, "http://127.0.0.1:9") as working:
+        with web(system, where) as (url, serving), worker(system, where, NOWHERE) as working:
             time.sleep(_SETTLE_SECONDS)
             figures["web_idle_mb"], figures["worker_idle_mb"] = _megabytes(serving), _megabytes(working)
             figures["web_idle_cpu_percent"], figures["worker_idle_cpu_percent"] = _idle([serving, working])
@@ -43,7 +43,7 @@ def first_202_ms(where: Place) -> float:
     """Return the time from the start of the process, on an empty data directory, to the first webhook answered 202."""
     port = free_port()
     request = request_of(next(fresh(1)), "/webhooks/sync", f"127.0.0.1:{port}")
-    environment = where.environment("http://127.0.0.1:9")
+    environment = where.environment(NOWHERE)
     started_at = time.perf_counter()
     with running(mayfly().web(port), log=where.folder / "web.log", environment=environment):
         while time.perf_counter() - started_at < 30:

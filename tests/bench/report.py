@@ -79,7 +79,8 @@ def intake_rows(results: dict[str, dict[int, dict[str, Any]]]) -> list[Row]:
         p99 = of("p99_ms")
         has_goal = number == 32
         rows.append(Row("  p99", "ms", p99, "< 15" if has_goal else "", p99["mayfly"] < 15 if has_goal else None))
-        rows.append(Row("  processor time each", "µs", of("cpu_us")))
+        rows.append(Row("  processor time each, web", "µs", of("cpu_us")))
+        rows.append(Row("  web, worker and Redis", "µs", of("cpu_of_all_us")))
     return rows
 
 

@@ -25,6 +25,8 @@ from tests.support.ports import free_port
 
 BUILD = ROOT / "build" / "bench"
 CONCURRENCY = 50
+# An API that is not there, for what makes no calls.
+NOWHERE = "http://127.0.0.1:9"
 _STACKS = Path(__file__).parent / "stacks"
 _BIN = Path(PYTHON).parent
 _UVICORN_OPTIONS = ["--http", "httptools", "--loop", "uvloop", "--no-access-log", "--log-level", "warning"]
@@ -162,7 +164,7 @@ def place(folder: Path) -> Iterator[Place]:
 
 
 @contextmanager
-def web(system: System, where: Place, base_url: str = "http://127.0.0.1:9") -> Iterator[tuple[str, psutil.Process]]:
+def web(system: System, where: Place, base_url: str = NOWHERE) -> Iterator[tuple[str, psutil.Process]]:
     """Run the web process of *system* and yield the URL for webhooks and the process."""
     port = free_port()
     environment = where.environment(base_url) | dict(system.extra)
