@@ -50,7 +50,7 @@ def intake(systems: list[System], folder: Path, *, rounds: int, seconds: float) 
     with ExitStack() as stack:
         wholes = {}
         for system in systems:
-            where = stack.enter_context(place(folder / system.name))
+            where = stack.enter_context(place(folder / system.name, system.redis))
             url, process = stack.enter_context(web(system, where))
             working = [stack.enter_context(worker(system, where, NOWHERE))] if system.worker else []
             wholes[system.name] = (url, process, *working, where.redis)

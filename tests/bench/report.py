@@ -35,7 +35,7 @@ class Report:
         """Write the JSON file and show the table."""
         path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text(json.dumps({"rows": [asdict(row) for row in self.rows], "raw": self.raw}, indent=1))
-        console = Console(width=None if sys.stdout.isatty() else 130)
+        console = Console(width=None if sys.stdout.isatty() else 150)
         console.print(_table(self.rows))
         for process, lines in self.raw.get("profile", {}).items():
             console.print(f"\n{process}: share of samples alone, with what it calls", markup=False)

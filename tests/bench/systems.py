@@ -66,12 +66,13 @@ class Place:
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """How to start one system: *web* takes the port; an empty *worker* has none."""
+    """How to start one system: *web* takes the port; an empty *worker* has none; *redis* are options of its Redis."""
 
     name: str
     web: Callable[[int], list[str]]
     worker: list[str] = field(default_factory=list)
     extra: Mapping[str, str] = field(default_factory=dict)
+    redis: Mapping[str, str] = field(default_factory=dict)
 
 
 def limit() -> System:
@@ -139,14 +140,22 @@ def fastify_bullmq() -> System | None:
     )
 
 
+def synced(system: System) -> System:
+    """Have its Redis sync each write before it answers, so that what *system* has accepted survives a power cut."""
+    return replace(system, name=f"{system.name}, synced", redis={"appendfsync": "always"})
+
+
 def py_spy() -> str:
     """Return the profiler's path."""
     return str(_python_environment() / "py-spy")
 
 
 @contextmanager
-def place(folder: Path) -> Iterator[Place]:
-    """Run a Redis in *folder*, set up as the embedded one is: AOF on, synced each second, never evicting."""
+def place(folder: Path, given: Mapping[str, str] | None = None) -> Iterator[Place]:
+    """Run a Redis in *folder*, set up as the embedded one is but for what is *given*.
+
+    AOF on, synced each second, never evicting.
+    """
     folder.mkdir(parents=True, exist_ok=True)
     socket = folder / "redis.sock"
     options = {
@@ -156,6 +165,7 @@ def place(folder: Path) -> Iterator[Place]:
         "save": "",
         "appendonly": "yes",
         "maxmemory-policy": "noeviction",
+        **(given or {}),
     }
     command = [str(_BIN / "redis-server"), *(part for name, value in options.items() for part in (f"--{name}", value))]
     with running(command, log=folder / "redis.log") as process:
