@@ -27,6 +27,13 @@ def _last_answer(status: str, title: str, detail: str, *headers: str) -> bytes:
     return "\r\n".join(lines).encode() + b"\r\n\r\n" + body
 
 
+NOT_HTTP: Final = _last_answer("400 Bad Request", "Not HTTP", "this cannot be read as HTTP/1.1")
+NO_SWITCH: Final = _last_answer("400 Bad Request", "No other protocol", "there is no switch from HTTP/1.1 to another")
+TOO_LARGE: Final = _last_answer("413 Content Too Large", "Too large", "the request is too large to be read to its end")
+TOO_LONG_URL: Final = _last_answer("414 URI Too Long", "URL too long", "the URL has more than 8 KiB")
+TOO_LARGE_HEAD: Final = _last_answer(
+    "431 Request Header Fields Too Large", "Too many headers", "there may be 100 headers, and 32 KiB of them"
+)
 TOO_SLOW: Final = _last_answer("408 Request Timeout", "Too slow", "the request took longer than 10 s to arrive")
 TOO_MANY: Final = _last_answer(
     "503 Service Unavailable", "Too many connections", "nothing was read, send it again", "retry-after: 5"
@@ -65,6 +72,13 @@ class Joining:
         else:
             self.sent_bytes += len(data)
             self._transport.write(data)
+
+    def write_last(self, data: bytes) -> None:
+        """Send what there is and *data*, then tell the client that there is no more; it may go on sending."""
+        self._parts.append(data)
+        self._flush()
+        if not self._transport.is_closing():
+            self._transport.write_eof()
 
     def close(self) -> None:
         """Send what there is, then close."""

@@ -11,7 +11,8 @@ from typing import Any, cast
 
 import uvicorn
 
-from service.http_protocol import MAX_CONNECTIONS, HttpProtocol
+from service.http_guard import MAX_CONNECTIONS
+from service.http_protocol import HttpProtocol
 from service.http_writing import SECURITY_HEADERS
 
 _STOP_SECONDS = 10

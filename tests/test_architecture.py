@@ -27,6 +27,7 @@ LAYERS = {
         "service.embedded",
         "service.grouping",
         "service.budget",
+        "service.http_guard",
         "service.http_protocol",
         "service.http_writing",
         "service.serving",
