@@ -17,9 +17,14 @@ RUNNING: Final = frozenset({"PENDING", "PROCESSING"})
 MAX_ID_LENGTH = 255
 MAX_DEPTH = 64
 _TOO_DEEP = "not a generation: nested too deeply"
-# Strings are tokens of their own, so that a bracket in a text is none.
-_BRACKETS = re.compile(rb'"(?:[^"\\]|\\.)*"|[\[\]{}]', re.DOTALL)
+# Strings are tokens of their own, so that a bracket in a text is none. The quantifiers give nothing back: what is no
+# string to its end is looked at once and not from each of its quotes again.
+_BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _BACKSLASH = ord("\\")
+# One half of a character, as a text has it that was cut within an emoji: JSON to some, and no character to most.
+_HALVES = re.compile(
+    rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
+)
 _NUMBER = re.compile(rb"[-+.0-9eE]+|null")
 _LOOSE_TEXTS = frozenset(
     {
@@ -112,12 +117,18 @@ def read(body: bytes) -> Generation:
 def _decode(body: bytes) -> Generation:
     try:
         return _decoder.decode(body)
-    except msgspec.ValidationError:
-        return _decoder.decode(_with_texts(body))
+    except msgspec.DecodeError:
+        generation = _decoder.decode(_with_texts(body))
+    if any(
+        "\N{REPLACEMENT CHARACTER}" in text for text in (generation.id, generation.status, generation.webhook_url or "")
+    ):
+        raise MalformedError("not a generation: it has half a character in its id, status or webhookUrl")
+    return generation
 
 
 def _with_texts(body: bytes) -> bytes:
     """Make a text of what should be one and nobody decides on: a list as the error must not lose the generation."""
+    body = _HALVES.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], body)
     top = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     for name in _LOOSE_TEXTS & top.keys():
         value = bytes(top[name])

@@ -13,8 +13,8 @@ from typing import Literal
 # Far above what is ever sent (one t, one v1 of 64 digits), far below what would cost time to read.
 MAX_HEADER_LENGTH = 4096
 MAX_SIGNATURES = 16
-# Of those that are kept ready; there are two while a secret is rotated.
-_SECRETS = 16
+# There are two secrets while one is rotated.
+_READY_MACS = 16
 
 # The header as it is sent. Any other form is taken apart slowly.
 _USUAL = re.compile(r"t=([0-9]{1,12}),v1=([0-9a-f]{64})", re.ASCII)
@@ -58,7 +58,7 @@ def verify(header: str, body: bytes, *, secrets: Sequence[bytes], now: datetime,
     return datetime.fromtimestamp(int(timestamp), UTC)
 
 
-@lru_cache(_SECRETS)  # to begin one takes as long as to put a webhook through it
+@lru_cache(_READY_MACS)  # to begin one takes as long as to put a webhook through it
 def _mac_of(secret: bytes) -> hmac.HMAC:
     return hmac.new(secret, digestmod="sha256")
 

@@ -113,7 +113,7 @@ class Metrics:
         self.loops_failed = self._counter("loops_failed", "Rounds of a background loop that failed.", "loop")
         self.receive_seconds = Histogram(
             "mayfly_receive_seconds",
-            "From the webhook's last byte to its durable commit.",
+            "From the last byte of the first webhook of each commit to that commit being durable.",
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
             registry=self.registry,
         )

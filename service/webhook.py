@@ -181,7 +181,9 @@ class Ringer:
             while self._waiting:
                 # No bell is urgent, the soonest due time is seconds away: many in one round trip cost less.
                 await asyncio.sleep(_GATHER_SECONDS)
-                bells, self._waiting = self._waiting[:_MAX_BELLS], []
+                bells, left_out = self._waiting[:_MAX_BELLS], max(0, len(self._waiting) - _MAX_BELLS)
+                self._waiting = []
+                self._metrics.enqueue_failures.inc(left_out)
                 try:
                     await queue.ring_later(self._pool, bells, now=self._now())
                 except queue.QUEUE_ERRORS as error:

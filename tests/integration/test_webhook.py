@@ -10,7 +10,7 @@ from functools import partial
 import asyncpg
 import pytest
 
-from service import telemetry, webhook_route
+from service import queue, telemetry, webhook_route
 from service.generation import Key
 from service.ledger.database import open_database
 from service.lifecycle import Move, State
@@ -195,7 +195,7 @@ SHAPES = [
     *(b'{"id":"..","status":"COMPLETED"}', b'{"id":"g1","id":"g2","status":"COMPLETED"}'),
     *(b'{"id":"a\\u0000","status":"COMPLETED"}', b'{"id":"g1","status":"COMPLETED","error":"\\u0000"}'),
     *(b"[" * 100_000, b'{"id":"g1","status":"COMPLETED","input":' + b"[" * 100_000),
-    *(b'{"id":"g1","status":"COMPLETED","error":"\\ud800"}', b'{"id":"g1","status":1}'),
+    *(b'{"id":"g1\\ud800","status":"COMPLETED"}', b'{"id":"g1","status":1}'),
 ]
 
 
@@ -205,6 +205,17 @@ async def test_a_proven_body_of_another_shape_is_400_and_stored_nowhere(client, 
     for answer in answers:
         assert_problem(answer, 400)
     assert await count(sqlite_database) == 0
+
+
+async def test_half_a_character_in_a_text_is_stored_as_it_came_and_shown_as_a_sign_for_it(app_client, database):
+    sent = webhook(b'{"id":"g1","status":"FAILED","error":"cut \\ud83d","options":{"a":"\\ude00"}}')
+    answer = await send(app_client, sent)
+    token = {"Authorization": f"Bearer {API_TOKEN}"}
+    shown = (await app_client.get("/api/records/g1", headers=token)).json()
+
+    assert answer.status_code == 202
+    assert (shown["error"], shown["options"]) == ("cut \ufffd", {"a": "\ufffd"})
+    assert (await row_of(database, Key("default", "g1"))).notification.encode() == sent.body
 
 
 async def test_a_nested_input_is_refused_or_can_be_shown_again(client):
@@ -406,7 +417,6 @@ async def test_a_locked_postgresql_ledger_is_503_with_retry_after_and_no_row(pos
 
 
 async def test_a_redis_that_is_away_delays_no_answer(sqlite_database, settings, metrics, tmp_path):
-    from service import queue
     from service.app import make_app
     from service.serving import serving
     from service.values import Secret
@@ -421,6 +431,17 @@ async def test_a_redis_that_is_away_delays_no_answer(sqlite_database, settings, 
         assert await eventually(lambda: metrics.registry.get_sample_value("mayfly_enqueue_failures_total") == 1)
     await pool.aclose(close_connection_pool=True)
     assert await count(sqlite_database) == 1
+
+
+async def test_bells_beyond_what_one_round_trip_takes_are_counted(
+    sqlite_database, open_client, pool, metrics, monkeypatch
+):
+    monkeypatch.setattr("service.webhook._MAX_BELLS", 3)
+    async with open_client(sqlite_database) as client:
+        await asyncio.gather(*(send(client, webhook()) for _ in range(5)))
+
+        assert await eventually(lambda: metrics.registry.get_sample_value("mayfly_enqueue_failures_total") == 2)
+    assert await pool.zcard(queue.QUEUE) == 3
 
 
 async def test_a_stored_webhook_has_a_bell_unless_it_is_due_beyond_the_horizon(sqlite_database, open_client, pool):

@@ -210,8 +210,42 @@ def test_deep_nesting_is_refused_and_no_crash(key, opening):
     assert refusal_of(body).startswith("not a generation")
 
 
-def test_a_lone_surrogate_in_a_text_is_refused():
-    assert refusal_of(b'{"id":"g1","status":"COMPLETED","error":"\\ud800"}').startswith("not a generation")
+@pytest.mark.parametrize(
+    ("written", "meant"),
+    [
+        (r"\ud83d", "\ufffd"),
+        (r"\uDE00 cut", "\ufffd cut"),
+        (r"\ude00\ud83d", "\ufffd\ufffd"),
+        (r"\ud83d\ud83d\ude00", "\ufffd\U0001f600"),
+        (r"\\ud83d \ud83d", "\\ud83d \ufffd"),
+        (r"\ud83d\u0041\n", "\ufffdA\n"),
+    ],
+)
+def test_half_a_character_in_a_text_that_nobody_decides_on_loses_no_generation(written, meant):
+    body = rf'{{"id":"g1","status":"COMPLETED","error":"{written}","options":{{"a":"{written}"}},"new":["{written}"]}}'
+    generation = read(body.encode())
+
+    assert (generation.id, generation.error) == ("g1", meant)
+    assert json.loads(bytes(generation.options)) == {"a": meant}
+
+
+@pytest.mark.parametrize("name", ["id", "status", "webhookUrl"])
+def test_half_a_character_in_what_is_decided_on_is_refused(name):
+    fields = {"id": "g1", "status": "COMPLETED", "webhookUrl": "https://a.example/", name: "x"}
+    body = json.dumps(fields).replace('"x"', r'"x\ud83d"')
+
+    assert refusal_of(body.encode()).startswith("not a generation: it has half a character")
+
+
+def test_a_text_without_end_is_refused_at_once():
+    assert refusal_of(b"[" * 70 + b'"' + rb"\"" * 400_000).startswith("not a generation")
+    assert refusal_of(b'{"id":"g1","status":"COMPLETED","error":"' + rb"\"[" * 300_000).startswith("not a generation")
+
+
+def test_brackets_in_a_long_text_are_none():
+    body = json.dumps({"id": "g1", "status": "COMPLETED", "error": "[" * 900_000 + '"' + "{" * 100})
+
+    assert read(body.encode()).id == "g1"
 
 
 def test_a_number_of_many_digits_does_not_crash():
