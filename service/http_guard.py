@@ -28,9 +28,8 @@ MAX_HEADERS: Final = 100
 MAX_URL_BYTES: Final = 8 * 1024
 # All of a request, with whatever a chunked body has beside its bytes. The application's own limit is far below.
 MAX_REQUEST_BYTES: Final = 4 * 1024 * 1024
-# What a body may have beside its bytes, the head with it: the lines of its chunks take no more than eight for each.
-_MOST_BESIDE: Final = 2 * MAX_HEADER_BYTES
-_MOST_BESIDE_EACH: Final = 8
+# Of what is no body, between two parts of one or behind it; the parser keeps it until there is an end to it.
+_MOST_BESIDE: Final = MAX_HEADER_BYTES
 # Of one connection, sent ahead of the answers to those before.
 MAX_PIPELINED: Final = 64
 MAX_CONNECTIONS: Final = 4096
@@ -63,7 +62,8 @@ class GuardedProtocol(HttpToolsProtocol):
         super().connection_made(cast("asyncio.Transport", self._joining))
         self._incomplete_since: float | None = self.loop.time()
         self._rests_since = self.loop.time()
-        self._piece_bytes = self._request_bytes = self._body_bytes = self._unread_bytes = 0
+        self._piece_bytes = self._request_bytes = self._unread_bytes = 0
+        self._useful_bytes = 0  # how far the request goes up to the last part of its body
         self._taken_bytes = 0
         self._is_in_headers = True
         self._is_begun = False
@@ -124,10 +124,7 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._is_in_headers:
             if self._request_bytes > MAX_HEADER_BYTES or len(self.headers) > MAX_HEADERS:
                 self._refuse(TOO_LARGE_HEAD)
-        elif (
-            self._request_bytes > MAX_REQUEST_BYTES
-            or self._request_bytes - self._body_bytes > _MOST_BESIDE + _MOST_BESIDE_EACH * self._body_bytes
-        ):
+        elif self._request_bytes > MAX_REQUEST_BYTES or self._request_bytes - self._useful_bytes > _MOST_BESIDE:
             self._refuse(TOO_LARGE)
 
     def on_message_begin(self) -> None:
@@ -135,7 +132,7 @@ class GuardedProtocol(HttpToolsProtocol):
         self._is_begun = self._is_in_headers = True
         self._incomplete_since = None
         # The piece may have the end of another before it: this counts too much at first, and never too little.
-        self._request_bytes, self._body_bytes = self._piece_bytes, 0
+        self._request_bytes = self._piece_bytes
         self.url, self.headers = b"", []
 
     def on_header(self, name: bytes, value: bytes) -> None:
@@ -152,8 +149,9 @@ class GuardedProtocol(HttpToolsProtocol):
         if self.parser.should_upgrade():
             # The parser would take the body for another request: it knows no way to stay with HTTP/1.1.
             raise _RefusedError(NO_SWITCH)
-        self._is_in_headers = False
         self._take_head()
+        self._is_in_headers = False
+        self._useful_bytes = self._request_bytes
 
     def _take_head(self) -> None:
         """Do what there is to do once the headers are there."""
@@ -161,7 +159,7 @@ class GuardedProtocol(HttpToolsProtocol):
 
     def on_body(self, body: bytes) -> None:
         """Keep a part of the body."""
-        self._body_bytes += len(body)
+        self._useful_bytes = self._request_bytes
         super().on_body(body)
 
     def on_message_complete(self) -> None:

@@ -90,7 +90,7 @@ class HttpProtocol(GuardedProtocol):
         """Keep a part of the body."""
         if self._short is not None:
             self._body += body
-            self._body_bytes += len(body)
+            self._useful_bytes = self._request_bytes
         else:
             super().on_body(body)
 

@@ -68,8 +68,10 @@ def with_headers(count: int, of: bytes = b"X-%d: a") -> bytes:
         ([b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n", FOREIGN], 400),
         ([CHUNKED, b"no chunk\r\n"], 400),
         ([b"\x16\x03\x01\x02\x00"], 400),
+        ([USUAL.replace(b"/other", b"http:///x")], 400),
         ([CHUNKED + b"0\r\nX-A: ", *[b"a" * 60_000] * 3], 413),
         ([CHUNKED + b"0\r\n" + b"a:\r\n" * 60_000], 413),
+        ([CHUNKED, b"F000\r\n" + b"a" * 0xF000 + b"\r\n0\r\nX-A: ", *[b"a" * 20_000] * 3], 413),
         ([CHUNKED, *[b"1;" + b"e" * 60_000 + b"\r\na\r\n"] * 3], 413),
         ([USUAL.replace(b": 3", b": %d" % (2 * MAX_REQUEST_BYTES)) + b"a" * (MAX_REQUEST_BYTES + 1)], 413),
     ],
@@ -87,8 +89,10 @@ def with_headers(count: int, of: bytes = b"X-%d: a") -> bytes:
         "CONNECT",
         "a broken chunk",
         "TLS",
+        "a URL without a host",
         "a long trailer",
         "many trailers",
+        "a long trailer behind a long body",
         "long extensions of chunks",
         "a long body",
     ],
@@ -130,7 +134,13 @@ async def test_a_trailer_is_no_header(site):
 
 
 @pytest.mark.parametrize("is_patient", [False, True], ids=["answered at once", "answered later"])
-@pytest.mark.parametrize("junk", [b"\x00\x01\x02", b"GARBAGE\r\n\r\n", FOREIGN.replace(b"Host: x", UPGRADE)])
+@pytest.mark.parametrize(
+    "junk",
+    [
+        *(b"\x00\x01\x02", b"GARBAGE\r\n\r\n"),
+        *(FOREIGN.replace(b"Host: x", UPGRADE), FOREIGN.replace(b"/other", b"http:///x")),
+    ],
+)
 @pytest.mark.parametrize("first", [HEAD + b"abc", USUAL], ids=["short way", "usual way"])
 async def test_what_came_before_the_junk_is_answered_first(site, first, junk, is_patient):
     app, port = site
