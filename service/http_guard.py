@@ -221,6 +221,8 @@ class GuardedProtocol(HttpToolsProtocol):
         if self._is_own():
             self.cycle.disconnected = True
             self.cycle.message_event.set()
+        elif self._is_in_headers:
+            self.headers = []  # there may be thousands
         self._joining.write_last(answer)
         self._watch.cancel()
         self._watch = self.loop.call_later(REQUEST_SECONDS, self.transport.abort)
