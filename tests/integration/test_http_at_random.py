@@ -69,7 +69,7 @@ def request_of(chance: random.Random, body: bytes) -> bytes:
 
 async def answers_of(reader, count: int):
     """Return the bodies of the next *count* answers, without what tells who answered."""
-    bodies = []
+    bodies: list[bytes] = []
     while len(bodies) < count:
         head = await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 10)
         if not head.startswith(b"HTTP/1.1 100 "):
