@@ -28,8 +28,9 @@ class CallingThread:
         """Have *function* called once those before it have ended; for an event loop, on which *ended* is called."""
         if self._thread is None:
             # A process that ends without close() does not wait for a disk that hangs.
-            self._thread = Thread(target=self._run, name=self._name, daemon=True)
-            self._thread.start()
+            thread = Thread(target=self._run, name=self._name, daemon=True)
+            thread.start()  # where there may be no more threads, the next call tries again
+            self._thread = thread
         self._calls.put((function, asyncio.get_running_loop(), ended))
 
     async def close(self) -> None:

@@ -182,6 +182,19 @@ async def test_writes_that_wait_while_the_database_closes_are_refused_and_none_i
     assert [word for (word,) in other.execute("SELECT word FROM words")] == made
 
 
+async def test_a_thread_that_could_not_be_started_is_started_at_the_next_write(sqlite_url, monkeypatch):
+    def refuse(_thread):
+        raise RuntimeError("can't start new thread")
+
+    async with open_database(sqlite_url) as database:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", refuse)
+            with pytest.raises(RuntimeError, match="new thread"):
+                await database.write(do_nothing)
+
+        assert await database.write(lambda _connection: "well") == "well"
+
+
 async def test_a_lock_that_is_held_for_too_long_is_named(sqlite_url, other):
     async with open_database(sqlite_url, write_seconds=0.3) as database:
         other.execute("BEGIN IMMEDIATE")
