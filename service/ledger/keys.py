@@ -145,7 +145,7 @@ class _Buffer:
         is_there = driver.execute("SELECT 1 FROM key_buffer WHERE seq = ?", (self._last,)).fetchone()
         # Without its last entry this is another ledger, an older one put in its place. And of those that others
         # append and merge it keeps all until it reads anew.
-        if not is_there or len(self._numbers) > 4 * RUN:
+        if (self._last and not is_there) or len(self._numbers) > 4 * RUN:
             self._forget()
         rows = driver.execute("SELECT hash, seq FROM key_buffer WHERE seq > ? ORDER BY seq", (self._last,)).fetchall()
         self._remember(connection, rows, last)

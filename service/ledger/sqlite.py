@@ -88,6 +88,7 @@ class SqliteDatabase:
             future: asyncio.Future[T] = asyncio.get_running_loop().create_future()
             self._writer.call(rest, partial(self._ended, future))
         except BaseException:
+            self._undo()  # what was stated has no commit any more
             self._turn.release()
             raise
         return future
@@ -158,7 +159,8 @@ class SqliteDatabase:
         """Wait for what is under way, then close; what waits for its turn is refused."""
         async with self._turn:
             self._is_closed = True
-        self._writer.call(self._close_writing, lambda _: None)
+        if self._writing is not None:
+            self._writer.call(self._close_writing, lambda _: None)
         await self._writer.close()
         await asyncio.to_thread(self._readers.shutdown)
         self._engine.dispose()
@@ -174,7 +176,7 @@ def _make_private(path: str) -> None:
 
 
 def _prepare_sqlite(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own type
-    connection.isolation_level = None  # transactions begin where _begin_sqlite says, not where the driver guesses
+    connection.isolation_level = None  # transactions begin where we say, not where the driver guesses
     _patiently(lambda: connection.execute("PRAGMA journal_mode=WAL"))  # the one that SQLite itself does not wait for
     for pragma in (
         "synchronous=FULL",  # a commit survives a power cut; WAL's usual NORMAL may lose the last ones

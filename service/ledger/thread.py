@@ -25,7 +25,7 @@ class CallingThread:
         self._calls: SimpleQueue[tuple[Call, asyncio.AbstractEventLoop, Ended] | None] = SimpleQueue()
 
     def call(self, function: Call, ended: Ended) -> None:
-        """Have *function* called once those before it have ended; for an event loop, on which *ended* is called."""
+        """Have *function* called once those before it have ended, and then *ended* on the loop that runs this."""
         if self._thread is None:
             # A process that ends without close() does not wait for a disk that hangs.
             thread = Thread(target=self._run, name=self._name, daemon=True)

@@ -12,6 +12,7 @@ import pytest
 from sqlalchemy import URL, text
 
 from service.ledger.database import ConflictError, LedgerUnavailableError, open_database
+from service.ledger.thread import CallingThread
 
 ROWS = text("SELECT word FROM words ORDER BY rowid")
 
@@ -180,6 +181,21 @@ async def test_writes_that_wait_while_the_database_closes_are_refused_and_none_i
     made = [result for result in results if isinstance(result, str)]
     assert {type(result) for result in results} <= {str, LedgerUnavailableError}
     assert [word for (word,) in other.execute("SELECT word FROM words")] == made
+
+
+async def test_a_quick_write_whose_commit_cannot_be_handed_over_holds_no_lock(words, other, monkeypatch):
+    def refuse(*_):
+        raise MemoryError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(CallingThread, "call", refuse)
+        with pytest.raises(MemoryError):
+            await words.write(adding("lost"), is_quick=True)
+    other.execute("BEGIN IMMEDIATE")
+    other.execute("ROLLBACK")
+
+    assert await words.write(adding("next"), is_quick=True) == "next"
+    assert await all_words(words) == ["next"]
 
 
 async def test_a_thread_that_could_not_be_started_is_started_at_the_next_write(sqlite_url, monkeypatch):
