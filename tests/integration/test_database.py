@@ -184,7 +184,7 @@ async def test_writes_that_wait_while_the_database_closes_are_refused_and_none_i
 
 
 async def test_a_quick_write_whose_commit_cannot_be_handed_over_holds_no_lock(words, other, monkeypatch):
-    def refuse(*_):
+    def refuse(_thread, _function, _ended):
         raise MemoryError
 
     with monkeypatch.context() as patch:
