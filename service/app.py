@@ -16,6 +16,7 @@ from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, RequestBody, SecurityScheme
 
 from service import __version__, health, problems, webhook_route
+from service.enqueue import Enqueuer
 from service.http_protocol import ShortWay
 from service.ledger.database import Database
 from service.operator_api import OperatorController
@@ -24,7 +25,7 @@ from service.resources import Resources, open_queue
 from service.serving import serving
 from service.settings import Settings, require_webhook_secret
 from service.telemetry import Metrics
-from service.webhook import Intake, Ringer
+from service.webhook import Intake
 
 log = structlog.get_logger()
 
@@ -40,7 +41,7 @@ def make_app(
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Litestar:
     """Build the ASGI application over resources that are open."""
-    ringer = Ringer(queue_pool, horizon=settings.queue_horizon, now=now, metrics=metrics)
+    enqueuer = Enqueuer(queue_pool, horizon=settings.queue_horizon, now=now, metrics=metrics)
     given = {
         "database": database,
         "queue_pool": queue_pool,
@@ -51,7 +52,7 @@ def make_app(
     operator = Router(
         "/api", route_handlers=[RecordsController, OperatorController], guards=[OperatorToken(settings.api_token)]
     )
-    intake = _intake(settings, database, ringer, metrics, now)
+    intake = _intake(settings, database, enqueuer, metrics, now)
     route = webhook_route.WebhookRoute(intake, metrics)
     app = _Mayfly(
         [route.handler(), health.live, health.ready, health.show_metrics, operator],
@@ -59,7 +60,7 @@ def make_app(
         plugins=[problems.plugin],
         exception_handlers=problems.exception_handlers,
         after_exception=[problems.log_fault],
-        on_shutdown=[ringer.close],
+        on_shutdown=[enqueuer.close],
         openapi_config=_openapi(),
         logging_config=None,
     )
@@ -69,11 +70,11 @@ def make_app(
 
 
 def _intake(
-    settings: Settings, database: Database, ringer: Ringer, metrics: Metrics, now: Callable[[], datetime]
+    settings: Settings, database: Database, enqueuer: Enqueuer, metrics: Metrics, now: Callable[[], datetime]
 ) -> Intake:
     return Intake(
         database=database,
-        ring=ringer.ring,
+        enqueue=enqueuer.enqueue,
         secrets=[secret.reveal().encode() for secret in settings.webhook_secrets],
         tolerance=settings.webhook_tolerance,
         policy=settings.policy,

@@ -1,4 +1,4 @@
-"""Receiving: prove the webhook, store what it announces, answer, ring later. The answer comes after the commit."""
+"""Receiving: verify the webhook, store what it announces, answer, enqueue later. The answer comes after the commit."""
 
 import asyncio
 from collections.abc import Callable, Sequence
@@ -7,15 +7,12 @@ from functools import partial
 
 import msgspec
 import structlog
-from arq.connections import ArqRedis
 
-from service import queue
 from service.generation import RUNNING, Generation, Key, read
 from service.grouping import Done, GroupCommit
 from service.ledger import receiving
 from service.ledger.database import QUICK_BYTES, ConflictError, Database, LedgerUnavailableError
 from service.ledger.receiving import Arrival, Receipt
-from service.lifecycle import State
 from service.retention import Policy, decide
 from service.signature import SignatureError, check_form, verify
 from service.tasks import settle
@@ -27,9 +24,6 @@ MAX_BODY_BYTES = 1024 * 1024
 # What a body may always take while it arrives, which is more than a webhook has; and what all may take beyond that.
 FREE_BODY_BYTES = 32 * 1024
 MAX_UNREAD_BYTES = 32 * 1024 * 1024
-# Bells waiting for a Redis that is slow; more are left to the reconciler.
-_MAX_BELLS = 10_000
-_GATHER_SECONDS = 0.05
 
 
 class BodyError(Exception):
@@ -55,7 +49,7 @@ class Intake:
         self,
         *,
         database: Database,
-        ring: Callable[[Sequence[Receipt], Sequence[Arrival]], None],
+        enqueue: Callable[[Sequence[Receipt], Sequence[Arrival]], None],
         secrets: Sequence[bytes],
         tolerance: timedelta,
         policy: Policy,
@@ -63,7 +57,7 @@ class Intake:
         metrics: Metrics,
     ) -> None:
         self._database = database
-        self._ring = ring
+        self._enqueue = enqueue
         self._secrets = secrets
         self._tolerance = tolerance
         self._policy = policy
@@ -135,7 +129,7 @@ class Intake:
         self._stored.inc(new)
         self._known.inc(len(receipts) - new)
         self._metrics.receive_seconds.observe((self._now() - arrivals[0].received_at).total_seconds())
-        self._ring(receipts, arrivals)
+        self._enqueue(receipts, arrivals)
         return receipts
 
     async def _write(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
@@ -147,48 +141,3 @@ class Intake:
             except ConflictError:
                 continue
         raise LedgerUnavailableError("other processes kept writing the same generations")
-
-
-class Ringer:
-    """Enqueues bells behind the answers' backs: a Redis that is slow or away never delays an answer."""
-
-    def __init__(self, pool: ArqRedis, *, horizon: timedelta, now: Callable[[], datetime], metrics: Metrics) -> None:
-        self._pool = pool
-        self._horizon = horizon
-        self._now = now
-        self._metrics = metrics
-        self._waiting: list[queue.Bell] = []
-        self._runner: asyncio.Task[None] | None = None
-
-    def ring(self, receipts: Sequence[Receipt], arrivals: Sequence[Arrival]) -> None:
-        """Have a bell for each record that is due within the horizon; the ledger alone keeps the others."""
-        horizon = self._now() + self._horizon
-        self._waiting += [
-            queue.Bell(arrival.key, receipt.attempts, receipt.due_at)
-            for receipt, arrival in zip(receipts, arrivals, strict=True)
-            if receipt.is_moved and receipt.state is State.SCHEDULED and receipt.due_at and receipt.due_at <= horizon
-        ]
-        if self._waiting and self._runner is None:
-            self._runner = asyncio.create_task(self._run())
-
-    async def close(self) -> None:
-        """Enqueue what waits, for as long as one round trip may take."""
-        if self._runner is not None:
-            await asyncio.wait([self._runner], timeout=queue.ENQUEUE_TIMEOUT_SECONDS)
-
-    async def _run(self) -> None:
-        try:
-            while self._waiting:
-                # No bell is urgent, the soonest due time is seconds away: many in one round trip cost less.
-                await asyncio.sleep(_GATHER_SECONDS)
-                bells, left_out = self._waiting[:_MAX_BELLS], max(0, len(self._waiting) - _MAX_BELLS)
-                self._waiting = []
-                self._metrics.enqueue_failures.inc(left_out)
-                try:
-                    await queue.ring_later(self._pool, bells, now=self._now())
-                except queue.QUEUE_ERRORS as error:
-                    self._metrics.enqueue_failures.inc(len(bells))
-                    what_now = "the reconciler finds these records in the ledger"
-                    log.warning("enqueue.failed", records=len(bells), error=type(error).__name__, what_now=what_now)
-        finally:
-            self._runner = None
