@@ -1,10 +1,10 @@
 """The budget of calls to the Sync API: one per key, shared by all workers through Redis.
 
-Without Redis each worker spends a part of it alone, so that all of them together stay within the whole.
+Without Redis each worker spends a fixed part of it alone.
 """
 
 import asyncio
-import uuid
+import contextlib
 from collections.abc import Callable
 from hashlib import sha256
 from typing import Any, Final, cast
@@ -13,7 +13,7 @@ import structlog
 from arq.connections import ArqRedis
 from limits import RateLimitItemPerSecond
 from limits.aio.storage import MemoryStorage, RedisStorage
-from limits.aio.strategies import FixedWindowRateLimiter
+from limits.aio.strategies import RateLimiter, SlidingWindowCounterRateLimiter
 
 from service.queue import QUEUE_ERRORS
 from service.values import Rate, Secret
@@ -23,23 +23,15 @@ log = structlog.get_logger()
 # What one attempt at a record takes: a GET and a DELETE. One that ends sooner leaves the rest unused.
 CALLS: Final = 2
 _PREFIX: Final = "mayfly:rate"
-# The least part of the budget by which a worker divides it when it cannot ask the others: it may know of too few.
+# A worker that cannot ask the others makes one call in so many: up to four of them stay within the whole.
 ALONE_SHARE: Final = 4
-# A worker that has not asked for this long is not counted among those that share.
-_SHARES_SECONDS: Final = 60
 _LONGER_WINDOWS: Final = 10
 _ASK_SECONDS: Final = 1.0
 _ASK_AGAIN_SECONDS: Final = 5.0
-_MAX_SLEEP_SECONDS: Final = 1.0
-
-# By the clock of Redis, which the workers share.
-_COUNT_WORKERS: Final = """
-local now = redis.call('TIME')[1]
-redis.call('ZADD', KEYS[1], now, ARGV[1])
-redis.call('ZREMRANGEBYSCORE', KEYS[1], '-inf', now - ARGV[2])
-redis.call('EXPIRE', KEYS[1], ARGV[2])
-return redis.call('ZCARD', KEYS[1])
-"""
+# How long an attempt that was granted and not begun can be granted again: longer, and it would be a burst.
+_KEPT_SECONDS: Final = 1.0
+_MIN_PAUSE_SECONDS: Final = 0.01
+_MAX_PAUSE_SECONDS: Final = 1.0
 
 
 def spread(rate: Rate) -> tuple[int, int]:
@@ -61,44 +53,53 @@ def _attempts(rate: Rate, seconds: int) -> int:
 class Budget:
     """Grants attempts, each of CALLS calls, so that no more than *rate* calls are made with *key*.
 
-    They are granted before records are claimed for them, so that no lease runs out while its worker waits for its
-    turn: however many workers share the budget, all of it is used.
+    An attempt is granted before its record is claimed, so that no lease runs out while its worker waits.
     """
 
     def __init__(self, rate: Rate, pool: ArqRedis, key: Secret, *, clock: Callable[[], float]) -> None:
-        attempts, self._window_seconds = spread(rate)
-        self._rate = rate
-        self._whole = RateLimitItemPerSecond(attempts, self._window_seconds)
-        # Asking once for a tenth of a window's attempts costs a busy worker a tenth of the round trips.
-        self._at_once = max(1, attempts // 10)
         storage = RedisStorage(
             "async+redis://",
             implementation="redispy",
             key_prefix=_PREFIX,
             connection_pool=cast("Any", pool.connection_pool),  # documented, but not in its types
         )
-        self._shared = FixedWindowRateLimiter(storage)
-        self._own = FixedWindowRateLimiter(MemoryStorage())
+        # By the clock of Redis, which the workers share; fixed windows would meet at their edges.
+        self._shared = _Limit(SlidingWindowCounterRateLimiter(storage), rate)
+        alone = Rate(rate.calls, rate.seconds * ALONE_SHARE)
+        self._alone = _Limit(SlidingWindowCounterRateLimiter(MemoryStorage()), alone)
         self._name = sha256(key.reveal().encode()).hexdigest()[:16]
-        self._count_workers = pool.register_script(_COUNT_WORKERS)
-        self._me = uuid.uuid4().hex
-        self._workers = 1
         self._clock = clock
         self._left = 0
         self._left_until = 0.0
         self._ask_again_at = 0.0
         self._closed_until = 0.0
+        self._line = asyncio.Lock()
+        self._stopped = asyncio.Event()
+        self.waiting = 0
+
+    async def take(self, seconds: float) -> bool:
+        """Wait up to *seconds* for one attempt, first come first served; False when none came, or at a stop."""
+        self.waiting += 1
+        try:
+            async with asyncio.timeout(seconds), self._line:
+                # One asks at a time: fifty that look again and again would be hundreds of scripts a second.
+                while not self._stopped.is_set():
+                    if await self.grant(1):
+                        return True
+                    await self._pause()
+        except TimeoutError:
+            pass
+        finally:
+            self.waiting -= 1
+        return False
 
     async def grant(self, wanted: int) -> int:
-        """Return how many attempts may begin now, up to *wanted*; 0, after a short wait, when none may."""
+        """Return how many attempts may begin now, up to *wanted*, without waiting."""
         if self._clock() >= self._left_until:
-            self._left = 0  # kept for long they would be a burst beyond the rate, and missing to the other workers
+            self._left = 0
         while not self._closed_seconds() and self._left < wanted and await self._refill():
-            self._left_until = self._clock() + self._window_seconds
+            self._left_until = self._clock() + _KEPT_SECONDS
         granted = 0 if self._closed_seconds() else min(wanted, self._left)
-        if not granted:
-            pause = self._closed_seconds() or self._window_seconds / 20
-            await asyncio.sleep(min(pause, _MAX_SLEEP_SECONDS))
         self._left -= granted
         return granted
 
@@ -110,6 +111,10 @@ class Budget:
         """Make no call for so long."""
         self._left = 0
         self._closed_until = max(self._closed_until, self._clock() + seconds)
+
+    def stop(self) -> None:
+        """Let nobody wait any more."""
+        self._stopped.set()
 
     async def is_open_within(self, seconds: float) -> bool:
         """Wait while closed; False at once where that would take more than *seconds*."""
@@ -123,27 +128,38 @@ class Budget:
     def _closed_seconds(self) -> float:
         return max(0.0, self._closed_until - self._clock())
 
+    async def _pause(self) -> None:
+        """Wait a tenth of the time in which one attempt becomes free, or until it is open again."""
+        limit = self._shared if self._clock() >= self._ask_again_at else self._alone
+        seconds = self._closed_seconds() or limit.window_seconds / limit.attempts / 10
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(min(max(seconds, _MIN_PAUSE_SECONDS), _MAX_PAUSE_SECONDS)):
+                await self._stopped.wait()
+
     async def _refill(self) -> bool:
-        """Ask all workers' budget for more, or our own part of it while Redis does not answer."""
+        """Ask for more of the budget that all workers share, or of our own part of it while Redis does not answer."""
         if self._clock() >= self._ask_again_at:
             try:
                 async with asyncio.timeout(_ASK_SECONDS):
-                    return await self._ask()
+                    return await self._ask(self._shared)
             except QUEUE_ERRORS as error:
                 self._ask_again_at = self._clock() + _ASK_AGAIN_SECONDS
-                what_now = f"this worker makes one call in {self._share()} of the budget until it answers"
+                what_now = f"this worker makes one call in {ALONE_SHARE} of the budget until it answers"
                 log.warning("budget.unshared", error=type(error).__name__, what_now=what_now)
-        attempts, window = spread(Rate(self._rate.calls, self._rate.seconds * self._share()))
-        is_granted = await self._own.hit(RateLimitItemPerSecond(attempts, window), self._name)
-        self._left += is_granted
+        return await self._ask(self._alone)
+
+    async def _ask(self, limit: "_Limit") -> bool:
+        is_granted = await limit.limiter.hit(limit.item, self._name, cost=limit.at_once)
+        self._left += limit.at_once if is_granted else 0
         return is_granted
 
-    async def _ask(self) -> bool:
-        key = f"{_PREFIX}:{self._name}:workers"
-        self._workers = await self._count_workers(keys=[key], args=[self._me, _SHARES_SECONDS])
-        is_granted = await self._shared.hit(self._whole, self._name, cost=self._at_once)
-        self._left += self._at_once if is_granted else 0
-        return is_granted
 
-    def _share(self) -> int:
-        return max(ALONE_SHARE, self._workers)
+class _Limit:
+    """A rate of attempts and the limiter that counts them."""
+
+    def __init__(self, limiter: RateLimiter, rate: Rate) -> None:
+        self.limiter = limiter
+        self.attempts, self.window_seconds = spread(rate)
+        self.item = RateLimitItemPerSecond(self.attempts, self.window_seconds)
+        # Asking once for a tenth of a window's attempts costs a busy worker a tenth of the round trips.
+        self.at_once = max(1, self.attempts // 10)

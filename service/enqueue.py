@@ -10,31 +10,32 @@ from arq.connections import ArqRedis
 from service import queue
 from service.ledger.receiving import Arrival, Receipt
 from service.lifecycle import State
+from service.queue import CleanupJob
 from service.telemetry import Metrics
 
 log = structlog.get_logger()
 
-# Jobs waiting for a Redis that is slow; more are left to the worker's look at the ledger.
-_MAX_BELLS = 10_000
+# Jobs that wait for a slow Redis; what is beyond them is left to the worker's safety net.
+_MAX_WAITING = 10_000
 _GATHER_SECONDS = 0.05
 
 
 class Enqueuer:
-    """Enqueues jobs in the background, after the responses: a Redis that is slow or unreachable never delays one."""
+    """Enqueues jobs in the background, after the response: a slow or unreachable Redis never delays one."""
 
     def __init__(self, pool: ArqRedis, *, horizon: timedelta, now: Callable[[], datetime], metrics: Metrics) -> None:
         self._pool = pool
         self._horizon = horizon
         self._now = now
         self._metrics = metrics
-        self._waiting: list[queue.Bell] = []
+        self._waiting: list[CleanupJob] = []
         self._runner: asyncio.Task[None] | None = None
 
     def enqueue(self, receipts: Sequence[Receipt], arrivals: Sequence[Arrival]) -> None:
-        """Have a job for each record that is due within the horizon; the ledger alone keeps the others."""
+        """Enqueue a job for each record that is due within the horizon; the ledger alone keeps the others."""
         horizon = self._now() + self._horizon
         self._waiting += [
-            queue.Bell(arrival.key, receipt.attempts, receipt.due_at)
+            CleanupJob(arrival.key, receipt.attempts + 1, receipt.due_at)
             for receipt, arrival in zip(receipts, arrivals, strict=True)
             if receipt.is_moved and receipt.state is State.SCHEDULED and receipt.due_at and receipt.due_at <= horizon
         ]
@@ -49,16 +50,16 @@ class Enqueuer:
     async def _run(self) -> None:
         try:
             while self._waiting:
-                # No bell is urgent, the soonest due time is seconds away: many in one round trip cost less.
+                # No job is urgent, the soonest due time is seconds away: many in one round trip cost less.
                 await asyncio.sleep(_GATHER_SECONDS)
-                bells, left_out = self._waiting[:_MAX_BELLS], max(0, len(self._waiting) - _MAX_BELLS)
+                jobs, left_out = self._waiting[:_MAX_WAITING], max(0, len(self._waiting) - _MAX_WAITING)
                 self._waiting = []
                 self._metrics.enqueue_failures.inc(left_out)
                 try:
-                    await queue.ring_later(self._pool, bells, now=self._now())
+                    await queue.enqueue_jobs(self._pool, jobs, now=self._now())
                 except queue.QUEUE_ERRORS as error:
-                    self._metrics.enqueue_failures.inc(len(bells))
-                    what_now = "the reconciler finds these records in the ledger"
-                    log.warning("enqueue.failed", records=len(bells), error=type(error).__name__, what_now=what_now)
+                    self._metrics.enqueue_failures.inc(len(jobs))
+                    what_now = "the worker finds these records in the ledger"
+                    log.warning("enqueue.failed", records=len(jobs), error=type(error).__name__, what_now=what_now)
         finally:
             self._runner = None

@@ -1,7 +1,7 @@
-"""The wake-up bell: delayed arq jobs in Redis, one per scheduled record.
+"""The queue: delayed arq jobs in Redis, one for the next attempt at each scheduled record.
 
-A bell may ring never, late, twice or early, and nothing depends on its ringing right: the worker asks the ledger what
-is due. A job carries the record's key and attempt number in its id, and nothing else.
+A job can be lost, late, doubled or early, and no record depends on it: the ledger decides what is due, and the worker's
+safety net enqueues again what is missing.
 """
 
 import asyncio
@@ -25,11 +25,13 @@ from service.values import Secret
 QUEUE: Final = "mayfly:v1"
 FUNCTION: Final = "cleanup"
 
-# An enqueue that takes longer is given up: the record is durable and the reconciler rings for it.
+# An enqueue that takes longer is given up: the record is durable, and the worker's safety net enqueues it again.
 ENQUEUE_TIMEOUT_SECONDS: Final = 2.0
 # How long a job outlives its due time in Redis; a worker that was away longer finds the record in the ledger.
 _EXPIRES_EXTRA: Final = timedelta(days=30)
-_COMMANDS_AT_ONCE: Final = 1000
+_JOBS_AT_ONCE: Final = 1000
+# Written before any job, so that a Redis that takes no writes shows it, and one that was emptied shows that as well.
+_WRITTEN: Final = f"{QUEUE}:written"
 
 # A Redis that refuses connections raises OSError, which is in neither of the other two.
 _RETRIED: Final = [redis.ConnectionError, redis.TimeoutError, OSError]
@@ -46,12 +48,22 @@ class QueueError(Exception):
     """Redis is set up so that jobs would be lost."""
 
 
-class Bell(msgspec.Struct, frozen=True, gc=False):
-    """A wake-up for the attempt after *attempts* at the record of *key*, at the aware instant *at*."""
+class CleanupJob(msgspec.Struct, frozen=True, gc=False):
+    """One attempt at the record of *key*, counted from 1, to be started at the aware instant *at*."""
 
     key: Key
-    attempts: int
+    attempt: int
     at: datetime
+
+    @property
+    def id(self) -> str:
+        """The job's id, the same each time: two jobs for one attempt are one."""
+        return f"{self.key.account}:{self.key.id}:{self.attempt}"
+
+    @property
+    def arguments(self) -> tuple[str, str, int]:
+        """What the job's function is called with."""
+        return self.key.account, self.key.id, self.attempt
 
 
 def connect(url: Secret, *, retries: int) -> ArqRedis:
@@ -130,68 +142,64 @@ def _sentinel_pool(text: str, options: dict[str, Any]) -> redis.ConnectionPool:
     return cast("redis.ConnectionPool", sentinel.master_for(service or "mymaster").connection_pool)
 
 
-async def ring_later(pool: ArqRedis, bells: Sequence[Bell], *, now: datetime) -> None:
-    """Enqueue one delayed job per bell, in one round trip.
+async def enqueue_job(pool: ArqRedis, job: CleanupJob, *, now: datetime) -> None:
+    """Enqueue *job*; one that is there already stays as it is.
 
-    A job that is there already is moved to its new time, which arq's own enqueue refuses; the keys are arq's.
+    Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS; the job may be there all the same.
+    """
+    async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
+        wait = max(job.at - now, timedelta(0))
+        # What it returns proves nothing: None may stand for a job that is there, or for a lost connection.
+        await pool.enqueue_job(FUNCTION, *job.arguments, _job_id=job.id, _defer_by=wait)
+
+
+async def enqueue_jobs(pool: ArqRedis, jobs: Sequence[CleanupJob], *, now: datetime) -> bool:
+    """Enqueue many *jobs* in few round trips and return whether Redis still has what was written to it before.
+
+    A job that is there already is brought forward if it is later than its new time, which arq's own enqueue_job()
+    refuses, else left alone. The keys are arq's: a test has arq read them.
 
     Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS; some of the jobs may be there.
     """
+    is_kept = True
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
-        for start in range(0, len(bells), _COMMANDS_AT_ONCE):
-            await _enqueue(pool, bells[start : start + _COMMANDS_AT_ONCE], now)
+        for start in range(0, len(jobs) or 1, _JOBS_AT_ONCE):
+            is_kept &= await _enqueue(pool, jobs[start : start + _JOBS_AT_ONCE], now)
+    return is_kept
 
 
-# One script call with one text for a thousand jobs: as commands of their own they cost the web process 50 µs each to
-# pack and read, as arguments some still. No id has a line break in it.
+# A job that has begun is still in the sorted set, until arq removes it: LT leaves its time as it is.
 _ENQUEUE = """
-for at, id in string.gmatch(ARGV[4], '(%d+) ([^\\n]+)') do
-  redis.call('PSETEX', ARGV[1] .. id, at - ARGV[3], ARGV[2])
-  redis.call('ZADD', KEYS[1], at, id)
+local written = redis.call('SET', KEYS[2], ARGV[2], 'GET')
+for i = 3, #ARGV, 4 do
+  redis.call('SET', ARGV[1] .. ARGV[i], ARGV[i + 1], 'PX', ARGV[i + 2])
+  redis.call('ZADD', KEYS[1], 'LT', ARGV[i + 3], ARGV[i])
 end
+return written and 1 or 0
 """
 
 
-async def _enqueue(pool: ArqRedis, bells: Sequence[Bell], now: datetime) -> None:
+async def _enqueue(pool: ArqRedis, jobs: Sequence[CleanupJob], now: datetime) -> bool:
     now_ms = _milliseconds(now)
-    payload = serialize_job(FUNCTION, (), {}, None, now_ms, serializer=pool.job_serializer)
-    # Rounded up: a bell before the due millisecond would find nothing due.
-    jobs = "\n".join([f"{max(now_ms, _milliseconds(bell.at) + 1)} {job_id_of(bell)}" for bell in bells])
-    script = pool.register_script(_ENQUEUE)
-    # A job lives until so long after its time, not after now.
-    await script(keys=[QUEUE], args=[job_key_prefix, payload, now_ms - pool.expires_extra_ms, jobs])
+    arguments: list[str | bytes | int] = [job_key_prefix, now_ms]
+    for job in jobs:
+        payload = serialize_job(FUNCTION, job.arguments, {}, None, now_ms, serializer=pool.job_serializer)
+        # Rounded up: within the due millisecond it could find the record not due yet.
+        at_ms = max(now_ms, _milliseconds(job.at) + 1)
+        arguments += [job.id, payload, at_ms - now_ms + pool.expires_extra_ms, at_ms]
+    return bool(await pool.register_script(_ENQUEUE)(keys=[QUEUE, _WRITTEN], args=arguments))
 
 
-async def silence(pool: ArqRedis, bells: Sequence[Bell]) -> None:
-    """Take the jobs of *bells* out of the queue: what they ring for has begun.
-
-    Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS.
-    """
-    ids = [job_id_of(bell) for bell in bells]
-    async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS), pool.pipeline(transaction=False) as pipeline:
-        pipeline.zrem(QUEUE, *ids)
-        pipeline.delete(*(job_key_prefix + job_id for job_id in ids))
-        await pipeline.execute()
-
-
-async def throw_away_what_rings(pool: ArqRedis, *, now: datetime) -> None:
-    """Take jobs whose time has come out of the queue, whoever put them there and whatever their ids are.
+async def remove_due_jobs(pool: ArqRedis, *, now: datetime) -> None:
+    """Remove the jobs whose time has come, whoever enqueued them and whatever their ids are.
 
     Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS.
     """
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
-        ids: list[bytes] = await pool.zrangebyscore(QUEUE, "-inf", _milliseconds(now), start=0, num=_COMMANDS_AT_ONCE)
+        ids: list[bytes] = await pool.zrangebyscore(QUEUE, "-inf", _milliseconds(now), start=0, num=_JOBS_AT_ONCE)
         if ids:
             await pool.zrem(QUEUE, *ids)
             await pool.delete(*(job_key_prefix.encode() + job_id for job_id in ids))
-
-
-def job_id_of(bell: Bell) -> str:
-    """Return the job's id, the same each time: ringing twice moves the one job, and a begun attempt can be silenced.
-
-    arq passes over an id that its last run left marked as in progress; the worker finds such a record in the ledger.
-    """
-    return f"{bell.key.account}:{bell.key.id}:{bell.attempts + 1}"
 
 
 async def check(pool: ArqRedis) -> list[str]:
@@ -204,12 +212,12 @@ async def check(pool: ArqRedis) -> list[str]:
         try:
             config = await pool.config_get("maxmemory-policy") | await pool.config_get("appendonly")
         except redis.ResponseError:
-            return ["Redis does not show its configuration: see to maxmemory-policy noeviction and appendonly yes"]
+            return ["Redis does not show its configuration: check maxmemory-policy noeviction and appendonly yes"]
     policy = config.get("maxmemory-policy", "noeviction")
     if policy != "noeviction":
         raise QueueError(f"Redis has maxmemory-policy {policy} and would drop jobs: set it to noeviction")
     if config.get("appendonly") == "no":
-        return ["Redis has appendonly no: after its restart deletions wait for the reconciler"]
+        return ["Redis has appendonly no: after its restart deletions start from the ledger"]
     return []
 
 

@@ -48,8 +48,6 @@ def configure_logging(log_format: LogFormat | None) -> None:
         )
     )
     logging.basicConfig(handlers=[handler], level=logging.WARNING, force=True)
-    # It warns of each bell that was silenced while it looked at it.
-    logging.getLogger("arq").setLevel(logging.ERROR)
 
 
 class _Lossy:
@@ -102,7 +100,7 @@ class Metrics:
             "conflicts", "Webhooks for a known generation with another body; the first is kept."
         )
         self.enqueue_failures = self._counter(
-            "enqueue_failures", "Wake-ups that Redis did not take; the reconciler repairs."
+            "enqueue_failures", "Jobs that Redis did not take; the safety net enqueues them again."
         )
         self.attempts = self._counter(
             "attempts", "Attempts to delete a generation, by what the API's answer means.", "verdict"

@@ -4,11 +4,13 @@ A claim gives the row a lease and a new attempt number. Every later write carrie
 slept past its lease cannot write over its successor.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Interval, Row, bindparam, func, select, update
+import msgspec
+from sqlalchemy import ColumnElement, Connection, Interval, Row, Select, bindparam, func, select, update
 
 from service.generation import Key
 from service.ledger import pausing
@@ -44,6 +46,20 @@ _CLAIMED = tuple(
 )
 
 
+class Wanted(msgspec.Struct, frozen=True, gc=False):
+    """What a job asks for: the attempt with this number, from 1, at the record of *key*."""
+
+    key: Key
+    attempt: int
+
+
+@dataclass(frozen=True, slots=True)
+class NotYet:
+    """The record waits for this very attempt, and its time comes after *wait*, by the clock that counts."""
+
+    wait: timedelta
+
+
 def _not_after(connection: Connection, now: datetime) -> ColumnElement[Any]:
     """Return the earlier of our clock and the database's: a worker whose clock runs ahead deletes nothing early."""
     if connection.dialect.name == "sqlite":
@@ -76,7 +92,64 @@ def claim(connection: Connection, *, now: datetime, lease: timedelta, limit: int
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    rows = connection.execute(due).all()
+    return _lease(connection, connection.execute(due).all(), now=now, lease=lease, actor=actor)
+
+
+def claim_wanted(
+    connection: Connection, wanted: Sequence[Wanted], *, now: datetime, lease: timedelta, actor: str
+) -> list[Claim | NotYet | None]:
+    """Claim the records that jobs ask for, each at the attempt that it asks for; answers in the order of *wanted*.
+
+    None: held, gone, paused, or at another attempt; the job has nothing to do.
+    """
+    at = pausing.by_both_clocks(connection, now)
+    rows = {Key(row.account, row.id): row for row in connection.execute(_asked_for(wanted))}
+    found = [_found(rows.get(item.key), item.attempt, at) for item in wanted]
+    due = {row.seq: row for row in found if isinstance(row, Row)}
+    allowed = pausing.allowance(connection, now=now) if due else 0
+    leased = _lease(connection, [*due.values()][:allowed], now=now, lease=lease, actor=actor)
+    claims = {claim.seq: claim for claim in leased}
+    # Of two jobs for one attempt the first has it.
+    return [claims.pop(row.seq, None) if isinstance(row, Row) else row for row in found]
+
+
+def _found(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] | NotYet | None:
+    """Return the *row* if *attempt* at it can begin at the instant *at*."""
+    if row is None or row.attempts + 1 != attempt:
+        return None
+    wait: timedelta = max(row.due_at, row.wake_at) - at
+    return row if wait <= timedelta(0) else NotYet(wait)
+
+
+def _asked_for(wanted: Sequence[Wanted]) -> Select[Any]:
+    """Return the statement that locks the scheduled records of these keys, and perhaps others."""
+    return (
+        select(*_CLAIMED)
+        .where(records.c.account.in_({item.key.account for item in wanted}))
+        .where(records.c.id.in_([item.key.id for item in wanted]), records.c.state == State.SCHEDULED)
+        .order_by(records.c.account, records.c.id)
+        .with_for_update()
+    )
+
+
+def find_waiting(
+    connection: Connection, *, since: datetime | None, until: datetime, limit: int
+) -> list[tuple[Wanted, datetime]]:
+    """Return up to *limit* scheduled records with their times, soonest first, of those after *since* up to *until*."""
+    bounds = [] if since is None else [records.c.wake_at > since]
+    rows = connection.execute(
+        select(records.c.account, records.c.id, records.c.attempts, records.c.wake_at)
+        .where(records.c.state == State.SCHEDULED, records.c.wake_at <= until, *bounds)
+        .order_by(records.c.wake_at)
+        .limit(limit)
+    )
+    return [(Wanted(Key(row.account, row.id), row.attempts + 1), row.wake_at) for row in rows]
+
+
+def _lease(
+    connection: Connection, rows: Sequence[Row[Any]], *, now: datetime, lease: timedelta, actor: str
+) -> list[Claim]:
+    """Claim *rows*, which are locked, scheduled and due."""
     if not rows:
         return []
     connection.execute(
@@ -99,7 +172,7 @@ def _claimed(row: Row[Any], *, now: datetime, until: datetime) -> Claim:
         row.attempts + 1,
         row.due_at,
         until,
-        # That it was not tried when it was to be, while all was paused or no worker there, is no time of failing.
+        # Time spent paused or without a worker does not count toward MAYFLY_GIVE_UP_AFTER.
         waited(_progress(row), now - row.wake_at),
         row.rule,
         None if row.ttl_seconds is None else timedelta(seconds=row.ttl_seconds),

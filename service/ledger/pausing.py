@@ -68,7 +68,7 @@ def resume(connection: Connection, kinds: Sequence[Kind]) -> list[Kind]:
 
 def throttle(connection: Connection, wait: timedelta, *, now: datetime, actor: str) -> None:
     """Let no record be claimed for so long, nor for less than was asked before."""
-    until = _by_both_clocks(connection, now) + wait
+    until = by_both_clocks(connection, now) + wait
     if not pause(connection, Pause(Kind.THROTTLED, now, actor, "the API has had too many calls", until)):
         mine = (pauses.c.account == ACCOUNT, pauses.c.kind == Kind.THROTTLED, pauses.c.until < until)
         connection.execute(update(pauses).where(*mine).values(until=until))
@@ -79,7 +79,7 @@ def allowance(connection: Connection, *, now: datetime) -> int:
     found = find(connection)
     if not found:
         return UNLIMITED
-    at = _by_both_clocks(connection, now)
+    at = by_both_clocks(connection, now)
     over = [one for one in found if one.until is not None and one.until <= at]
     if len(over) < len(found):
         return 0
@@ -94,6 +94,15 @@ def allowance(connection: Connection, *, now: datetime) -> int:
     return allowed
 
 
+def peek(connection: Connection, *, now: datetime) -> int:
+    """Return what allowance() would, without ending a pause or taking a probe."""
+    found = find(connection)
+    at = by_both_clocks(connection, now) if found else now
+    if any(one.until is None or one.until > at for one in found):
+        return 0
+    return 1 if any(one.kind is Kind.UNAUTHORIZED for one in found) else UNLIMITED
+
+
 def _take_turn(connection: Connection, one: Pause, at: datetime) -> bool:
     """Take the next probe for this worker alone; False when another was first."""
     taken = connection.execute(
@@ -104,7 +113,7 @@ def _take_turn(connection: Connection, one: Pause, at: datetime) -> bool:
     return taken.rowcount == 1
 
 
-def _by_both_clocks(connection: Connection, now: datetime) -> datetime:
+def by_both_clocks(connection: Connection, now: datetime) -> datetime:
     """Return the earlier of our clock and the database's: one that runs ahead must not make all others wait for it."""
     if connection.dialect.name == "sqlite":
         return now

@@ -1,0 +1,125 @@
+"""The safety net: what the ledger says is due and no job has begun is enqueued again, or cleaned without Redis."""
+
+import asyncio
+from collections.abc import Awaitable, Callable, Sequence
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from typing import Final
+
+import structlog
+
+from service.budget import Budget
+from service.ledger.claiming import Claim, Wanted
+from service.ledger.database import LedgerUnavailableError
+from service.queue import QUEUE_ERRORS, CleanupJob
+from service.telemetry import Metrics
+from workers.cleanup import Attempts
+
+log = structlog.get_logger()
+
+EVERY: Final = timedelta(seconds=2)
+# A record that is due for so long has no job, or a late one.
+LATE: Final = timedelta(seconds=2)
+# A job for it was enqueued, several times, and does not begin: arq holds its id for a worker that was killed.
+STUCK: Final = timedelta(seconds=10)
+# How many records get a job in one round.
+AT_ONCE: Final = 2000
+_FALLBACK_AGAIN: Final = timedelta(seconds=0.1)
+
+
+@dataclass(frozen=True, slots=True)
+class LedgerCalls:
+    """What the safety net asks of the ledger."""
+
+    end_leases: Callable[[], Awaitable[int]]  # of workers that died
+    peek: Callable[[], Awaitable[int]]  # how many records the pauses allow
+    find_waiting: Callable[[datetime | None, datetime, int], Awaitable[Sequence[tuple[Wanted, datetime]]]]
+    claim: Callable[[int], Awaitable[Sequence[Claim]]]
+
+
+class Overdue:
+    """One loop over the ledger; *enqueue* returns whether Redis still has what was written to it before."""
+
+    def __init__(
+        self,
+        *,
+        ledger: LedgerCalls,
+        enqueue: Callable[[Sequence[CleanupJob]], Awaitable[bool]],
+        budget: Budget,
+        attempts: Attempts,
+        beat: Callable[[], None],
+        now: Callable[[], datetime],
+        horizon: timedelta,
+        metrics: Metrics,
+    ) -> None:
+        self._ledger = ledger
+        self._enqueue = enqueue
+        self._budget = budget
+        self._attempts = attempts
+        self._beat = beat
+        self._now = now
+        self._horizon = horizon
+        self._metrics = metrics
+        self._enqueued_until: datetime | None = None  # all that is due up to here had a job once
+
+    async def run(self) -> None:
+        """For ever: look at the ledger every two seconds."""
+        while True:
+            try:
+                self._beat()
+                await self._round()
+            except LedgerUnavailableError as error:
+                self._metrics.loops_failed.labels("overdue").inc()
+                log.warning("overdue.failed", error=str(error), what_now="tried again in two seconds")
+            except Exception:  # the loop must outlive whatever it meets
+                self._metrics.loops_failed.labels("overdue").inc()
+                log.exception("overdue.crashed", what_now="tried again in two seconds")
+            await asyncio.sleep(EVERY.total_seconds())
+
+    async def _round(self) -> None:
+        if lost := await self._ledger.end_leases():
+            log.warning("overdue.leases_ended", records=lost, what_now="they are tried again")
+        allowed = await self._ledger.peek()
+        if not allowed:
+            return
+        now = self._now()
+        late = await self._ledger.find_waiting(None, now - LATE, min(allowed, AT_ONCE))
+        is_usable = await self._enqueue_waiting(late, now)
+        is_stuck = bool(late) and now - late[0][1] > STUCK and not self._budget.waiting
+        if not is_usable or is_stuck:
+            await self._clean_from_ledger(allowed)
+
+    async def _enqueue_waiting(self, late: Sequence[tuple[Wanted, datetime]], now: datetime) -> bool:
+        """Enqueue what is late and what comes within the horizon; return whether Redis takes jobs."""
+        horizon = now + self._horizon
+        near = await self._ledger.find_waiting(self._enqueued_until or now - LATE, horizon, AT_ONCE)
+        jobs = [CleanupJob(wanted.key, wanted.attempt, at) for wanted, at in (*late, *near)]
+        try:
+            is_kept = await self._enqueue(jobs)
+        except QUEUE_ERRORS as error:
+            self._enqueued_until = None
+            self._metrics.loops_failed.labels("enqueue").inc()
+            what_now = "what is due is cleaned from the ledger until Redis takes jobs"
+            log.warning("overdue.not_enqueued", records=len(jobs), error=type(error).__name__, what_now=what_now)
+            return False
+        if not is_kept and self._enqueued_until is not None:
+            self._enqueued_until = None  # Redis was emptied: from the beginning, in the next round
+        else:
+            self._enqueued_until = near[-1][1] if len(near) == AT_ONCE else horizon
+        return True
+
+    async def _clean_from_ledger(self, allowed: int) -> None:
+        """Begin attempts at what is due, within the same budget and limits, until the next round is due."""
+        for _ in range(int(EVERY / _FALLBACK_AGAIN)):
+            room = min(self._attempts.room, allowed)
+            granted = await self._budget.grant(room)
+            claims: Sequence[Claim] = ()
+            try:
+                claims = await self._ledger.claim(granted) if granted else ()
+            finally:
+                self._budget.put_back(granted - len(claims))
+            for claim in claims:
+                self._attempts.begin(claim)
+            if granted and len(claims) < granted:
+                return  # no more is due
+            await asyncio.sleep(_FALLBACK_AGAIN.total_seconds())
