@@ -53,10 +53,13 @@ def _attempts(rate: Rate, seconds: int) -> int:
 class Budget:
     """Grants attempts, each of CALLS calls, so that no more than *rate* calls are made with *key*.
 
-    An attempt is granted before its record is claimed, so that no lease runs out while its worker waits.
+    An attempt is granted before its record is claimed, so that no lease runs out while its worker waits. Once
+    *stopping* is set nobody waits any more.
     """
 
-    def __init__(self, rate: Rate, pool: ArqRedis, key: Secret, *, clock: Callable[[], float]) -> None:
+    def __init__(
+        self, rate: Rate, pool: ArqRedis, key: Secret, *, clock: Callable[[], float], stopping: asyncio.Event
+    ) -> None:
         storage = RedisStorage(
             "async+redis://",
             implementation="redispy",
@@ -74,7 +77,7 @@ class Budget:
         self._ask_again_at = 0.0
         self._closed_until = 0.0
         self._line = asyncio.Lock()
-        self._stopped = asyncio.Event()
+        self._stopping = stopping
         self.waiting = 0
 
     async def take(self, seconds: float) -> bool:
@@ -83,7 +86,7 @@ class Budget:
         try:
             async with asyncio.timeout(seconds), self._line:
                 # One asks at a time: fifty that look again and again would be hundreds of scripts a second.
-                while not self._stopped.is_set():
+                while not self._stopping.is_set():
                     if await self.grant(1):
                         return True
                     await self._pause()
@@ -112,10 +115,6 @@ class Budget:
         self._left = 0
         self._closed_until = max(self._closed_until, self._clock() + seconds)
 
-    def stop(self) -> None:
-        """Let nobody wait any more."""
-        self._stopped.set()
-
     async def is_open_within(self, seconds: float) -> bool:
         """Wait while closed; False at once where that would take more than *seconds*."""
         deadline = self._clock() + seconds
@@ -134,7 +133,7 @@ class Budget:
         seconds = self._closed_seconds() or limit.window_seconds / limit.attempts / 10
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(max(seconds, _MIN_PAUSE_SECONDS), _MAX_PAUSE_SECONDS)):
-                await self._stopped.wait()
+                await self._stopping.wait()
 
     async def _refill(self) -> bool:
         """Ask for more of the budget that all workers share, or of our own part of it while Redis does not answer."""

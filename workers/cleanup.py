@@ -64,7 +64,10 @@ class Attempts:
 
 
 class CleanupJobs:
-    """What the job ``cleanup`` works with; *peek* tells how many records the pauses allow, *clock* is monotonic."""
+    """What the job ``cleanup`` works with.
+
+    *peek* tells how many records the pauses allow, *clock* is monotonic; once *stopping* is set nothing begins.
+    """
 
     def __init__(
         self,
@@ -74,21 +77,17 @@ class CleanupJobs:
         budget: Budget,
         claim: Callable[[Wanted], Awaitable[Claim | NotYet | None]],
         attempts: Attempts,
+        stopping: asyncio.Event,
     ) -> None:
         self._peek = peek
         self._clock = clock
         self._budget = budget
         self._claim = claim
         self._attempts = attempts
-        self._is_stopping = False
+        self._stopping = stopping
         self._is_paused = False
         self._look_again_at = 0.0
         self._looking = asyncio.Lock()
-
-    def stop(self) -> None:
-        """Begin nothing more."""
-        self._is_stopping = True
-        self._budget.stop()
 
     async def run(self, wanted: Wanted) -> None:
         """See cleanup()."""
@@ -102,7 +101,7 @@ class CleanupJobs:
 
     async def _begin(self, wanted: Wanted) -> Claim | NotYet | None:
         """Claim the record once nothing is in the way of its attempt."""
-        if self._is_stopping:  # arq starts what it has read already
+        if self._stopping.is_set():  # arq starts what it has read already
             raise Retry
         try:
             if await self._are_paused():

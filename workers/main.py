@@ -57,11 +57,13 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
     """
     if settings.api_key is None:
         raise SettingsError([NO_API_KEY])
+    stopping = asyncio.Event()
     async with (
         open_queue(resources.redis_url, retries=2) as pool,
-        _parts(settings, settings.api_key, database=resources.database, pool=pool, metrics=metrics) as parts,
+        _parts(
+            settings, settings.api_key, database=resources.database, pool=pool, metrics=metrics, stopping=stopping
+        ) as parts,
     ):
-        stopping = asyncio.Event()
         running = asyncio.create_task(_run_jobs(pool, parts.jobs, settings.concurrency, metrics, stopping))
         looking = asyncio.create_task(parts.overdue.run())
         waiting = asyncio.create_task(stop.wait())
@@ -72,10 +74,10 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
             if not stop.is_set():
                 raise RuntimeError(f"a part of the worker has ended: {ended}")
         finally:
-            parts.jobs.stop()
             stopping.set()
-            await end([looking, waiting])
-            await asyncio.wait([running], timeout=STOP_SECONDS)
+            await end([waiting])
+            # First nothing more is begun; then what was begun comes to its end.
+            await asyncio.wait([running, looking], timeout=STOP_SECONDS)
             log.info("worker.stopped", is_drained=await parts.attempts.wait(STOP_SECONDS))
 
 
@@ -90,10 +92,10 @@ class _Parts:
 
 @asynccontextmanager
 async def _parts(
-    settings: Settings, key: Secret, *, database: Database, pool: ArqRedis, metrics: Metrics
+    settings: Settings, key: Secret, *, database: Database, pool: ArqRedis, metrics: Metrics, stopping: asyncio.Event
 ) -> AsyncIterator[_Parts]:
     """Join the job and the safety net to the ledger, the queue, the budget and the API, which *key* opens."""
-    budget = Budget(settings.api_rate, pool, key, clock=time.monotonic)
+    budget = Budget(settings.api_rate, pool, key, clock=time.monotonic, stopping=stopping)
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
     ledger = _Ledger(database, limit=limit, actor=f"worker {socket.gethostname()}:{os.getpid()}")
     async with _cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
@@ -104,6 +106,7 @@ async def _parts(
             budget=budget,
             claim=GroupCommit(ledger.claim_wanted).submit,
             attempts=attempts,
+            stopping=stopping,
         )
         overdue = Overdue(
             ledger=LedgerCalls(ledger.end_leases, ledger.peek, ledger.find_waiting, ledger.claim),
@@ -114,6 +117,7 @@ async def _parts(
             now=_now,
             horizon=settings.queue_horizon,
             metrics=metrics,
+            stopping=stopping,
         )
         yield _Parts(jobs, attempts, overdue)
 

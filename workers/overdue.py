@@ -1,6 +1,7 @@
 """The safety net: what the ledger says is due and no job has begun is enqueued again, or cleaned without Redis."""
 
 import asyncio
+import contextlib
 from collections.abc import Awaitable, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -51,6 +52,7 @@ class Overdue:
         now: Callable[[], datetime],
         horizon: timedelta,
         metrics: Metrics,
+        stopping: asyncio.Event,
     ) -> None:
         self._ledger = ledger
         self._enqueue = enqueue
@@ -60,11 +62,12 @@ class Overdue:
         self._now = now
         self._horizon = horizon
         self._metrics = metrics
+        self._stopping = stopping
         self._enqueued_until: datetime | None = None  # all that is due up to here had a job once
 
     async def run(self) -> None:
-        """For ever: look at the ledger every two seconds."""
-        while True:
+        """Look at the ledger every two seconds until the worker stops."""
+        while not self._stopping.is_set():
             try:
                 self._beat()
                 await self._round()
@@ -74,7 +77,7 @@ class Overdue:
             except Exception:  # the loop must outlive whatever it meets
                 self._metrics.loops_failed.labels("overdue").inc()
                 log.exception("overdue.crashed", what_now="tried again in two seconds")
-            await asyncio.sleep(EVERY.total_seconds())
+            await self._sleep(EVERY)
 
     async def _round(self) -> None:
         if lost := await self._ledger.end_leases():
@@ -111,6 +114,8 @@ class Overdue:
     async def _clean_from_ledger(self, allowed: int) -> None:
         """Begin attempts at what is due, within the same budget and limits, until the next round is due."""
         for _ in range(int(EVERY / _FALLBACK_AGAIN)):
+            if self._stopping.is_set():
+                return
             room = min(self._attempts.room, allowed)
             granted = await self._budget.grant(room)
             claims: Sequence[Claim] = ()
@@ -122,4 +127,10 @@ class Overdue:
                 self._attempts.begin(claim)
             if granted and len(claims) < granted:
                 return  # no more is due
-            await asyncio.sleep(_FALLBACK_AGAIN.total_seconds())
+            await self._sleep(_FALLBACK_AGAIN)
+
+    async def _sleep(self, duration: timedelta) -> None:
+        """Wait so long, or until the worker stops."""
+        with contextlib.suppress(TimeoutError):
+            async with asyncio.timeout(duration.total_seconds()):
+                await self._stopping.wait()

@@ -59,7 +59,7 @@ class Chaos:
     async def run(self, seconds: float, *, apis: int = 2, workers: int = 2, healed_within: float = 45) -> None:
         """Do harm for so many *seconds*, heal, and bring everything to its end, but for no longer than that may take.
 
-        No bell is rung for it: whoever wakes up for what is left does so by itself.
+        No job is enqueued for it: whoever begins what is left does so by itself.
         """
         self.system.simulator.plan.mix("GET", FAULTS_OF_GET)
         self.system.simulator.plan.mix("DELETE", FAULTS_OF_DELETE)
@@ -201,7 +201,7 @@ class Chaos:
         await asyncio.gather(self._freeze_postgres(), self._freeze_redis())
 
     async def _strike_last(self) -> None:
-        """Take the bells of records that are due in a moment, and the workers; whatever else was done, these remain."""
+        """Take the jobs of records that are due in a moment, and the workers; whatever else was done, these remain."""
         await asyncio.gather(*(self._announce(self.system.generation()) for _ in range(10)))
         await asyncio.sleep(0.2)
         await self._flush()

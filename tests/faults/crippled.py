@@ -11,24 +11,18 @@ import structlog
 import workers.main
 from service import cli
 from service.ledger.cleaning import Copied, Copy
-from workers.cleanup import Cleaner
-from workers.dispatch import Dispatcher
+from workers.attempt import Cleaner
 
 
-class DeafToTheLedger(Dispatcher):
-    """A dispatcher that wakes by bells alone: neither at its start, nor by the ledger's due times, nor by a tick."""
+class NoSafetyNet:
+    """In place of the safety net: nothing is enqueued again, nothing is cleaned from the ledger, no lease ends."""
 
-    async def _round(self) -> None:
-        await self._woken.wait()
-        await super()._round()
+    def __init__(self, *, stopping: asyncio.Event, **_parts: Any) -> None:  # noqa: ANN401
+        self._stopping = stopping
 
-    async def _sleep(self, duration: timedelta) -> None:  # noqa: ARG002 - the part that is left out
-        await self._woken.wait()
-
-
-async def no_reconciler(**_parts: Any) -> None:  # noqa: ANN401
-    """Repair nothing, for ever."""
-    await asyncio.Event().wait()
+    async def run(self) -> None:
+        """Do nothing until the worker stops."""
+        await self._stopping.wait()
 
 
 async def no_copy(_copy: Copy) -> Copied:
@@ -77,8 +71,8 @@ def main(arguments: Sequence[str]) -> None:
     """Run ``mayfly worker`` without what the last of *arguments* names."""
     command, left_out = arguments
     parts: Any = workers.main
-    if left_out == "ledger":
-        parts.Dispatcher, parts.reconcile = DeafToTheLedger, no_reconciler
+    if left_out == "safety net":
+        parts.Overdue = NoSafetyNet
     elif left_out == "copy":
         parts.Cleaner = careless
     elif left_out.startswith("crash"):

@@ -1,6 +1,6 @@
 """What takes a whole lease, a minute: played by a process of its own while the other fault tests run.
 
-Here nothing is cut short: no lease is ended by SQL, no time is moved, and no bell is rung. What is found goes as JSON
+Here nothing is cut short: no lease is ended by SQL, no time is moved, no job is enqueued. What is found goes as JSON
 to standard output, for test_whole_leases.py to judge.
 """
 

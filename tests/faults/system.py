@@ -2,10 +2,11 @@
 
 import asyncio
 import contextlib
+import itertools
 import json
 from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
 from dataclasses import dataclass, field
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from typing import Any, TypeVar
 
@@ -13,7 +14,7 @@ import httpx
 
 from service import queue
 from service.generation import Key
-from service.queue import Bell
+from service.queue import CleanupJob
 from service.simulator import Call, Generation, Operation, Simulator
 from service.values import Secret
 from tests.faults.databases import Ledger, Row, migrated_sqlite
@@ -30,6 +31,7 @@ API_KEY = "sk-faults-0123456789abcdef"
 TOKEN = "operator-token-of-the-fault-tests"
 SECRETS = (SECRET, API_KEY, TOKEN)
 # The pulse must not wait for a connection that a hundred webhooks have in use.
+_NO_TIME = timedelta(0)
 _MANY = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 
 
@@ -48,9 +50,9 @@ class System:
     port: int = field(default_factory=free_port)
     sent: list[Sent] = field(default_factory=list)
     processes: list[Process] = field(default_factory=list)
-    # Whether hurry() rings as well. For tests of what an attempt leads to alone: where it is judged whether there is
-    # one at all, a bell of the test's own would do the repair that it is to see.
-    is_ringing: bool = False
+    # Whether hurry() enqueues jobs as well. For tests of what an attempt leads to alone: where it is judged whether
+    # there is one at all, a job of the test's own would do the repair that it is to see.
+    is_enqueueing: bool = False
 
     @property
     def url(self) -> str:
@@ -154,33 +156,38 @@ class System:
         await self.ledger.execute(
             "UPDATE records SET wake_at = :now WHERE state = 'scheduled' AND due_at <= :now AND wake_at > :now"
         )
-        if self.is_ringing:
+        if self.is_enqueueing:
             with contextlib.suppress(*queue.QUEUE_ERRORS):
-                await self.ring()
+                await self.enqueue()
 
     async def expire_leases(self) -> None:
         """End the leases of workers that were killed, as waiting a minute would."""
         await self.ledger.execute("UPDATE records SET wake_at = :now WHERE state = 'deleting'")
 
-    async def ring(self, *, times: int = 1, at: datetime | None = None) -> None:
-        """Ring the bell, now or *at* a later time: a worker that hears it looks at the ledger at once."""
+    async def enqueue(self, *, times: int = 1) -> None:
+        """Enqueue the jobs of all scheduled records for their next attempts, so many *times* under ids of their own."""
+        rows = [row for row in await self.ledger.rows() if row.state == "scheduled" and row.wake_at is not None]
         pool = queue.connect(Secret(self.redis.url), retries=0)
         try:
             now = datetime.now(UTC)
-            keys = [Key("default", f"bell-{number}-{now.timestamp()}") for number in range(times)]
-            await queue.ring_later(pool, [Bell(key, 0, at or now) for key in keys], now=now)
+            jobs = [CleanupJob(Key("default", row.id), row.attempts + 1, row.wake_at or now) for row in rows]
+            await queue.enqueue_jobs(pool, jobs, now=now)
+            for number, job in itertools.product(range(1, times), jobs):
+                await pool.enqueue_job(
+                    queue.FUNCTION, *job.arguments, _job_id=f"{job.id}:{number}", _defer_by=max(job.at - now, _NO_TIME)
+                )
         finally:
             await pool.aclose(close_connection_pool=True)
 
-    async def bells(self) -> int:
-        """Count the bells that hang in Redis."""
+    async def jobs(self) -> int:
+        """Count the jobs in Redis."""
         return int(await self.redis.command("ZCARD", queue.QUEUE))
 
-    async def hung(self, number: int) -> None:
-        """Wait until *number* bells hang in Redis: the web side hangs them a moment after its answers."""
+    async def enqueued(self, number: int) -> None:
+        """Wait until *number* jobs are in Redis: the web side enqueues them a moment after its answers."""
 
         async def are_there() -> bool:
-            return await self.bells() == number
+            return await self.jobs() == number
 
         await eventually(are_there, seconds=5)
 

@@ -33,7 +33,7 @@ async def shared(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> 
     folder = tmp_path_factory.mktemp("answers")
     ledger = await migrated_sqlite(folder)
     async with running(nursery, folder, ledger) as system:
-        system.is_ringing = True  # what is judged here is what an answer leads to, not who wakes up for the next one
+        system.is_enqueueing = True  # what is judged here is what an answer leads to, not who wakes up for the next one
         await asyncio.gather(system.api(), system.worker())
         yield system
     ledger.close()

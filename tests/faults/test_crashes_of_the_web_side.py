@@ -49,7 +49,7 @@ async def test_a_web_side_killed_before_its_commit_has_answered_nothing_and_stor
 
 
 @on_both
-async def test_a_web_side_killed_before_it_rang_leaves_a_record_that_needs_no_bell(system: System):
+async def test_a_web_side_killed_before_it_enqueued_leaves_a_record_that_runs(system: System):
 
     async def connect():
         return await asyncio.open_connection("127.0.0.1", system.redis.port)

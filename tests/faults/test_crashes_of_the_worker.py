@@ -139,7 +139,7 @@ async def test_sigterm_during_a_delete_lets_it_finish_and_exits_0(system: System
     assert len(system.calls(generation)) == 1
 
 
-async def test_sigterm_returns_what_was_claimed_and_not_begun(system: System):
+async def test_sigterm_lets_what_was_claimed_finish_and_leaves_the_rest_scheduled(system: System):
     worker, _ = await system.worker(MAYFLY_CONCURRENCY="1"), await system.api()
     generations = [system.generation(get=["hold"]) for _ in range(6)]
     await asyncio.gather(*map(system.accepted, generations))
@@ -156,7 +156,7 @@ async def test_sigterm_returns_what_was_claimed_and_not_begun(system: System):
 
 
 async def test_ten_ends_of_its_worker_by_kill_and_by_sigterm_do_not_give_a_record_up(system: System):
-    system.is_ringing = True  # what is judged is that there is an eleventh attempt, not when
+    system.is_enqueueing = True  # what is judged is that there is an eleventh attempt, not when
     await system.api()
     generation = await system.accepted(system.generation(get=["hold*10"], delete=["500*5"]))
     for is_killed in (True, False) * 5:
@@ -199,21 +199,20 @@ async def test_a_worker_that_slept_past_its_lease_cannot_write_over_its_successo
 
 
 @on_both
-async def test_two_workers_and_twenty_bells_make_one_get_and_one_delete(system: System):
+async def test_two_workers_and_twenty_jobs_make_one_get_and_one_delete(system: System):
     await asyncio.gather(system.worker(), system.worker(), system.api(MAYFLY_TTL="3s"))
     generations = [await system.accepted(system.generation()) for _ in range(5)]
-    await system.hung(5)
-    due_at = max(row.due_at for row in await system.ledger.rows() if row.due_at)
-    await system.ring(times=20, at=due_at)
-    assert await system.bells() == 25
+    await system.enqueued(5)
+    await system.enqueue(times=20)
+    assert await system.jobs() == 100
     await system.drain()
 
     for generation in generations:
         assert len(system.calls(generation, Operation.GET)) == 1
         assert len(system.calls(generation)) == 1
 
-    async def are_heard() -> bool:
-        return await system.bells() == 0
+    async def are_consumed() -> bool:
+        return await system.jobs() == 0
 
-    await eventually(are_heard, seconds=5)
+    await eventually(are_consumed, seconds=5)
     assert not (await system.judged()).all

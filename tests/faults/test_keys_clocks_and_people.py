@@ -51,14 +51,14 @@ async def test_a_refused_key_pauses_all_and_burns_none_until_a_good_key_resumes_
 async def test_an_api_that_is_away_for_three_days_drops_nothing_and_is_met_within_the_rate_when_it_returns(
     system: System,
 ):
-    system.is_ringing = True  # what is judged is when each is to be tried, and how fast
+    system.is_enqueueing = True  # what is judged is when each is to be tried, and how fast
     await asyncio.gather(system.worker(MAYFLY_API_RATE=f"{RATE}/second"), system.api())
     system.simulator.switches.outage = True
     generations = [await system.accepted(system.generation()) for _ in range(60)]
     await eventually(partial(have_all_failed, system, 1))
     await system.ledger.pass_time(timedelta(days=3))
     await system.ledger.execute("UPDATE records SET failures = 99")
-    await system.ring()
+    await system.enqueue()
     await eventually(partial(have_all_failed, system, 100), seconds=15)
     waits = [(row.wake_at - datetime.now(UTC)).total_seconds() for row in await system.ledger.rows() if row.wake_at]
     # Each is looked at within the hour, and not all the time: at random, so that they do not all come at once.
@@ -128,7 +128,7 @@ async def is_taken(system: System) -> bool:
 
 
 async def test_a_poison_record_fails_alone_and_the_others_go_on(system: System):
-    system.is_ringing = True  # what is judged is what its attempts lead to
+    system.is_enqueueing = True  # what is judged is what its attempts lead to
     worker, _ = await asyncio.gather(system.worker(), system.api())
     poison = system.generation(get=["wrong-id*"])
     others = [system.generation() for _ in range(99)]
@@ -143,7 +143,7 @@ async def test_a_poison_record_fails_alone_and_the_others_go_on(system: System):
 
 
 async def test_a_fault_of_ours_in_one_record_fails_that_record_alone(system: System):
-    system.is_ringing = True
+    system.is_enqueueing = True
     await system.api()
     poison, *others = generations = [system.generation() for _ in range(20)]
     await asyncio.gather(*map(system.accepted, generations))
@@ -163,7 +163,7 @@ async def test_a_clock_that_jumps_while_a_record_waits_makes_it_late_at_most_and
     early = await system.accepted(system.generation())
     worker.send(signal.SIGUSR1)  # an hour ahead: by its own clock it is due
     await worker.logged("clock.jumped")
-    await system.ring()
+    await system.enqueue()
     await asyncio.sleep(0.5)
     assert system.calls(early, Operation.GET) == []
     await overdue(system, early)
@@ -174,12 +174,12 @@ async def test_a_clock_that_jumps_while_a_record_waits_makes_it_late_at_most_and
     worker.send(signal.SIGUSR2)  # an hour behind
     await worker.logged("clock.jumped", times=3)
     await overdue(system, late)
-    await system.ring()
+    await system.enqueue()
     await asyncio.sleep(1)
     assert system.calls(late, Operation.GET) == []
     worker.send(signal.SIGUSR1)  # and right again
     await worker.logged("clock.jumped", times=4)
-    await system.ring()
+    await system.enqueue()
     await system.until(late, "deleted", is_hurried=False, seconds=3)
 
     assert worker.exit_code is None
@@ -261,7 +261,7 @@ async def test_a_pause_stops_what_is_due_and_a_resume_lets_it_go(system: System)
     paused = await system.client.post(f"{system.url}/api/pause", headers=OPERATOR, json={"reason": "a look"})
     generation = await system.accepted(system.generation())
     await overdue(system, generation)
-    await system.ring()
+    await system.enqueue()
     await asyncio.sleep(1)
     assert paused.status_code == 200
     assert system.calls(generation, Operation.GET) == []

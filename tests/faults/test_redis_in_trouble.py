@@ -89,8 +89,8 @@ async def test_an_enqueue_that_fails_in_any_way_is_made_good_by_the_ledger(syste
     assert not (await system.judged()).all
 
 
-# Three ways to lose every bell. Each ends with records that are overdue and no bell that could ring for them: what
-# runs them is the ledger, or nothing.
+# Three ways to lose every job. Each ends with records that are overdue and have no job: what runs them is the safety
+# net, or nothing.
 
 
 async def flushed(system: System, *, without: str | None = None) -> None:
@@ -98,10 +98,10 @@ async def flushed(system: System, *, without: str | None = None) -> None:
     await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker(without=without))
     generations = [system.generation() for _ in range(100)]
     await asyncio.gather(*map(system.accepted, generations))
-    await system.hung(100)
+    await system.enqueued(100)
     await system.redis.command("FLUSHALL")
+    assert await system.jobs() == 0
     assert datetime.now(UTC) < min(row.due_at for row in await system.ledger.rows() if row.due_at)
-    assert await system.bells() == 0
     await overdue(system, generations[-1])
 
 
@@ -115,11 +115,11 @@ async def killed(system: System, *, is_kept: bool, without: str | None = None) -
     await system.redis.command("CONFIG", "SET", "appendonly", "yes" if is_kept else "no")
     await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker(without=without))
     generations = [await system.accepted(system.generation()) for _ in range(10)]
-    await system.hung(10)
+    await system.enqueued(10)
     system.redis.kill()
     await asyncio.sleep(0.5)
     await system.redis.start()
-    assert await system.bells() == (10 if is_kept else 0)
+    assert await system.jobs() == (10 if is_kept else 0)
     await overdue(system, generations[-1])
 
 
@@ -127,7 +127,7 @@ async def expired(system: System, *, without: str | None = None) -> None:
     """Have no worker until all jobs have expired, and then one."""
     await system.api()
     generations = [await system.accepted(system.generation()) for _ in range(10)]
-    await system.hung(10)
+    await system.enqueued(10)
     await overdue(system, generations[-1])
     async with system.redis.client() as client:
         keys = [key async for key in client.scan_iter("arq:job:*")]
@@ -144,7 +144,7 @@ async def test_a_flushed_redis_loses_none_of_a_hundred_waiting_records_and_start
     await system.drain(seconds=10)
 
     assert len(system.simulator.removed) == 100
-    assert await system.bells() == 0  # nobody has hung them again
+    assert await system.jobs() == 0
     assert not (await system.judged()).all
 
 
@@ -171,12 +171,12 @@ async def test_records_whose_jobs_expired_while_no_worker_was_there_run_when_one
     assert not (await system.judged()).all
 
 
-async def test_the_judge_sees_all_of_them_stay_behind_without_the_ledgers_dispatch(nursery: Nursery, tmp_path: Path):
+async def test_the_judge_sees_all_of_them_stay_behind_without_the_safety_net(nursery: Nursery, tmp_path: Path):
     async def is_left_behind(scenario: Callable[..., Awaitable[None]], system: System) -> Verdict:
-        await scenario(system, without="ledger")
+        await scenario(system, without="safety net")
         await asyncio.sleep(3)
         verdict = await system.judged()
-        await system.ring()  # a bell would have helped: the worker has nothing else wrong
+        await system.enqueue()  # jobs would have helped: the worker has nothing else wrong
         await system.drain(seconds=10)
         assert not (await system.judged()).lost
         return verdict
@@ -192,7 +192,7 @@ async def test_the_judge_sees_all_of_them_stay_behind_without_the_ledgers_dispat
     assert not any([*one.early, *one.unrecorded, *one.uninvited, *one.leaked] for one in verdicts.values())
 
 
-async def test_a_redis_that_takes_no_writes_delays_nothing_but_bells(nursery: Nursery, tmp_path: Path):
+async def test_a_redis_that_takes_no_writes_delays_no_deletion(nursery: Nursery, tmp_path: Path):
     troubles = {
         "full": (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0"), "command not allowed when"),
         "read_only": (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"), "read only replica"),
@@ -234,21 +234,21 @@ async def let_a_save_fail(system: System) -> None:
     await eventually(has_failed)
 
 
-async def test_a_worker_works_without_a_redis_and_hears_bells_as_soon_as_there_is_one(system: System):
+async def test_a_worker_works_without_redis_and_by_jobs_as_soon_as_there_is_one(system: System):
     system.redis.kill()
-    _, worker, listener = await asyncio.gather(system.api(), system.worker(), system.worker(without="ledger"))
+    _, worker, other = await asyncio.gather(system.api(), system.worker(), system.worker(without="safety net"))
     generation = await system.accepted(system.generation())
     await system.until(generation, "deleted", is_hurried=False)
     assert await worker.stop() == 0
     for outages in (1, 2):
-        # What is left wakes by bells alone. It has missed Redis, its arq worker has ended, and is started again.
-        await listener.logged("bells.unheard", times=outages)
+        # What is left works by jobs alone. It has missed Redis, its arq worker has ended, and is started again.
+        await other.logged("jobs.interrupted", times=outages)
         await system.redis.start()
         later = await system.accepted(system.generation())
         await system.until(later, "deleted", is_hurried=False, seconds=10)
         system.redis.kill()
 
-    assert listener.exit_code is None
+    assert other.exit_code is None
     assert not (await system.judged()).all
 
 
@@ -276,7 +276,7 @@ def packed(function: Any, *arguments: Any, t: Any = None, et: Any = 1, **keyword
     return msgspec.msgpack.encode({"t": t, "f": function, "a": arguments, "k": keywords, "et": et})
 
 
-async def hang(system: System, job_id: bytes, payload: bytes | None) -> None:
+async def put(system: System, job_id: bytes, payload: bytes | None) -> None:
     """Put a job into the queue as somebody else would."""
     now = int(time.time() * 1000)
     if payload is not None:
@@ -296,12 +296,10 @@ async def is_empty(system: System) -> bool:
     return not await left_in_redis(system)
 
 
-async def test_hostile_bytes_in_redis_run_no_code_and_are_out_of_the_way_of_bells_at_once(
-    system: System, tmp_path: Path
-):
+async def test_hostile_bytes_in_redis_run_no_code_and_stop_no_job(system: System, tmp_path: Path):
     target = tmp_path / "owned"
-    # It wakes by bells alone, and those of the webhook hang behind the hostile ones.
-    _, worker = await asyncio.gather(system.api(), system.worker(without="ledger"))
+    # It works by jobs alone, and that of the webhook is behind the hostile ones.
+    _, worker = await asyncio.gather(system.api(), system.worker(without="safety net"))
     now = int(time.time() * 1000)
     for job_id, payload in {
         "bomb": pickle.dumps({"t": 1, "f": "cleanup", "a": (Bomb(target),), "k": {}, "et": now}),
@@ -313,14 +311,14 @@ async def test_hostile_bytes_in_redis_run_no_code_and_are_out_of_the_way_of_bell
         "empty": b"",
         "no job at all": None,
     }.items():
-        await hang(system, job_id.encode(), payload)
+        await put(system, job_id.encode(), payload)
     generation = await system.accepted(system.generation())
     await system.until(generation, "deleted", is_hurried=False)
 
     await eventually(partial(is_empty, system))
     assert not target.exists()
     assert worker.exit_code is None
-    assert worker.events("bells.crashed") == []
+    assert worker.events("jobs.crashed") == []
     assert not (await system.judged()).all
 
 
@@ -329,9 +327,9 @@ async def test_hostile_bytes_in_redis_run_no_code_and_are_out_of_the_way_of_bell
     [(b"\xff\xfe\x00", b"any"), (b"a job", packed(["no name"])), (b"a job", packed(queue.FUNCTION, t="no number"))],
     ids=["an id that is no text", "a function that is no name", "a try that is no number"],
 )
-async def test_what_arq_itself_falls_over_does_not_silence_the_bells(system: System, job_id: bytes, payload: bytes):
-    _, worker = await asyncio.gather(system.api(), system.worker(without="ledger"))
-    await hang(system, job_id, payload)
+async def test_what_arq_itself_fails_on_stops_no_job_behind_it(system: System, job_id: bytes, payload: bytes):
+    _, worker = await asyncio.gather(system.api(), system.worker(without="safety net"))
+    await put(system, job_id, payload)
     generation = await system.accepted(system.generation())
     await system.until(generation, "deleted", is_hurried=False, seconds=8)
 
@@ -346,10 +344,10 @@ async def is_out_of_the_queue(system: System, job_id: str) -> bool:
 
 
 @pytest.mark.parametrize("kept", [b"arq:job:", b"arq:retry:"], ids=["its payload", "its tries"])
-async def test_a_job_with_a_key_of_another_type_does_not_silence_the_bells(system: System, kept: bytes):
-    _, worker = await asyncio.gather(system.api(), system.worker(without="ledger"))
+async def test_a_job_with_a_key_of_another_type_stops_no_job_behind_it(system: System, kept: bytes):
+    _, worker = await asyncio.gather(system.api(), system.worker(without="safety net"))
     await system.redis.command("LPUSH", kept + b"odd", "a list")
-    await hang(system, b"odd", None if kept == b"arq:job:" else packed(queue.FUNCTION))
+    await put(system, b"odd", None if kept == b"arq:job:" else packed(queue.FUNCTION))
     generation = await system.accepted(system.generation())
     await system.until(generation, "deleted", is_hurried=False, seconds=12)
 
@@ -359,25 +357,25 @@ async def test_a_job_with_a_key_of_another_type_does_not_silence_the_bells(syste
 
 
 @on_both
-async def test_jobs_of_another_release_wake_the_worker_or_go_and_its_rows_run(system: System):
-    _, listener = await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker(without="ledger"))
-    rung = await system.accepted(system.generation())
-    await system.hung(1)
+async def test_jobs_and_rows_of_another_release_run_or_are_dropped(system: System):
+    _, worker = await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker(without="safety net"))
+    waiting = await system.accepted(system.generation())
+    await system.enqueued(1)
     await system.redis.command("FLUSHALL")
-    await overdue(system, rung)
-    # Nothing else can wake this worker: the job of an older release does, whatever it brings along.
-    await hang(system, b"older", packed(queue.FUNCTION, "default", rung.id, 1))
-    await system.until(rung, "deleted", is_hurried=False)
-    await hang(system, b"with names", packed(queue.FUNCTION, account="default", attempt=1))
-    await hang(system, b"renamed", packed("delete_generation", rung.id))
+    await overdue(system, waiting)
+    # This worker has no safety net: a job under an id of another form begins the attempt.
+    await put(system, b"older", packed(queue.FUNCTION, "default", waiting.id, 1))
+    await system.until(waiting, "deleted", is_hurried=False)
+    await put(system, b"with names", packed(queue.FUNCTION, account="default", attempt=1))
+    await put(system, b"renamed", packed("delete_generation", waiting.id))
     await eventually(partial(is_empty, system))
-    assert listener.events("bells.crashed") == []
+    assert worker.events("jobs.crashed") == []
     left = await a_row_of_an_older_release(system)
     await system.worker()
     await system.drain()
 
     assert (await system.row(left)).outcome == "deleted"
-    assert listener.exit_code is None
+    assert worker.exit_code is None
     assert not (await system.judged()).all
 
 
