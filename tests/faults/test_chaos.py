@@ -69,9 +69,9 @@ async def is_well(system: System, port: int) -> bool:
 
 @pytest.mark.timeout(120)
 async def test_the_judge_condemns_the_same_chaos_when_a_part_is_left_out(nursery: Nursery, tmp_path: Path):
-    verdicts = await at_once(nursery, tmp_path, {part: partial(condemned, part) for part in ("ledger", "copy")})
+    verdicts = await at_once(nursery, tmp_path, {part: partial(condemned, part) for part in ("safety net", "copy")})
 
-    lost, careless = verdicts["ledger"], verdicts["copy"]
+    lost, careless = verdicts["safety net"], verdicts["copy"]
     assert len(lost.lost) >= 10
     assert {one.partition(" ")[0] for one in lost.lost} == {"I4"}
     assert [*lost.early, *lost.unrecorded, *lost.uninvited, *lost.leaked] == []

@@ -1,68 +1,69 @@
-"""Bells are arq jobs in one form for web and worker; they ring at their time, once, and can be moved and silenced."""
+"""Jobs are arq's own, in one form for web and worker; many are enqueued at once as arq enqueues one."""
 
 import asyncio
-import os
 import pickle
 import shutil
-import signal
 import tempfile
 import time
 from contextlib import asynccontextmanager
-from datetime import UTC, timedelta
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
 import pytest
-from arq.constants import abort_jobs_ss, in_progress_key_prefix, job_key_prefix, result_key_prefix, retry_key_prefix
+from arq.constants import abort_jobs_ss, job_key_prefix, result_key_prefix, retry_key_prefix
 from arq.jobs import Job
+from arq.worker import Worker, func
 
-import workers.main
 from service import queue
 from service.generation import Key
-from service.queue import Bell, QueueError
+from service.queue import CleanupJob, QueueError
 from service.tasks import end
 from service.values import Secret
 from tests.support.ledger import HOUR, utc_now
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually
-from workers.dispatch import Dispatcher
 
 ID = b"default:g1:1"
+_NOW = timedelta(0)
 
 
-def bell(generation_id="g1", *, attempts=0, delay=HOUR):
-    return Bell(Key("default", generation_id), attempts, utc_now() + delay)
+def job(generation_id="g1", *, attempt=1, delay=HOUR):
+    return CleanupJob(Key("default", generation_id), attempt, utc_now() + delay)
 
 
-async def ring(pool, *bells: Bell):
-    await queue.ring_later(pool, bells, now=utc_now())
+async def enqueue(pool, *jobs: CleanupJob):
+    return await queue.enqueue_jobs(pool, jobs, now=utc_now())
 
 
 async def scores(pool):
     return dict(await pool.zrange(queue.QUEUE, 0, -1, withscores=True))
 
 
-class Listener(Dispatcher):
-    """What a worker's arq tells of bells: it counts them, where a dispatcher would look at the ledger."""
-
-    def __init__(self) -> None:
-        self.rung = 0
-
-    def ring(self):
-        self.rung += 1
-
-
 @asynccontextmanager
-async def listening(redis_url):
-    """Run the arq worker of ``mayfly worker`` on a pool of its own and yield what hears it."""
+async def consuming(redis_url):
+    """Run an arq worker as it comes on a pool of its own and yield the arguments of the jobs that it ran."""
     pool = queue.connect(Secret(redis_url), retries=1)
-    listener = Listener()
-    worker = workers.main._arq_worker(pool, listener)
+    found: list[Any] = []
+
+    async def note(_ctx, *arguments: object):
+        found.append(arguments)
+
+    worker = Worker(
+        functions=[func(note, name=queue.FUNCTION)],  # type: ignore[arg-type]
+        queue_name=queue.QUEUE,
+        redis_pool=pool,
+        handle_signals=False,
+        keep_result=0,
+        max_tries=10**6,
+        poll_delay=0.05,
+        job_serializer=pool.job_serializer,
+        job_deserializer=pool.job_deserializer,
+    )
     task = asyncio.create_task(worker.async_run())
     try:
-        yield listener
+        yield found
     finally:
-        worker.handle_sig(signal.SIGTERM)
         await end([task])
         await pool.aclose(close_connection_pool=True)
 
@@ -75,166 +76,187 @@ def short_path():
     shutil.rmtree(folder, ignore_errors=True)
 
 
-async def test_a_bell_is_a_delayed_job_with_the_records_key_and_attempt_as_its_id(pool):
-    one = bell(attempts=2)
-    await ring(pool, one)
+@pytest.mark.parametrize("delay", [HOUR, -HOUR], ids=["in an hour", "an hour ago"])
+async def test_many_jobs_at_once_are_written_as_arq_writes_one(pool, delay):
+    one, other = job("one", delay=delay), job("other", delay=delay)
+    await queue.enqueue_job(pool, one, now=utc_now())
+    await enqueue(pool, other)
+    found = {}
+    for item in (one, other):
+        handle = Job(item.id, pool, _queue_name=queue.QUEUE, _deserializer=pool.job_deserializer)
+        info = await handle.info()
+        assert info is not None
+        found[item.key.id] = {
+            "function": info.function,
+            "attempt": info.args[2],
+            "kwargs": info.kwargs,
+            "try": info.job_try,
+            "status": await handle.status(),
+            "type": await pool.type(job_key_prefix + item.id),
+        }
+        assert [*info.args] == ["default", item.key.id, 1]
+    (first, first_score), (second, second_score) = (await scores(pool)).items()
 
-    assert await scores(pool) == {b"default:g1:3": int(one.at.timestamp() * 1000) + 1}
-    assert await pool.exists(job_key_prefix + "default:g1:3")
+    assert found["one"] == found["other"]
+    assert {first, second} == {b"default:one:1", b"default:other:1"}
+    assert abs(first_score - second_score) < 100
+    lives = [await pool.pttl(job_key_prefix + item.id) for item in (one, other)]
+    assert abs(lives[0] - lives[1]) < 1000
 
 
-async def test_arq_hears_what_we_ring_when_its_time_has_come_and_not_before(pool, redis_url):
-    async with listening(redis_url) as listener:
-        await ring(pool, bell("now", delay=-HOUR), bell("soon", delay=timedelta(seconds=1)), bell("later"))
-        await eventually(lambda: listener.rung == 1, seconds=3)
+async def test_arq_runs_many_jobs_with_their_arguments_when_they_are_due_and_leaves_nothing(pool, redis_url):
+    async with consuming(redis_url) as found:
+        await enqueue(pool, job("now", delay=-HOUR, attempt=3), job("soon", delay=timedelta(seconds=1)), job("later"))
+        await eventually(lambda: found == [("default", "now", 3)], seconds=3)
         begun = time.monotonic()
-        await eventually(lambda: listener.rung == 2, seconds=3)
-        left = await scores(pool)
+        await eventually(lambda: found[1:] == [("default", "soon", 1)], seconds=3)
+        left = await eventually(lambda: only_one_left(pool), seconds=3)
 
     assert time.monotonic() - begun > 0.3
-    assert [*left] == [b"default:later:1"]
+    assert left == [b"default:later:1"]
+    assert await pool.keys("arq:*") == [b"arq:job:default:later:1"]
 
 
-async def test_a_bell_that_was_heard_leaves_nothing_and_can_be_rung_again(pool, redis_url):
-    async with listening(redis_url) as listener:
-        for _ in range(3):
-            await ring(pool, bell("again", delay=-HOUR))
-            # arq refuses the id of a job whose result lives, and passes over one that is marked as in progress.
+async def only_one_left(pool):
+    left = [*await scores(pool)]
+    return left if len(left) == 1 else []
+
+
+async def test_a_job_that_was_run_can_be_enqueued_again(pool, redis_url):
+    async with consuming(redis_url) as found:
+        for number in range(3):
+            await enqueue(pool, job("again", delay=-HOUR))
+            await eventually(lambda number=number: len(found) == number + 1, seconds=3)
+            # arq passes over an id that is marked as in progress.
             await eventually(lambda: is_gone(pool, "default:again:1"), seconds=3)
-
-    assert listener.rung == 3
 
 
 async def is_gone(pool, job_id):
-    prefixes = (job_key_prefix, in_progress_key_prefix, retry_key_prefix, result_key_prefix)
+    prefixes = (job_key_prefix, retry_key_prefix, result_key_prefix)
     return not await pool.exists(*(prefix + job_id for prefix in prefixes)) and not await scores(pool)
 
 
-async def test_no_number_of_tries_silences_a_bell(pool, redis_url):
+async def test_no_number_of_tries_drops_a_job(pool, redis_url):
     await pool.set(retry_key_prefix + "default:g1:1", 5000)
-    await ring(pool, bell(delay=-HOUR))
-    async with listening(redis_url) as listener:
-        await eventually(lambda: listener.rung == 1, seconds=3)
+    await enqueue(pool, job(delay=-HOUR))
+    async with consuming(redis_url) as found:
+        await eventually(lambda: len(found) == 1, seconds=3)
 
 
-async def test_an_abort_that_somebody_sent_neither_silences_a_bell_nor_stays_in_its_way(pool, redis_url):
+async def test_an_abort_that_somebody_sent_neither_drops_a_job_nor_stays_in_its_way(pool, redis_url):
     await pool.zadd(abort_jobs_ss, {"default:g1:1": int(time.time() * 1000)})
-    await ring(pool, bell(delay=timedelta(seconds=0.3)))
-    async with listening(redis_url) as listener:
-        job = Job("default:g1:1", pool, _queue_name=queue.QUEUE, _deserializer=pool.job_deserializer)
-        assert not await job.abort(timeout=0.1)
-        await eventually(lambda: listener.rung == 1, seconds=3)
+    await enqueue(pool, job(delay=timedelta(seconds=0.3)))
+    async with consuming(redis_url) as found:
+        handle = Job("default:g1:1", pool, _queue_name=queue.QUEUE, _deserializer=pool.job_deserializer)
+        assert not await handle.abort(timeout=0.1)
+        await eventually(lambda: len(found) == 1, seconds=3)
 
 
-async def test_only_our_own_queue_is_heard_and_only_in_our_own_form(pool, redis_url, tmp_path):
+async def test_jobs_in_another_form_run_no_code(pool, redis_url, tmp_path):
     target = tmp_path / "owned"
 
     class Bomb:
         def __reduce__(self) -> tuple[Any, tuple[str]]:
             return (eval, (f"open({str(target)!r}, 'w').close()",))  # what a pickle may do
 
-    await pool.enqueue_job(queue.FUNCTION, _job_id="elsewhere", _queue_name="arq:queue")
     await pool.set(
         job_key_prefix + "pickled", pickle.dumps({"t": 1, "f": queue.FUNCTION, "a": (Bomb(),), "k": {}, "et": 1})
     )
     await pool.zadd(queue.QUEUE, {"pickled": 1})
-    async with listening(redis_url) as listener:
+    async with consuming(redis_url) as found:
         await eventually(lambda: is_gone(pool, "pickled"), seconds=3)
-        await ring(pool, bell(delay=-HOUR))
-        await eventually(lambda: listener.rung == 1, seconds=3)
+        await enqueue(pool, job(delay=-HOUR))
+        await eventually(lambda: len(found) == 1, seconds=3)
 
     assert not target.exists()
-    assert await pool.zcard("arq:queue") == 1
 
 
-async def test_a_worker_that_dies_with_a_bell_in_hand_holds_that_id_for_seconds_and_not_for_minutes(pool):
-    worker = workers.main._arq_worker(pool, Listener())
-
-    # arq holds an id for the longest job_timeout of all functions and ten seconds more.
-    assert worker.in_progress_timeout_s <= 30
-    assert all(one.timeout_s is None for one in worker.functions.values())
-    assert all(one.max_tries is None and one.keep_result_s is None for one in worker.functions.values())
-
-
-async def test_each_process_has_a_health_key_of_its_own_that_ends_soon_after_it(pool, redis_url):
-    async with listening(redis_url):
-        (key,) = await eventually(lambda: pool.keys(f"{queue.QUEUE}:health:*"), seconds=3)
-
-        assert key.decode().endswith(f":{os.getpid()}")
-        assert await pool.pttl(key) <= 16_000
-
-
-async def test_arq_is_built_with_the_settings_that_keep_bells_from_being_lost(pool):
-    worker = workers.main._arq_worker(pool, Listener())
-    is_built = {
-        "queue_name": queue.QUEUE,
-        "keep_result_s": 0,
-        "keep_result_forever": False,
-        "max_tries": 10**6,
-        "allow_abort_jobs": False,
-        "job_serializer": pool.job_serializer,
-        "job_deserializer": pool.job_deserializer,
-        "timezone": UTC,
-        "burst": False,
-        "cron_jobs": [],
-        "on_job_start": None,  # a hook that raises would end the worker
-        "on_job_end": None,
-        "after_job_end": None,
-    }
-
-    assert {name: getattr(worker, name) for name in is_built} == is_built
-    assert list(worker.functions) == [queue.FUNCTION]
-    assert worker.poll_delay_s <= 0.2
-
-
-async def test_ringing_again_moves_the_one_job(pool):
-    await ring(pool, bell(delay=9 * HOUR))
-    sooner = bell(delay=HOUR)
-    await ring(pool, sooner)
+async def test_a_job_that_is_later_than_it_should_be_is_brought_forward(pool):
+    await enqueue(pool, job(delay=9 * HOUR))
+    sooner = job(delay=HOUR)
+    await enqueue(pool, sooner)
 
     assert await scores(pool) == {ID: int(sooner.at.timestamp() * 1000) + 1}
 
 
-async def test_a_bell_for_the_past_rings_now(pool):
+async def test_a_job_that_is_sooner_than_it_should_be_is_left_alone(pool):
+    sooner = job(delay=HOUR)
+    await enqueue(pool, sooner)
+    await enqueue(pool, job(delay=9 * HOUR))
+
+    assert await scores(pool) == {ID: int(sooner.at.timestamp() * 1000) + 1}
+
+
+async def test_a_job_whose_payload_is_gone_has_it_again(pool):
+    await enqueue(pool, job())
+    await pool.delete(job_key_prefix + ID.decode())
+    await enqueue(pool, job())
+
+    assert await pool.exists(job_key_prefix + ID.decode())
+
+
+async def test_a_job_for_the_past_is_due_now(pool):
     before = int(utc_now().timestamp() * 1000)
-    await ring(pool, bell(delay=-HOUR))
+    await enqueue(pool, job(delay=-HOUR))
 
     assert before <= (await scores(pool))[ID] <= before + 5000
 
 
-async def test_a_job_outlives_its_time_by_weeks_so_that_a_long_stop_does_not_eat_it(pool):
-    await ring(pool, bell(delay=48 * HOUR))
+@pytest.mark.parametrize("is_one", [True, False])
+async def test_a_job_outlives_its_time_by_weeks_so_that_a_long_stop_does_not_drop_it(pool, is_one):
+    item = job(delay=48 * HOUR)
+    await (queue.enqueue_job(pool, item, now=utc_now()) if is_one else enqueue(pool, item))
     left = timedelta(milliseconds=await pool.pttl(job_key_prefix + ID.decode()))
 
     assert left > timedelta(days=31)
 
 
-async def test_silenced_bells_leave_nothing_in_redis(pool):
-    bells = [bell(f"g{number}") for number in range(3)]
-    await ring(pool, *bells)
-    await queue.silence(pool, bells[:2])
+async def test_a_redis_that_was_emptied_shows_it_once(pool):
+    assert not await enqueue(pool, job())
+    assert await enqueue(pool)
+    assert await enqueue(pool, job("g2"))
+    await pool.flushall()
 
-    assert [*await scores(pool)] == [b"default:g2:1"]
-    assert await pool.keys("arq:job:*") == [b"arq:job:default:g2:1"]
+    assert not await enqueue(pool)
+    assert await enqueue(pool)
 
 
-async def test_thousands_of_bells_are_rung_at_once(pool):
-    await ring(pool, *(bell(f"g{number}") for number in range(2500)))
+async def test_a_full_redis_refuses_even_no_jobs(pool):
+    await pool.config_set("maxmemory", 1)
+    try:
+        with pytest.raises(queue.QUEUE_ERRORS):
+            await enqueue(pool)
+    finally:
+        await pool.config_set("maxmemory", 0)
+
+
+async def test_due_jobs_are_removed_whatever_their_ids_are(pool):
+    await pool.zadd(queue.QUEUE, {b"\xff\xfe": 1})
+    await enqueue(pool, job("due", delay=-HOUR), job("later"))
+    await queue.remove_due_jobs(pool, now=utc_now() + timedelta(seconds=1))
+
+    assert [*await scores(pool)] == [b"default:later:1"]
+    assert await pool.keys("arq:job:*") == [b"arq:job:default:later:1"]
+
+
+async def test_thousands_of_jobs_are_enqueued_at_once(pool):
+    await enqueue(pool, *(job(f"g{number}") for number in range(2500)))
 
     assert await pool.zcard(queue.QUEUE) == 2500
 
 
-async def test_any_id_is_rung_for(pool):
-    await ring(pool, bell("a:b ü\"'{}🪰"))
+async def test_any_id_is_enqueued(pool, redis_url):
+    name = "a:b ü\"'{}🪰"
+    await enqueue(pool, job(name, delay=_NOW))
+    async with consuming(redis_url) as found:
+        await eventually(lambda: found == [("default", name, 1)], seconds=3)
 
-    assert [*await scores(pool)] == ["default:a:b ü\"'{}🪰:1".encode()]
 
-
-async def test_a_redis_that_is_away_is_an_error_within_its_time(short_path):
+async def test_a_redis_that_is_unreachable_is_an_error_within_its_time(short_path):
     pool = queue.connect(Secret(f"unix://{short_path}/none.sock"), retries=0)
     begun = asyncio.get_running_loop().time()
     with pytest.raises(queue.QUEUE_ERRORS):
-        await ring(pool, bell())
+        await enqueue(pool, job())
     await pool.aclose(close_connection_pool=True)
 
     assert asyncio.get_running_loop().time() - begun < queue.ENQUEUE_TIMEOUT_SECONDS + 1
@@ -250,7 +272,7 @@ async def test_a_redis_that_hangs_is_an_error_within_its_time(monkeypatch):
     async with await asyncio.start_server(hang, "127.0.0.1", 0) as server:
         pool = queue.connect(Secret(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"), retries=0)
         with pytest.raises(queue.QUEUE_ERRORS):
-            await asyncio.wait_for(ring(pool, bell()), 2)
+            await asyncio.wait_for(enqueue(pool, job()), 2)
         await pool.aclose(close_connection_pool=True)
         await asyncio.sleep(0.05)
 

@@ -433,10 +433,10 @@ async def test_a_redis_that_is_away_delays_no_answer(sqlite_database, settings, 
     assert await count(sqlite_database) == 1
 
 
-async def test_bells_beyond_what_one_round_trip_takes_are_counted(
+async def test_jobs_beyond_what_may_wait_for_redis_are_counted(
     sqlite_database, open_client, pool, metrics, monkeypatch
 ):
-    monkeypatch.setattr("service.webhook._MAX_BELLS", 3)
+    monkeypatch.setattr("service.enqueue._MAX_WAITING", 3)
     async with open_client(sqlite_database) as client:
         await asyncio.gather(*(send(client, webhook()) for _ in range(5)))
 
@@ -444,7 +444,7 @@ async def test_bells_beyond_what_one_round_trip_takes_are_counted(
     assert await pool.zcard(queue.QUEUE) == 3
 
 
-async def test_a_stored_webhook_has_a_bell_unless_it_is_due_beyond_the_horizon(sqlite_database, open_client, pool):
+async def test_a_stored_webhook_has_a_job_unless_it_is_due_beyond_the_horizon(sqlite_database, open_client, pool):
     async with open_client(sqlite_database, MAYFLY_QUEUE_HORIZON="48h") as client:
         near = webhook()
         far = webhook(webhookUrl="https://h/x?ttl=30d")

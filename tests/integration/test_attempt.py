@@ -1,10 +1,10 @@
-"""A cleanup keeps a copy, then deletes, in that order, and writes down whatever it ends with."""
+"""An attempt keeps a copy, then deletes, in that order, and writes down whatever it ends with."""
 
 import asyncio
 import json
 from contextlib import asynccontextmanager
 from dataclasses import replace
-from datetime import timedelta
+from datetime import datetime, timedelta
 from functools import partial
 
 import pytest
@@ -33,9 +33,13 @@ from tests.support.ledger import (
     utc_now,
 )
 from tests.support.ledger import arrival as arrival_of
-from workers.cleanup import REHEARSE_AGAIN, Cleaner
+from workers.attempt import REHEARSE_AGAIN, Cleaner
 
 WEEK = timedelta(days=7)
+
+
+async def no_next(_key, _attempt, _at):
+    """Enqueue nothing."""
 
 
 @pytest.fixture
@@ -58,6 +62,7 @@ def cleaner_of(database, metrics):
             api=api,
             copy=copy,
             settle=settle_one,
+            enqueue_next=no_next,
             turn=turn,
             now=now,
             give_up_after=WEEK,
@@ -473,13 +478,76 @@ async def test_a_cleanup_that_cannot_even_write_down_its_fault_raises_nothing(cl
     assert await cleaner_of(api, copy=broken, settle=broken).clean(await claim_one(database)) is None
 
 
-async def test_what_is_given_back_is_as_it_was_and_claimable_at_once(cleaner, database, announced):
-    key = await announced()
-    await cleaner.give_back(await claim_one(database))
+@pytest.mark.parametrize(
+    "faults",
+    [{"GET": ["500"]}, {"DELETE": ["409"]}, {"DELETE": ["429:retry_after=600"]}, {"GET": ["processing"]}],
+    ids=str,
+)
+async def test_an_attempt_that_is_put_off_enqueues_the_next_one_at_its_time(
+    cleaner_of, api, database, announced, faults
+):
+    enqueued = []
+
+    async def enqueue_next(*job: Key | int | datetime):
+        row = await row_of(database, key)
+        assert row.state == State.SCHEDULED  # the commit comes first
+        enqueued.append(job)
+
+    key = await announced(faults=faults)
+    await cleaner_of(api, enqueue_next=enqueue_next).clean(await claim_one(database))
     row = await row_of(database, key)
 
-    assert (row.state, row.failures, row.failing_since) == (State.SCHEDULED, 0, None)
-    assert (await claim_one(database)).attempt == 2
+    assert enqueued == [(key, 2, row.wake_at)]
+
+
+async def test_an_attempt_that_gives_the_record_back_enqueues_the_next_one_at_once(
+    cleaner_of, api, database, announced
+):
+    enqueued = []
+
+    async def enqueue_next(*job: Key | int | datetime):
+        enqueued.append(job)
+
+    key = await announced()
+    item = await claim_one(database, lease=timedelta(seconds=1))
+    await cleaner_of(api, enqueue_next=enqueue_next).clean(item)
+
+    ((enqueued_key, attempt, at),) = enqueued
+    assert (enqueued_key, attempt) == (key, 2)
+    assert at <= utc_now()
+
+
+@pytest.mark.parametrize("override", ["", "?hold=legal", "?ttl=forever"])
+async def test_an_attempt_that_ends_in_a_final_state_enqueues_nothing(  # noqa: PLR0917 - fixtures
+    cleaner_of, api, database, simulator, announced, override
+):
+    enqueued = []
+
+    async def enqueue_next(*job: Key | int | datetime):
+        enqueued.append(job)
+
+    key = await announced()
+    simulator.generations[key.id].webhook_url = f"https://hooks.example.com/webhooks/sync{override}"
+    await cleaner_of(api, enqueue_next=enqueue_next).clean(await claim_one(database))
+
+    assert enqueued == []
+    assert (await row_of(database, key)).wake_at is None
+
+
+async def test_an_attempt_whose_lease_was_lost_enqueues_nothing(cleaner_of, api, database, announced):
+    enqueued = []
+
+    async def enqueue_next(*job: Key | int | datetime):
+        enqueued.append(job)
+
+    await announced(faults={"GET": ["500"]})
+
+    async def lost(_settlement):
+        return False
+
+    await cleaner_of(api, settle=lost, enqueue_next=enqueue_next).clean(await claim_one(database))
+
+    assert enqueued == []
 
 
 async def test_what_the_webhook_said_stays_where_the_api_shows_nothing(cleaner, database, simulator):

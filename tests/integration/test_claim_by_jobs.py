@@ -1,0 +1,179 @@
+"""A job claims the very attempt that it asks for, or is told why not; the ledger's row decides every race."""
+
+import asyncio
+from datetime import timedelta
+from functools import partial
+
+from service.generation import Key
+from service.ledger import claiming, pausing
+from service.ledger.claiming import Claim, NotYet, Wanted
+from service.ledger.database import open_database
+from service.ledger.pausing import Kind, Pause
+from service.lifecycle import Move, State
+from tests.support.ledger import (
+    ACTOR,
+    HOUR,
+    LEASE,
+    claim_one,
+    confirmed,
+    deferred,
+    moves_of,
+    row_of,
+    settle,
+    store,
+    utc_now,
+)
+
+
+async def claim_wanted(database, *wanted: Wanted, now=None):
+    write = partial(claiming.claim_wanted, wanted=wanted, now=now or utc_now(), lease=LEASE, actor=ACTOR)
+    return await database.write(write)
+
+
+async def find_waiting(database, **bounds):
+    read = partial(claiming.find_waiting, **({"since": None, "until": utc_now(), "limit": 10} | bounds))
+    return await database.read(read)
+
+
+async def peek(database):
+    return await database.read(partial(pausing.peek, now=utc_now()))
+
+
+async def pause(database, kind, *, until=None):
+    await database.write(partial(pausing.pause, wanted=Pause(kind, utc_now(), ACTOR, "a reason", until)))
+
+
+async def test_a_job_claims_its_record_at_its_attempt(database):
+    key = await store(database)
+    other = await store(database)
+    (found,) = await claim_wanted(database, Wanted(key, 1))
+
+    assert isinstance(found, Claim)
+    assert (found.key, found.attempt) == (key, 1)
+    assert (await row_of(database, key)).state == State.DELETING
+    assert (await row_of(database, other)).state == State.SCHEDULED
+    assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM]
+
+
+async def test_answers_come_in_the_order_of_the_jobs(database):
+    keys = [await store(database, id=name) for name in ("c", "a", "b")]
+    found = await claim_wanted(database, *(Wanted(key, 1) for key in keys))
+
+    assert [one.key for one in found] == keys
+
+
+async def test_a_job_of_an_attempt_that_was_made_has_nothing_to_do(database):
+    key = await store(database)
+    first = await claim_one(database)
+
+    assert await claim_wanted(database, Wanted(key, 1)) == [None]  # under way
+    await settle(database, deferred(first))
+    assert await claim_wanted(database, Wanted(key, 1), Wanted(key, 3)) == [None, None]  # stale, and one too many
+    (second,) = await claim_wanted(database, Wanted(key, 2))
+    await settle(database, confirmed(second))
+    assert await claim_wanted(database, Wanted(key, 2), Wanted(key, 3)) == [None, None]  # deleted
+
+
+async def test_a_job_without_a_record_or_with_a_held_one_has_nothing_to_do(database):
+    held = await store(database, hold="legal")
+    kept = await store(database, due_in=None)
+
+    assert await claim_wanted(database, *(Wanted(key, 1) for key in (held, kept, Key("default", "none")))) == [None] * 3
+
+
+async def test_a_key_of_another_account_claims_nothing(database):
+    key = await store(database)
+
+    assert await claim_wanted(database, Wanted(Key("other", key.id), 1)) == [None]
+
+
+async def test_of_two_jobs_for_one_attempt_the_first_has_it(database):
+    key = await store(database)
+    first, second = await claim_wanted(database, Wanted(key, 1), Wanted(key, 1))
+
+    assert isinstance(first, Claim)
+    assert second is None
+    assert (await row_of(database, key)).attempts == 1
+
+
+async def test_an_early_job_is_told_how_long_to_wait(database):
+    key = await store(database, due_in=HOUR)
+    (found,) = await claim_wanted(database, Wanted(key, 1))
+
+    assert isinstance(found, NotYet)
+    assert timedelta(minutes=59) < found.wait <= HOUR
+    assert (await row_of(database, key)).state == State.SCHEDULED
+
+
+async def test_a_job_before_the_time_of_the_next_attempt_is_told_to_wait(database):
+    key = await store(database)
+    await settle(database, deferred(await claim_one(database), retry_at=utc_now() + HOUR))
+    (found,) = await claim_wanted(database, Wanted(key, 2))
+
+    assert isinstance(found, NotYet)
+    assert found.wait > timedelta(minutes=59)
+
+
+async def test_a_clock_that_runs_ahead_of_postgresql_claims_nothing_early(postgres_url):
+    async with open_database(postgres_url) as database:
+        key = await store(database, due_in=HOUR)
+        (found,) = await claim_wanted(database, Wanted(key, 1), now=utc_now() + 2 * HOUR)
+
+    assert isinstance(found, NotYet)
+
+
+async def test_while_deletions_are_paused_no_job_claims(database):
+    key = await store(database)
+    await pause(database, Kind.OPERATOR)
+
+    assert await claim_wanted(database, Wanted(key, 1)) == [None]
+    assert (await row_of(database, key)).state == State.SCHEDULED
+
+
+async def test_one_job_probes_a_refused_key_when_its_minute_is_over(database):
+    keys = [await store(database) for _ in range(3)]
+    await pause(database, Kind.UNAUTHORIZED, until=utc_now() - timedelta(seconds=1))
+    assert await peek(database) == 1
+    found = await claim_wanted(database, *(Wanted(key, 1) for key in keys))
+
+    assert [one is not None for one in found] == [True, False, False]
+    assert await peek(database) == 0
+
+
+async def test_a_peek_ends_no_pause_and_takes_no_probe(database):
+    assert await peek(database) == pausing.UNLIMITED
+    await pause(database, Kind.THROTTLED, until=utc_now() - timedelta(seconds=1))
+    assert await peek(database) == pausing.UNLIMITED
+    await pause(database, Kind.UNAUTHORIZED, until=utc_now() - timedelta(seconds=1))
+    assert [await peek(database), await peek(database)] == [1, 1]
+    await pause(database, Kind.DAILY_LIMIT, until=utc_now() + HOUR)
+    assert await peek(database) == 0
+
+    assert len(await database.read(pausing.find)) == 3
+
+
+async def test_twenty_jobs_at_once_claim_each_record_once(database):
+    keys = [await store(database) for _ in range(5)]
+    found = await asyncio.gather(*(claim_wanted(database, *(Wanted(key, 1) for key in keys)) for _ in range(20)))
+    claims = [one.key for answers in found for one in answers if one is not None]
+
+    assert len(claims) == 5
+    assert set(claims) == set(keys)
+    assert {(await row_of(database, key)).attempts for key in keys} == {1}
+
+
+async def test_what_waits_is_found_by_its_time_soonest_first_and_only_so_many(database):
+    late, later = [await store(database, due_in=-timedelta(minutes=minutes)) for minutes in (20, 10)]
+    soon = await store(database, due_in=HOUR)
+    await store(database, due_in=None)
+    await store(database, hold="legal")
+
+    def keys(found):
+        return [wanted.key for wanted, _ in found]
+
+    assert keys(await find_waiting(database)) == [late, later]
+    assert keys(await find_waiting(database, limit=1)) == [late]
+    assert keys(await find_waiting(database, since=utc_now(), until=utc_now() + 2 * HOUR)) == [soon]
+    assert keys(await find_waiting(database, since=utc_now() - timedelta(minutes=15))) == [later]
+    (wanted, at) = (await find_waiting(database, limit=1))[0]
+    assert (wanted.attempt, at) == (1, (await row_of(database, late)).wake_at)

@@ -1,0 +1,330 @@
+"""A job makes one attempt and ends with it; in a pause, at a stop or beyond the budget it begins nothing."""
+
+import asyncio
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from functools import partial
+
+import pytest
+from arq.worker import Retry
+
+import workers.main
+from service import queue
+from service.budget import Budget
+from service.generation import Key
+from service.ledger import claiming, pausing
+from service.ledger.claiming import Wanted
+from service.ledger.database import LedgerUnavailableError
+from service.ledger.pausing import Kind, Pause
+from service.lifecycle import State
+from service.queue import CleanupJob
+from service.retention import Verdict
+from service.tasks import end
+from service.values import Rate, Secret
+from tests.support.ledger import ACTOR, HOUR, LEASE, confirmed, deferred, row_of, settle, store, utc_now
+from tests.support.waiting import eventually
+from workers import cleanup
+from workers.cleanup import Attempts, CleanupJobs
+
+UNLIMITED = Rate(100_000, 1)
+
+
+class Work:
+    """Jobs over a real ledger and Redis; attempts wait at a gate and are noted."""
+
+    def __init__(self, database, pool, *, rate=UNLIMITED) -> None:
+        self.database = database
+        self.stopping = asyncio.Event()
+        self.gate = asyncio.Event()
+        self.gate.set()
+        self.begun = []
+        self.ended = []
+        self.peeks = 0
+        self.faults = []
+        self.budget = Budget(rate, pool, Secret("sk-1"), clock=asyncio.get_running_loop().time, stopping=self.stopping)
+        self.attempts = Attempts(self.clean, limit=10)
+        self.jobs = CleanupJobs(
+            peek=self.peek,
+            clock=asyncio.get_running_loop().time,
+            budget=self.budget,
+            claim=self.claim,
+            attempts=self.attempts,
+            stopping=self.stopping,
+        )
+
+    async def peek(self):
+        self.peeks += 1
+        return await self.database.read(partial(pausing.peek, now=utc_now()))
+
+    async def claim(self, wanted):
+        if self.faults:
+            raise self.faults.pop()
+        write = partial(claiming.claim_wanted, wanted=[wanted], now=utc_now(), lease=LEASE, actor=ACTOR)
+        return (await self.database.write(write))[0]
+
+    async def clean(self, claim):
+        self.begun.append(claim.key)
+        await self.gate.wait()
+        await settle(self.database, confirmed(claim))
+        self.ended.append(claim.key)
+        return Verdict.DONE
+
+    async def run(self, key, attempt=1):
+        await cleanup.cleanup({"jobs": self.jobs}, key.account, key.id, attempt)
+
+
+@pytest.fixture
+async def work(sqlite_database, pool):
+    return Work(sqlite_database, pool)
+
+
+async def pause(database, kind=Kind.OPERATOR):
+    await database.write(partial(pausing.pause, wanted=Pause(kind, utc_now(), ACTOR, "a reason", None)))
+
+
+async def test_the_end_of_the_job_is_the_end_of_the_attempt(work, sqlite_database):
+    key = await store(sqlite_database)
+    work.gate.clear()
+    job = asyncio.create_task(work.run(key))
+    await eventually(lambda: work.begun == [key])
+    await asyncio.sleep(0.05)
+    assert not job.done()
+    work.gate.set()
+    await job
+
+    assert work.ended == [key]
+    assert (await row_of(sqlite_database, key)).state == State.DELETED
+
+
+async def test_a_duplicate_or_stale_job_does_nothing(work, sqlite_database):
+    key = await store(sqlite_database)
+    await work.run(key)
+    await work.run(key)
+    await work.run(key, attempt=2)
+    await work.run(Key("default", "nobody's"))
+
+    assert work.begun == [key]
+
+
+async def test_an_early_job_comes_back_when_its_record_is_due(work, sqlite_database):
+    key = await store(sqlite_database, due_in=timedelta(seconds=30))
+    with pytest.raises(Retry) as raised:
+        await work.run(key)
+
+    assert 25_000 < raised.value.defer_score <= 30_000
+    assert work.begun == []
+
+
+async def test_a_job_that_is_days_early_is_left_to_the_ledger(work, sqlite_database):
+    await work.run(await store(sqlite_database, due_in=72 * HOUR))
+
+    assert work.begun == []
+
+
+async def test_a_job_in_a_pause_ends_and_a_thousand_of_them_cost_one_look(work, sqlite_database):
+    key = await store(sqlite_database)
+    await pause(sqlite_database)
+    await asyncio.gather(*(work.run(key) for _ in range(1000)))
+
+    assert work.begun == []
+    assert work.peeks == 1
+    assert await work.budget.grant(1) == 1
+
+
+async def test_a_pause_that_ended_is_seen_within_half_a_second(work, sqlite_database):
+    key = await store(sqlite_database)
+    await pause(sqlite_database)
+    await work.run(key)
+    await sqlite_database.write(partial(pausing.resume, kinds=[Kind.OPERATOR]))
+    await asyncio.sleep(0.55)
+    await work.run(key)
+
+    assert work.ended == [key]
+
+
+async def test_without_a_place_in_the_budget_nothing_is_claimed_and_the_job_starts_anew(
+    sqlite_database, pool, monkeypatch
+):
+    monkeypatch.setattr(cleanup, "BUDGET_SECONDS", 0.2)
+    work = Work(sqlite_database, pool, rate=Rate(1, 3600))
+    first, second = [await store(sqlite_database) for _ in range(2)]
+    await work.run(first)
+    with pytest.raises(Retry) as raised:
+        await work.run(second)
+
+    assert raised.value.defer_score is None  # in its old place: it is the next one
+    assert (await row_of(sqlite_database, second)).attempts == 0
+
+
+async def test_a_job_that_finds_nothing_to_do_gives_its_place_in_the_budget_back(sqlite_database, pool):
+    work = Work(sqlite_database, pool, rate=Rate(1, 3600))
+    key = await store(sqlite_database)
+    await work.run(Key("default", "nobody's"))
+    await work.run(key)
+
+    assert work.ended == [key]
+
+
+async def test_after_a_stop_jobs_that_arq_has_read_begin_nothing_and_stay(work, sqlite_database):
+    key = await store(sqlite_database)
+    work.stopping.set()
+    with pytest.raises(Retry) as raised:
+        await work.run(key)
+
+    assert raised.value.defer_score is None
+    assert (await row_of(sqlite_database, key)).attempts == 0
+
+
+async def test_a_ledger_that_does_not_answer_makes_the_job_start_anew(work, sqlite_database, monkeypatch):
+    monkeypatch.setattr(cleanup, "_LEDGER_AGAIN_SECONDS", 0.01)
+    key = await store(sqlite_database)
+    work.faults = [LedgerUnavailableError("away")]
+    with pytest.raises(Retry):
+        await work.run(key)
+    await work.run(key)
+
+    assert work.ended == [key]
+
+
+async def test_a_cancelled_job_does_not_cancel_the_attempt(work, sqlite_database):
+    key = await store(sqlite_database)
+    work.gate.clear()
+    job = asyncio.create_task(work.run(key))
+    await eventually(lambda: work.begun == [key])
+    await end([job])
+    assert work.attempts.room == 9
+    assert not await work.attempts.wait(0.05)
+    work.gate.set()
+
+    assert await work.attempts.wait(5)
+    assert work.ended == [key]
+    assert work.attempts.room == 10
+
+
+# With arq and Redis
+
+
+@asynccontextmanager
+async def working(work, pool, metrics):
+    """Run what ``mayfly worker`` runs, without the safety net."""
+    running = asyncio.create_task(workers.main._run_jobs(pool, work.jobs, 5, metrics, work.stopping))
+    try:
+        yield
+    finally:
+        work.gate.set()
+        work.stopping.set()
+        await asyncio.wait_for(running, 10)
+
+
+async def enqueue(pool, *keys: Key, at=None):
+    jobs = [CleanupJob(key, 1, at or utc_now()) for key in keys]
+    await queue.enqueue_jobs(pool, jobs, now=utc_now())
+
+
+async def test_arq_runs_the_jobs_that_are_enqueued_when_they_are_due(work, pool, metrics, sqlite_database):
+    now, soon, later = [await store(sqlite_database, due_in=timedelta(seconds=seconds)) for seconds in (-1, 1, 3600)]
+    async with working(work, pool, metrics):
+        await enqueue(pool, now)
+        await enqueue(pool, soon, at=utc_now() + timedelta(seconds=1))
+        await enqueue(pool, later, at=utc_now() + HOUR)
+        await eventually(lambda: work.ended == [now, soon], seconds=5)
+
+    assert await pool.zrange(queue.QUEUE, 0, -1) == [f"default:{later.id}:1".encode()]
+    assert (await row_of(sqlite_database, soon)).deleted_at >= (await row_of(sqlite_database, soon)).due_at
+
+
+async def test_a_record_whose_attempt_is_put_off_is_deleted_by_the_next_job(work, pool, metrics, sqlite_database):
+    key = await store(sqlite_database)
+
+    async def clean(claim):
+        if claim.attempt == 1:
+            await settle(sqlite_database, deferred(claim))
+            await workers.main._enqueue_next(pool, metrics, claim.key, 2, utc_now())
+        else:
+            await settle(sqlite_database, confirmed(claim))
+            work.ended.append(claim.key)
+
+    work.attempts._clean = clean
+    async with working(work, pool, metrics):
+        await enqueue(pool, key)
+        await eventually(lambda: work.ended == [key], seconds=5)
+
+    assert (await row_of(sqlite_database, key)).attempts == 2
+
+
+async def test_a_stop_waits_for_what_is_under_way_and_leaves_the_rest_in_the_queue(
+    work, pool, metrics, sqlite_database
+):
+    keys = [await store(sqlite_database) for _ in range(30)]
+    work.gate.clear()
+    running = asyncio.create_task(workers.main._run_jobs(pool, work.jobs, 5, metrics, work.stopping))
+    await enqueue(pool, *keys)
+    await eventually(lambda: len(work.begun) == 10)  # twice the places at the API
+    work.stopping.set()
+    await asyncio.sleep(0.3)
+    assert not running.done()
+    work.gate.set()
+    await asyncio.wait_for(running, 5)
+
+    assert len(work.ended) == 10
+    assert await pool.zcard(queue.QUEUE) == 20
+
+
+async def test_arq_that_loses_redis_is_started_again_and_attempts_go_on(
+    work, pool, metrics, sqlite_database, monkeypatch
+):
+    monkeypatch.setattr(workers.main, "_ARQ_RESTART_SECONDS", 0.05)
+    first, second = [await store(sqlite_database) for _ in range(2)]
+    work.gate.clear()
+    async with working(work, pool, metrics):
+        await enqueue(pool, first)
+        await eventually(lambda: work.begun == [first])
+        await pool.set(queue.QUEUE, "of another type")
+        await eventually(lambda: failures(metrics) >= 1, seconds=5)
+        assert work.ended == []
+        await pool.delete(queue.QUEUE)
+        work.gate.set()
+        await enqueue(pool, second)
+        await eventually(lambda: set(work.ended) == {first, second}, seconds=8)
+
+
+def failures(metrics):
+    return metrics.registry.get_sample_value("mayfly_loops_failed_total", {"loop": "jobs"}) or 0
+
+
+async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(work, pool):
+    worker = workers.main._arq_worker(pool, work.jobs, 50)
+    is_built = {
+        "queue_name": queue.QUEUE,
+        "keep_result_s": 0,
+        "keep_result_forever": False,
+        "max_tries": 10**6,
+        "max_jobs": 100,
+        "allow_abort_jobs": False,
+        "job_serializer": pool.job_serializer,
+        "job_deserializer": pool.job_deserializer,
+        "burst": False,
+        "cron_jobs": [],
+        "on_job_start": None,  # a hook that raises would end the worker
+        "on_job_end": None,
+        "after_job_end": None,
+    }
+
+    assert {name: getattr(worker, name) for name in is_built} == is_built
+    assert list(worker.functions) == [queue.FUNCTION]
+    assert worker.queue_read_limit >= 10 * worker.max_jobs
+    # It may wait for the budget and then hold a whole lease; and so long arq keeps the id of a worker that died.
+    assert cleanup.BUDGET_SECONDS + workers.main.LEASE.total_seconds() < worker.job_timeout_s <= 90
+    assert all(one.timeout_s is None and one.max_tries is None for one in worker.functions.values())
+
+
+async def test_wanted_is_what_the_job_says(work):
+    found = []
+
+    async def run(wanted):
+        found.append(wanted)
+
+    work.jobs.run = run
+    await cleanup.cleanup({"jobs": work.jobs}, "default", "g1", 3)
+
+    assert found == [Wanted(Key("default", "g1"), 3)]

@@ -1,0 +1,306 @@
+"""The safety net finds what has no job and gives it one, or cleans it from the ledger where Redis is of no use."""
+
+import asyncio
+import time
+from contextlib import asynccontextmanager
+from datetime import timedelta
+from functools import partial
+
+import pytest
+from structlog.testing import capture_logs
+
+from service import queue
+from service.budget import Budget
+from service.ledger import claiming, pausing, reading
+from service.ledger.database import LedgerUnavailableError
+from service.ledger.pausing import Kind, Pause
+from service.lifecycle import State
+from service.retention import Verdict
+from service.tasks import end
+from service.values import Rate, Secret
+from tests.support.ledger import (
+    ACTOR,
+    HOUR,
+    claim,
+    confirmed,
+    end_lease,
+    lose_leases,
+    row_of,
+    settle,
+    store,
+    utc_now,
+)
+from tests.support.waiting import eventually
+from workers import overdue
+from workers.cleanup import Attempts
+from workers.heartbeat import beat, is_alive
+from workers.overdue import LedgerCalls, Overdue
+
+MINUTE = timedelta(minutes=1)
+UNLIMITED = Rate(100_000, 1)
+
+
+class Net:
+    """A safety net over a real ledger and Redis, without an arq worker beside it."""
+
+    def __init__(self, database, pool, metrics, *, rate=UNLIMITED) -> None:
+        self.database = database
+        self.pool = pool
+        self.beats = 0
+        self.rounds = 0
+        self.faults = []
+        self.redis_faults = []
+        self.cleaned = []
+        self.stopping = asyncio.Event()
+        clock = asyncio.get_running_loop().time
+        self.budget = Budget(rate, pool, Secret("sk-1"), clock=clock, stopping=self.stopping)
+        self.attempts = Attempts(self.clean, limit=10)
+        self.overdue = Overdue(
+            ledger=LedgerCalls(self.end_leases, self.peek, self.find_waiting, self.claim),
+            enqueue=self.enqueue,
+            budget=self.budget,
+            attempts=self.attempts,
+            beat=self.beat,
+            now=utc_now,
+            horizon=48 * HOUR,
+            metrics=metrics,
+            stopping=self.stopping,
+        )
+
+    def beat(self):
+        self.beats += 1
+
+    async def end_leases(self):
+        self.rounds += 1
+        if self.faults:
+            raise self.faults.pop()
+        return await lose_leases(self.database)
+
+    async def peek(self):
+        return await self.database.read(partial(pausing.peek, now=utc_now()))
+
+    async def find_waiting(self, since, until, limit):
+        return await self.database.read(partial(claiming.find_waiting, since=since, until=until, limit=limit))
+
+    async def claim(self, limit):
+        return await claim(self.database, limit=limit)
+
+    async def clean(self, item):
+        await settle(self.database, confirmed(item))
+        self.cleaned.append(item.key)
+        return Verdict.DONE
+
+    async def enqueue(self, jobs):
+        if self.redis_faults:
+            raise self.redis_faults[0]
+        return await queue.enqueue_jobs(self.pool, jobs, now=utc_now())
+
+    async def jobs(self):
+        return {job_id.decode() for job_id in await self.pool.zrange(queue.QUEUE, 0, -1)}
+
+
+@pytest.fixture
+async def net(sqlite_database, pool, metrics):
+    return Net(sqlite_database, pool, metrics)
+
+
+@asynccontextmanager
+async def running(net, monkeypatch, every=0.05):
+    monkeypatch.setattr(overdue, "EVERY", timedelta(seconds=every))
+    task = asyncio.create_task(net.overdue.run())
+    try:
+        yield
+    finally:
+        net.stopping.set()
+        await asyncio.wait_for(task, 10)
+
+
+async def rounds(net, number=2):
+    """Wait until *number* more rounds have begun, and so the one before has ended."""
+    wanted = net.rounds + number
+    await eventually(lambda: net.rounds >= wanted)
+
+
+async def test_what_is_due_and_what_comes_within_the_horizon_has_a_job_and_nothing_else(
+    net, sqlite_database, monkeypatch
+):
+    late = await store(sqlite_database, due_in=-MINUTE)
+    soon = await store(sqlite_database, due_in=HOUR)
+    await store(sqlite_database, due_in=72 * HOUR)
+    await store(sqlite_database, due_in=None)
+    await store(sqlite_database, hold="legal")
+    async with running(net, monkeypatch):
+        await rounds(net)
+
+    assert await net.jobs() == {f"default:{late.id}:1", f"default:{soon.id}:1"}
+
+
+async def test_a_late_job_is_brought_forward_and_one_that_is_there_stays_as_it_is(net, sqlite_database, monkeypatch):
+    key = await store(sqlite_database, due_in=-MINUTE)
+    job_id = f"default:{key.id}:1"
+    for score, is_moved in ((int((utc_now() + HOUR).timestamp() * 1000), True), (1, False)):
+        await net.pool.zadd(queue.QUEUE, {job_id: score})
+        net.stopping.clear()
+        async with running(net, monkeypatch):
+            await rounds(net)
+
+        found = await net.pool.zscore(queue.QUEUE, job_id)
+        assert (found < score) if is_moved else (found == score)
+
+
+async def test_a_record_that_has_just_become_due_is_left_to_its_job(net, sqlite_database, monkeypatch):
+    async with running(net, monkeypatch):
+        await rounds(net)
+        await store(sqlite_database, due_in=-timedelta(seconds=1))  # within the two seconds that a job may take
+        await rounds(net)
+
+        assert await net.jobs() == set()
+
+
+async def test_after_redis_was_emptied_what_comes_within_the_horizon_has_its_job_again(
+    net, sqlite_database, monkeypatch
+):
+    key = await store(sqlite_database, due_in=HOUR)
+    async with running(net, monkeypatch):
+        await rounds(net)
+        assert len(await net.jobs()) == 1
+        await net.pool.flushall()
+        await rounds(net, 4)
+
+    assert await net.jobs() == {f"default:{key.id}:1"}
+
+
+async def test_leases_of_dead_workers_end_and_their_records_have_jobs_for_the_next_attempt(
+    net, sqlite_database, monkeypatch
+):
+    key = await store(sqlite_database, due_in=-MINUTE)
+    await claim(sqlite_database)
+    await end_lease(sqlite_database, key)
+    async with running(net, monkeypatch):
+        await rounds(net)
+        await eventually(lambda: net.rounds > 50, seconds=10)  # due for two seconds since it was taken back
+    row = await row_of(sqlite_database, key)
+
+    assert row.state == State.SCHEDULED
+    assert await net.jobs() == {f"default:{key.id}:2"}
+
+
+async def test_during_a_pause_nothing_is_enqueued_and_afterwards_all_of_it(net, sqlite_database, monkeypatch):
+    await store(sqlite_database, due_in=-MINUTE)
+    wanted = Pause(Kind.OPERATOR, utc_now(), ACTOR, "a reason", None)
+    await sqlite_database.write(partial(pausing.pause, wanted=wanted))
+    async with running(net, monkeypatch):
+        await rounds(net)
+        assert await net.jobs() == set()
+        await sqlite_database.write(partial(pausing.resume, kinds=[Kind.OPERATOR]))
+        await rounds(net, 3)
+
+        assert len(await net.jobs()) == 1
+
+
+async def test_a_refused_key_is_probed_by_one_job(net, sqlite_database, monkeypatch):
+    for _ in range(5):
+        await store(sqlite_database, due_in=-MINUTE)
+    until = utc_now() - timedelta(seconds=1)
+    wanted = Pause(Kind.UNAUTHORIZED, utc_now(), ACTOR, "a reason", until)
+    await sqlite_database.write(partial(pausing.pause, wanted=wanted))
+    async with running(net, monkeypatch):
+        await rounds(net, 3)
+
+    assert len(await net.jobs()) == 1
+
+
+async def test_without_redis_what_is_due_is_cleaned_from_the_ledger(net, sqlite_database, monkeypatch):
+    keys = [await store(sqlite_database) for _ in range(25)]
+    net.redis_faults = [ConnectionError()]
+    async with running(net, monkeypatch, every=0.5):
+        await eventually(lambda: len(net.cleaned) == 25, seconds=10)
+
+    assert set(net.cleaned) == set(keys)
+    assert await net.jobs() == set()
+
+
+async def test_from_the_ledger_no_more_is_begun_than_the_budget_and_the_places_allow(
+    sqlite_database, pool, metrics, monkeypatch
+):
+    net = Net(sqlite_database, pool, metrics, rate=Rate(10, 3600))
+    for _ in range(10):
+        await store(sqlite_database)
+    net.redis_faults = [ConnectionError()]
+    async with running(net, monkeypatch, every=0.5):
+        await rounds(net, 3)
+
+        assert len(net.cleaned) <= 5
+        assert (await sqlite_database.read(reading.counts))[State.DELETING] == 0
+
+
+async def test_a_record_that_is_stuck_is_cleaned_from_the_ledger_although_redis_answers(
+    net, sqlite_database, monkeypatch
+):
+    # No arq worker runs here, as if it held the id of a worker that was killed.
+    stuck = await store(sqlite_database, due_in=-timedelta(seconds=11))
+    async with running(net, monkeypatch, every=0.5):
+        await eventually(lambda: net.cleaned == [stuck], seconds=5)
+
+
+async def test_it_works_on_after_a_ledger_that_did_not_answer_and_after_a_fault(
+    net, sqlite_database, metrics, monkeypatch
+):
+    await store(sqlite_database, due_in=-MINUTE)
+    net.faults = [LedgerUnavailableError("away"), ZeroDivisionError()]
+    with capture_logs() as logs:
+        async with running(net, monkeypatch):
+            await rounds(net, 5)
+
+    assert metrics.registry.get_sample_value("mayfly_loops_failed_total", {"loop": "overdue"}) == 2
+    assert [entry["event"] for entry in logs if entry["event"].startswith("overdue.")][:2] == [
+        "overdue.crashed",
+        "overdue.failed",
+    ]
+    assert len(await net.jobs()) == 1
+    assert net.beats >= 5  # also while the ledger did not answer
+
+
+async def test_a_stop_ends_it_at_once(net, monkeypatch):
+    async with running(net, monkeypatch, every=60):
+        await eventually(lambda: net.rounds == 1)
+        begun = time.monotonic()
+
+    assert time.monotonic() - begun < 1
+
+
+def test_a_worker_is_alive_for_a_minute_after_its_last_beat(tmp_path):
+    now = utc_now().timestamp()
+    assert not is_alive(tmp_path, now_seconds=now)
+    beat(tmp_path)
+
+    assert is_alive(tmp_path, now_seconds=now)
+    assert not is_alive(tmp_path, now_seconds=now + 61)
+
+
+def test_a_heartbeat_that_cannot_be_written_keeps_nobody_from_work(tmp_path):
+    with capture_logs() as logs:
+        beat(tmp_path / "gone")
+
+    assert [entry["event"] for entry in logs] == ["heartbeat.failed"]
+
+
+async def test_a_helper_that_loses_a_cancellation_is_cancelled_again():
+    lost: list[int] = []
+
+    async def careless():
+        while True:
+            try:
+                await asyncio.sleep(60)
+            except asyncio.CancelledError:  # what asyncio.wait_for does with it before Python 3.12
+                if len(lost) == 2:
+                    raise
+                lost.append(1)
+
+    helpers = [asyncio.create_task(careless()), asyncio.create_task(asyncio.sleep(60))]
+    await asyncio.sleep(0)
+    async with asyncio.timeout(5):
+        await end(helpers)
+
+    assert len(lost) == 2
+    assert all(helper.cancelled() for helper in helpers)
