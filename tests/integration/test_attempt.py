@@ -486,12 +486,12 @@ async def test_a_cleanup_that_cannot_even_write_down_its_fault_raises_nothing(cl
 async def test_an_attempt_that_is_put_off_enqueues_the_next_one_at_its_time(
     cleaner_of, api, database, announced, faults
 ):
-    enqueued = []
+    enqueued: list[tuple[Key, int, datetime]] = []
 
-    async def enqueue_next(*job: Key | int | datetime):
+    async def enqueue_next(key: Key, attempt: int, at: datetime):
         row = await row_of(database, key)
         assert row.state == State.SCHEDULED  # the commit comes first
-        enqueued.append(job)
+        enqueued.append((key, attempt, at))
 
     key = await announced(faults=faults)
     await cleaner_of(api, enqueue_next=enqueue_next).clean(await claim_one(database))
@@ -503,10 +503,10 @@ async def test_an_attempt_that_is_put_off_enqueues_the_next_one_at_its_time(
 async def test_an_attempt_that_gives_the_record_back_enqueues_the_next_one_at_once(
     cleaner_of, api, database, announced
 ):
-    enqueued = []
+    enqueued: list[tuple[Key, int, datetime]] = []
 
-    async def enqueue_next(*job: Key | int | datetime):
-        enqueued.append(job)
+    async def enqueue_next(key: Key, attempt: int, at: datetime):
+        enqueued.append((key, attempt, at))
 
     key = await announced()
     item = await claim_one(database, lease=timedelta(seconds=1))
@@ -521,10 +521,10 @@ async def test_an_attempt_that_gives_the_record_back_enqueues_the_next_one_at_on
 async def test_an_attempt_that_ends_in_a_final_state_enqueues_nothing(  # noqa: PLR0917 - fixtures
     cleaner_of, api, database, simulator, announced, override
 ):
-    enqueued = []
+    enqueued: list[tuple[Key, int, datetime]] = []
 
-    async def enqueue_next(*job: Key | int | datetime):
-        enqueued.append(job)
+    async def enqueue_next(key: Key, attempt: int, at: datetime):
+        enqueued.append((key, attempt, at))
 
     key = await announced()
     simulator.generations[key.id].webhook_url = f"https://hooks.example.com/webhooks/sync{override}"
@@ -535,10 +535,10 @@ async def test_an_attempt_that_ends_in_a_final_state_enqueues_nothing(  # noqa: 
 
 
 async def test_an_attempt_whose_lease_was_lost_enqueues_nothing(cleaner_of, api, database, announced):
-    enqueued = []
+    enqueued: list[tuple[Key, int, datetime]] = []
 
-    async def enqueue_next(*job: Key | int | datetime):
-        enqueued.append(job)
+    async def enqueue_next(key: Key, attempt: int, at: datetime):
+        enqueued.append((key, attempt, at))
 
     await announced(faults={"GET": ["500"]})
 

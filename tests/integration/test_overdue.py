@@ -11,6 +11,7 @@ from structlog.testing import capture_logs
 
 from service import queue
 from service.budget import Budget
+from service.generation import Key
 from service.ledger import claiming, pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
@@ -48,9 +49,9 @@ class Net:
         self.pool = pool
         self.beats = 0
         self.rounds = 0
-        self.faults = []
-        self.redis_faults = []
-        self.cleaned = []
+        self.faults: list[Exception] = []
+        self.redis_faults: list[Exception] = []
+        self.cleaned: list[Key] = []
         self.stopping = asyncio.Event()
         clock = asyncio.get_running_loop().time
         self.budget = Budget(rate, pool, Secret("sk-1"), clock=clock, stopping=self.stopping)

@@ -124,9 +124,10 @@ async def only_one_left(pool):
 
 async def test_a_job_that_was_run_can_be_enqueued_again(pool, redis_url):
     async with consuming(redis_url) as found:
-        for number in range(3):
+        for _ in range(3):
             await enqueue(pool, job("again", delay=-HOUR))
-            await eventually(lambda number=number: len(found) == number + 1, seconds=3)
+            await eventually(lambda: len(found) > 0, seconds=3)
+            found.clear()
             # arq passes over an id that is marked as in progress.
             await eventually(lambda: is_gone(pool, "default:again:1"), seconds=3)
 
