@@ -219,8 +219,7 @@ async def _run_jobs(
             running = asyncio.create_task(worker.async_run())
             await asyncio.wait([running, until_stop], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
-                worker.handle_sig_wait_for_completion(signal.SIGTERM)
-                await asyncio.wait([running])
+                await _stop_arq(worker, running)
                 return
             # Jobs under way go on: arq's handle_sig() and close() would cancel them.
             await _after_failure(pool, running.exception())
@@ -228,6 +227,19 @@ async def _run_jobs(
             await asyncio.wait([until_stop], timeout=_ARQ_RESTART_SECONDS)
     finally:
         await end([until_stop])
+
+
+async def _stop_arq(worker: Worker, running: asyncio.Task[None]) -> None:
+    """Have arq begin nothing more, wait for its jobs, and end it."""
+    waited = asyncio.Event()
+    worker.on_stop = lambda _signal: waited.set()
+    worker.handle_sig_wait_for_completion(signal.SIGTERM)
+    ended = asyncio.create_task(waited.wait())
+    await asyncio.wait([running, ended], return_when=asyncio.FIRST_COMPLETED)
+    # arq has cancelled its loop once, and that can get lost: see end().
+    await end([running, ended])
+    if not running.cancelled():
+        running.exception()  # Redis went away meanwhile: the jobs are found in the ledger
 
 
 async def _after_failure(pool: ArqRedis, error: BaseException | None) -> None:
