@@ -18,7 +18,7 @@ from service.ledger.database import Database
 from service.ledger.pausing import Kind, Pause
 from service.lifecycle import Move, State
 from service.problems import documented
-from service.records_api import Record, find_record, key_of
+from service.records_api import Record, find_record
 
 ACTOR = "operator"
 
@@ -71,7 +71,7 @@ class OperatorController(Controller):
     ) -> Record:
         """Answer the record after the move; 409 when its state does not have that move."""
         reason = data.reason if data else None
-        change = partial(_move, key=key_of(account, generation_id), wanted=Move(move), now=now(), reason=reason)
+        change = partial(_move, key=Key(account, generation_id), wanted=Move(move), now=now(), reason=reason)
         record = await database.write(change)
         if record is None:
             raise NotFoundException("No record of this generation")

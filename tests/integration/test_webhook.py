@@ -14,7 +14,7 @@ from service import queue, telemetry, webhook_route
 from service.generation import Key
 from service.ledger.database import open_database
 from service.lifecycle import Move, State
-from service.webhook import MAX_BODY_BYTES
+from service.webhook_route import MAX_BODY_BYTES
 from tests.conftest import API_TOKEN
 from tests.support.ledger import count, moves_of, row_of
 from tests.support.waiting import eventually
