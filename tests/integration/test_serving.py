@@ -185,7 +185,12 @@ def test_a_signal_stops_the_server_and_calls_the_handler_of_the_loop_once(number
 
     async def serve() -> None:
         stop = asyncio.Event()
-        on_stop(lambda: (calls.append("stop"), stop.set()))
+
+        def act() -> None:
+            calls.append("stop")
+            stop.set()
+
+        on_stop(act)
         async with serving(app, "127.0.0.1", 0):
             os.kill(os.getpid(), number)
             await asyncio.wait_for(stop.wait(), 5)

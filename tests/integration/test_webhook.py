@@ -3,8 +3,8 @@
 import asyncio
 import json
 import sqlite3
-from contextlib import AsyncExitStack, asynccontextmanager, suppress
 import time
+from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
 
