@@ -25,6 +25,7 @@ LAYERS = {
         "service.sync_api",
         "service.telemetry",
         "service.embedded",
+        "service.enqueue",
         "service.grouping",
         "service.budget",
         "service.serving",

@@ -40,7 +40,7 @@ def connections(site: Website, number: int) -> Iterator[list[socket.socket]]:
         ]
 
 
-def test_two_hundred_stuck_senders_do_not_slow_a_good_one_and_those_in_their_body_are_ended(site: Website):
+def test_stuck_senders_slow_no_good_one_and_are_ended_in_their_body(site: Website):
     """One that is stuck in its head is left to the reverse proxy: see ``deploy/test_proxy.py``."""
     head = unfinished_head() + b"content-length: 1000\r\n\r\n{"
     parts = [b"", b"POST /webhooks/sync HT", head, unfinished_head(), head]
