@@ -220,10 +220,20 @@ async def test_the_description_has_every_route_and_says_what_needs_the_token(sql
         "202",
         "400",
         "401",
+        "408",
         "413",
         "415",
         "503",
     }
+
+
+async def test_the_description_tells_which_bodies_may_be_left_out(sqlite_database, open_client):
+    async with open_client(sqlite_database) as client:
+        paths = (await client.get("/schema/openapi.json")).json()["paths"]
+    routes = ("/webhooks/sync", "/api/pause", "/api/records/{generation_id}/{move}")
+
+    assert [paths[route]["post"]["requestBody"]["required"] for route in routes] == [True, False, False]
+    assert [one["name"] for one in paths["/webhooks/sync"]["post"]["parameters"]] == ["Sync-Signature"]
 
 
 async def test_a_path_that_is_not_there_is_a_problem_and_no_crash(sqlite_database, open_client):
