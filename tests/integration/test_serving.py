@@ -221,7 +221,7 @@ def test_a_client_that_goes_while_it_is_answered_is_no_fault_of_ours():
     assert faults == []
 
 
-# What it leaves to a proxy: see "Before the api" in deploy/README.md
+# What it leaves to a proxy: see "A reverse proxy" in deploy/README.md
 
 
 async def test_a_head_without_end_is_not_ended_by_the_server_itself():
