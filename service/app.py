@@ -1,11 +1,9 @@
 """The web side: Litestar joined to the ledger and the queue."""
 
 import asyncio
-import re
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any, Final
-from urllib.parse import unquote_to_bytes
+from typing import Any
 
 import structlog
 from arq.connections import ArqRedis
@@ -13,23 +11,22 @@ from litestar import Litestar, Router
 from litestar.di import Provide
 from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
-from litestar.openapi.spec import Components, RequestBody, SecurityScheme
+from litestar.openapi.spec import Components, SecurityScheme
 
-from service import __version__, health, problems, webhook_route
+from service import __version__, health, problems
 from service.enqueue import Enqueuer
-from service.http_protocol import ShortWay
 from service.ledger.database import Database
 from service.operator_api import OperatorController
-from service.records_api import ESCAPED_SLASH, OperatorToken, RecordsController
+from service.records_api import OperatorToken, RecordsController
 from service.resources import Resources, open_queue
+from service.security_headers import SECURITY_HEADERS
 from service.serving import serving
 from service.settings import Settings, require_webhook_secret
 from service.telemetry import Metrics
 from service.webhook import Intake
+from service.webhook_route import webhook_handler
 
 log = structlog.get_logger()
-
-_ESCAPED_SLASH: Final = re.compile(rb"%2f", re.IGNORECASE)
 
 
 def make_app(
@@ -53,20 +50,17 @@ def make_app(
         "/api", route_handlers=[RecordsController, OperatorController], guards=[OperatorToken(settings.api_token)]
     )
     intake = _intake(settings, database, enqueuer, metrics, now)
-    route = webhook_route.WebhookRoute(intake, metrics)
-    app = _Mayfly(
-        [route.handler(), health.live, health.ready, health.show_metrics, operator],
+    return Litestar(
+        [webhook_handler(intake, metrics), health.live, health.ready, health.show_metrics, operator],
         dependencies={name: _provide(value) for name, value in given.items()},
         plugins=[problems.plugin],
+        response_headers=SECURITY_HEADERS,
         exception_handlers=problems.exception_handlers,
         after_exception=[problems.log_fault],
         on_shutdown=[enqueuer.close],
         openapi_config=_openapi(),
         logging_config=None,
     )
-    _describe(app)
-    app.short_way = route
-    return app
 
 
 def _intake(
@@ -83,20 +77,6 @@ def _intake(
     )
 
 
-class _Mayfly(Litestar):
-    """Litestar with ids that may have a slash, and with a way past it for the one route that is always asked for."""
-
-    short_way: ShortWay
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - as ASGI has it
-        """Answer one request."""
-        # An escaped slash is a part of a name and not a step.
-        if b"%2" in scope.get("raw_path", b""):
-            raw_path = _ESCAPED_SLASH.sub(ESCAPED_SLASH.encode(), scope["raw_path"])
-            scope = {**scope, "path": unquote_to_bytes(raw_path).decode(errors="replace")}
-        await super().__call__(scope, receive, send)
-
-
 def _openapi() -> OpenAPIConfig:
     return OpenAPIConfig(
         title="Mayfly",
@@ -105,15 +85,6 @@ def _openapi() -> OpenAPIConfig:
         # No page with it: those that Litestar has load scripts of others, beside which nobody should type a token.
         render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
     )
-
-
-def _describe(app: Litestar) -> None:
-    """Complete what Litestar says of the routes: it cannot see into a raw handler, and takes no body for no choice."""
-    paths = app.openapi_schema.paths or {}
-    for item in paths.values():
-        if item.post is not None and isinstance(item.post.request_body, RequestBody):
-            item.post.request_body.required = False
-    paths[webhook_route.PATH] = webhook_route.describe()
 
 
 def _provide(value: object) -> Provide:

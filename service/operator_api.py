@@ -1,6 +1,7 @@
 """What an operator does, behind the bearer token: move a record, pause and resume all deletions, see the numbers."""
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
 from typing import Annotated, Literal
@@ -9,6 +10,7 @@ import msgspec
 from litestar import Controller, get, post
 from litestar.di import NamedDependency
 from litestar.exceptions import NotFoundException
+from litestar.openapi.spec import Operation, RequestBody
 from litestar.params import FromPath, FromQuery, JSONBody, PathParameter
 from sqlalchemy import Connection
 
@@ -18,7 +20,7 @@ from service.ledger.database import Database
 from service.ledger.pausing import Kind, Pause
 from service.lifecycle import Move, State
 from service.problems import documented
-from service.records_api import Record, find_record, key_of
+from service.records_api import Record, find_record
 
 ACTOR = "operator"
 
@@ -27,6 +29,15 @@ class Reason(msgspec.Struct, frozen=True):
     """Why; it is kept in the record's history, or with the pause."""
 
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
+
+
+@dataclass
+class _OptionalBodyOperation(Operation):
+    """Documents a body that may be left out; Litestar calls every body required."""
+
+    def __post_init__(self) -> None:
+        if isinstance(self.request_body, RequestBody):
+            self.request_body.required = False
 
 
 class PauseShown(msgspec.Struct, frozen=True):
@@ -59,6 +70,7 @@ class OperatorController(Controller):
         status_code=200,
         summary="Hold, release, keep or retry a record",
         responses=documented(400, 401, 403, 404, 409, 503),
+        operation_class=_OptionalBodyOperation,
     )
     async def move_record(  # noqa: PLR0917 - Litestar calls it by name
         self,
@@ -71,13 +83,19 @@ class OperatorController(Controller):
     ) -> Record:
         """Answer the record after the move; 409 when its state does not have that move."""
         reason = data.reason if data else None
-        change = partial(_move, key=key_of(account, generation_id), wanted=Move(move), now=now(), reason=reason)
+        change = partial(_move, key=Key(account, generation_id), wanted=Move(move), now=now(), reason=reason)
         record = await database.write(change)
         if record is None:
             raise NotFoundException("No record of this generation")
         return record
 
-    @post("/pause", status_code=200, summary="Pause all deletions", responses=documented(400, 401, 403, 503))
+    @post(
+        "/pause",
+        status_code=200,
+        summary="Pause all deletions",
+        responses=documented(400, 401, 403, 503),
+        operation_class=_OptionalBodyOperation,
+    )
     async def pause(
         self,
         database: NamedDependency[Database],

@@ -16,8 +16,8 @@ from service.generation import MalformedError
 from service.ledger.database import LedgerUnavailableError, RefusedDataError
 from service.ledger.reading import CursorError
 from service.lifecycle import IllegalMoveError
+from service.security_headers import SECURITY_HEADERS
 from service.signature import SignatureError
-from service.webhook import BodyError
 
 log = structlog.get_logger()
 
@@ -36,11 +36,14 @@ def documented(*statuses: int) -> dict[int, ResponseSpec]:
     """Describe the errors of a route for OpenAPI."""
     descriptions = {
         400: "the request is not one that the route knows",
-        401: "the bearer token is missing or wrong",
+        401: "the bearer token, or the signature of a webhook, is missing or wrong",
         403: "the operator API is closed: no token is set",
         404: "no record of this generation",
+        408: "the body took longer than 10 s to arrive",
         409: "the record's state does not have this move",
-        503: "the ledger does not answer",
+        413: "the body is larger than 1 MiB",
+        415: "the body is not JSON in UTF-8",
+        503: "nothing was stored: the database does not answer, or too much arrives at once",
     }
     return {
         status: ResponseSpec(
@@ -57,7 +60,10 @@ def problem(
     status: int, title: str, detail: str = "", headers: Mapping[str, str] | None = None
 ) -> ProblemDetailsException:
     """Return the exception that Litestar answers as problem details."""
-    return ProblemDetailsException(status_code=status, title=title, detail=detail, headers=dict(headers or {}))
+    # Litestar adds the application's response_headers to what handlers return, not to errors.
+    return ProblemDetailsException(
+        status_code=status, title=title, detail=detail, headers={**SECURITY_HEADERS, **(headers or {})}
+    )
 
 
 def _signature(error: SignatureError) -> ProblemDetailsException:
@@ -82,11 +88,6 @@ def _http(error: HTTPException) -> ProblemDetailsException:
     return problem(error.status_code, title, "; ".join(reasons) or error.detail, error.headers)
 
 
-def _body(error: BodyError) -> ProblemDetailsException:
-    headers = {"Retry-After": str(RETRY_AFTER_SECONDS)} if error.status == 503 else None
-    return problem(error.status, "Body not taken", str(error), headers)
-
-
 def _unavailable(_error: LedgerUnavailableError) -> ProblemDetailsException:
     detail = "the ledger cannot be reached right now; nothing was stored, send it again"
     return problem(503, "Ledger unavailable", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
@@ -105,7 +106,6 @@ plugin = ProblemDetailsPlugin(
             LedgerUnavailableError: _unavailable,
             RefusedDataError: lambda error: problem(400, "Not storable", str(error)),
             MalformedError: lambda error: problem(400, "Not a generation", str(error)),
-            BodyError: _body,
             IllegalMoveError: lambda error: problem(409, "Not possible now", str(error)),
             CursorError: lambda error: problem(400, "Bad cursor", str(error)),
         },

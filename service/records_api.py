@@ -24,8 +24,6 @@ from service.retention import format_duration
 from service.values import Secret
 
 DEFAULT_PAGE = 50
-# Stands for an escaped slash on the way through the router: a control character, which no id has.
-ESCAPED_SLASH = "\x1f"
 
 
 class Event(msgspec.Struct, rename="camel", frozen=True):
@@ -215,15 +213,10 @@ class RecordsController(Controller):
         self, database: NamedDependency[Database], generation_id: FromPath[str], account: FromQuery[str] = "default"
     ) -> Record:
         """Answer one record, 404 where there is none."""
-        record = await database.read(lambda connection: find_record(connection, key=key_of(account, generation_id)))
+        record = await database.read(lambda connection: find_record(connection, key=Key(account, generation_id)))
         if record is None:
             raise NotFoundException("No record of this generation")
         return record
-
-
-def key_of(account: str, segment: str) -> Key:
-    """Return the key of the record whose id is that *segment* of the path."""
-    return Key(account, segment.replace(ESCAPED_SLASH, "/"))
 
 
 def _aware(instant: datetime | None, name: str) -> datetime | None:

@@ -1,77 +1,70 @@
-"""Serving an ASGI application from inside a running event loop."""
+"""Serving an ASGI application from inside a running event loop, by uvicorn as it comes."""
 
 import asyncio
-import contextlib
 import resource
 import socket
-from collections.abc import AsyncIterator, Iterator
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
-from functools import partial
-from typing import Any, cast
+from typing import Any, Final
 
 import uvicorn
 
-from service.http_guard import MAX_CONNECTIONS
-from service.http_protocol import HttpProtocol
-from service.http_writing import SECURITY_HEADERS
-
-_STOP_SECONDS = 10
-_BACKLOG = 2048
+# Requests in work, and connections when a request comes in; beyond either a request is answered 503.
+MAX_CONCURRENT: Final = 4096
 # Open files beside the connections: the ledger, Redis, the API.
-_OTHER_FILES = 256
-
-
-class _Server(uvicorn.Server):
-    """A server that leaves the signals to whoever runs the loop."""
-
-    @contextlib.contextmanager
-    def capture_signals(self) -> Iterator[None]:
-        """Capture nothing."""
-        yield
-
-
-def _most_connections() -> int:
-    """Return how many connections there may be, after asking for as many open files as that takes."""
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    wanted = MAX_CONNECTIONS + _OTHER_FILES
-    if soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
-        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
-    return min(MAX_CONNECTIONS, max(1, soft - _OTHER_FILES))
+_OTHER_FILES: Final = 256
+# A connection that waits for its next request; longer than a proxy keeps its own, so that the proxy closes first.
+_IDLE_SECONDS: Final = 75
+# Longer than a body (10 s) and a write to the ledger (10 s) may take, so that a stop cuts no answer off.
+_STOP_SECONDS: Final = 22
+_BACKLOG: Final = 2048
+_START_POLL_SECONDS: Final = 0.005
 
 
 @asynccontextmanager
 async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa: ANN401 - any ASGI application
-    """Serve *app* and yield the port, chosen by the system for port 0; at the end answer what is under way.
+    """Serve *app* and yield the port, chosen by the system for port 0; at the end answer what is in work.
 
-    An application that has a ``short_way`` (see ShortWay) is asked there first.
+    In the main thread uvicorn takes SIGINT and SIGTERM for itself while it serves: it stops, and raises the signal
+    again once it has stopped. A handler of the running loop is called at both times.
 
     Raises: OSError when the address cannot be listened on.
     """
-    protocol = partial(HttpProtocol, short_way=getattr(app, "short_way", None), max_connections=_most_connections())
+    _allow_open_files(MAX_CONCURRENT + _OTHER_FILES)
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
     with socket.create_server((host, port), family=family, backlog=_BACKLOG) as listener:
         config = uvicorn.Config(
             app,
-            http=cast("type[asyncio.Protocol]", protocol),
+            http="httptools",
             ws="none",
             lifespan="on",
             log_config=None,
+            # Its warnings tell of single requests, and anyone can send those.
+            log_level="error",
             access_log=False,
             proxy_headers=False,
             server_header=False,
-            headers=SECURITY_HEADERS,
             backlog=_BACKLOG,
+            limit_concurrency=MAX_CONCURRENT,
+            timeout_keep_alive=_IDLE_SECONDS,
             timeout_graceful_shutdown=_STOP_SECONDS,
         )
-        server = _Server(config)
+        server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
-                await asyncio.sleep(0.005)
+                await asyncio.sleep(_START_POLL_SECONDS)
             if task.done():
                 raise OSError("the web server did not start; its log tells why")
             yield int(listener.getsockname()[1])
         finally:
             server.should_exit = True
             await task
+
+
+def _allow_open_files(wanted: int) -> None:
+    """Raise the soft limit of open files to *wanted*, as far as the hard limit lets."""
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if soft < wanted:
+        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+        resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))

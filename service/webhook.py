@@ -1,6 +1,5 @@
-"""Receiving: verify the webhook, store what it announces, answer, enqueue later. The answer comes after the commit."""
+"""Receiving a webhook: verify it, store what it announces, answer, then enqueue. The answer comes after the commit."""
 
-import asyncio
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from functools import partial
@@ -9,29 +8,15 @@ import msgspec
 import structlog
 
 from service.generation import RUNNING, Generation, Key, read
-from service.grouping import Done, GroupCommit
+from service.grouping import GroupCommit
 from service.ledger import receiving
-from service.ledger.database import QUICK_BYTES, ConflictError, Database, LedgerUnavailableError
+from service.ledger.database import Database
 from service.ledger.receiving import Arrival, Receipt
 from service.retention import Policy, decide
 from service.signature import SignatureError, check_form, verify
-from service.tasks import settle
 from service.telemetry import Metrics
 
 log = structlog.get_logger()
-
-MAX_BODY_BYTES = 1024 * 1024
-# What a body may always take while it arrives, which is more than a webhook has; and what all may take beyond that.
-FREE_BODY_BYTES = 32 * 1024
-MAX_UNREAD_BYTES = 32 * 1024 * 1024
-
-
-class BodyError(Exception):
-    """A body that cannot be taken: *status* 413 too large, 415 no JSON, 400 broken off, 503 too many at once."""
-
-    def __init__(self, status: int, message: str) -> None:
-        super().__init__(message)
-        self.status = status
 
 
 class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_defaults=True):
@@ -43,7 +28,7 @@ class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_default
 
 
 class Intake:
-    """Takes webhooks for one account: each one is durable before it is answered."""
+    """Takes webhooks; each one is durable before it is answered."""
 
     def __init__(
         self,
@@ -79,18 +64,9 @@ class Intake:
             raise
 
     async def accept(self, account: str, header: str, body: bytes) -> Answer:
-        """Prove, read and store one webhook.
+        """Verify, read and store one webhook.
 
-        Raises: SignatureError, MalformedError, LedgerUnavailableError; nothing is stored then.
-        """
-        future: asyncio.Future[Answer] = asyncio.get_running_loop().create_future()
-        self.take(account, header, body, partial(settle, future))
-        return await future
-
-    def take(self, account: str, header: str, body: bytes, done: Done[Answer]) -> None:
-        """Have *done* called with what accept() would return or raise, once the webhook is stored.
-
-        Raises: SignatureError, MalformedError; *done* is not called then.
+        Raises: SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError; nothing is stored then.
         """
         now = self._now()
         try:
@@ -101,20 +77,14 @@ class Intake:
         generation = read(body)
         if generation.is_batch or not generation.is_terminal:
             self._note_ignored(generation)
-            done(Answer(generation.id, "ignored"))
-            return
+            return Answer(generation.id, "ignored")
         retention = decide(self._policy, webhook_url=generation.webhook_url, sent_at=sent_at, now=now)
         arrival = Arrival(Key(account, generation.id), generation, body.decode(), retention, now)
-        self._group.add(arrival, partial(self._finish, generation.id, done))
-
-    def _finish(self, generation: str, done: Done[Answer], receipt: Receipt | Exception) -> None:
-        if isinstance(receipt, Exception):
-            done(receipt)
-            return
+        receipt = await self._group.submit(arrival)
         if receipt.is_conflict:
             self._metrics.conflicts.inc()
-            log.warning("webhook.conflicted", generation=generation, what_now="the first announcement is kept")
-        done(Answer(generation, receipt.state, receipt.due_at))
+            log.warning("webhook.conflicted", generation=generation.id, what_now="the first announcement is kept")
+        return Answer(generation.id, receipt.state, receipt.due_at)
 
     def _note_ignored(self, generation: Generation) -> None:
         self._metrics.webhooks.labels("batch" if generation.is_batch else "ignored").inc()
@@ -124,20 +94,10 @@ class Intake:
             log.warning("webhook.status_unknown", **names, what_now="it is ignored, nothing is deleted")
 
     async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
-        receipts = await self._write(arrivals)
+        receipts = await self._database.write(partial(receiving.receive, arrivals=arrivals))
         new = sum([receipt.is_new for receipt in receipts])
         self._stored.inc(new)
         self._known.inc(len(receipts) - new)
         self._metrics.receive_seconds.observe((self._now() - arrivals[0].received_at).total_seconds())
         self._enqueue(receipts, arrivals)
         return receipts
-
-    async def _write(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
-        """Write them as new ones, else with a look at those that are known, again if another process was first."""
-        is_quick = sum([len(arrival.body) for arrival in arrivals]) <= QUICK_BYTES
-        for function in (receiving.insert, receiving.receive, receiving.receive):
-            try:
-                return await self._database.write(partial(function, arrivals=arrivals), is_quick=is_quick)
-            except ConflictError:
-                continue
-        raise LedgerUnavailableError("other processes kept writing the same generations")

@@ -93,10 +93,19 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def on_stop(act: Callable[[], object]) -> None:
-    """Call *act* on the running loop for Ctrl-C and SIGTERM, also where a shell had Ctrl-C ignored or this is pid 1."""
+    """Call *act* on the running loop at Ctrl-C or SIGTERM, also where a shell had Ctrl-C ignored or this is pid 1.
+
+    It is called once: uvicorn raises a signal again when it has stopped, in the middle of an orderly end.
+    """
+    pending = [act]
+
+    def handle() -> None:
+        if pending:
+            pending.pop()()
+
     loop = asyncio.get_running_loop()
     for number in (signal.SIGINT, signal.SIGTERM):
-        loop.add_signal_handler(number, act)
+        loop.add_signal_handler(number, handle)
 
 
 def fail(problem: str) -> NoReturn:

@@ -40,28 +40,42 @@ def connections(site: Website, number: int) -> Iterator[list[socket.socket]]:
         ]
 
 
-def test_two_hundred_stuck_senders_are_ended_and_do_not_slow_a_good_one(site: Website):
-    head = unfinished_head()
-    parts = [b"", b"POST /webhooks/sync HT", head, head + b"content-length: 1000\r\n\r\n{", b"GET / HTTP/1.1\r\nx"]
+def test_stuck_senders_slow_no_good_one_and_are_ended_in_their_body(site: Website):
+    """One that is stuck in its head is left to the reverse proxy: see ``deploy/test_proxy.py``."""
+    head = unfinished_head() + b"content-length: 1000\r\n\r\n{"
+    parts = [b"", b"POST /webhooks/sync HT", head, unfinished_head(), head]
     with connections(site, STUCK) as stuck:
         for index, connection in enumerate(stuck):
             connection.sendall(parts[index % len(parts)])
+        in_body = {connection for index, connection in enumerate(stuck) if parts[index % len(parts)] is head}
         begun = time.monotonic()
         waits = []
-        open_still = set(stuck)
-        while open_still and time.monotonic() - begun < 30:
+        while in_body and time.monotonic() - begun < 30:
             sent_at = time.monotonic()
             sent = webhook()
             assert site.client.post("/webhooks/sync", content=sent.body, headers=sent.headers).status_code == 202
             waits.append(time.monotonic() - sent_at)
-            for index, connection in enumerate(stuck):
-                if connection in open_still and is_closed(connection, drip=index % 2 == 0):
-                    open_still.discard(connection)
+            in_body -= {connection for connection in in_body if is_closed(connection, drip=len(waits) % 2 == 0)}
             time.sleep(0.5)
 
-    assert not open_still
+    assert not in_body
     assert max(waits) < 1
     assert site.process.exit_code is None
+
+
+def test_a_body_that_drips_is_answered_408_after_ten_seconds(site: Website):
+    begun = time.monotonic()
+    with connections(site, 1) as (connection,):
+        connection.sendall(unfinished_head() + b"content-length: 1000\r\n\r\n")
+        connection.settimeout(0.5)
+        answer = b""
+        while not answer and time.monotonic() - begun < 20:
+            connection.send(b"x")
+            with contextlib.suppress(TimeoutError):
+                answer = connection.recv(65536)
+
+    assert answer.startswith(b"HTTP/1.1 408 ")
+    assert 9 < time.monotonic() - begun < 13
 
 
 @pytest.mark.parametrize("is_chunked", [False, True], ids=["by length", "in chunks"])

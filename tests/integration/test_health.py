@@ -6,6 +6,7 @@ from datetime import UTC, datetime, timedelta
 from functools import partial
 
 import pytest
+from litestar import get
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import URL, text
 
@@ -14,6 +15,7 @@ from service.app import make_app
 from service.ledger import pausing
 from service.ledger.database import open_database
 from service.ledger.pausing import Kind, Pause
+from service.security_headers import SECURITY_HEADERS
 from service.serving import serving
 from service.values import Secret
 from tests.conftest import http_client
@@ -218,10 +220,20 @@ async def test_the_description_has_every_route_and_says_what_needs_the_token(sql
         "202",
         "400",
         "401",
+        "408",
         "413",
         "415",
         "503",
     }
+
+
+async def test_the_description_tells_which_bodies_may_be_left_out(sqlite_database, open_client):
+    async with open_client(sqlite_database) as client:
+        paths = (await client.get("/schema/openapi.json")).json()["paths"]
+    routes = ("/webhooks/sync", "/api/pause", "/api/records/{generation_id}/{move}")
+
+    assert [paths[route]["post"]["requestBody"]["required"] for route in routes] == [True, False, False]
+    assert [one["name"] for one in paths["/webhooks/sync"]["post"]["parameters"]] == ["Sync-Signature"]
 
 
 async def test_a_path_that_is_not_there_is_a_problem_and_no_crash(sqlite_database, open_client):
@@ -287,3 +299,34 @@ async def test_two_parts_that_hang_are_told_within_a_second(serve):
     }
     assert numbers["mayfly_ledger_up",] == 0
     assert max(took) < 1.2
+
+
+async def test_every_error_has_the_security_headers_and_a_route_may_have_its_own(
+    sqlite_database, settings, pool, metrics
+):
+    @get("/page", response_headers={"Content-Security-Policy": "default-src 'self'"})
+    async def page() -> str:
+        return ""
+
+    @get("/crash")
+    async def crash() -> str:
+        raise RuntimeError("a fault of ours")
+
+    app = make_app(settings(), sqlite_database, pool, metrics)
+    for handler in (page, crash):
+        app.register(handler)
+    async with serving(app, "127.0.0.1", 0) as port, http_client(f"http://127.0.0.1:{port}") as client:
+        own = await client.get("/page")
+        wrong = {
+            500: await client.get("/crash"),
+            404: await client.get("/nowhere"),
+            405: await client.get("/webhooks/sync"),
+            401: await client.post("/webhooks/sync"),
+        }
+
+    assert own.headers["content-security-policy"] == "default-src 'self'"
+    assert own.headers["x-content-type-options"] == "nosniff"
+    for status, answer in wrong.items():
+        assert answer.status_code == status == answer.json()["status"]
+        assert answer.headers["content-type"] == "application/problem+json"
+        assert {name: answer.headers[name] for name in SECURITY_HEADERS} == SECURITY_HEADERS

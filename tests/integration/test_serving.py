@@ -1,20 +1,22 @@
-"""The server gives slow and greedy clients so much and no more, and answers what is under way when it stops."""
+"""The server as it comes: where it listens, what it refuses by itself, how it stops, and what it leaves to a proxy."""
 
 import asyncio
 import contextlib
-import json
+import logging
+import os
 import re
-import socket
+import signal
 import time
 
 import pytest
 import uvloop
 
-from service import http_guard
 from service import serving as serving_module
-from service.http_guard import MAX_HEADER_BYTES, MAX_REQUEST_BYTES
-from service.http_writing import SECURITY_HEADERS
+from service.commands.running import on_stop
 from service.serving import serving
+
+GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
+LAST = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
 
 
 async def app(scope, receive, send):
@@ -31,15 +33,14 @@ async def app(scope, receive, send):
         size, has_more = size + len(message.get("body", b"")), message.get("more_body", False)
     if scope["path"] == "/slow":
         await asyncio.sleep(0.5)
-    lengths = {"/large": 8_000_000, "/huge": 30_000_000}
-    body = b"x" * lengths[scope["path"]] if scope["path"] in lengths else b"%d" % size
+    body = b"x" * 30_000_000 if scope["path"] == "/huge" else b"%d" % size
     await send({"type": "http.response.start", "status": 200, "headers": [(b"content-length", b"%d" % len(body))]})
     await send({"type": "http.response.body", "body": body})
 
 
-async def exchange(port, *parts: bytes, pause=0.0):
+async def exchange(port, *parts: bytes, pause=0.0, host="127.0.0.1"):
     """Send *parts* with pauses between and return all that comes back until the server closes."""
-    reader, writer = await asyncio.open_connection("127.0.0.1", port)
+    reader, writer = await asyncio.open_connection(host, port)
     try:
         for part in parts:
             writer.write(part)
@@ -52,10 +53,11 @@ async def exchange(port, *parts: bytes, pause=0.0):
         writer.close()
 
 
-@pytest.fixture
-def quick(monkeypatch):
-    """Shorten the time a request may take to arrive."""
-    monkeypatch.setattr(http_guard, "REQUEST_SECONDS", 0.4)
+def statuses(answers: bytes):
+    return [int(status) for status in re.findall(rb"HTTP/1\.1 ([0-9]{3}) ", answers)]
+
+
+# Where it listens
 
 
 async def test_a_request_is_answered():
@@ -64,244 +66,9 @@ async def test_a_request_is_answered():
             port, b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\nConnection: close\r\n\r\nabc"
         )
 
-    assert answer.startswith(b"HTTP/1.1 200 OK")
+    assert statuses(answer) == [200]
     assert answer.endswith(b"\r\n\r\n3")
-    assert all(f"{name}: {value}\r\n".encode() in answer for name, value in SECURITY_HEADERS)
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(
-    ("parts", "statuses"),
-    [
-        ([b""], []),
-        ([b"POST / HTTP/1.1\r\nHo"], [b"408"]),
-        ([b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 3\r\n\r\n"], [b"408"]),
-        ([b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 99\r\n\r\n", *[b"x"] * 6], [b"408"]),
-        ([b"GET / HTTP/1.1\r\nHost: x\r\n\r\nGET / HT"], [b"200", b"408"]),
-        ([b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\nGET / HT"], [b"200"]),
-    ],
-    ids=["nothing", "half a header", "no body", "a dripping body", "half a second one", "half a second one too soon"],
-)
-async def test_a_request_that_does_not_arrive_in_time_is_ended_with_408_or_behind_the_answer_due(parts, statuses):
-    loop = asyncio.get_running_loop()
-    async with serving(app, "127.0.0.1", 0) as port:
-        begun = loop.time()
-        answer = await exchange(port, *parts, pause=0.05)
-
-    assert re.findall(rb"HTTP/1.1 ([0-9]+) ", answer) == statuses
-    if b"408" in statuses:
-        head, _, body = answer.rpartition(b"\r\n\r\n")
-        assert b"application/problem+json" in head
-        assert b"content-length: %d\r\n" % len(body) in head + b"\r\n"
-        assert json.loads(body)["status"] == 408
-    assert loop.time() - begun < 4
-
-
-@pytest.mark.usefixtures("quick")
-async def test_a_connection_may_rest_between_requests_for_longer_than_a_request_may_take():
-    request = b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 1\r\n%s\r\na"
-    async with serving(app, "127.0.0.1", 0) as port:
-        answer = await exchange(port, request % b"", request % b"Connection: close\r\n", pause=0.9)
-
-    assert answer.count(b"200 OK") == 2
-
-
-@pytest.mark.usefixtures("quick")
-async def test_an_answer_may_take_longer_than_a_request():
-    async with serving(app, "127.0.0.1", 0) as port:
-        answer = await exchange(port, b"GET /slow HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-
-    assert b"200 OK" in answer
-
-
-async def test_headers_without_end_are_ended():
-    flood = [b"X-%d: %s\r\n" % (number, b"x" * 4000) for number in range(MAX_HEADER_BYTES // 2000)]
-    async with serving(app, "127.0.0.1", 0) as port:
-        answer = await exchange(port, b"GET / HTTP/1.1\r\nHost: x\r\n", *flood, b"\r\n")
-
-    assert b"200 OK" not in answer
-
-
-@pytest.mark.parametrize(
-    "part", [b"X-T: " + b"x" * 60_000 + b"\r\n", b"x" * 60_000, b"1;" + b"e" * 60_000 + b"\r\na\r\n"],
-    ids=["trailers", "one trailer", "extensions of chunks"],
-)  # fmt: skip
-async def test_what_a_chunked_body_has_beside_its_bytes_is_counted_too(part):
-    head = b"POST / HTTP/1.1\r\nHost: x\r\nTransfer-Encoding: chunked\r\n\r\n"
-    start = head if part.startswith(b"1;") else head + b"1\r\na\r\n0\r\nX-A: "
-    async with serving(app, "127.0.0.1", 0) as port:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(start)
-        sent = 0
-        with contextlib.suppress(ConnectionError):
-            while sent < 4 * MAX_REQUEST_BYTES and not reader.at_eof():
-                writer.write(part)
-                await writer.drain()
-                sent += len(part)
-                await asyncio.sleep(0)
-        writer.close()
-
-    assert sent < 3 * MAX_REQUEST_BYTES
-
-
-@pytest.mark.usefixtures("quick")
-async def test_bytes_between_two_requests_that_are_none_keep_no_connection_open(monkeypatch):
-    monkeypatch.setattr(http_guard, "IDLE_SECONDS", 1)
-    async with serving(app, "127.0.0.1", 0) as port:
-        reader, writer = await asyncio.open_connection("127.0.0.1", port)
-        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n")
-        await reader.readuntil(b"0")
-        writer.write(b"\r\n")
-
-        assert await asyncio.wait_for(reader.read(), 5) is not None
-        writer.close()
-
-
-@pytest.mark.usefixtures("quick")
-async def test_a_connection_that_rests_is_ended_and_one_that_is_used_is_not(monkeypatch):
-    monkeypatch.setattr(http_guard, "IDLE_SECONDS", 2)
-    request = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
-    async with serving(app, "127.0.0.1", 0) as port:
-        used, resting = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-        begun = time.monotonic()
-        for _, writer in (used, resting):
-            writer.write(request)
-        await resting[0].readuntil(b"\r\n\r\n")
-        ended = asyncio.create_task(resting[0].read())
-        while time.monotonic() - begun < 5:
-            await used[0].readuntil(b"\r\n\r\n")
-            await asyncio.sleep(0.5)
-            assert not (ended.done() and time.monotonic() - begun < 2)
-            used[1].write(request)
-        await used[0].readuntil(b"\r\n\r\n")
-
-        assert ended.done()
-        for _, writer in (used, resting):
-            writer.close()
-
-
-@pytest.mark.usefixtures("quick")
-@pytest.mark.parametrize(("path", "at_once"), [("/large", 1), ("/", 1000)], ids=["one large answer", "many small ones"])
-async def test_a_client_that_does_not_read_its_answers_is_ended(path, at_once):
-    async with serving(app, "127.0.0.1", 0) as port:
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 4096)
-            client.connect(("127.0.0.1", port))
-            client.settimeout(0)
-            request = b"GET %s HTTP/1.1\r\nHost: x\r\n\r\n" % path.encode() * at_once
-
-            async def send() -> None:
-                while True:
-                    await asyncio.get_running_loop().sock_sendall(client, request)
-                    await asyncio.sleep(0.1)
-
-            with pytest.raises(ConnectionError):
-                await asyncio.wait_for(send(), 20)
-
-
-@pytest.mark.usefixtures("quick")
-async def test_a_client_that_takes_its_answer_slowly_and_then_no_more_is_ended(monkeypatch):
-    monkeypatch.setattr(http_guard, "IDLE_SECONDS", 1)
-    loop = asyncio.get_running_loop()
-    async with serving(app, "127.0.0.1", 0) as port:
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
-            client.connect(("127.0.0.1", port))
-            client.settimeout(0)
-            await loop.sock_sendall(client, b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n")
-            begun = time.monotonic()
-            while time.monotonic() - begun < 2.5:
-                for _ in range(20):
-                    assert await loop.sock_recv(client, 20_000)
-                await asyncio.sleep(0.1)
-
-            async def send() -> None:
-                while True:
-                    await loop.sock_sendall(client, b"\r\n")
-                    await asyncio.sleep(0.1)
-
-            with pytest.raises(ConnectionError):
-                await asyncio.wait_for(send(), 10)
-
-
-@pytest.mark.usefixtures("quick")
-async def test_a_client_that_takes_one_large_answer_after_the_other_is_let_be():
-    loop = asyncio.get_running_loop()
-    async with serving(app, "127.0.0.1", 0) as port:
-        with socket.socket() as client:
-            client.setsockopt(socket.SOL_SOCKET, socket.SO_RCVBUF, 20_000)
-            client.connect(("127.0.0.1", port))
-            client.settimeout(0)
-            begun = time.monotonic()
-            asked = taken = 0
-            while time.monotonic() - begun < 4:
-                if 8_000_000 * asked - taken < 4_000_000:
-                    await loop.sock_sendall(client, b"GET /large HTTP/1.1\r\nHost: x\r\n\r\n")
-                    asked += 1
-                for _ in range(60):
-                    data = await asyncio.wait_for(loop.sock_recv(client, 20_000), 5)
-                    assert data, f"ended after {taken} bytes"
-                    taken += len(data)
-                await asyncio.sleep(0.02)
-
-            assert asked > 3
-
-
-async def test_more_connections_than_there_may_be_are_answered_503_and_the_others_served(monkeypatch):
-    monkeypatch.setattr(serving_module, "MAX_CONNECTIONS", 2)
-    request = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
-    async with serving(app, "127.0.0.1", 0) as port:
-        first, second = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
-        await asyncio.sleep(0.1)
-        refused = await exchange(port)
-        second[1].close()
-        await asyncio.sleep(0.1)
-        served = await exchange(port, request)
-        first[1].close()
-
-    assert refused.startswith(b"HTTP/1.1 503 ")
-    assert b"retry-after: 5\r\n" in refused
-    assert json.loads(refused.rpartition(b"\r\n\r\n")[2])["status"] == 503
-    assert b"200 OK" in served
-
-
-@pytest.mark.parametrize(
-    "junk", [b"\x16\x03\x01\x02\x00", b"GET\r\n\r\n", b"\r\n" * 50, b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n"]
-)
-@pytest.mark.usefixtures("quick")
-async def test_what_is_no_http_harms_nobody_else(junk):
-    async with serving(app, "127.0.0.1", 0) as port:
-        answer = await exchange(port, junk)
-        after = await exchange(port, b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-
-    assert b"200 OK" not in answer
-    assert b"200 OK" in after
-
-
-async def test_what_is_under_way_when_it_stops_is_answered():
-    async with serving(app, "127.0.0.1", 0) as port:
-        under_way = asyncio.create_task(exchange(port, b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"))
-        await asyncio.sleep(0.1)
-
-    assert b"200 OK" in await under_way
-
-
-def test_a_client_that_goes_while_it_is_answered_is_no_fault_of_ours():
-    faults: list[object] = []
-
-    async def leave() -> None:
-        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
-        async with serving(app, "127.0.0.1", 0) as port:
-            for _ in range(20):
-                reader, writer = await asyncio.open_connection("127.0.0.1", port)
-                writer.write(b"GET / HTTP/1.1\r\nHost: x\r\n\r\n" * 30)
-                await reader.read(1)
-                writer.close()
-
-    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # asyncio's own loop forgives such a write
-        runner.run(leave())
-
-    assert faults == []
+    assert b"server:" not in answer
 
 
 async def test_a_port_that_is_taken_is_an_error_at_once():
@@ -313,9 +80,156 @@ async def test_a_port_that_is_taken_is_an_error_at_once():
 
 async def test_it_listens_on_ipv6_when_told_to():
     async with serving(app, "::1", 0) as port:
-        reader, writer = await asyncio.open_connection("::1", port)
-        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n")
-        answer = await reader.read()
-        writer.close()
+        assert statuses(await exchange(port, LAST, host="::1")) == [200]
 
-    assert b"200 OK" in answer
+
+# What it refuses
+
+
+@pytest.mark.parametrize(
+    "junk",
+    [
+        b"\x16\x03\x01\x02\x00\r\n\r\n",
+        b"GET\r\n\r\n",
+        b"PRI * HTTP/2.0\r\n\r\nSM\r\n\r\n",
+        b"GET http:///x HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"GET /" + b"a" * 70_000 + b" HTTP/1.1\r\nHost: x\r\n\r\n",
+        b"CONNECT x:1 HTTP/1.1\r\nHost: x\r\n\r\n",
+    ],
+    ids=["TLS", "no version", "HTTP/2", "a URL without a host", "a URL of 70 kB", "CONNECT"],
+)
+async def test_what_is_no_http_is_refused_without_a_log_line(junk, caplog):
+    async with serving(app, "127.0.0.1", 0) as port:
+        answer = await exchange(port, junk)
+        after = await exchange(port, LAST)
+
+    assert statuses(answer) == [400]
+    assert statuses(after) == [200]
+    assert caplog.records == []  # anyone can send it, as often as they like
+
+
+async def test_beyond_its_connections_a_request_is_answered_503_without_a_log_line(monkeypatch, caplog):
+    monkeypatch.setattr(serving_module, "MAX_CONCURRENT", 3)
+    async with serving(app, "127.0.0.1", 0) as port:
+        idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
+        await asyncio.sleep(0.1)
+        refused = await exchange(port, LAST)
+        idle[0][1].close()
+        await asyncio.sleep(0.1)
+        served = await exchange(port, LAST)
+        idle[1][1].close()
+
+    assert (statuses(refused), statuses(served)) == ([503], [200])
+    assert caplog.records == []
+
+
+async def test_a_connection_that_rests_is_ended_and_one_that_is_used_is_not(monkeypatch):
+    monkeypatch.setattr(serving_module, "_IDLE_SECONDS", 1)
+    async with serving(app, "127.0.0.1", 0) as port:
+        begun = time.monotonic()
+        rested = await exchange(port, GET)
+        took = time.monotonic() - begun
+        used = await exchange(port, GET, GET, GET, LAST, pause=0.6)
+
+    assert statuses(rested) == [200]
+    assert 0.9 < took < 5
+    assert statuses(used) == [200] * 4
+
+
+async def test_a_client_that_does_not_read_its_answers_keeps_nobody_from_theirs():
+    async with serving(app, "127.0.0.1", 0) as port:
+        _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1000)
+        writer.write(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n" + GET * 1000)
+        await asyncio.sleep(0.2)
+        served = await exchange(port, LAST)
+        writer.transport.abort()
+
+    assert statuses(served) == [200]
+
+
+# How it stops
+
+
+async def test_what_is_in_work_when_it_stops_is_answered_and_says_that_it_is_the_last():
+    async with serving(app, "127.0.0.1", 0) as port:
+        in_work = asyncio.create_task(exchange(port, b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"))
+        resting = await asyncio.open_connection("127.0.0.1", port)
+        await asyncio.sleep(0.1)
+        begun = time.monotonic()
+    took = time.monotonic() - begun
+    resting[1].close()
+
+    answer = await in_work
+    assert statuses(answer) == [200]
+    assert b"connection: close" in answer
+    assert took < 3
+
+
+async def test_a_client_stuck_in_its_body_cannot_hold_up_a_stop(monkeypatch, caplog):
+    monkeypatch.setattr(serving_module, "_STOP_SECONDS", 1)
+    async with serving(app, "127.0.0.1", 0) as port:
+        stuck = await asyncio.open_connection("127.0.0.1", port)
+        stuck[1].write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\na")
+        await asyncio.sleep(0.1)
+        begun = time.monotonic()
+    took = time.monotonic() - begun
+    stuck[1].close()
+
+    assert took < 4
+    assert {record.levelno for record in caplog.records} <= {logging.ERROR}
+
+
+@pytest.mark.parametrize("number", [signal.SIGINT, signal.SIGTERM])
+def test_a_signal_stops_the_server_and_calls_the_handler_of_the_loop_once(number):
+    calls: list[str] = []
+
+    async def serve() -> None:
+        stop = asyncio.Event()
+
+        def act() -> None:
+            calls.append("stop")
+            stop.set()
+
+        on_stop(act)
+        async with serving(app, "127.0.0.1", 0):
+            os.kill(os.getpid(), number)
+            await asyncio.wait_for(stop.wait(), 5)
+        await asyncio.sleep(0.1)  # uvicorn has raised it again by now
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:
+        runner.run(serve())
+
+    assert calls == ["stop"]
+
+
+def test_a_client_that_goes_while_it_is_answered_is_no_fault_of_ours():
+    faults: list[object] = []
+
+    async def leave() -> None:
+        asyncio.get_running_loop().set_exception_handler(lambda _loop, context: faults.append(context))
+        async with serving(app, "127.0.0.1", 0) as port:
+            for _ in range(20):
+                reader, writer = await asyncio.open_connection("127.0.0.1", port)
+                writer.write(GET * 30)
+                with contextlib.suppress(ConnectionError):
+                    await reader.read(1)
+                writer.close()
+
+    with asyncio.Runner(loop_factory=uvloop.new_event_loop) as runner:  # asyncio's own loop forgives such a write
+        runner.run(leave())
+
+    assert faults == []
+
+
+# What it leaves to a proxy: see "A reverse proxy" in deploy/README.md
+
+
+async def test_a_head_without_end_is_not_ended_by_the_server_itself():
+    async with serving(app, "127.0.0.1", 0) as port:
+        reader, writer = await asyncio.open_connection("127.0.0.1", port)
+        writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 500_000)
+        await writer.drain()
+        await asyncio.sleep(0.2)
+
+        assert not reader.at_eof()
+        writer.close()

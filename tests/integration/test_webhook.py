@@ -3,6 +3,7 @@
 import asyncio
 import json
 import sqlite3
+import time
 from contextlib import AsyncExitStack, asynccontextmanager, suppress
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -14,7 +15,7 @@ from service import queue, telemetry, webhook_route
 from service.generation import Key
 from service.ledger.database import open_database
 from service.lifecycle import Move, State
-from service.webhook import MAX_BODY_BYTES
+from service.webhook_route import MAX_BODY_BYTES
 from tests.conftest import API_TOKEN
 from tests.support.ledger import count, moves_of, row_of
 from tests.support.waiting import eventually
@@ -155,7 +156,8 @@ async def test_a_webhook_that_is_not_proven_is_401_and_stored_nowhere(client, sq
     headers: dict[str, list[str | None]] = {
         "missing": [None, ""],
         "malformed": ["v1=00", "t=" + "9" * 400 + ",v1=00", "\xff" * 3000],
-        "mismatch": [f"t=1761300005,v1={'0' * 64}", "t=1,v1=" + "ü" * 64],
+        "stale": [f"t=1761300005,v1={'0' * 64}", "t=1,v1=" + "ü" * 64],
+        "mismatch": [f"t={int(time.time())},v1={'0' * 64}"],
     }
     for reason, values in headers.items():
         for value in values:
@@ -299,11 +301,12 @@ async def head_of(reader):
 async def test_large_bodies_that_arrive_at_once_are_bounded_together_and_leave_room_when_they_are_gone(
     client, monkeypatch, metrics
 ):
-    monkeypatch.setattr(webhook_route, "MAX_UNREAD_BYTES", 200_000)
+    monkeypatch.setattr(webhook_route, "MAX_UNREAD_BYTES", 250_000)
     large = webhook(error="x" * 120_000)
     async with AsyncExitStack() as stack:
         for _ in range(2):
             await stack.enter_async_context(half_sent(client, large, size=110_000))
+        await asyncio.sleep(0.2)
         async with half_sent(client, large, size=110_000) as (reader, _):
             refused = await head_of(reader)
         small = await send(client, webhook())
@@ -331,6 +334,17 @@ async def test_a_body_whose_signature_cannot_be_one_is_not_waited_for(client, si
     assert metrics.registry.get_sample_value("mayfly_webhooks_total", {"answer": "refused"}) == 1
 
 
+async def test_a_body_that_does_not_arrive_in_time_is_408_and_ends_the_connection(client, monkeypatch, metrics):
+    monkeypatch.setattr(webhook_route, "BODY_SECONDS", 0.3)
+    async with half_sent(client, webhook(), size=50) as (reader, _):
+        answer = (await asyncio.wait_for(reader.read(), 5)).decode()
+
+    assert answer.startswith("HTTP/1.1 408 ")
+    assert "content-type: application/problem+json" in answer
+    assert json.loads(answer.partition("\r\n\r\n")[2])["status"] == 408
+    assert metrics.registry.get_sample_value("mayfly_webhooks_total", {"answer": "broken_off"}) == 1
+
+
 async def test_every_refusal_is_counted_by_its_kind_and_logged_once_a_second(client, metrics, capsys):
     telemetry.configure_logging("json")
     sent = webhook()
@@ -356,7 +370,8 @@ async def test_every_refusal_is_counted_by_its_kind_and_logged_once_a_second(cli
 async def test_another_method_is_405(client):
     answers = [await client.request(method, "/webhooks/sync") for method in ("GET", "PUT", "DELETE", "HEAD", "PATCH")]
 
-    assert [(answer.status_code, answer.headers["allow"]) for answer in answers] == [(405, "POST")] * 5
+    assert [answer.status_code for answer in answers] == [405] * 5
+    assert {answer.headers["allow"] for answer in answers} == {"POST, OPTIONS"}
 
 
 async def test_a_sender_that_breaks_off_leaves_nothing_behind(client, sqlite_database):

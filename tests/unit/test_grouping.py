@@ -110,16 +110,3 @@ async def test_a_caller_that_is_cancelled_takes_nothing_from_the_others(group, c
     assert await second == 4
     assert first.cancelled()
     assert commits.batches == [[1, 2]]
-
-
-async def test_a_callback_that_fails_keeps_nobody_else_from_the_result(group):
-    results: list[object] = []
-
-    def fail(_result):
-        raise RuntimeError("a fault of ours")
-
-    group.add(1, fail)
-    group.add(2, results.append)
-
-    assert await group.submit(3) == 6
-    assert results == [4]
