@@ -23,6 +23,7 @@ LAYERS = {
         "service.ledger",
         "service.queue",
         "service.sync_api",
+        "service.sync_connections",
         "service.telemetry",
         "service.embedded",
         "service.grouping",
