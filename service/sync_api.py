@@ -12,7 +12,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
 from http import HTTPStatus
-from http.cookiejar import CookieJar, DefaultCookiePolicy
+from http.cookiejar import CookieJar
 from typing import Any, Final
 from urllib.parse import quote
 
@@ -67,6 +67,13 @@ class _Reply:
     retry_after: str | None
 
 
+class _NoCookies(CookieJar):
+    """Keeps no cookie, and does not even read them."""
+
+    def extract_cookies(self, response: object, request: object) -> None:
+        """Do nothing."""
+
+
 class SyncApi:
     """One organisation's API. What can be expected to go wrong is an Answer, never an exception.
 
@@ -111,7 +118,9 @@ class SyncApi:
         except TimeoutError:
             self._metrics.api_calls.labels(method, "timeout").inc()
             return Answer(Verdict.RETRY, error=f"the API did not answer the {method} within {seconds:.0f} s")
-        except (httpx.HTTPError, httpx.InvalidURL, httpx.StreamError) as error:
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            # InvalidURL: httpx reads a Location that it does not follow. OSError: of an established TLS connection that
+            # breaks, the ssl.SSLError arrives as it is.
             self._metrics.api_calls.labels(method, "network").inc()
             return Answer(Verdict.RETRY, error=f"the {method} did not get through: {type(error).__name__}")
         self._metrics.api_calls.labels(method, f"{reply.status // 100}xx").inc()
@@ -156,7 +165,7 @@ async def open_sync_api(
     async with httpx.AsyncClient(
         base_url=base_url,
         headers=_HEADERS | {"x-api-key": key.reveal()},
-        cookies=CookieJar(DefaultCookiePolicy(allowed_domains=())),  # none is kept
+        cookies=_NoCookies(),
         timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),  # the rest is limited for the whole call
         follow_redirects=False,  # the key goes to this host alone
         trust_env=False,
