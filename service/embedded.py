@@ -150,6 +150,8 @@ def _socket_path(folder: Path) -> Path:
     # Each data directory its own folder, the same one after a restart; 0700 keeps others out of the temporary place.
     name = sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     private = Path(tempfile.gettempdir()) / f"mayfly-{os.getuid()}-{name}"
+    if len(os.fsencode(private / "redis.sock")) > _MAX_SOCKET_PATH:
+        raise EmbeddedRedisError("MAYFLY_DATA_DIR and TMPDIR are too long for a socket: set one to a shorter path")
     private.mkdir(mode=0o700, exist_ok=True)
     if private.stat().st_uid != os.getuid() or private.is_symlink():
         raise EmbeddedRedisError(f"{private} belongs to somebody else: set MAYFLY_DATA_DIR to a shorter path")

@@ -5,6 +5,7 @@ import importlib.metadata
 import os
 import shutil
 import stat
+import tempfile
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -121,6 +122,16 @@ async def test_a_data_directory_with_a_long_path_has_its_socket_elsewhere_and_al
     async with embedded_redis(folder) as again:
         assert again == url
     socket.parent.rmdir()
+
+
+async def test_where_no_path_is_short_enough_for_a_socket_it_says_so(tmp_path, monkeypatch):
+    folder = tmp_path / ("x" * 120)
+    prepare_data_dir(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("y" * 120)))
+
+    with pytest.raises(EmbeddedRedisError, match="set one to a shorter path"):
+        async with embedded_redis(folder):
+            pass
 
 
 async def test_one_that_dies_is_started_again_with_its_jobs(data_dir):
