@@ -12,7 +12,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist worksteal
 IMAGE ?= mayfly:local
 ENGINE ?= podman
 
-.PHONY: help setup up demo test test-fast test-deploy test-lowest sbom check format bench chaos lock clean
+.PHONY: help setup up demo test test-fast test-deploy test-lowest audit sbom check format bench chaos lock clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -37,7 +37,7 @@ test: test-fast ## every test, on a real Redis, SQLite and PostgreSQL; under six
 	$(PYTEST) $(PARALLEL) tests/e2e tests/faults
 
 test-fast: setup ## unit and integration tests; under two minutes
-	$(PYTEST) tests/unit tests/test_architecture.py tests/test_readme.py tests/deploy
+	$(PYTEST) tests/unit tests/test_*.py tests/deploy
 	$(PYTEST) $(PARALLEL) tests/integration
 
 test-deploy: setup .venv-deploy/.ready ## build the image, run the compose stack, check the manifests
@@ -47,6 +47,11 @@ test-lowest: setup ## unit and integration tests with the oldest dependencies th
 	$(UV) venv --quiet --clear --python $(PYTHON) build/lowest
 	$(UV) pip install --quiet --python build/lowest --resolution lowest-direct --group dev --editable .
 	build/lowest/bin/python -m pytest $(PARALLEL) tests/unit tests/integration
+
+audit: .venv-deploy/.ready ## look the locked versions up in a list of known vulnerabilities
+	for lock in requirements-dev.lock deploy/requirements-tools.lock; do \
+	    .venv-deploy/bin/pip-audit --progress-spinner off --disable-pip --require-hashes --requirement $$lock || exit 1; \
+	done
 
 sbom: .venv-deploy/.ready ## list the Python packages of an image; IMAGE=mayfly:local ENGINE=podman
 	rm -rf build/sbom
