@@ -50,7 +50,7 @@ test-lowest: setup ## unit and integration tests with the oldest dependencies th
 
 audit: .venv-deploy/.ready ## look the locked versions up in a list of known vulnerabilities
 	for lock in requirements-dev.lock deploy/requirements-tools.lock; do \
-	    .venv-deploy/bin/pip-audit --progress-spinner off --disable-pip --require-hashes --requirement $$lock || exit 1; \
+	    .venv-deploy/bin/pip-audit --strict --progress-spinner off --disable-pip --require-hashes --requirement $$lock || exit 1; \
 	done
 
 sbom: .venv-deploy/.ready ## list the Python packages of an image; IMAGE=mayfly:local ENGINE=podman
