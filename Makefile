@@ -5,10 +5,14 @@ BIN := .venv/bin
 UV := UV_SYSTEM_CERTS=1 $(BIN)/uv
 UV_VERSION := $(shell sed -n 's/^uv==\([0-9.]*\).*/\1/p' requirements-dev.lock)
 stamp := .venv/.ready
+PYTEST := $(BIN)/python -m pytest
+# Three at a time also on two cores: tests wait for processes and timeouts more than they work.
+WORKERS ?= 3
+PARALLEL := --numprocesses $(WORKERS) --dist worksteal
 IMAGE ?= mayfly:local
 ENGINE ?= podman
 
-.PHONY: help setup up demo test test-deploy sbom check format bench chaos lock clean
+.PHONY: help setup up demo test test-fast test-deploy test-lowest audit sbom check format bench chaos lock clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -29,11 +33,25 @@ up: setup ## the service, all in one process on embedded defaults
 demo: setup ## the whole story in under a minute, without keys or servers
 	$(BIN)/mayfly demo
 
-test: setup ## every test, on a real Redis, SQLite and PostgreSQL
-	$(BIN)/python -m pytest
+test: test-fast ## every test, on a real Redis, SQLite and PostgreSQL; under six minutes
+	$(PYTEST) $(PARALLEL) tests/e2e tests/faults
+
+test-fast: setup ## unit and integration tests; under two minutes
+	$(PYTEST) tests/unit tests/test_*.py tests/deploy
+	$(PYTEST) $(PARALLEL) tests/integration
 
 test-deploy: setup .venv-deploy/.ready ## build the image, run the compose stack, check the manifests
-	$(BIN)/python -m pytest -m "deploy or not deploy" tests/deploy
+	$(PYTEST) -m "deploy or not deploy" tests/deploy
+
+test-lowest: setup ## unit and integration tests with the oldest dependencies that pyproject.toml allows
+	$(UV) venv --quiet --clear --python $(PYTHON) build/lowest
+	$(UV) pip install --quiet --python build/lowest --resolution lowest-direct --group dev --editable .
+	build/lowest/bin/python -m pytest $(PARALLEL) tests/unit tests/integration
+
+audit: .venv-deploy/.ready ## look the locked versions up in a list of known vulnerabilities
+	for lock in requirements-dev.lock deploy/requirements-tools.lock; do \
+	    .venv-deploy/bin/pip-audit --strict --progress-spinner off --disable-pip --require-hashes --requirement $$lock || exit 1; \
+	done
 
 sbom: .venv-deploy/.ready ## list the Python packages of an image; IMAGE=mayfly:local ENGINE=podman
 	rm -rf build/sbom
@@ -50,7 +68,7 @@ sbom: .venv-deploy/.ready ## list the Python packages of an image; IMAGE=mayfly:
 	touch $@
 
 chaos: setup ## random faults against whole systems; SECONDS=60 each, SEED="1 2" or any
-	CHAOS_SECONDS=$(or $(SECONDS),60) CHAOS_SEED="$(SEED)" $(BIN)/python -m pytest -s -m chaos tests/faults
+	CHAOS_SECONDS=$(or $(SECONDS),60) CHAOS_SEED="$(SEED)" $(PYTEST) -s -m chaos tests/faults
 
 bench: setup ## the benchmarks, about ten minutes; ONLY=intake selects, FULL=1 takes a million records
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full)

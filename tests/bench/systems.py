@@ -12,6 +12,7 @@ from pathlib import Path
 
 import psutil
 
+from service.embedded import find_server
 from tests.bench.processes import (
     PYTHON,
     ROOT,
@@ -167,7 +168,7 @@ def place(folder: Path, given: Mapping[str, str] | None = None) -> Iterator[Plac
         "maxmemory-policy": "noeviction",
         **(given or {}),
     }
-    command = [str(_BIN / "redis-server"), *(part for name, value in options.items() for part in (f"--{name}", value))]
+    command = [find_server(), *(part for name, value in options.items() for part in (f"--{name}", value))]
     with running(command, log=folder / "redis.log") as process:
         wait_for_file(socket, process)
         yield Place(folder, socket, process)

@@ -18,13 +18,12 @@ ROOT = Path(__file__).parents[2]
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """Leave the tests marked ``deploy`` out unless ``-m`` names the mark: they take minutes."""
+    """Deselect the tests marked ``deploy`` unless ``-m`` names the mark: they take minutes."""
     if "deploy" in config.getoption("markexpr"):
         return
-    skip = pytest.mark.skip(reason="run by make test-deploy")
-    for item in items:
-        if item.get_closest_marker("deploy"):
-            item.add_marker(skip)
+    left_out = [item for item in items if item.get_closest_marker("deploy")]
+    items[:] = [item for item in items if not item.get_closest_marker("deploy")]
+    config.hook.pytest_deselected(items=left_out)
 
 
 @pytest.hookimpl(wrapper=True)

@@ -6,6 +6,7 @@ import pty
 import re
 import signal
 import sys
+import tempfile
 import time
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -27,12 +28,19 @@ MAYFLY = [sys.executable, "-c", "from service.cli import main; main()"]
 DUE = datetime(2026, 11, 23, 12, tzinfo=UTC)
 
 
-async def test_the_demo_goes_right_in_under_a_minute_and_prints_lines_where_there_is_no_terminal(tmp_path):
+@pytest.fixture
+def folder():
+    """An empty folder with a short path: the demo makes its data directory in it, and a socket in that."""
+    with tempfile.TemporaryDirectory(prefix="mayfly-") as path:
+        yield Path(path)
+
+
+async def test_the_demo_goes_right_in_under_a_minute_and_prints_lines_where_there_is_no_terminal(folder):
     began = time.monotonic()
     process = await asyncio.create_subprocess_exec(
-        *(*MAYFLY, "demo", "--picture", str(tmp_path / "demo.svg")),
-        cwd=tmp_path,
-        env=os.environ | REAL | {"TMPDIR": str(tmp_path)},
+        *(*MAYFLY, "demo", "--picture", str(folder / "demo.svg")),
+        cwd=folder,
+        env=os.environ | REAL | {"TMPDIR": str(folder)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.PIPE,
     )
@@ -44,16 +52,16 @@ async def test_the_demo_goes_right_in_under_a_minute_and_prints_lines_where_ther
     assert len(re.findall("^✓", output, re.MULTILINE)) == 5
     assert "2 synthesizedAudioUrl" in output
     assert "\x1b" not in output
-    assert "<svg" in (tmp_path / "demo.svg").read_text()
-    assert [path.name for path in tmp_path.iterdir()] == ["demo.svg"], "what went right leaves nothing behind"
+    assert "<svg" in (folder / "demo.svg").read_text()
+    assert [path.name for path in folder.iterdir()] == ["demo.svg"], "what went right leaves nothing behind"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_demo_that_is_ended_leaves_nothing_behind(tmp_path, number):
+async def test_a_demo_that_is_ended_leaves_nothing_behind(folder, number):
     process = await asyncio.create_subprocess_exec(
         *(*MAYFLY, "demo"),
-        cwd=tmp_path,
-        env=os.environ | {"TMPDIR": str(tmp_path)},
+        cwd=folder,
+        env=os.environ | {"TMPDIR": str(folder)},
         stdout=asyncio.subprocess.PIPE,
         stderr=asyncio.subprocess.DEVNULL,
     )
@@ -66,7 +74,7 @@ async def test_a_demo_that_is_ended_leaves_nothing_behind(tmp_path, number):
     assert process.returncode == 130
     assert servers
     assert not [one for one in servers if one.is_running()]
-    assert list(tmp_path.iterdir()) == []
+    assert list(folder.iterdir()) == []
 
 
 async def test_on_a_terminal_it_draws_a_table_that_no_log_line_tears(tmp_path):

@@ -43,7 +43,7 @@ def shown(url):
     return url.render_as_string(hide_password=False)
 
 
-async def test_web_and_worker_of_this_release_run_on_the_tables_of_the_next(mayfly, simulator, expanded_url, redis_url):
+async def test_web_and_worker_of_this_release_run_on_the_tables_of_the_next(expanded_url, redis_url, simulator, mayfly):
     where = {"MAYFLY_DATABASE_URL": shown(expanded_url), "MAYFLY_REDIS_URL": redis_url}
     short = {"MAYFLY_TTL": "1s", "MAYFLY_MIN_TTL": "1s", "SYNC_BASE_URL": simulator.url}
     web = await mayfly("api", **where, **short).start()
@@ -58,7 +58,7 @@ async def test_web_and_worker_of_this_release_run_on_the_tables_of_the_next(mayf
     assert await eventually(lambda: generation.id in simulator.deleted, seconds=30)
 
 
-async def test_migrate_of_this_release_leaves_the_tables_of_the_next_alone(mayfly, expanded_url):
+async def test_migrate_of_this_release_leaves_the_tables_of_the_next_alone(expanded_url, mayfly):
     migrate = mayfly("migrate", MAYFLY_DATABASE_URL=shown(expanded_url))
     migrate.spawn()
 

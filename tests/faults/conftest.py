@@ -7,9 +7,13 @@ import pytest
 from sqlalchemy import URL
 
 from tests.faults.databases import Ledger, Postgres, PostgresLedger, SqliteLedger, postgres_of_ones_own
-from tests.faults.patience import Patience
 from tests.faults.processes import Nursery
 from tests.faults.system import System, running
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Put what takes a minute of waiting first: with several xdist workers the others go on meanwhile."""
+    items.sort(key=lambda item: item.path.name != "test_whole_leases.py")
 
 
 @pytest.fixture(scope="session")
@@ -18,23 +22,6 @@ def nursery() -> Iterator[Nursery]:
     nursery = Nursery()
     yield nursery
     nursery.close()
-
-
-@pytest.fixture(scope="session", autouse=True)
-def _patience(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Patience | None]:
-    """Start what takes a minute with the first fault test of a run, where it is asked for at all."""
-    if not any("whole_leases" in getattr(item, "fixturenames", ()) for item in request.session.items):
-        yield None
-        return
-    patience = Patience(tmp_path_factory.mktemp("patience"))
-    yield patience
-    patience.close()
-
-
-@pytest.fixture
-def whole_leases(_patience: Patience) -> Patience:
-    """What took a minute, or has still to take the rest of it."""
-    return _patience
 
 
 @pytest.fixture

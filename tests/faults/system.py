@@ -189,7 +189,7 @@ class System:
         async def are_there() -> bool:
             return await self.jobs() == number
 
-        await eventually(are_there, seconds=5)
+        await eventually(are_there, seconds=20)
 
     async def until(self, generation: Generation, state: str, *, seconds: float = 20, is_hurried: bool = True) -> Row:
         """Wait until the record of *generation* is in *state*."""

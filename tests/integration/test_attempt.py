@@ -256,12 +256,15 @@ async def test_without_a_copy_nothing_is_deleted(cleaner, database, simulator, a
 async def test_a_ledger_that_takes_no_copy_keeps_the_delete_from_being_sent(
     cleaner_of, api, database, simulator, announced
 ):
+    key = await announced()
+    item = await claim_one(database)
+    clock = [utc_now()]
+
     async def away(_):
+        clock[0] = item.lease_until  # until then it would be tried again
         raise LedgerUnavailableError("away")
 
-    key = await announced()
-
-    assert await cleaner_of(api, copy=away).clean(await claim_one(database)) is None
+    assert await cleaner_of(api, copy=away, now=lambda: clock[0]).clean(item) is None
     assert calls_of(simulator) == [("GET", 200)]
     assert (await row_of(database, key)).state == State.DELETING
 

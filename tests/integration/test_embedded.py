@@ -1,8 +1,11 @@
 """The embedded Redis is private, belongs to one process at a time, and keeps its jobs over any end."""
 
 import asyncio
+import importlib.metadata
 import os
+import shutil
 import stat
+import tempfile
 from contextlib import AsyncExitStack
 from functools import partial
 from pathlib import Path
@@ -121,6 +124,16 @@ async def test_a_data_directory_with_a_long_path_has_its_socket_elsewhere_and_al
     socket.parent.rmdir()
 
 
+async def test_where_no_path_is_short_enough_for_a_socket_it_says_so(tmp_path, monkeypatch):
+    folder = tmp_path / ("x" * 120)
+    prepare_data_dir(folder)
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("y" * 120)))
+
+    with pytest.raises(EmbeddedRedisError, match="set one to a shorter path"):
+        async with embedded_redis(folder):
+            pass
+
+
 async def test_one_that_dies_is_started_again_with_its_jobs(data_dir):
     async with embedded_redis(data_dir) as url:
         await ask(url, "SET job 1")
@@ -148,6 +161,7 @@ async def test_one_who_joined_takes_over_when_the_owner_ends(data_dir):
 
 async def answer_of(url):
     try:
+        await ask(url, "PING")  # refused, as INFO is not, while its file is being read
         return await ask(url, "INFO")
     except (redis.RedisError, OSError):
         return None
@@ -165,9 +179,48 @@ def test_the_server_that_comes_along_is_found():
     assert os.access(find_server(), os.X_OK)
 
 
+def test_without_the_wheel_the_server_of_the_system_is_found(monkeypatch, tmp_path):
+    program = tmp_path / "redis-server"
+    program.touch(mode=0o755)
+    monkeypatch.setattr(importlib.metadata, "files", raise_package_not_found)
+    monkeypatch.setenv("PATH", str(tmp_path))
+
+    assert find_server() == str(program)
+
+
 def test_without_any_server_it_says_what_to_install(monkeypatch):
-    monkeypatch.setattr("importlib.util.find_spec", lambda _name: None)
+    monkeypatch.setattr(importlib.metadata, "files", raise_package_not_found)
     monkeypatch.setenv("PATH", "")
 
-    with pytest.raises(EmbeddedRedisError, match="install Redis or Valkey, or set MAYFLY_REDIS_URL"):
+    with pytest.raises(EmbeddedRedisError, match="install Valkey or Redis, or set MAYFLY_REDIS_URL"):
         find_server()
+
+
+def raise_package_not_found(name):
+    raise importlib.metadata.PackageNotFoundError(name)
+
+
+async def test_the_file_of_an_older_redis_is_read(data_dir):
+    folder = data_dir / "redis"
+    folder.mkdir(mode=0o700)
+    # One file beside the socket: so Redis wrote it before 7.0.
+    (folder / "appendonly.aof").write_bytes(
+        b"*2\r\n$6\r\nSELECT\r\n$1\r\n0\r\n*3\r\n$3\r\nSET\r\n$3\r\njob\r\n$1\r\n1\r\n"
+    )
+    async with embedded_redis(data_dir) as url:
+        assert await ask(url, "GET job") == b"1"
+
+
+async def test_files_that_cannot_be_read_stop_it_until_they_are_deleted_as_the_error_says(data_dir):
+    async with embedded_redis(data_dir) as url:
+        await ask(url, "SET job 1")
+    files = data_dir / "redis" / "appendonlydir"
+    for path in files.glob("*.aof"):
+        path.write_bytes(b"REDIS0099 of a later release")
+    with pytest.raises(EmbeddedRedisError, match=f"delete {files}: its jobs are enqueued again from the ledger"):
+        async with embedded_redis(data_dir):
+            pass
+    shutil.rmtree(files)
+
+    async with embedded_redis(data_dir) as url:
+        assert await ask(url, "GET job") is None

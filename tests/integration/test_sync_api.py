@@ -2,15 +2,17 @@
 
 import asyncio
 import contextlib
+import ssl
 from datetime import timedelta
 from urllib.parse import quote
 
+import httpx
 import pytest
 
 from service import sync_api
 from service.retention import Verdict
 from service.simulator import Simulator
-from service.sync_api import open_sync_api
+from service.sync_api import SyncApi, open_sync_api
 from service.values import Secret
 from tests.conftest import API_KEY
 
@@ -202,6 +204,47 @@ async def test_a_redirect_is_not_followed_and_the_key_goes_nowhere_else(raw_serv
     assert answer.verdict is RETRY
     assert elsewhere.calls == []
     assert len(raw_server.requests) >= 1
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize("location", ["mailto:x", "http:x", "a:b:c", "//", "http://[", "http://xn--ä/", "x" * 70_000])
+async def test_a_location_that_is_no_url_is_a_redirect_like_others(raw_server, metrics, method, location):
+    answer = await raw_answer(raw_server, metrics, method, http(302, b"", f"Location: {location}"))
+
+    assert answer.verdict is RETRY
+
+
+@pytest.mark.parametrize("method", METHODS)
+@pytest.mark.parametrize(
+    "error",
+    [
+        ssl.SSLError(1, "[SSL: DECRYPTION_FAILED_OR_BAD_RECORD_MAC]"),
+        ConnectionResetError("reset"),
+        httpx.ReadError("https://host/?token=x"),
+        httpx.InvalidURL("https://host/?token=x"),
+    ],
+    ids=lambda error: type(error).__name__,
+)
+async def test_whatever_breaks_below_is_tried_again_and_named_by_its_kind(metrics, method, error):
+    def break_off(_request):
+        raise error
+
+    async with httpx.AsyncClient(base_url="http://api", transport=httpx.MockTransport(break_off)) as client:
+        answer = await call(SyncApi(client, metrics, print), method, "g1")
+
+    assert answer.verdict is RETRY
+    assert answer.error == f"the {method} did not get through: {type(error).__name__}"
+
+
+async def test_a_cookie_is_not_sent_back(raw_server, metrics):
+    cookies = "Set-Cookie: a=b; Path=/\r\nSet-Cookie: c=d; expires=Wed, 99-Foo-99999999 99:99:99 GMT"
+    raw_server.answer = http(404, b"{}", cookies)
+    async with open_sync_api(raw_server.url, Secret(API_KEY), connections=1, metrics=metrics) as api:
+        await api.get("g1")
+        await api.delete("g1")
+
+    assert len(raw_server.requests) == 2
+    assert all(b"cookie" not in request.lower() for request in raw_server.requests)
 
 
 @pytest.mark.parametrize("method", METHODS)
