@@ -11,7 +11,7 @@ import structlog
 from service.generation import RUNNING, Generation, Key, read
 from service.grouping import Done, GroupCommit
 from service.ledger import receiving
-from service.ledger.database import QUICK_BYTES, ConflictError, Database, LedgerUnavailableError
+from service.ledger.database import Database
 from service.ledger.receiving import Arrival, Receipt
 from service.retention import Policy, decide
 from service.signature import SignatureError, check_form, verify
@@ -124,20 +124,10 @@ class Intake:
             log.warning("webhook.status_unknown", **names, what_now="it is ignored, nothing is deleted")
 
     async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
-        receipts = await self._write(arrivals)
+        receipts = await self._database.write(partial(receiving.receive, arrivals=arrivals))
         new = sum([receipt.is_new for receipt in receipts])
         self._stored.inc(new)
         self._known.inc(len(receipts) - new)
         self._metrics.receive_seconds.observe((self._now() - arrivals[0].received_at).total_seconds())
         self._enqueue(receipts, arrivals)
         return receipts
-
-    async def _write(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
-        """Write them as new ones, else with a look at those that are known, again if another process was first."""
-        is_quick = sum([len(arrival.body) for arrival in arrivals]) <= QUICK_BYTES
-        for function in (receiving.insert, receiving.receive, receiving.receive):
-            try:
-                return await self._database.write(partial(function, arrivals=arrivals), is_quick=is_quick)
-            except ConflictError:
-                continue
-        raise LedgerUnavailableError("other processes kept writing the same generations")

@@ -23,7 +23,7 @@ from service.grouping import GroupCommit
 from service.ledger import claiming, cleaning, reading
 from service.ledger.claiming import Claim
 from service.ledger.cleaning import Copied
-from service.ledger.database import QUICK_BYTES, Database
+from service.ledger.database import Database
 from service.resources import Resources, open_queue
 from service.settings import NO_API_KEY, Settings, SettingsError
 from service.sync_api import open_sync_api
@@ -142,7 +142,7 @@ class _Work:
     async def claim(self, room: int) -> Sequence[Claim]:
         """Claim up to *room* records; what of the budget is not needed for them goes back."""
         write = partial(claiming.claim, now=_now(), lease=LEASE, limit=room, actor=self.actor)
-        claims = await self.database.write(write, is_quick=True)
+        claims = await self.database.write(write)
         self.budget.put_back(room - len(claims))
         if claims:
             # Behind the deletions' backs: they do not wait for Redis.
@@ -158,12 +158,12 @@ class _Work:
     async def copy(self, items: Sequence[cleaning.Copy]) -> Sequence[Copied]:
         """Commit copies."""
         write = partial(cleaning.copy, copies=items, now=_now(), limit=self.limit, actor=self.actor)
-        return await self.database.write(write, is_quick=sum(len(item.body) for item in items) <= QUICK_BYTES)
+        return await self.database.write(write)
 
     async def settle(self, items: Sequence[cleaning.Settlement]) -> Sequence[bool]:
         """Commit how attempts ended."""
         write = partial(cleaning.settle, settlements=items, now=_now(), actor=self.actor)
-        return await self.database.write(write, is_quick=True)
+        return await self.database.write(write)
 
     @asynccontextmanager
     async def turn(self, until: datetime) -> AsyncIterator[bool]:

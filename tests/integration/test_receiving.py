@@ -10,7 +10,7 @@ import pytest
 from service.generation import Key
 from service.ledger import moving, receiving
 from service.ledger.cleaning import Copied
-from service.ledger.database import ConflictError, open_database
+from service.ledger.database import open_database
 from service.lifecycle import Move, State
 from tests.support.ledger import (
     ACTOR,
@@ -24,7 +24,6 @@ from tests.support.ledger import (
     given_up,
     moves_of,
     receive,
-    receive_as_the_web_side_does,
     row_of,
     settle,
     store,
@@ -252,22 +251,12 @@ async def test_the_same_id_in_two_accounts_is_two_records(database):
     assert await count(database) == 2
 
 
-async def test_the_insert_that_looks_nothing_up_refuses_a_known_generation_as_a_whole(postgres_url):
-    async with open_database(postgres_url) as database:
-        await store(database, id="g1")
-
-        for known in ([arrival(id="g2"), arrival(id="g1")], [arrival(id="g2"), arrival(id="g2")]):
-            with pytest.raises(ConflictError):
-                await database.write(partial(receiving.insert, arrivals=known))
-        assert await count(database) == 1
-
-
 async def test_two_processes_that_write_the_same_generations_in_any_order_end_with_one_record_each(database_url):
     async with open_database(database_url) as one, open_database(database_url) as other:
         for number in range(5):
             arrivals = [arrival(id=f"g{number}-{index}", due_in=HOUR) for index in range(40)]
             orders = [arrivals, arrivals[::-1], arrivals[20:] + arrivals[:20]]
-            writes = [receive_as_the_web_side_does(*pair) for pair in zip((one, other, one), orders, strict=True)]
+            writes = [receive(database, *order) for database, order in zip((one, other, one), orders, strict=True)]
             results = await asyncio.gather(*writes)
 
             assert sum(receipt.is_new for receipts in results for receipt in receipts) == 40
