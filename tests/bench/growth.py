@@ -10,10 +10,10 @@ from statistics import median
 from time import perf_counter
 
 import httpx
+from service.ledger.keys import hash_of
 from sqlalchemy import BigInteger, Connection, create_engine, func, insert, literal, select, type_coerce
 
 from service.generation import Key
-from service.ledger.keys import hash_of
 from service.ledger.schema import events, records
 from tests.bench.api import api
 from tests.bench.draining import announce, lags

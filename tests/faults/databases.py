@@ -16,12 +16,12 @@ from typing import Any, Protocol
 
 import asyncpg
 import psutil
+from service.ledger.keys import hash_of
 from sqlalchemy import URL
 
 from service.generation import Key
 from service.ledger import migrating
 from service.ledger.database import open_database
-from service.ledger.keys import hash_of
 from tests.faults.processes import Reach
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -9,10 +9,10 @@ import time
 from contextlib import closing
 
 import pytest
+from service.ledger.thread import CallingThread
 from sqlalchemy import URL, text
 
 from service.ledger.database import ConflictError, LedgerUnavailableError, open_database
-from service.ledger.thread import CallingThread
 
 ROWS = text("SELECT word FROM words ORDER BY rowid")
 
