@@ -2,10 +2,12 @@
 
 from collections.abc import Sequence
 from datetime import datetime
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, Text, bindparam, func, select, tuple_, update
+from sqlalchemy import Connection, Row, Text, and_, bindparam, func, or_, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from service.generation import Generation, Key
@@ -95,14 +97,10 @@ def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt
         # Each generation once in a round, so that the second of two meets what the first has written. In the order of
         # their keys: two processes that insert or lock the same ones in different orders would wait for each other.
         firsts = {arrival.key: index for index, arrival in reversed(waiting.items())}
-        indices = [firsts[key] for key in sorted(firsts, key=_order)]
+        indices = [firsts[key] for key in sorted(firsts, key=attrgetter("account", "id"))]
         received = _receive_once(connection, [waiting.pop(index) for index in indices])
         receipts.update(zip(indices, received, strict=True))
     return [receipts[index] for index in range(len(arrivals))]
-
-
-def _order(key: Key) -> tuple[str, str]:
-    return key.account, key.id
 
 
 class _Changes(msgspec.Struct, frozen=True, gc=False):
@@ -129,10 +127,15 @@ def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[R
 
 
 def _lock(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
+    """Lock the records of *keys*, which are sorted."""
     if not keys:
         return {}
-    wanted = tuple_(records.c.account, records.c.id).in_([_order(key) for key in keys])
-    rows: Sequence[Any] = connection.execute(_select_known.where(wanted)).all()
+    # By account: for pairs of account and id SQLite reads the whole index.
+    wanted = [
+        and_(records.c.account == account, records.c.id.in_([key.id for key in mine]))
+        for account, mine in groupby(keys, key=attrgetter("account"))
+    ]
+    rows: Sequence[Any] = connection.execute(_select_known.where(or_(*wanted))).all()
     return {Key(row.account, row.id): row for row in rows}
 
 

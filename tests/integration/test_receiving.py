@@ -5,12 +5,15 @@ import json
 from datetime import timedelta
 from functools import partial
 
+import msgspec
 import pytest
+from sqlalchemy import event
 
-from service.generation import Key
+from service.generation import Key, read
 from service.ledger import moving, receiving
 from service.ledger.cleaning import Copied
 from service.ledger.database import open_database
+from service.ledger.describing import DESCRIBED, described
 from service.lifecycle import Move, State
 from tests.support.ledger import (
     ACTOR,
@@ -275,3 +278,72 @@ async def test_texts_of_any_length_and_script_survive(database):
     await receive(database, item)
 
     assert json.loads((await row_of(database, item.key)).notification) == json.loads(item.body)
+
+
+async def test_every_column_that_describes_the_generation_is_filled_at_receipt(database):
+    texts = {
+        name: f"some {name}" for name in ("segmentOutputUrl", "synthesizedAudioUrl", "outputFileName", "projectId")
+    }
+    item = arrival(id="g1", error="no face", error_code="no_face", segments=[{"startTime": 0}], **texts)
+    await receive(database, item)
+    row = await row_of(database, item.key)
+    columns = described(item.generation)
+
+    assert {name: getattr(row, name) for name in columns} == columns
+    assert columns.keys() == {"status", *DESCRIBED}
+    assert None not in columns.values()
+
+
+async def test_the_copy_replaces_what_the_webhook_said_but_for_what_it_leaves_out(database):
+    item = arrival(id="g1", model="announced", error="odd", outputFileName="take", options={"a": 1})
+    await receive(database, item)
+    polled = {"model": "copied", "error": None, "outputFileName": "", "options": None}
+    await copy(database, await claim_one(database), **polled)
+    row = await row_of(database, item.key)
+
+    assert (row.model, row.error, row.output_file_name, row.options) == ("copied", "odd", "take", '{"a": 1}')
+
+
+@pytest.mark.parametrize(("escape", "stored"), [("\\ud83d", "\\ufffd"), ("\\u0000", "\\u0000")])
+async def test_half_characters_and_nul_in_the_raw_parts_break_neither_database(database, escape, stored):
+    item = arrival(id="g1", input=[{"script": "ODD"}], options={"ODD": "ODD"}, segments=["ODD"])
+    body = item.body.replace("ODD", escape)
+    await receive(database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    row = await row_of(database, item.key)
+
+    assert row.notification == body
+    assert (row.input, row.segments) == (f'[{{"script": "{stored}"}}]', f'["{stored}"]')
+
+
+async def test_half_a_character_in_a_text_column_is_stored_as_a_replacement(database):
+    item = arrival(id="g1", error="HALF", outputFileName="HALF")
+    body = item.body.replace("HALF", "cut \\ud83d")
+    await receive(database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    row = await row_of(database, item.key)
+
+    assert (row.error, row.output_file_name) == ("cut \ufffd", "cut \ufffd")
+
+
+async def test_known_generations_are_found_by_the_index_however_many_records_there_are(sqlite_database):
+    one = arrival(id="g1")
+    items = [
+        one,
+        arrival(id="g2"),
+        receiving.Arrival(Key("other", "g1"), one.generation, one.body, one.retention, utc_now()),
+    ]
+    plans: list[str] = []
+
+    def explain(_connection, cursor, statement, parameters, _context, _is_many):
+        if statement.startswith("SELECT"):
+            plans.extend(row[3] for row in cursor.connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters))
+
+    def receive_explained(connection):
+        event.listen(connection, "before_cursor_execute", explain)
+        return receiving.receive(connection, items)
+
+    await receive(sqlite_database, *items)
+    receipts = await sqlite_database.write(receive_explained)
+
+    assert not any(receipt.is_new for receipt in receipts)
+    assert any("SEARCH" in plan for plan in plans)
+    assert not any("SCAN" in plan for plan in plans)
