@@ -4,6 +4,7 @@ import asyncio
 import json
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import msgspec
 import pytest
@@ -297,8 +298,8 @@ async def test_every_column_that_describes_the_generation_is_filled_at_receipt(d
 async def test_the_copy_replaces_what_the_webhook_said_but_for_what_it_leaves_out(database):
     item = arrival(id="g1", model="announced", error="odd", outputFileName="take", options={"a": 1})
     await receive(database, item)
-    polled = {"model": "copied", "error": None, "outputFileName": "", "options": None}
-    await copy(database, await claim_one(database), **polled)
+    claimed = await claim_one(database)
+    await copy(database, claimed, model="copied", error=None, outputFileName="", options=None)
     row = await row_of(database, item.key)
 
     assert (row.model, row.error, row.output_file_name, row.options) == ("copied", "odd", "take", '{"a": 1}')
