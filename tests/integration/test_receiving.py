@@ -4,7 +4,6 @@ import asyncio
 import json
 from datetime import timedelta
 from functools import partial
-from typing import Any
 
 import msgspec
 import pytest
@@ -282,10 +281,16 @@ async def test_texts_of_any_length_and_script_survive(database):
 
 
 async def test_every_column_that_describes_the_generation_is_filled_at_receipt(database):
-    texts = {
-        name: f"some {name}" for name in ("segmentOutputUrl", "synthesizedAudioUrl", "outputFileName", "projectId")
-    }
-    item = arrival(id="g1", error="no face", error_code="no_face", segments=[{"startTime": 0}], **texts)
+    item = arrival(
+        id="g1",
+        error="no face",
+        error_code="no_face",
+        segments=[{"startTime": 0}],
+        segmentOutputUrl="https://segment",
+        synthesizedAudioUrl="https://audio",
+        outputFileName="take_07",
+        projectId="film",
+    )
     await receive(database, item)
     row = await row_of(database, item.key)
     columns = described(item.generation)
