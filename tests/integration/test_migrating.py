@@ -125,6 +125,14 @@ async def test_the_tables_of_this_release_and_of_a_newer_one_can_be_worked_with(
     assert await database.read(migrating.current) == "9999"
 
 
+async def test_a_ledger_of_before_the_first_release_is_refused(database):
+    await database.write(lambda connection: connection.execute(text("CREATE INDEX records_state_seq ON records (seq)")))
+    await set_revision(database, "0003")
+
+    with pytest.raises(SchemaError, match="before the first release, and is not upgraded"):
+        await database.read(migrating.check)
+
+
 async def test_a_newer_releases_tables_are_left_as_they_are(database):
     await set_revision(database, "9999")
 
