@@ -20,7 +20,7 @@ from service.ledger.database import Database
 from service.ledger.pausing import Kind, Pause
 from service.lifecycle import Move, State
 from service.problems import documented
-from service.records_api import Record, find_record
+from service.records_api import FullRecord, find_record
 
 ACTOR = "operator"
 
@@ -80,7 +80,7 @@ class OperatorController(Controller):
         move: Annotated[Literal["hold", "release", "keep", "retry"], PathParameter()],
         data: JSONBody[Reason | None] = None,
         account: FromQuery[str] = "default",
-    ) -> Record:
+    ) -> FullRecord:
         """Answer the record after the move; 409 when its state does not have that move."""
         reason = data.reason if data else None
         change = partial(_move, key=Key(account, generation_id), wanted=Move(move), now=now(), reason=reason)
@@ -126,6 +126,6 @@ def read_stats(connection: Connection, *, now: datetime) -> Stats:
     return Stats(reading.counts(connection), backlog.oldest_overdue.total_seconds(), backlog.due, pauses)
 
 
-def _move(connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None) -> Record | None:
+def _move(connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None) -> FullRecord | None:
     row = moving.move(connection, key, wanted, now=now, actor=ACTOR, reason=reason)
     return None if row is None else find_record(connection, key=key)

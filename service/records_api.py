@@ -13,10 +13,10 @@ from litestar.handlers.base import BaseRouteHandler
 from litestar.params import FromPath, FromQuery, QueryParameter
 from sqlalchemy import Connection, Row
 
-from service.generation import Key, read
+from service.generation import Key
 from service.ledger import history, reading
 from service.ledger.database import Database
-from service.ledger.history import Entry
+from service.ledger.describing import DESCRIBED
 from service.ledger.reading import MAX_PAGE, Filter
 from service.lifecycle import Move, State
 from service.problems import documented, problem
@@ -83,77 +83,70 @@ class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_def
     hold: Hold | None
     archived: list[str]
     receipt: dict[str, Any] | None
-    events: list[Event] | None = None
+
+
+class FullRecord(Record, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
+    """A record with its history and the bodies as they came: the webhook's, and the API's once it is copied."""
+
+    notification: Any
+    copy: Any
+    events: list[Event]
 
 
 class RecordPage(msgspec.Struct, rename="camel", frozen=True):
-    """Records, newest first, without their events; *next_cursor* is None on the last page."""
+    """Records, newest first; *next_cursor* is None on the last page."""
 
     items: list[Record]
     next_cursor: str | None
 
 
-def present(row: Row[Any], entries: list[Entry] | None = None) -> Record:
-    """Show a row of the ledger as the API's record: the generation as copied, or as announced as long as it is not."""
-    announced = read(row.notification.encode())
-    shown = read(row.copy.encode()) if row.copy else announced
-    generation = {name: getattr(shown, name) or getattr(announced, name) for name in _TEXTS}
-    ttl = None if row.ttl_seconds is None else format_duration(row.ttl_seconds)
-    return Record(
-        **generation,
-        **{name: getattr(row, name) for name in _COLUMNS},
-        state=State(row.state),
-        input=_decoded(shown.input, announced.input),
-        options=_decoded(shown.options, announced.options),
-        segments=_decoded(shown.segments, announced.segments),
-        output_url=shown.media_url or announced.media_url,
-        output_duration=shown.output_duration if shown.output_duration is not None else announced.output_duration,
-        error_code=shown.failure_code or announced.failure_code,
-        next_attempt_at=row.wake_at if row.state == State.SCHEDULED else None,
-        retention=RecordRetention(row.rule, ttl),
-        hold=Hold(row.hold_by, row.hold_reason, row.hold_until) if row.state == State.HELD else None,
-        archived=[],
-        receipt=msgspec.json.decode(row.receipt) if row.receipt else None,
-        events=None if entries is None else [Event(e.at, e.move, e.actor, e.detail) for e in entries],
+def present(row: Row[Any]) -> Record:
+    """Show a row of the ledger as the API's record."""
+    return Record(**_shown(row))
+
+
+def find_record(connection: Connection, *, key: Key) -> FullRecord | None:
+    """Read one record with its history and its bodies; None where there is none."""
+    row = reading.find(connection, key)
+    if row is None:
+        return None
+    return FullRecord(
+        **_shown(row),
+        notification=_decoded(row.notification),
+        copy=_decoded(row.copy),
+        events=[Event(e.at, e.move, e.actor, e.detail) for e in history.read(connection, row.seq)],
     )
 
 
-_TEXTS = (
-    "model",
-    "created_at",
-    "segment_output_url",
-    "synthesized_audio_url",
-    "output_file_name",
-    "project_id",
-    "webhook_url",
-    "error",
-)
+def _shown(row: Row[Any]) -> dict[str, Any]:
+    ttl = None if row.ttl_seconds is None else format_duration(row.ttl_seconds)
+    return {name: getattr(row, name) for name in _COLUMNS} | {
+        "state": State(row.state),
+        "input": _decoded(row.input),
+        "options": _decoded(row.options),
+        "segments": _decoded(row.segments),
+        "next_attempt_at": row.wake_at if row.state == State.SCHEDULED else None,
+        "retention": RecordRetention(row.rule, ttl),
+        "hold": Hold(row.hold_by, row.hold_reason, None) if row.state == State.HELD else None,
+        "archived": [],
+        "receipt": msgspec.json.decode(row.receipt) if row.receipt else None,
+    }
+
+
+# What is shown as it stands in the row.
 _COLUMNS = (
-    "account",
-    "id",
-    "outcome",
-    "status",
-    "received_at",
-    "due_at",
-    "copied_at",
-    "deleted_at",
-    "attempts",
-    "last_error",
+    *("account", "id", "outcome", "status", *DESCRIBED),
+    *("received_at", "due_at", "copied_at", "deleted_at", "attempts", "last_error"),
 )
 
 
-def find_record(connection: Connection, *, key: Key) -> Record | None:
-    """Read one record with its events; None where there is none."""
-    row = reading.find(connection, key)
-    return None if row is None else present(row, history.read(connection, row.seq))
-
-
-def _decoded(shown: msgspec.Raw, announced: msgspec.Raw) -> Any:  # noqa: ANN401 - JSON is whatever it is
-    raw = announced if bytes(shown) == b"null" else shown
+def _decoded(text: str | None) -> Any:  # noqa: ANN401 - JSON is whatever it is
+    if text is None:
+        return None
     try:
-        return msgspec.json.decode(raw)
+        return msgspec.json.decode(text)
     except (msgspec.MsgspecError, RecursionError):  # 1e999 is JSON as well, and no float
-        return bytes(raw).decode()
+        return text
 
 
 class OperatorToken:
@@ -206,12 +199,12 @@ class RecordsController(Controller):
 
     @get(
         "/{generation_id:str}",
-        summary="One record with its history",
+        summary="One record with its history and the bodies as they came",
         responses=documented(400, 401, 403, 404, 503),
     )
     async def show_record(
         self, database: NamedDependency[Database], generation_id: FromPath[str], account: FromQuery[str] = "default"
-    ) -> Record:
+    ) -> FullRecord:
         """Answer one record, 404 where there is none."""
         record = await database.read(lambda connection: find_record(connection, key=Key(account, generation_id)))
         if record is None:

@@ -26,7 +26,7 @@ from service.ledger import moving, reading
 from service.ledger.pausing import ACCOUNT
 from service.ledger.reading import MAX_PAGE, Filter
 from service.lifecycle import Move, State
-from service.records_api import Record, RecordPage, find_record, present
+from service.records_api import FullRecord, Record, RecordPage, find_record, present
 from service.retention import Outcome
 from service.settings import Settings
 
@@ -144,7 +144,7 @@ def show(generation_id: str, *, is_json: bool) -> None:
     Its URLs carry tokens that open the media: mind where the output goes.
     """
 
-    async def work(settings: Settings) -> Record | None:
+    async def work(settings: Settings) -> FullRecord | None:
         async with open_ledger(settings) as database:
             return await database.read(partial(find_record, key=Key(ACCOUNT, generation_id)))
 
@@ -190,18 +190,22 @@ _mover(Move.KEEP, "Never delete generation ID.")
 _mover(Move.RETRY, "Try generation ID again, which was given up.")
 
 
-def _print_record(record: Record) -> None:
+# The history has a table of its own, and what the bodies say stands under its own names.
+_ONLY_IN_JSON = frozenset({"events", "notification", "copy"})
+
+
+def _print_record(record: FullRecord) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
     for name, value in msgspec.to_builtins(record, builtin_types=(datetime,)).items():
-        if name != "events" and value not in (None, [], {}):
+        if name not in _ONLY_IN_JSON and value not in (None, [], {}):
             table.add_row(name, escape(_text(value)))
     console().print(table)
     history = Table(box=None, pad_edge=False, title="\nHistory", title_justify="left")
     for heading in ("at", "move", "by", "detail"):
         history.add_column(heading, overflow="fold")
-    for event in record.events or []:
+    for event in record.events:
         detail = "  ".join(f"{name}={_text(value)}" for name, value in (event.detail or {}).items())
         history.add_row(_time(event.at), event.move, escape(event.actor), escape(detail))
     console().print(history)

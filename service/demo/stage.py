@@ -16,7 +16,7 @@ from service.generation import Key
 from service.ledger import reading
 from service.ledger.database import Database
 from service.ledger.pausing import ACCOUNT
-from service.records_api import Record, find_record, present
+from service.records_api import FullRecord, Record, find_record, present
 from service.resources import open_queue, open_resources
 from service.serving import serving
 from service.settings import Settings, read_settings
@@ -71,7 +71,7 @@ class Stage:
         page = await self.database.read(partial(reading.page, wanted=reading.Filter(), limit=100, cursor=None))
         return {row.id: present(row) for row in page.rows}
 
-    async def record(self, generation_id: str) -> Record | None:
+    async def record(self, generation_id: str) -> FullRecord | None:
         """Read one record with its history."""
         return await self.database.read(partial(find_record, key=Key(ACCOUNT, generation_id)))
 

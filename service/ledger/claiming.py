@@ -154,7 +154,8 @@ def _lease(
         return []
     connection.execute(
         update(records)
-        .where(records.c.seq.in_([row.seq for row in rows]), records.c.state == State.SCHEDULED)
+        # They are locked. With their state here as well, SQLite would rather read all that are scheduled.
+        .where(records.c.seq.in_([row.seq for row in rows]))
         .values(
             state=after(State.SCHEDULED, Move.CLAIM),
             attempts=records.c.attempts + 1,

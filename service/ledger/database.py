@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from typing import Protocol, TypeVar, runtime_checkable
 
 from sqlalchemy import URL, Connection
-from sqlalchemy.exc import DBAPIError, IntegrityError
+from sqlalchemy.exc import DBAPIError
 
 T = TypeVar("T")
 
@@ -17,16 +17,8 @@ WRITE_TIMEOUT_SECONDS = 10.0
 READ_TIMEOUT_SECONDS = 10.0
 # An index on a table of millions takes minutes; nobody waits for an answer meanwhile.
 MIGRATION_SECONDS = 3600.0
-# Where, in Connection.info, functions remember what they know of the state that is committed.
-REMEMBERED = "mayfly.remembered"
-# More than SQLite's cache takes goes to the disk before the commit: not for the event loop to wait for.
-QUICK_BYTES = 1024 * 1024
-# The classes of SQL states for values that do not fit: data exceptions, and limits such as an index entry's.
-_REFUSED_STATES = ("22", "54")
-
-
-class ConflictError(Exception):
-    """Another process wrote the same key first; nothing was written, and a look at the ledger tells more."""
+# The classes of SQL states for values that do not fit: data exceptions, constraints, limits such as an index entry's.
+_REFUSED_STATES = ("22", "23", "54")
 
 
 class RefusedDataError(Exception):
@@ -41,17 +33,15 @@ class LedgerUnavailableError(Exception):
 class Database(Protocol):
     """A database that runs functions of a connection, each in a transaction of its own."""
 
-    async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:
+    async def write(self, function: Callable[[Connection], T]) -> T:
         """Run *function* in a transaction and return its result once that is durable.
 
-        *is_quick* says that its statements take no longer than the event loop may stand still for them.
-
-        Raises: ConflictError, RefusedDataError, LedgerUnavailableError; whatever *function* raises. Nothing is
+        Raises: RefusedDataError, LedgerUnavailableError; whatever *function* raises. Nothing is
         written then.
         """
 
     async def read(self, function: Callable[[Connection], T]) -> T:
-        """Run *function* on a consistent view and return its result.
+        """Run *function*, which only reads, and return its result; all of its statements see one state.
 
         Raises: LedgerUnavailableError.
         """
@@ -86,10 +76,9 @@ def _of_kind(url: URL, write_seconds: float) -> Database:
 
 def translated(error: Exception) -> Exception:
     """Translate a database error without its statement and parameters, which hold URLs and texts of users."""
-    if isinstance(error, (IntegrityError, sqlite3.IntegrityError)):
-        return ConflictError("the key is taken")
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
-    if str(getattr(cause, "sqlstate", "")).startswith(_REFUSED_STATES) or isinstance(cause, sqlite3.DataError):
+    is_refused = isinstance(cause, (sqlite3.DataError, sqlite3.IntegrityError))
+    if is_refused or str(getattr(cause, "sqlstate", "")).startswith(_REFUSED_STATES):
         return RefusedDataError("the database cannot hold one of the values")
     if isinstance(error, TimeoutError):
         return LedgerUnavailableError("the database did not answer in time")

@@ -1,4 +1,4 @@
-"""The generation as columns: what sync.so says of it, each part under the name that the records table gives it."""
+"""The generation as columns: what sync.so says of it, filled from the webhook and replaced by the copy."""
 
 from typing import Any, Final
 
@@ -24,23 +24,23 @@ DESCRIBED: Final = (
 
 
 def described(generation: Generation) -> dict[str, Any]:
-    """Return the columns that say of the generation what sync.so says of it; parts stay the JSON they came as."""
+    """Return the status and the DESCRIBED columns; an empty text says nothing, JSON stays the text it came as."""
     return {
         "status": generation.status,
-        "model": generation.model,
-        "created_at": generation.created_at,
+        "model": generation.model or None,
+        "created_at": generation.created_at or None,
         "input": _json(generation.input),
         "options": _json(generation.options),
         "segments": _json(generation.segments),
-        "output_url": generation.media_url,
-        "segment_output_url": generation.segment_output_url,
-        "synthesized_audio_url": generation.synthesized_audio_url,
+        "output_url": generation.media_url or None,
+        "segment_output_url": generation.segment_output_url or None,
+        "synthesized_audio_url": generation.synthesized_audio_url or None,
         "output_duration": generation.output_duration,
-        "output_file_name": generation.output_file_name,
-        "project_id": generation.project_id,
-        "webhook_url": generation.webhook_url,
-        "error": generation.error,
-        "error_code": generation.failure_code,
+        "output_file_name": generation.output_file_name or None,
+        "project_id": generation.project_id or None,
+        "webhook_url": generation.webhook_url or None,
+        "error": generation.error or None,
+        "error_code": generation.failure_code or None,
     }
 
 

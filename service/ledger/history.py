@@ -5,11 +5,9 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, select
+from sqlalchemy import Connection, bindparam, func, insert, select
 
-from service.ledger.bulk import BulkInsert
 from service.ledger.schema import events
-from service.ledger.sequence import next_numbers
 from service.lifecycle import Move
 
 
@@ -23,23 +21,26 @@ class Entry(msgspec.Struct, frozen=True, gc=False):
     detail: dict[str, Any] | None = None
 
 
-_insert = BulkInsert(events, ("record", "seq", "at", "move", "actor", "detail"))
+_next = select(func.coalesce(func.max(events.c.seq), 0) + 1).where(events.c.record == bindparam("record"))
+_append = insert(events).values(
+    {name: bindparam(name) for name in ("record", "at", "move", "actor", "detail")} | {"seq": _next.scalar_subquery()}
+)
 
 
 def append(connection: Connection, entries: Sequence[Entry]) -> None:
-    """Append *entries* in their order."""
-    numbers = next_numbers(len(entries))
-    _insert(
-        connection,
-        [
-            (entry.record, number, entry.at, str(entry.move), entry.actor, _encoded(entry.detail))
-            for entry, number in zip(entries, numbers, strict=True)
-        ],
-    )
+    """Append *entries* in their order; the caller has inserted or locked their records, so that no number is twice."""
+    if entries:
+        connection.execute(_append, [_values(entry) for entry in entries])
 
 
-def _encoded(detail: dict[str, Any] | None) -> str | None:
-    return msgspec.json.encode(detail).decode() if detail else None
+def _values(entry: Entry) -> dict[str, Any]:
+    return {
+        "record": entry.record,
+        "at": entry.at,
+        "move": str(entry.move),
+        "actor": entry.actor,
+        "detail": msgspec.json.encode(entry.detail).decode() if entry.detail else None,
+    }
 
 
 def read(connection: Connection, record: int) -> list[Entry]:

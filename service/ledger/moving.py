@@ -7,7 +7,6 @@ from sqlalchemy import Connection, Row, select, update
 
 from service.generation import Key
 from service.ledger.history import Entry, append
-from service.ledger.keys import is_record_of
 from service.ledger.schema import records
 from service.lifecycle import Move, State, after, interrupted
 
@@ -19,7 +18,8 @@ def move(
 
     Raises: IllegalMoveError when the record's state does not have that move, as for one whose DELETE may be under way.
     """
-    row = connection.execute(select(records).where(is_record_of(connection, key)).with_for_update()).first()
+    mine = (records.c.account == key.account, records.c.id == key.id)
+    row = connection.execute(select(records).where(*mine).with_for_update()).first()
     if row is None:
         return None
     moves = _moves(row, wanted)
@@ -53,7 +53,7 @@ def _changes(wanted: Move, *, actor: str, reason: str | None) -> dict[str, Any]:
         case Move.HOLD:
             return {"hold_by": actor, "hold_reason": reason}
         case Move.RELEASE:
-            return {"hold_by": None, "hold_reason": None, "hold_until": None, **fresh}
+            return {"hold_by": None, "hold_reason": None, **fresh}
         case Move.KEEP:
             return {"due_at": None, "rule": f"kept by {actor}", "ttl_seconds": None}
         case Move.RETRY:

@@ -8,7 +8,7 @@ from typing import TypeVar
 import asyncpg
 from sqlalchemy import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
-from sqlalchemy.ext.asyncio import create_async_engine
+from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
 from service.ledger.database import READ_TIMEOUT_SECONDS, WRITE_TIMEOUT_SECONDS, translated
 
@@ -31,27 +31,24 @@ class PostgresDatabase:
             pool_pre_ping=True,
             hide_parameters=True,
         )
+        # All statements of a read see the state that the first one saw.
+        self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
-    async def write(self, function: Callable[[Connection], T], *, is_quick: bool = False) -> T:  # noqa: ARG002 - all are, for the loop
+    async def write(self, function: Callable[[Connection], T]) -> T:
         """See Database."""
-        return await self._run(function, self._write_seconds)
+        return await self._run(self._engine, function, self._write_seconds)
 
     async def read(self, function: Callable[[Connection], T]) -> T:
         """See Database."""
-        return await self._run(function, READ_TIMEOUT_SECONDS)
+        return await self._run(self._reading, function, READ_TIMEOUT_SECONDS)
 
-    async def _run(self, function: Callable[[Connection], T], limit: float) -> T:
+    async def _run(self, engine: AsyncEngine, function: Callable[[Connection], T], seconds: float) -> T:
         try:
-            async with asyncio.timeout(limit), self._engine.connect() as connection:
-                return await connection.run_sync(_in_transaction, function)
+            async with asyncio.timeout(seconds), engine.begin() as connection:
+                return await connection.run_sync(function)
         except (SQLAlchemyError, OSError, TimeoutError) as error:
             raise translated(error) from error
 
     async def close(self) -> None:
         """Close all connections."""
         await self._engine.dispose()
-
-
-def _in_transaction(connection: Connection, function: Callable[[Connection], T]) -> T:
-    with connection.begin():
-        return function(connection)

@@ -2,24 +2,23 @@
 
 import base64
 import binascii
+import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, func, literal_column, or_, select
+from sqlalchemy import ColumnElement, Connection, Row, func, literal, literal_column, or_, select, tuple_
 
 from service.generation import Key
-from service.ledger.keys import is_record_of
-from service.ledger.schema import records
-from service.ledger.sequence import number_at
+from service.ledger.schema import instant, microseconds, records
 from service.lifecycle import State
 
 MAX_PAGE = 500
 # How many records one page of a search looks at: some 15 ms.
 SEARCHED = 10_000
-# How far a record's number may be from the time of its receipt: a commit that waits, a clock that is set.
-_APART = timedelta(minutes=1)
+# Microseconds since 1970 and the record's number.
+_CURSOR = ">qq"
 # The states in which a worker has something to do sooner or later.
 WATCHED = (State.SCHEDULED, State.DELETING)
 
@@ -42,7 +41,7 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Records, newest first, and the cursor of the page behind it, None on the last."""
+    """Records without their bodies, newest first, and the cursor of the page behind it, None on the last."""
 
     rows: Sequence[Row[Any]]
     next_cursor: str | None
@@ -50,7 +49,15 @@ class Page:
 
 def find(connection: Connection, key: Key) -> Row[Any] | None:
     """Return the record of *key*, None where there is none."""
-    return connection.execute(select(records).where(is_record_of(connection, key))).first()
+    return connection.execute(select(records).where(records.c.account == key.account, records.c.id == key.id)).first()
+
+
+# Without the bodies: 500 of them could take a megabyte each.
+_LISTED = [column for column in records.c if column.name not in {"notification", "copy"}]
+# The order of pages: a record that comes between two of them moves none of the others.
+_PLACE = (records.c.received_at, records.c.seq)
+_NEWEST_FIRST = tuple(column.desc() for column in _PLACE)
+Place = tuple[datetime, int]
 
 
 def page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | None) -> Page:
@@ -61,24 +68,27 @@ def page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | No
 
     Raises: CursorError.
     """
-    end = None if cursor is None else _seq_of(cursor)
-    conditions = _conditions(wanted) + ([] if end is None else [records.c.seq < end])
-    floor = None if wanted.text is None else _search_floor(connection, wanted, end)
-    if floor is not None:
-        conditions.append(records.c.seq >= floor)
-    statement = select(records).where(*conditions).order_by(records.c.seq.desc()).limit(limit + 1)
+    behind = [] if cursor is None else [tuple_(*_PLACE) < _bound(_place_of(cursor))]
+    conditions = _conditions(wanted) + behind
+    last = None if wanted.text is None else _last_searched(connection, wanted, behind)
+    if last is not None:
+        conditions.append(tuple_(*_PLACE) >= _bound(last))
+    statement = select(*_LISTED).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit + 1)
     rows = connection.execute(statement).all()
     if len(rows) > limit:
-        return Page(rows[:limit], _cursor_of(rows[limit - 1].seq))
-    return Page(rows, None if floor is None else _cursor_of(floor))
+        return Page(rows[:limit], _cursor_of((rows[limit - 1].received_at, rows[limit - 1].seq)))
+    return Page(rows, None if last is None else _cursor_of(last))
 
 
-def _search_floor(connection: Connection, wanted: Filter, end: int | None) -> int | None:
-    """Return the number of the last record that a search looks at; None where it looks at all that are left."""
-    behind = [records.c.seq < end] if end is not None else []
-    statement = select(records.c.seq).where(*_bounds(wanted), *behind).order_by(records.c.seq.desc())
-    floor: int | None = connection.scalar(statement.offset(SEARCHED - 1).limit(1))
-    return floor
+def _last_searched(connection: Connection, wanted: Filter, behind: Sequence[ColumnElement[bool]]) -> Place | None:
+    """Return the place of the last record that a search looks at; None where it looks at all that are left."""
+    statement = select(*_PLACE).where(*_bounds(wanted), *behind).order_by(*_NEWEST_FIRST)
+    row = connection.execute(statement.offset(SEARCHED - 1).limit(1)).first()
+    return None if row is None else (row.received_at, row.seq)
+
+
+def _bound(place: Place) -> ColumnElement[Any]:
+    return tuple_(*(literal(value, column.type) for value, column in zip(place, _PLACE, strict=True)))
 
 
 def next_wake(connection: Connection) -> datetime | None:
@@ -147,24 +157,23 @@ def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
 
 
 def _bounds(wanted: Filter) -> list[ColumnElement[bool]]:
-    """Bound the time of receipt, and by it the numbers: those are made in its order, a moment later, and indexed."""
     bounds: list[ColumnElement[bool]] = []
     if wanted.since is not None:
-        bounds += [records.c.received_at >= wanted.since, records.c.seq >= number_at(wanted.since, -_APART)]
+        bounds.append(records.c.received_at >= wanted.since)
     if wanted.until is not None:
-        bounds += [records.c.received_at < wanted.until, records.c.seq <= number_at(wanted.until, _APART)]
+        bounds.append(records.c.received_at < wanted.until)
     return bounds
 
 
-def _cursor_of(seq: int) -> str:
-    return base64.urlsafe_b64encode(seq.to_bytes(8)).decode().rstrip("=")
+def _cursor_of(place: Place) -> str:
+    raw = struct.pack(_CURSOR, microseconds(place[0]), place[1])
+    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
-def _seq_of(cursor: str) -> int:
+def _place_of(cursor: str) -> Place:
     try:
         raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-    except (binascii.Error, ValueError):
+        since, seq = struct.unpack(_CURSOR, raw)
+        return instant(since), seq
+    except (binascii.Error, struct.error, ValueError, OverflowError):
         raise CursorError("the cursor is not one that a page gave") from None
-    if len(raw) != 8 or raw[0] > 0x7F:
-        raise CursorError("the cursor is not one that a page gave")
-    return int.from_bytes(raw)

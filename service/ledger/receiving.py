@@ -1,20 +1,19 @@
 """Writing what webhooks announce: one record per account and generation, however often it is announced."""
 
-from collections.abc import Collection, Sequence
+from collections.abc import Sequence
 from datetime import datetime
-from operator import itemgetter
+from itertools import groupby
+from operator import attrgetter
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, Text, bindparam, func, select, update
+from sqlalchemy import Connection, Row, Text, and_, bindparam, func, or_, select, update
+from sqlalchemy.dialects import postgresql, sqlite
 
 from service.generation import Generation, Key
-from service.ledger import keys
-from service.ledger.bulk import BulkInsert
-from service.ledger.database import ConflictError
+from service.ledger.describing import described
 from service.ledger.history import Entry, append
 from service.ledger.schema import records
-from service.ledger.sequence import next_numbers
 from service.lifecycle import Move, State, after, interrupted
 from service.retention import Retention
 
@@ -22,7 +21,7 @@ ACTOR = "webhook"
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):
-    """A proven notification of a terminal generation, and what the policy makes of it."""
+    """A verified notification of a terminal generation, and what the policy makes of it."""
 
     key: Key
     generation: Generation
@@ -59,28 +58,13 @@ _select_known = (
     .order_by(records.c.account, records.c.id)
     .with_for_update()
 )
-# What else the webhook says stays in its body until the copy is made: two thirds of the bytes of each insert saved.
-_USUAL_COLUMNS = (
-    "seq",
-    "account",
-    "id",
-    "state",
-    "status",
-    "notification",
-    "received_at",
-    "due_at",
-    "wake_at",
-    "rule",
-    "ttl_seconds",
-)
-_ODD_COLUMNS = ("project_id", "hold_by", "hold_reason")
-_NONE_YET = {"attempts": 0, "failures": 0, "refusals": 0}
-_insert_records = BulkInsert(records, (*_USUAL_COLUMNS, *_ODD_COLUMNS), constants=_NONE_YET)
-# On SQLite without what is NULL in nearly all: its driver looks for a way to adapt each NULL, 3 000 instructions that
-# lead to nothing.
-_insert_usual_records = BulkInsert(records, _USUAL_COLUMNS, constants=_NONE_YET)
-_USUAL = len(_USUAL_COLUMNS)
-_NO_ODD = (None,) * len(_ODD_COLUMNS)
+# A statement each: ON CONFLICT is no part of the SQL that SQLAlchemy writes for every database.
+_insert = {
+    dialect.name: statement(records)
+    .on_conflict_do_nothing(index_elements=["account", "id"])
+    .returning(records.c.seq, records.c.account, records.c.id)
+    for dialect, statement in ((sqlite.dialect, sqlite.insert), (postgresql.dialect, postgresql.insert))
+}
 _change = (
     update(records)
     .where(
@@ -101,25 +85,6 @@ _change = (
 )
 
 
-def insert(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
-    """Write *arrivals* as records that are all new, the usual case: on PostgreSQL nothing is looked up.
-
-    On SQLite, where looking costs next to nothing, it is receive() at once.
-
-    Raises: ConflictError, by itself or from the database's unique key, when one of them is known or is there twice;
-    receive() then sorts them out.
-    """
-    if connection.dialect.name == "sqlite":
-        return receive(connection, arrivals)
-    if len({arrival.key for arrival in arrivals}) < len(arrivals):
-        raise ConflictError("a generation is announced twice at once")
-    batch = _Batch([], [], [], [])
-    numbers = next_numbers(len(arrivals))
-    receipts = [_first(arrival, seq, batch) for arrival, seq in zip(arrivals, numbers, strict=True)]
-    _write(connection, batch)
-    return receipts
-
-
 def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
     """Write *arrivals* in one transaction and return how each one stands, in their order.
 
@@ -129,75 +94,74 @@ def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt
     receipts: dict[int, Receipt] = {}
     waiting = dict(enumerate(arrivals))
     while waiting:
-        # Each generation once in a round, so that the second of two meets what the first has written.
+        # Each generation once in a round, so that the second of two meets what the first has written. In the order of
+        # their keys: two processes that insert or lock the same ones in different orders would wait for each other.
         firsts = {arrival.key: index for index, arrival in reversed(waiting.items())}
-        indices = sorted(firsts.values())
-        known = _find_known(connection, firsts.keys())
-        batch = _Batch([], [], [], [])
-        for index, seq in zip(indices, next_numbers(len(indices)), strict=True):
-            arrival = waiting.pop(index)
-            before = known.get(arrival.key)
-            receipts[index] = _first(arrival, seq, batch) if before is None else _again(arrival, before, batch)
-        _write(connection, batch)
+        indices = [firsts[key] for key in sorted(firsts, key=attrgetter("account", "id"))]
+        received = _receive_once(connection, [waiting.pop(index) for index in indices])
+        receipts.update(zip(indices, received, strict=True))
     return [receipts[index] for index in range(len(arrivals))]
 
 
-class _Batch(msgspec.Struct, frozen=True, gc=False):
-    keys: list[tuple[Key, int]]  # of the records to insert, with their numbers
-    inserts: list[tuple[Any, ...]]
+class _Changes(msgspec.Struct, frozen=True, gc=False):
     updates: list[dict[str, Any]]
     entries: list[Entry]
 
 
-def _write(connection: Connection, batch: _Batch) -> None:
-    keys.add(connection, batch.keys)
-    _insert(connection, batch.inserts)
-    if batch.updates:
-        connection.execute(_change, batch.updates)
-    append(connection, batch.entries)
+def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
+    """Write *arrivals*, each of another generation: insert those that are new, then lock and change the others."""
+    rows = connection.execute(_insert[connection.dialect.name], [_columns(arrival) for arrival in arrivals])
+    new = {Key(account, name): seq for seq, account, name in rows}
+    known = _lock(connection, [arrival.key for arrival in arrivals if arrival.key not in new])
+    changes = _Changes([], [])
+    receipts = [
+        _first(arrival, new[arrival.key], changes)
+        if arrival.key in new
+        else _again(arrival, known[arrival.key], changes)
+        for arrival in arrivals
+    ]
+    if changes.updates:
+        connection.execute(_change, changes.updates)
+    append(connection, changes.entries)
+    return receipts
 
 
-def _insert(connection: Connection, rows: Sequence[tuple[Any, ...]]) -> None:
-    if connection.dialect.name != "sqlite":
-        # In the order of their keys, as _select_known locks them: two processes with the same ones in different orders
-        # would each wait for the other.
-        _insert_records(connection, sorted(rows, key=itemgetter(1, 2)))
-        return
-    # In the order of their numbers, which fills the pages: a tenth fewer are written.
-    usual = [row[:_USUAL] for row in rows if row[_USUAL:] == _NO_ODD]
-    _insert_usual_records(connection, usual)
-    if len(usual) < len(rows):
-        _insert_records(connection, [row for row in rows if row[_USUAL:] != _NO_ODD])
-
-
-def _find_known(connection: Connection, wanted: Collection[Key]) -> dict[Key, Row[Any]]:
-    condition = keys.are_perhaps_of(connection, wanted)
-    if condition is None:
+def _lock(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
+    """Lock the records of *keys*, which are sorted."""
+    if not keys:
         return {}
-    rows: Sequence[Any] = connection.execute(_select_known.where(condition)).all()
+    # By account: for pairs of account and id SQLite reads the whole index.
+    wanted = [
+        and_(records.c.account == account, records.c.id.in_([key.id for key in mine]))
+        for account, mine in groupby(keys, key=attrgetter("account"))
+    ]
+    rows: Sequence[Any] = connection.execute(_select_known.where(or_(*wanted))).all()
     return {Key(row.account, row.id): row for row in rows}
 
 
-_FIRST = {move: after(None, move) for move in (Move.RECEIVE, Move.KEEP)}
-
-
-def _first(arrival: Arrival, seq: int, batch: _Batch) -> Receipt:
-    """Add a new record to *batch*: scheduled, kept, or scheduled and at once held."""
-    retention = arrival.retention
-    detail = {"rule": retention.rule, "status": arrival.generation.status}
-    move = Move.RECEIVE if retention.due_at or retention.hold_reason else Move.KEEP
-    state = _FIRST[move]
-    batch.entries.append(Entry(seq, arrival.received_at, move, ACTOR, detail))
+def _first_moves(retention: Retention) -> list[Move]:
+    """Return the moves of a new record: scheduled, kept, or scheduled and at once held."""
     if retention.hold_reason:
-        state = after(state, Move.HOLD)
-        batch.entries.append(Entry(seq, arrival.received_at, Move.HOLD, ACTOR, {"reason": retention.hold_reason}))
-    batch.keys.append((arrival.key, seq))
-    batch.inserts.append(_columns(arrival, seq, state))
-    return Receipt(seq, state, retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
+        return [Move.RECEIVE, Move.HOLD]
+    return [Move.RECEIVE if retention.due_at else Move.KEEP]
 
 
-def _again(arrival: Arrival, before: Row[Any], batch: _Batch) -> Receipt:
-    """Decide what another announcement of a known generation changes, and add that to *batch*."""
+def _first(arrival: Arrival, seq: int, changes: _Changes) -> Receipt:
+    """Add the history of a new record to *changes*."""
+    retention = arrival.retention
+    moves = _first_moves(retention)
+    for move in moves:
+        detail = (
+            {"reason": retention.hold_reason}
+            if move is Move.HOLD
+            else {"rule": retention.rule, "status": arrival.generation.status}
+        )
+        changes.entries.append(Entry(seq, arrival.received_at, move, ACTOR, detail))
+    return Receipt(seq, after(None, *moves), retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
+
+
+def _again(arrival: Arrival, before: Row[Any], changes: _Changes) -> Receipt:
+    """Decide what another announcement of a known generation changes, and add that to *changes*."""
     retention = arrival.retention
     due_at = retention.due_at if retention.is_later_than(before.due_at) else before.due_at
     moves = _moves(arrival, before, due_at)
@@ -206,10 +170,10 @@ def _again(arrival: Arrival, before: Row[Any], batch: _Batch) -> Receipt:
         # An attempt that was put off, by the API's Retry-After perhaps, is not made sooner.
         put_off = before.wake_at if before.state == State.SCHEDULED else None
         wake_at = max(due_at, put_off or due_at) if state is State.SCHEDULED and due_at else None
-        batch.updates.append(_changed(before, state, due_at, wake_at, retention))
+        changes.updates.append(_changed(before, state, due_at, wake_at, retention))
         detail = {"rule": retention.rule, "announced": "again"}
         told = moves or [Move.RECEIVE]  # it moved the due time alone
-        batch.entries.extend(Entry(before.seq, arrival.received_at, move, ACTOR, detail) for move in told)
+        changes.entries.extend(Entry(before.seq, arrival.received_at, move, ACTOR, detail) for move in told)
     return Receipt(
         before.seq,
         state,
@@ -254,25 +218,23 @@ def _changed(
     }
 
 
-def _columns(arrival: Arrival, seq: int, state: State) -> tuple[Any, ...]:
-    """Return the new record's values in the order of _insert_records."""
+def _columns(arrival: Arrival) -> dict[str, Any]:
+    """Return the values of a new record."""
     retention = arrival.retention
-    return (
-        seq,
-        arrival.key.account,
-        arrival.key.id,
-        str(state),  # the driver looks long for a way to adapt what is only nearly a text
-        arrival.generation.status,
-        arrival.body,
-        arrival.received_at,
-        retention.due_at,
-        retention.due_at if state is State.SCHEDULED else None,
-        retention.rule,
-        _seconds(retention),
-        arrival.generation.project_id,
-        ACTOR if retention.hold_reason else None,
-        retention.hold_reason,
-    )
+    state = after(None, *_first_moves(retention))
+    return described(arrival.generation) | {
+        "account": arrival.key.account,
+        "id": arrival.key.id,
+        "state": str(state),  # SQLite's driver looks long for a way to adapt what is only nearly a text
+        "notification": arrival.body,
+        "received_at": arrival.received_at,
+        "due_at": retention.due_at,
+        "wake_at": retention.due_at if state is State.SCHEDULED else None,
+        "rule": retention.rule,
+        "ttl_seconds": _seconds(retention),
+        "hold_by": ACTOR if retention.hold_reason else None,
+        "hold_reason": retention.hold_reason,
+    }
 
 
 def _seconds(retention: Retention) -> int | None:

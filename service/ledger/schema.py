@@ -1,4 +1,4 @@
-"""The tables of the ledger, as the newest migration leaves them; but for the keys the same on SQLite and PostgreSQL."""
+"""The tables of the ledger, as the newest migration leaves them, the same on SQLite and PostgreSQL."""
 
 from datetime import UTC, datetime, timedelta
 from typing import Any
@@ -30,6 +30,11 @@ def microseconds(instant: datetime) -> int:
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
+def instant(number: int) -> datetime:
+    """Return the aware UTC instant so many microseconds since 1970; OverflowError for one that no datetime can be."""
+    return _EPOCH + timedelta(microseconds=number)
+
+
 class Instant(TypeDecorator[datetime]):
     """An aware UTC instant: timestamptz on PostgreSQL, whole microseconds since 1970 on SQLite."""
 
@@ -52,7 +57,7 @@ class Instant(TypeDecorator[datetime]):
         """Read an instant back as aware UTC."""
         if value is None:
             return None
-        return _EPOCH + timedelta(microseconds=value) if dialect.name == "sqlite" else value.astimezone(UTC)
+        return instant(value) if dialect.name == "sqlite" else value.astimezone(UTC)
 
 
 metadata = MetaData(
@@ -66,14 +71,13 @@ metadata = MetaData(
 records = Table(
     "records",
     metadata,
-    # Time-ordered and made by the process that inserts (see sequence.py): pages are read newest first by it, and on
-    # SQLite all indexes grow at their end, so that a million records cost no more than none.
-    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=False),
+    # Counted by the database, and never used twice: a claim of a record that is gone must not match another one.
+    Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("account", String(64), nullable=False),
     Column("id", String(255), nullable=False),
     Column("state", String(16), nullable=False),
     Column("outcome", String(16)),
-    # What sync.so says of the generation. JSON parts are kept as the text they came as.
+    # What sync.so says of the generation: the webhook first, then the copy. JSON parts are the text they came as.
     Column("status", String(64), nullable=False),
     Column("model", Text),
     Column("created_at", Text),
@@ -100,24 +104,26 @@ records = Table(
     # When a worker must look at the row next: the next attempt of a scheduled one, the end of the lease of one being
     # deleted, NULL for all others.
     Column("wake_at", Instant),
-    Column("attempts", Integer, nullable=False),
+    Column("attempts", Integer, nullable=False, server_default="0"),
     # The attempt that made the copy: from then on its DELETE may be under way, and it is too late to stop it.
     Column("copied_attempt", Integer),
     # The UTC day whose limit of deletions it was counted against: once a day, however many attempts.
     Column("counted_on", Date),
     Column("failing_since", Instant),
-    Column("failures", Integer, nullable=False),
-    Column("refusals", Integer, nullable=False),
+    Column("failures", Integer, nullable=False, server_default="0"),
+    Column("refusals", Integer, nullable=False, server_default="0"),
     Column("last_error", Text),
     Column("rule", Text, nullable=False),
     Column("ttl_seconds", BigInteger),
     Column("hold_by", Text),
     Column("hold_reason", Text),
-    Column("hold_until", Instant),
-    Index("records_state_seq", "state", "seq"),
+    # One record per account and generation, however many processes insert at once.
+    Index("records_account_id", "account", "id", unique=True),
+    # Pages are newest first, all of them or those of one state.
+    Index("records_received_at", "received_at", "seq"),
+    Index("records_state_received_at", "state", "received_at", "seq"),
+    sqlite_autoincrement=True,
 )
-# One record per key, on PostgreSQL; on SQLite see keys.py.
-Index("records_account_id", records.c.account, records.c.id, unique=True).ddl_if(dialect="postgresql")
 # One index entry read tells what is due: without the state in it, SQLite would rather sort all that are scheduled.
 Index(
     "records_state_wake_at",
@@ -128,21 +134,23 @@ Index(
 )
 # Nearly all are COMPLETED, and a page of those is found without an index.
 Index(
-    "records_status_seq",
+    "records_status_received_at",
     records.c.status,
+    records.c.received_at,
     records.c.seq,
     sqlite_where=records.c.status != literal_column("'COMPLETED'"),
     postgresql_where=records.c.status != literal_column("'COMPLETED'"),
 )
 Index(
-    "records_project_id_seq",
+    "records_project_id_received_at",
     records.c.project_id,
+    records.c.received_at,
     records.c.seq,
     sqlite_where=records.c.project_id.is_not(None),
     postgresql_where=records.c.project_id.is_not(None),
 )
 
-# The audit trail: one row per move, never changed.
+# The audit trail: one row per move, never changed; *seq* counts from 1 within the record.
 events = Table(
     "events",
     metadata,
@@ -174,20 +182,4 @@ tallies = Table(
     Column("account", String(64), primary_key=True),
     Column("day", Date, primary_key=True),
     Column("deletes", Integer, nullable=False),
-)
-
-# What SQLite has instead of a unique index on account and id (see keys.py). Hashes of keys, and numbers of records.
-sqlite_metadata = MetaData()
-key_buffer = Table(
-    "key_buffer",
-    sqlite_metadata,
-    Column("seq", Integer, primary_key=True, autoincrement=False),
-    Column("hash", Integer, nullable=False),
-)
-key_index = Table(
-    "key_index",
-    sqlite_metadata,
-    Column("hash", Integer, primary_key=True, autoincrement=False),
-    Column("seq", Integer, primary_key=True, autoincrement=False),
-    sqlite_with_rowid=False,
 )

@@ -1,8 +1,7 @@
 """Growth: whether a ledger full of scheduled records makes anything slower, on both of its sides."""
 
 from collections import defaultdict
-from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack
 from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
@@ -10,10 +9,8 @@ from statistics import median
 from time import perf_counter
 
 import httpx
-from sqlalchemy import BigInteger, Connection, create_engine, func, insert, literal, select, type_coerce
+from sqlalchemy import BigInteger, create_engine, func, insert, literal, select, type_coerce
 
-from service.generation import Key
-from service.ledger.keys import hash_of
 from service.ledger.schema import events, records
 from tests.bench.api import api
 from tests.bench.draining import announce, lags
@@ -41,44 +38,34 @@ _DUE_IN = timedelta(days=3)
 
 
 def preload(where: Place, count: int) -> float:
-    """Multiply the one record of a ledger *count* times, due a second apart, and return the bytes that each takes."""
+    """Multiply the one record of a ledger *count* times, a second apart, and return the bytes that each takes.
+
+    The last one was received when the first record was, and the first one is due when it is.
+    """
     engine = create_engine(f"sqlite:///{where.ledger}")
-    with engine.begin() as connection, _without_trigger(connection):
+    with engine.begin() as connection:
         template = connection.execute(select(func.min(records.c.seq))).scalar_one()
         numbers = select(literal(0).label("number")).cte(recursive=True)
         numbers = numbers.union_all(select(numbers.c.number + 1).where(numbers.c.number < count - 1))
-        later = {name: type_coerce(records.c[name], BigInteger) + numbers.c.number * 10**6 for name in _INSTANTS}
-        changed = later | {
-            "seq": literal(template - count) + numbers.c.number,
+        starts = {"received_at": -count, "due_at": 0, "wake_at": 0}
+        moved = {
+            name: type_coerce(records.c[name], BigInteger) + (numbers.c.number + start) * 10**6
+            for name, start in starts.items()
+        }
+        changed = moved | {
+            "seq": literal(template + 1) + numbers.c.number,
             "id": func.lower(func.hex(func.randomblob(16))),
         }
         chosen = [changed.get(column.name, column) for column in records.c]
         statement = select(*chosen).select_from(records).join(numbers, literal(value=True))
         connection.execute(insert(records).from_select([*records.c.keys()], statement.where(records.c.seq == template)))
         moves = [records.c.seq if column.name == "record" else column for column in events.c]
-        copies = select(*moves).select_from(events).join(records, records.c.seq < template)
+        copies = select(*moves).select_from(events).join(records, records.c.seq > template)
         connection.execute(insert(events).from_select([*events.c.keys()], copies.where(events.c.record == template)))
-        named = select(records.c.account, records.c.id, records.c.seq).where(records.c.seq < template)
-        connection.exec_driver_sql(
-            "INSERT INTO key_index (hash, seq) VALUES (?, ?)",
-            sorted((hash_of(Key(*row[:2])), row.seq) for row in connection.execute(named)),
-        )
     with engine.connect() as connection:
         connection.exec_driver_sql("PRAGMA wal_checkpoint(TRUNCATE)")
     engine.dispose()
     return where.ledger.stat().st_size / count
-
-
-_INSTANTS = ("due_at", "wake_at")
-
-
-@contextmanager
-def _without_trigger(connection: Connection) -> Iterator[None]:
-    """Let records be inserted whose keys are noted later."""
-    name, sql = connection.exec_driver_sql("SELECT name, sql FROM sqlite_master WHERE type = 'trigger'").one()
-    connection.exec_driver_sql(f"DROP TRIGGER {name}")
-    yield
-    connection.exec_driver_sql(sql)
 
 
 def growth(folder: Path, sizes: list[int], *, rounds: int, seconds: float) -> dict[int, Figures]:

@@ -18,10 +18,8 @@ import asyncpg
 import psutil
 from sqlalchemy import URL
 
-from service.generation import Key
 from service.ledger import migrating
 from service.ledger.database import open_database
-from service.ledger.keys import hash_of
 from tests.faults.processes import Reach
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
@@ -73,9 +71,6 @@ class Ledger(Protocol):
     async def execute(self, statement: str) -> None:
         """Run a statement of the test's own; ``:now`` stands for the present."""
 
-    async def note_keys(self, statement: str) -> None:
-        """Note the keys of records that are about to be inserted: *statement* selects their numbers and ids."""
-
     async def number(self, statement: str) -> int:
         """Return the one number that *statement* selects."""
 
@@ -95,7 +90,6 @@ class SqliteLedger:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._observer: sqlite3.Connection | None = None
-        self._numbers: dict[str, int] = {}
 
     @property
     def url(self) -> str:
@@ -118,14 +112,6 @@ class SqliteLedger:
         now = (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
         with contextlib.closing(self._connect()) as connection:
             await asyncio.to_thread(connection.execute, statement.replace(":now", str(now)))
-
-    async def note_keys(self, statement: str) -> None:
-        """See Ledger."""
-        with contextlib.closing(self._connect()) as connection:
-            noted = [(number, hash_of(Key("default", name))) for number, name in connection.execute(statement)]
-            connection.execute("BEGIN")
-            connection.executemany("INSERT INTO key_buffer (seq, hash) VALUES (?, ?)", noted)
-            connection.execute("COMMIT")
 
     async def number(self, statement: str) -> int:
         """See Ledger."""
@@ -151,10 +137,9 @@ class SqliteLedger:
         if self._observer is None:
             self._observer = self._connect()
         try:
-            if generation_id not in self._numbers:  # no index tells: all of them are read, and few times
-                self._numbers = dict(self._observer.execute("SELECT id, seq FROM records WHERE account = 'default'"))
-            number = self._numbers.get(generation_id)
-            found = self._observer.execute("SELECT copy IS NOT NULL FROM records WHERE seq = ?", (number,))
+            found = self._observer.execute(
+                "SELECT copy IS NOT NULL FROM records WHERE account = 'default' AND id = ?", (generation_id,)
+            )
             return bool((found.fetchone() or (0,))[0])
         except sqlite3.Error:
             return None
@@ -318,9 +303,6 @@ class PostgresLedger:
         finally:
             await connection.close()
 
-    async def note_keys(self, statement: str) -> None:
-        """See Ledger; the index does it by itself."""
-
     async def number(self, statement: str) -> int:
         """See Ledger."""
         connection = await self._connect()
@@ -421,7 +403,7 @@ class _Watch:
 
 
 def _moved(difference: str) -> str:
-    instants = ("received_at", "due_at", "copied_at", "deleted_at", "wake_at", "failing_since", "hold_until")
+    instants = ("received_at", "due_at", "copied_at", "deleted_at", "wake_at", "failing_since")
     moved = ", ".join(f"{name} = {name} {difference}" for name in instants)
     return f"UPDATE records SET {moved}"  # noqa: S608 - of our own words
 

@@ -383,11 +383,10 @@ async def a_row_of_an_older_release(system: System) -> Generation:
     """Write a record that knows less than ours: after attempts and a copy that left no traces but the least."""
     generation = system.generation()
     body = f'{{"id":"{generation.id}","status":"COMPLETED"}}'
-    await system.ledger.note_keys(f"SELECT seq - 1, '{generation.id}' FROM records")  # noqa: S608
     await system.ledger.execute(
-        "INSERT INTO records (seq, account, id, state, status, notification, copy, received_at, copied_at, due_at, "  # noqa: S608
+        "INSERT INTO records (account, id, state, status, notification, copy, received_at, copied_at, due_at, "  # noqa: S608
         "wake_at, attempts, failures, refusals, rule) "
-        f"SELECT seq - 1, account, '{generation.id}', 'scheduled', status, '{body}', '{body}', received_at, copied_at, "
+        f"SELECT account, '{generation.id}', 'scheduled', status, '{body}', '{body}', received_at, copied_at, "
         "due_at, due_at, 3, 3, 1, 'a rule that is no more' FROM records"
     )
     system.sent.append(Sent(generation.id, 202, datetime.now(UTC), (await system.row(generation)).due_at))

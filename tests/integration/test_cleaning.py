@@ -59,6 +59,27 @@ async def test_what_is_not_due_yet_held_or_kept_is_not_claimed(database):
     assert await claim(database) == []
 
 
+async def test_claims_read_no_record_but_those_that_are_due(sqlite_database):
+    plans: dict[str, str] = {}
+
+    def explain(_connection, cursor, statement, parameters, _context, is_many):
+        if statement.startswith(("SELECT", "UPDATE")):
+            one = parameters[0] if is_many else parameters
+            found = cursor.connection.execute(f"EXPLAIN QUERY PLAN {statement}", one).fetchall()
+            plans[statement] = "; ".join(row[3] for row in found)
+
+    def claim_explained(connection):
+        event.listen(connection, "before_cursor_execute", explain)
+        return claiming.claim(connection, now=utc_now(), lease=LEASE, limit=100, actor=ACTOR)
+
+    await receive(sqlite_database, *(arrival() for _ in range(100)))
+    claims = await sqlite_database.write(claim_explained)
+    used = [plan for statement, plan in plans.items() if "records" in statement]
+
+    assert len(claims) == 100
+    assert ["records_state_wake_at" in used[0], "INTEGER PRIMARY KEY" in used[1], len(used)] == [True, True, 2], used
+
+
 async def test_a_record_is_claimed_once_until_its_lease_ends(database):
     await store(database)
     await claim_one(database)

@@ -1,4 +1,4 @@
-"""Writes take turns, each alone in its transaction, whoever else writes and whoever stops waiting."""
+"""Writes take turns, each alone in its transaction, whoever else writes or stops waiting; a read sees one state."""
 
 import asyncio
 import sqlite3
@@ -6,13 +6,15 @@ import subprocess
 import sys
 import threading
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import closing
 
 import pytest
-from sqlalchemy import URL, text
+from sqlalchemy import URL, delete, event, func, select, text
 
-from service.ledger.database import ConflictError, LedgerUnavailableError, open_database
-from service.ledger.thread import CallingThread
+from service.ledger.database import LedgerUnavailableError, RefusedDataError, open_database
+from service.ledger.schema import records
+from tests.support.ledger import count, store
 
 ROWS = text("SELECT word FROM words ORDER BY rowid")
 
@@ -48,10 +50,9 @@ async def all_words(database):
     return list(await database.read(lambda connection: connection.scalars(ROWS).all()))
 
 
-@pytest.mark.parametrize("is_quick", [True, False])
-async def test_a_write_waits_for_another_programs_and_leaves_the_loop_free(words, other, is_quick):
+async def test_a_write_waits_for_another_programs_and_leaves_the_loop_free(words, other):
     other.execute("BEGIN IMMEDIATE")
-    write = asyncio.create_task(words.write(adding("late"), is_quick=is_quick))
+    write = asyncio.create_task(words.write(adding("late")))
     begun = time.monotonic()
     await asyncio.sleep(0.2)
     assert time.monotonic() - begun < 0.4
@@ -76,7 +77,7 @@ async def test_writes_get_their_turns_beside_a_program_that_hardly_pauses(words,
     try:
         async with asyncio.timeout(15):  # SQLite's own way of waiting took minutes for so many
             for number in range(20):
-                await words.write(adding(str(number)), is_quick=number % 2 == 0)
+                await words.write(adding(str(number)))
     finally:
         is_over.set()
         await busy
@@ -84,44 +85,78 @@ async def test_writes_get_their_turns_beside_a_program_that_hardly_pauses(words,
     assert await all_words(words) == [str(number) for number in range(20)]
 
 
-@pytest.mark.parametrize("is_quick", [True, False])
-async def test_what_fails_leaves_nothing_behind_and_the_next_write_is_well(words, is_quick):
+async def test_what_fails_leaves_nothing_behind_and_the_next_write_is_well(words):
     def fail(connection):
         adding("half")(connection)
         raise RuntimeError("in the middle")
 
     with pytest.raises(RuntimeError):
-        await words.write(fail, is_quick=is_quick)
-    await words.write(adding("whole"), is_quick=is_quick)
+        await words.write(fail)
+    await words.write(adding("whole"))
 
     assert await all_words(words) == ["whole"]
 
 
-@pytest.mark.parametrize("is_quick", [True, False])
-async def test_who_stops_waiting_neither_undoes_a_write_nor_mixes_it_with_the_next(words, is_quick):
-    writes = [asyncio.create_task(words.write(adding(str(number)), is_quick=is_quick)) for number in range(10)]
-    await asyncio.sleep(0)
-    writes[0].cancel()
-    results = await asyncio.gather(*writes, return_exceptions=True)
+async def test_a_caller_that_stops_waiting_does_not_undo_its_write(words):
+    has_begun = threading.Event()
+
+    def add_slowly(connection):
+        has_begun.set()
+        time.sleep(0.1)
+        return adding("0")(connection)
+
+    first = asyncio.create_task(words.write(add_slowly))
+    others = [asyncio.create_task(words.write(adding(str(number)))) for number in range(1, 10)]
+    await asyncio.to_thread(has_begun.wait)
+    first.cancel()
+    results = await asyncio.gather(first, *others, return_exceptions=True)
 
     assert isinstance(results[0], asyncio.CancelledError)
     assert results[1:] == [str(number) for number in range(1, 10)]
     assert await all_words(words) == [str(number) for number in range(10)]
 
 
+async def test_a_write_whose_caller_stops_waiting_before_its_turn_is_not_made(words, other):
+    other.execute("BEGIN IMMEDIATE")
+    first = asyncio.create_task(words.write(adding("first")))
+    second = asyncio.create_task(words.write(adding("second")))
+    await asyncio.sleep(0.1)
+    second.cancel()
+    await asyncio.sleep(0)
+    other.execute("COMMIT")
+
+    assert await first == "first"
+    await words.write(adding("third"))
+    assert await all_words(words) == ["first", "third"]
+
+
+async def test_a_write_that_took_too_long_for_its_caller_does_not_break_the_next(sqlite_url, other):
+    async with open_database(sqlite_url, write_seconds=0.3) as database:
+        await database.write(lambda connection: connection.execute(text("CREATE TABLE words (word TEXT)")))
+        other.execute("BEGIN IMMEDIATE")
+        for _ in range(2):
+            with pytest.raises(LedgerUnavailableError, match="did not answer in time"):
+                await database.write(adding("late"))
+        other.execute("ROLLBACK")
+
+        assert await database.write(adding("next")) == "next"
+        # The first one had begun, and was made once the lock was free; the second was still waiting for its turn.
+        assert await all_words(database) == ["late", "next"]
+
+
 async def test_a_commit_that_cannot_be_made_leaves_nothing_behind_and_the_next_write_is_well(words, other):
     other.execute("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
     other.execute("CREATE TABLE child (id INTEGER REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
-    await words.write(do_nothing)
-    words._writing.connection.cursor().execute("PRAGMA foreign_keys=ON")
+    words._writing.dispose()
+    event.listen(words._writing, "connect", lambda driver, _record: driver.execute("PRAGMA foreign_keys=ON"))
 
     def add_an_orphan(connection):
         adding("lost")(connection)
         connection.execute(text("INSERT INTO child VALUES (1)"))  # noticed by the commit alone
 
-    with pytest.raises(ConflictError):
-        await words.write(add_an_orphan, is_quick=True)
-    await words.write(adding("kept"), is_quick=True)
+    with pytest.raises(RefusedDataError):
+        await words.write(add_an_orphan)
+    await words.write(adding("kept"))
 
     assert await all_words(words) == ["kept"]
 
@@ -134,7 +169,7 @@ async def test_a_second_opening_does_not_let_another_program_take_the_log_away(w
         await second.write(do_nothing)
     look = "import sqlite3, sys; print(*sqlite3.connect(sys.argv[1]).execute('SELECT word FROM words').fetchall())"
     for word in ("first", "second"):
-        await words.write(adding(word), is_quick=True)
+        await words.write(adding(word))
         shown = await asyncio.to_thread(
             subprocess.run,
             [sys.executable, "-c", look, sqlite_url.database],
@@ -157,24 +192,64 @@ async def test_the_files_are_their_owners_alone_wherever_they_are(tmp_path):
     assert modes == dict.fromkeys(("ledger.db", "ledger.db-shm", "ledger.db-wal"), 0o600)
 
 
-async def test_after_a_slow_quick_write_the_next_ones_leave_the_loop_free(words):
-    def dawdle(_connection):
-        time.sleep(0.1)
-        threads.append(threading.current_thread())
+async def test_a_slow_write_leaves_the_loop_free(words):
+    write = asyncio.create_task(words.write(lambda _connection: time.sleep(0.3)))
+    turns = 0
+    while not write.done():
+        await asyncio.sleep(0.01)
+        turns += 1
 
-    threads: list[threading.Thread] = []
-    await words.write(adding("first"))
-    for _ in range(2):
-        await words.write(dawdle, is_quick=True)
+    assert turns > 10
 
-    assert threads[0] is threading.main_thread()
-    assert threads[1] is not threading.main_thread()
+
+async def test_a_read_sees_what_was_committed_before_it(words):
+    for number in range(20):
+        await words.write(adding(str(number)))
+        assert (await all_words(words))[-1] == str(number)
+
+
+async def test_all_statements_of_a_read_see_one_state(database_url):
+    has_seen, may_go_on = threading.Event(), threading.Event()
+    counting = select(func.count()).select_from(records)
+
+    def count_twice(connection):
+        before = connection.scalar(counting)
+        has_seen.set()
+        # On PostgreSQL statements run on the loop, so that the other write has a loop of its own.
+        assert may_go_on.wait(10)
+        return before, connection.scalar(counting)
+
+    def write_meanwhile():
+        async def store_one():
+            async with open_database(database_url) as other:
+                await store(other)
+
+        assert has_seen.wait(10)
+        asyncio.run(store_one())
+        may_go_on.set()
+
+    async with open_database(database_url) as database:
+        await store(database)
+        writing = asyncio.create_task(asyncio.to_thread(write_meanwhile))
+        seen = await database.read(count_twice)
+        await writing
+
+        assert seen == (1, 1)
+        assert await database.read(lambda connection: connection.scalar(counting)) == 2
+
+
+async def test_a_read_on_postgresql_cannot_write(postgres_url):
+    async with open_database(postgres_url) as database:
+        with pytest.raises(LedgerUnavailableError, match="read-only"):
+            await database.read(lambda connection: connection.execute(delete(records)))
+        await store(database)  # and the connection that it had can write again
+        assert await count(database) == 1
 
 
 async def test_writes_that_wait_while_the_database_closes_are_refused_and_none_is_half_made(sqlite_url, other):
     async with open_database(sqlite_url) as database:
         await database.write(lambda connection: connection.execute(text("CREATE TABLE words (word TEXT)")))
-        writes = [asyncio.create_task(database.write(adding(str(number)), is_quick=True)) for number in range(20)]
+        writes = [asyncio.create_task(database.write(adding(str(number)))) for number in range(20)]
         await asyncio.sleep(0)
     results = await asyncio.gather(*writes, return_exceptions=True)
 
@@ -183,31 +258,32 @@ async def test_writes_that_wait_while_the_database_closes_are_refused_and_none_i
     assert [word for (word,) in other.execute("SELECT word FROM words")] == made
 
 
-async def test_a_quick_write_whose_commit_cannot_be_handed_over_holds_no_lock(words, other, monkeypatch):
-    def refuse(_thread, _function, _ended):
+async def test_a_write_that_cannot_be_handed_to_its_thread_is_not_made_later(words, other, monkeypatch):
+    def refuse(_threads, _function, *_arguments: object):
         raise MemoryError
 
     with monkeypatch.context() as patch:
-        patch.setattr(CallingThread, "call", refuse)
+        patch.setattr(ThreadPoolExecutor, "submit", refuse)
         with pytest.raises(MemoryError):
-            await words.write(adding("lost"), is_quick=True)
+            await words.write(adding("lost"))
     other.execute("BEGIN IMMEDIATE")
     other.execute("ROLLBACK")
 
-    assert await words.write(adding("next"), is_quick=True) == "next"
+    assert await words.write(adding("next")) == "next"
     assert await all_words(words) == ["next"]
 
 
-async def test_a_thread_that_could_not_be_started_is_started_at_the_next_write(sqlite_url, monkeypatch):
+async def test_a_thread_that_cannot_be_started_fails_the_opening(sqlite_url, monkeypatch):
     def refuse(_thread):
         raise RuntimeError("can't start new thread")
 
-    async with open_database(sqlite_url) as database:
-        with monkeypatch.context() as patch:
-            patch.setattr(threading.Thread, "start", refuse)
-            with pytest.raises(RuntimeError, match="new thread"):
-                await database.write(do_nothing)
+    with monkeypatch.context() as patch:
+        patch.setattr(threading.Thread, "start", refuse)
+        with pytest.raises(RuntimeError, match="new thread"):
+            async with open_database(sqlite_url):
+                raise AssertionError("it was opened")
 
+    async with open_database(sqlite_url) as database:
         assert await database.write(lambda _connection: "well") == "well"
 
 
@@ -215,5 +291,5 @@ async def test_a_lock_that_is_held_for_too_long_is_named(sqlite_url, other):
     async with open_database(sqlite_url, write_seconds=0.3) as database:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(LedgerUnavailableError, match="did not answer in time"):
-            await database.write(do_nothing, is_quick=True)
+            await database.write(do_nothing)
         other.execute("ROLLBACK")

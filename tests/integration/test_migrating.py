@@ -3,7 +3,6 @@
 import asyncio
 from contextlib import asynccontextmanager
 from pathlib import Path
-from typing import Any
 
 import pytest
 from alembic.autogenerate import compare_metadata
@@ -48,28 +47,42 @@ async def test_the_migrations_lead_from_nothing_to_the_tables_of_the_code(empty)
     assert await empty.write(migrating.migrate) == (None, migrating.HEAD)
 
     def differences(connection):
-        is_sqlite = connection.dialect.name == "sqlite"
-        tables: Any = [schema.metadata, schema.sqlite_metadata] if is_sqlite else schema.metadata
-
-        def is_for_it(item, _name, kind, _is_reflected, _compared):
-            # A condition of one's own is what autogeneration does not know.
-            return not (is_sqlite and kind == "index" and item.name == "records_account_id")
-
-        options = {"compare_type": True, "include_object": is_for_it}
-        return compare_metadata(MigrationContext.configure(connection, opts=options), tables)
+        context = MigrationContext.configure(connection, opts={"compare_type": True, "compare_server_default": True})
+        return compare_metadata(context, schema.metadata)
 
     assert await empty.read(differences) == []
 
 
-async def test_the_indexes_are_those_of_the_code_with_their_conditions(empty, empty_url):
-    await empty.write(migrating.migrate)
-    found = await empty.read(
-        lambda connection: {index["name"]: index for index in inspect(connection).get_indexes("records")}
-    )
-    unique = {name for name, index in found.items() if index["unique"]}
+def indexes(connection):
+    """Return the columns of each index of the records, whether it is unique and on which rows."""
+    return {
+        index["name"]: (
+            index["column_names"],
+            bool(index["unique"]),
+            str(index["dialect_options"].get(f"{connection.dialect.name}_where")),
+        )
+        for index in inspect(connection).get_indexes("records")
+    }
 
-    assert unique == (set() if empty_url.get_backend_name() == "sqlite" else {"records_account_id"})
-    assert found.keys() | {"records_account_id"} == {index.name for index in schema.records.indexes}
+
+async def test_the_migration_makes_the_same_indexes_as_the_tables_of_the_code(empty):
+    await empty.write(migrating.migrate)
+    migrated = await empty.read(indexes)
+    await empty.write(schema.metadata.drop_all)
+    await empty.write(schema.metadata.create_all)
+
+    assert await empty.read(indexes) == migrated
+    assert [name for name, (_, is_unique, _) in migrated.items() if is_unique] == ["records_account_id"]
+
+
+async def test_the_migration_makes_the_same_tables_as_the_code_on_sqlite(tmp_path):
+    async def made_by(function, name):
+        async with open_database(URL.create("sqlite", database=str(tmp_path / name))) as database:
+            await database.write(function)
+            tables = text("SELECT sql FROM sqlite_master WHERE type = 'table' AND name != 'alembic_version'")
+            return await database.read(lambda connection: sorted(connection.scalars(tables)))
+
+    assert await made_by(migrating.migrate, "migrated.db") == await made_by(schema.metadata.create_all, "made.db")
 
 
 def test_the_head_that_the_code_knows_is_that_of_the_folder():
@@ -110,6 +123,14 @@ async def test_the_tables_of_this_release_and_of_a_newer_one_can_be_worked_with(
     await database.read(migrating.check)
 
     assert await database.read(migrating.current) == "9999"
+
+
+async def test_a_ledger_of_before_the_first_release_is_refused(database):
+    await database.write(lambda connection: connection.execute(text("CREATE INDEX records_state_seq ON records (seq)")))
+    await set_revision(database, "0003")
+
+    with pytest.raises(SchemaError, match="before the first release, and is not upgraded"):
+        await database.read(migrating.check)
 
 
 async def test_a_newer_releases_tables_are_left_as_they_are(database):

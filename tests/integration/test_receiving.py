@@ -5,12 +5,15 @@ import json
 from datetime import timedelta
 from functools import partial
 
+import msgspec
 import pytest
+from sqlalchemy import event
 
-from service.generation import Key
+from service.generation import Key, read
 from service.ledger import moving, receiving
 from service.ledger.cleaning import Copied
-from service.ledger.database import ConflictError, open_database
+from service.ledger.database import open_database
+from service.ledger.describing import DESCRIBED, described
 from service.lifecycle import Move, State
 from tests.support.ledger import (
     ACTOR,
@@ -24,7 +27,6 @@ from tests.support.ledger import (
     given_up,
     moves_of,
     receive,
-    receive_as_the_web_side_does,
     row_of,
     settle,
     store,
@@ -252,22 +254,12 @@ async def test_the_same_id_in_two_accounts_is_two_records(database):
     assert await count(database) == 2
 
 
-async def test_the_insert_that_looks_nothing_up_refuses_a_known_generation_as_a_whole(postgres_url):
-    async with open_database(postgres_url) as database:
-        await store(database, id="g1")
-
-        for known in ([arrival(id="g2"), arrival(id="g1")], [arrival(id="g2"), arrival(id="g2")]):
-            with pytest.raises(ConflictError):
-                await database.write(partial(receiving.insert, arrivals=known))
-        assert await count(database) == 1
-
-
 async def test_two_processes_that_write_the_same_generations_in_any_order_end_with_one_record_each(database_url):
     async with open_database(database_url) as one, open_database(database_url) as other:
         for number in range(5):
             arrivals = [arrival(id=f"g{number}-{index}", due_in=HOUR) for index in range(40)]
             orders = [arrivals, arrivals[::-1], arrivals[20:] + arrivals[:20]]
-            writes = [receive_as_the_web_side_does(*pair) for pair in zip((one, other, one), orders, strict=True)]
+            writes = [receive(database, *order) for database, order in zip((one, other, one), orders, strict=True)]
             results = await asyncio.gather(*writes)
 
             assert sum(receipt.is_new for receipts in results for receipt in receipts) == 40
@@ -286,3 +278,78 @@ async def test_texts_of_any_length_and_script_survive(database):
     await receive(database, item)
 
     assert json.loads((await row_of(database, item.key)).notification) == json.loads(item.body)
+
+
+async def test_every_column_that_describes_the_generation_is_filled_at_receipt(database):
+    item = arrival(
+        id="g1",
+        error="no face",
+        error_code="no_face",
+        segments=[{"startTime": 0}],
+        segmentOutputUrl="https://segment",
+        synthesizedAudioUrl="https://audio",
+        outputFileName="take_07",
+        projectId="film",
+    )
+    await receive(database, item)
+    row = await row_of(database, item.key)
+    columns = described(item.generation)
+
+    assert {name: getattr(row, name) for name in columns} == columns
+    assert columns.keys() == {"status", *DESCRIBED}
+    assert None not in columns.values()
+
+
+async def test_the_copy_replaces_what_the_webhook_said_but_for_what_it_leaves_out(database):
+    item = arrival(id="g1", model="announced", error="odd", outputFileName="take", options={"a": 1})
+    await receive(database, item)
+    claimed = await claim_one(database)
+    await copy(database, claimed, model="copied", error=None, outputFileName="", options=None)
+    row = await row_of(database, item.key)
+
+    assert (row.model, row.error, row.output_file_name, row.options) == ("copied", "odd", "take", '{"a": 1}')
+
+
+@pytest.mark.parametrize(("escape", "stored"), [("\\ud83d", "\\ufffd"), ("\\u0000", "\\u0000")])
+async def test_half_characters_and_nul_in_the_raw_parts_break_neither_database(database, escape, stored):
+    item = arrival(id="g1", input=[{"script": "ODD"}], options={"ODD": "ODD"}, segments=["ODD"])
+    body = item.body.replace("ODD", escape)
+    await receive(database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    row = await row_of(database, item.key)
+
+    assert row.notification == body
+    assert (row.input, row.segments) == (f'[{{"script": "{stored}"}}]', f'["{stored}"]')
+
+
+async def test_half_a_character_in_a_text_column_is_stored_as_a_replacement(database):
+    item = arrival(id="g1", error="HALF", outputFileName="HALF")
+    body = item.body.replace("HALF", "cut \\ud83d")
+    await receive(database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    row = await row_of(database, item.key)
+
+    assert (row.error, row.output_file_name) == ("cut \ufffd", "cut \ufffd")
+
+
+async def test_known_generations_are_found_by_the_index_however_many_records_there_are(sqlite_database):
+    one = arrival(id="g1")
+    items = [
+        one,
+        arrival(id="g2"),
+        receiving.Arrival(Key("other", "g1"), one.generation, one.body, one.retention, utc_now()),
+    ]
+    plans: list[str] = []
+
+    def explain(_connection, cursor, statement, parameters, _context, _is_many):
+        if statement.startswith("SELECT"):
+            plans.extend(row[3] for row in cursor.connection.execute(f"EXPLAIN QUERY PLAN {statement}", parameters))
+
+    def receive_explained(connection):
+        event.listen(connection, "before_cursor_execute", explain)
+        return receiving.receive(connection, items)
+
+    await receive(sqlite_database, *items)
+    receipts = await sqlite_database.write(receive_explained)
+
+    assert not any(receipt.is_new for receipt in receipts)
+    assert any("SEARCH" in plan for plan in plans)
+    assert not any("SCAN" in plan for plan in plans)

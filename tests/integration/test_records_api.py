@@ -7,7 +7,7 @@ from urllib.parse import quote
 import msgspec
 import pytest
 
-from service.generation import Key
+from service.generation import Key, read
 from service.ledger import reading
 from service.ledger.cleaning import Copied
 from service.ledger.receiving import Arrival
@@ -206,12 +206,13 @@ async def test_records_are_found_by_state_and_status(client, database):
     assert await ids_of(client, state="held", status="FAILED") == []
 
 
-async def test_records_are_found_by_their_project_once_copied(client, database):
-    key = await store(database)
+async def test_records_are_found_by_their_project(client, database):
+    copied = await store(database)
     await copy(database, await claim_one(database), projectId=PROJECT)
+    announced = await store(database, due_in=HOUR, projectId=PROJECT)
     await store(database, due_in=HOUR)
 
-    assert await ids_of(client, projectId=PROJECT) == [key.id]
+    assert await ids_of(client, projectId=PROJECT) == [announced.id, copied.id]
     assert await ids_of(client, projectId="other") == []
 
 
@@ -255,7 +256,63 @@ async def test_records_are_found_by_a_part_of_their_id_or_file_name_and_signs_of
     assert await ids_of(client, q="100") == [other.id, named.id]
 
 
+@pytest.mark.parametrize("field", ["id", "outputFileName", "model", "error", "error_code"])
+async def test_a_search_finds_what_the_webhook_said_before_any_copy(client, database, field):
+    key = await store(database, due_in=HOUR, **{field: "half a Needle ✂"})
+    await store(database, due_in=HOUR)
+
+    assert await ids_of(client, q="needle") == [key.id]
+
+
+async def test_pages_are_in_the_order_of_receipt_even_if_written_in_another(client, database):
+    at = utc_now()
+    late, early = [await store(database, received_at=at - minutes * HOUR / 60) for minutes in (1, 2)]
+    first = (await client.get("/api/records", params={"limit": 1})).json()
+
+    assert [item["id"] for item in first["items"]] == [late.id]
+    assert await ids_of(client, limit=1, cursor=first["nextCursor"]) == [early.id]
+
+
+async def test_records_received_at_the_same_instant_are_each_on_one_page(client, database):
+    at = utc_now()
+    await receive(database, *(arrival(received_at=at, due_in=HOUR) for _ in range(7)))
+    found: list[str] = []
+    cursor = None
+    while not found or cursor:
+        page = (await client.get("/api/records", params={"limit": 2} | ({"cursor": cursor} if cursor else {}))).json()
+        found += [item["id"] for item in page["items"]]
+        cursor = page["nextCursor"]
+
+    assert len(found) == len(set(found)) == 7
+
+
 # One record
+
+
+async def test_the_bodies_are_shown_as_they_came_with_one_record_and_not_in_a_page(client, database):
+    item = arrival(id="g1", novelty={"a": [1.0]}, error="half \\ud83d")
+    await receive(database, item)
+    waiting = (await client.get("/api/records/g1")).json()
+    await copy(database, await claim_one(database), polled=True)
+    copied = (await client.get("/api/records/g1")).json()
+    (listed,) = (await client.get("/api/records")).json()["items"]
+
+    assert (waiting["notification"], waiting["copy"]) == (json.loads(item.body), None)
+    assert copied["notification"] == waiting["notification"]
+    assert copied["copy"]["polled"] is True
+    assert not {"notification", "copy", "events"} & listed.keys()
+
+
+async def test_a_page_shows_each_record_as_it_is_shown_alone(client, database):
+    item = arrival(
+        id="g1", due_in=HOUR, segments=[{"startTime": 0}], outputFileName="take", synthesizedAudioUrl="https://a"
+    )
+    await receive(database, item)
+    (listed,) = (await client.get("/api/records")).json()["items"]
+    alone = (await client.get("/api/records/g1")).json()
+
+    assert listed == {name: value for name, value in alone.items() if name in listed}
+    assert (listed["segments"], listed["outputFileName"]) == ([{"startTime": 0}], "take")
 
 
 async def test_a_record_that_waits_is_shown_as_it_was_announced(client, database):
@@ -313,9 +370,11 @@ async def test_a_part_with_a_number_that_no_float_can_be_is_shown_as_the_text_it
     sqlite_client, sqlite_database
 ):
     item = arrival(id="g1", options={"x": 17})
-    await receive(sqlite_database, msgspec.structs.replace(item, body=item.body.replace("17", "1e999")))
+    body = item.body.replace("17", "1e999")
+    await receive(sqlite_database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    record = (await sqlite_client.get("/api/records/g1")).json()
 
-    assert (await sqlite_client.get("/api/records/g1")).json()["options"] == '{"x": 1e999}'
+    assert (record["options"], record["notification"]) == ('{"x": 1e999}', body)
     assert (await sqlite_client.get("/api/records")).status_code == 200
 
 

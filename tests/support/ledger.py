@@ -12,7 +12,7 @@ from service.generation import Generation, Key, read
 from service.ledger import claiming, cleaning, history, reading, receiving
 from service.ledger.claiming import Claim
 from service.ledger.cleaning import Copied, Copy, Settlement
-from service.ledger.database import ConflictError, Database
+from service.ledger.database import Database
 from service.ledger.receiving import Arrival, Receipt
 from service.ledger.schema import records
 from service.lifecycle import Move
@@ -44,16 +44,6 @@ def arrival(
 async def receive(database: Database, *arrivals: Arrival) -> list[Receipt]:
     """Write *arrivals* as the web side does."""
     return await database.write(partial(receiving.receive, arrivals=arrivals))
-
-
-async def receive_as_the_web_side_does(database: Database, arrivals: Sequence[Arrival]) -> list[Receipt]:
-    """Write *arrivals*, again when another process was first."""
-    for function in (receiving.insert, receiving.receive, receiving.receive):
-        try:
-            return await database.write(partial(function, arrivals=arrivals), is_quick=True)
-        except ConflictError:
-            continue
-    raise AssertionError("it kept being second")
 
 
 async def store(database: Database, **options: Any) -> Key:  # noqa: ANN401 - handed on

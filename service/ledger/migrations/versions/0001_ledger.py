@@ -43,7 +43,7 @@ def upgrade() -> None:
 def _records() -> None:
     op.create_table(
         "records",
-        sa.Column("seq", _NUMBER, primary_key=True, autoincrement=False),
+        sa.Column("seq", _NUMBER, primary_key=True, autoincrement=True),
         sa.Column("account", sa.String(64), nullable=False),
         sa.Column("id", sa.String(255), nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
@@ -71,25 +71,26 @@ def _records() -> None:
         sa.Column("copied_at", _INSTANT),
         sa.Column("deleted_at", _INSTANT),
         sa.Column("wake_at", _INSTANT),
-        sa.Column("attempts", sa.Integer, nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
         sa.Column("copied_attempt", sa.Integer),
         sa.Column("counted_on", sa.Date),
         sa.Column("failing_since", _INSTANT),
-        sa.Column("failures", sa.Integer, nullable=False),
-        sa.Column("refusals", sa.Integer, nullable=False),
+        sa.Column("failures", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("refusals", sa.Integer, nullable=False, server_default="0"),
         sa.Column("last_error", sa.Text),
         sa.Column("rule", sa.Text, nullable=False),
         sa.Column("ttl_seconds", sa.BigInteger),
         sa.Column("hold_by", sa.Text),
         sa.Column("hold_reason", sa.Text),
-        sa.Column("hold_until", _INSTANT),
+        sqlite_autoincrement=True,
     )
     op.create_index("records_account_id", "records", ["account", "id"], unique=True)
-    op.create_index("records_state_seq", "records", ["state", "seq"])
+    op.create_index("records_received_at", "records", ["received_at", "seq"])
+    op.create_index("records_state_received_at", "records", ["state", "received_at", "seq"])
     for name, columns, condition in (
         ("records_state_wake_at", ["state", "wake_at"], "wake_at IS NOT NULL"),
-        ("records_status_seq", ["status", "seq"], "status != 'COMPLETED'"),
-        ("records_project_id_seq", ["project_id", "seq"], "project_id IS NOT NULL"),
+        ("records_status_received_at", ["status", "received_at", "seq"], "status != 'COMPLETED'"),
+        ("records_project_id_received_at", ["project_id", "received_at", "seq"], "project_id IS NOT NULL"),
     ):
         where = sa.text(condition)
         op.create_index(name, "records", columns, sqlite_where=where, postgresql_where=where)
