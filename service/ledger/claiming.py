@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Interval, Row, Select, bindpar
 from service.generation import Key
 from service.ledger import pausing
 from service.ledger.history import Entry, append
-from service.ledger.schema import Instant, records
+from service.ledger.schema import Instant, are_of, records
 from service.lifecycle import Move, State, after
 from service.retention import Progress, Step, after_lost_lease, waited
 
@@ -115,18 +115,18 @@ def claim_wanted(
 
 def _found(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] | NotYet | None:
     """Return the *row* if *attempt* at it can begin at the instant *at*."""
-    if row is None or row.attempts + 1 != attempt:
+    if row is None or row.state != State.SCHEDULED or row.attempts + 1 != attempt:
         return None
     wait: timedelta = max(row.due_at, row.wake_at) - at
     return row if wait <= timedelta(0) else NotYet(wait)
 
 
 def _asked_for(wanted: Sequence[Wanted]) -> Select[Any]:
-    """Return the statement that locks the scheduled records of these keys, and perhaps others."""
+    """Return the statement that locks the records of these keys."""
+    # Their state is looked at afterwards: with it in here, SQLite would rather read all that are scheduled.
     return (
-        select(*_CLAIMED)
-        .where(records.c.account.in_({item.key.account for item in wanted}))
-        .where(records.c.id.in_([item.key.id for item in wanted]), records.c.state == State.SCHEDULED)
+        select(*_CLAIMED, records.c.state)
+        .where(are_of(item.key for item in wanted))
         .order_by(records.c.account, records.c.id)
         .with_for_update()
     )

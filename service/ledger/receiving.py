@@ -2,18 +2,17 @@
 
 from collections.abc import Sequence
 from datetime import datetime
-from itertools import groupby
 from operator import attrgetter
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, Text, and_, bindparam, func, or_, select, update
+from sqlalchemy import Connection, Row, Text, bindparam, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from service.generation import Generation, Key
 from service.ledger.describing import described
 from service.ledger.history import Entry, append
-from service.ledger.schema import records
+from service.ledger.schema import are_of, records
 from service.lifecycle import Move, State, after, interrupted
 from service.retention import Retention
 
@@ -130,12 +129,7 @@ def _lock(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
     """Lock the records of *keys*, which are sorted."""
     if not keys:
         return {}
-    # By account: for pairs of account and id SQLite reads the whole index.
-    wanted = [
-        and_(records.c.account == account, records.c.id.in_([key.id for key in mine]))
-        for account, mine in groupby(keys, key=attrgetter("account"))
-    ]
-    rows: Sequence[Any] = connection.execute(_select_known.where(or_(*wanted))).all()
+    rows: Sequence[Any] = connection.execute(_select_known.where(are_of(keys))).all()
     return {Key(row.account, row.id): row for row in rows}
 
 

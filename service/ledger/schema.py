@@ -1,11 +1,13 @@
 """The tables of the ledger, as the newest migration leaves them, the same on SQLite and PostgreSQL."""
 
+from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
     BigInteger,
     Column,
+    ColumnElement,
     Date,
     DateTime,
     Dialect,
@@ -16,9 +18,13 @@ from sqlalchemy import (
     String,
     Table,
     Text,
+    and_,
     literal_column,
+    or_,
 )
 from sqlalchemy.types import TypeDecorator, TypeEngine
+
+from service.generation import Key
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
@@ -149,6 +155,16 @@ Index(
     sqlite_where=records.c.project_id.is_not(None),
     postgresql_where=records.c.project_id.is_not(None),
 )
+
+
+def are_of(keys: Iterable[Key]) -> ColumnElement[bool]:
+    """Return the condition that picks the records of *keys*."""
+    ids: dict[str, list[str]] = {}
+    for key in keys:
+        ids.setdefault(key.account, []).append(key.id)
+    # By account: for pairs of account and id SQLite reads the whole index.
+    return or_(*(and_(records.c.account == account, records.c.id.in_(mine)) for account, mine in ids.items()))
+
 
 # The audit trail: one row per move, never changed; *seq* counts from 1 within the record.
 events = Table(

@@ -4,6 +4,8 @@ import asyncio
 from datetime import timedelta
 from functools import partial
 
+from sqlalchemy import event
+
 from service.generation import Key
 from service.ledger import claiming, pausing
 from service.ledger.claiming import Claim, NotYet, Wanted
@@ -53,6 +55,30 @@ async def test_a_job_claims_its_record_at_its_attempt(database):
     assert (await row_of(database, key)).state == State.DELETING
     assert (await row_of(database, other)).state == State.SCHEDULED
     assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM]
+
+
+async def test_a_claim_by_key_reads_no_record_but_those_asked_for(sqlite_database):
+    plans: dict[str, str] = {}
+
+    def explain(_connection, cursor, statement, parameters, _context, is_many):
+        if statement.startswith(("SELECT", "UPDATE")) and "records" in statement:
+            one = parameters[0] if is_many else parameters
+            found = cursor.connection.execute(f"EXPLAIN QUERY PLAN {statement}", one).fetchall()
+            plans[statement] = "; ".join(row[3] for row in found)
+
+    keys = [await store(sqlite_database) for _ in range(3)]
+
+    def explained(connection):
+        event.listen(connection, "before_cursor_execute", explain)
+        wanted = [Wanted(key, 1) for key in keys]
+        return claiming.claim_wanted(connection, wanted, now=utc_now(), lease=LEASE, actor=ACTOR)
+
+    claims = await sqlite_database.write(explained)
+    by_key, by_number = plans.values()
+
+    assert len(claims) == 3
+    assert "(account=? AND id=?)" in by_key
+    assert "INTEGER PRIMARY KEY" in by_number
 
 
 async def test_answers_come_in_the_order_of_the_jobs(database):
