@@ -9,13 +9,13 @@ from pathlib import Path
 import click
 import pytest
 
-from service import queue
-from service.app import make_app
 from service.cli import main
-from service.ledger.database import open_database
-from service.settings import OPTIONS, read_settings
-from service.telemetry import Metrics
-from service.values import Secret
+from service.config.settings import OPTIONS, read_settings
+from service.core.secret import Secret
+from service.jobs import connection
+from service.ledger.opening import open_database
+from service.runtime.metrics import Metrics
+from service.web.app import make_app
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text(encoding="utf-8")
@@ -110,7 +110,7 @@ def test_each_setting_is_used(field):
 
 async def test_each_route_is_documented(tmp_path, settings):
     async with open_database(settings().ledger_url) as database:
-        pool = queue.connect(Secret(f"unix://{tmp_path}/none.sock"), retries=0)
+        pool = connection.connect(Secret(f"unix://{tmp_path}/none.sock"), retries=0)
         app = make_app(settings(), database, pool, Metrics())
         routes = {
             f"{method.upper()} {path if path == '/' else path.rstrip('/')}"

@@ -11,12 +11,12 @@ import click
 import httpx
 
 from service.commands.running import EXIT_FAILED, EXIT_INTERRUPTED, fail, on_stop, run, settings_or_exit
-from service.settings import Settings, require_webhook_secret
-from service.signature import sign
+from service.config.settings import Settings, require_webhook_secret
+from service.core.signature import sign
+from service.runtime.logging import configure_logging
 from service.simulator import Generation, Simulator, serve_forever
 from service.simulator.generation import sample_input
 from service.simulator.wire import is_loopback
-from service.telemetry import configure_logging
 
 # Longer than the simulator's own: Mayfly refuses secrets that could be guessed.
 SIMULATOR_SECRET: Final = "whsec_simulator_only"  # noqa: S105 - proves nothing to anybody

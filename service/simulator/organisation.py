@@ -12,7 +12,7 @@ from uuid import UUID
 import httpx
 import msgspec
 
-from service.signature import sign
+from service.core.signature import sign
 from service.simulator.calls import Call
 from service.simulator.faults import Plan
 from service.simulator.gates import Gates

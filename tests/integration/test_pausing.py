@@ -4,11 +4,11 @@ import asyncio
 from datetime import timedelta
 from functools import partial
 
+from service.core.attempts import Verdict
+from service.core.lifecycle import State
 from service.ledger import pausing
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from service.ledger.pausing import PROBE_EVERY, Kind, Pause
-from service.lifecycle import State
-from service.retention import Verdict
 from tests.support.ledger import (
     ACTOR,
     arrival,

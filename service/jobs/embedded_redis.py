@@ -17,8 +17,8 @@ from typing import TextIO
 import redis.asyncio as redis
 import structlog
 
-from service.tasks import end
-from service.values import Secret
+from service.core.secret import Secret
+from service.runtime.tasks import end
 
 log = structlog.get_logger()
 

@@ -15,11 +15,8 @@ from typing import Any, Final
 
 from sqlalchemy import URL
 
-from service.retention import Policy, parse_ttl
-from service.values import (
+from service.config.parsers import (
     LogFormat,
-    Rate,
-    Secret,
     duration_reader,
     number_reader,
     read_base_url,
@@ -32,6 +29,10 @@ from service.values import (
     read_secrets,
     read_token,
 )
+from service.core.durations import parse_ttl
+from service.core.rate import Rate
+from service.core.retention import Policy
+from service.core.secret import Secret
 
 
 class SettingsError(Exception):
