@@ -18,14 +18,11 @@ import msgspec
 import structlog
 
 from service.config.settings import Settings, SettingsError, read_settings
-from service.core.lifecycle import IllegalMoveError
-from service.jobs.connection import QueueError
-from service.jobs.embedded_redis import EmbeddedRedisError
+from service.core.errors import ExplainedError
 from service.ledger import migrating
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.ledger.opening import open_database
-from service.ledger.reading import CursorError
 from service.runtime.logging import configure_logging
 
 log = structlog.get_logger()
@@ -110,7 +107,7 @@ def _fail(error: BaseException) -> NoReturn:
         error = error.exceptions[0]
     if isinstance(error, LedgerUnavailableError):
         fail(f"the ledger cannot be opened: {error}; see to MAYFLY_DATABASE_URL")
-    if isinstance(error, (SchemaError, QueueError, EmbeddedRedisError, SettingsError, CursorError, IllegalMoveError)):
+    if isinstance(error, ExplainedError):
         fail(str(error))
     if isinstance(error, OSError):
         fail(f"{error.strerror or error}: {error.filename or 'see to MAYFLY_HOST and MAYFLY_PORT'}")

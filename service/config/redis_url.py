@@ -13,6 +13,7 @@ _OPTIONS: Final = frozenset(
         *("ssl_cert_reqs", "ssl_check_hostname", "ssl_min_version", "ssl_ciphers"),
     }
 )
+_CERTIFICATE_CHECKS: Final = frozenset({"none", "optional", "required"})
 
 
 @dataclass(frozen=True, slots=True)
@@ -50,7 +51,8 @@ def check_url(text: str) -> None:
             raise ValueError("0 is not a port of a Redis")
     elif parts.scheme != "unix" or not database:
         raise ValueError("not a URL of a Redis")
-    if _query(parts.query).keys() - _OPTIONS:
+    query = _query(parts.query)
+    if query.keys() - _OPTIONS or query.get("ssl_cert_reqs", "required") not in _CERTIFICATE_CHECKS:
         raise ValueError("an option of the Redis URL is not known")
 
 

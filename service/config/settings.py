@@ -30,12 +30,13 @@ from service.config.parsers import (
     read_token,
 )
 from service.core.durations import parse_ttl
+from service.core.errors import ExplainedError
 from service.core.rate import Rate
 from service.core.retention import Policy
 from service.core.secret import Secret
 
 
-class SettingsError(Exception):
+class SettingsError(ExplainedError):
     """The environment is not one to start with; each of *problems* names a variable and what it accepts."""
 
     def __init__(self, problems: list[str]) -> None:

@@ -12,6 +12,7 @@ from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff
 
 from service.config.redis_url import read_sentinel_url
+from service.core.errors import ExplainedError
 from service.core.secret import Secret
 
 QUEUE: Final = "mayfly:v1"
@@ -29,7 +30,7 @@ def is_of_odd_key(error: Exception) -> bool:
     return isinstance(error, redis.ResponseError) and "WRONGTYPE" in str(error)
 
 
-class QueueError(Exception):
+class QueueError(ExplainedError):
     """Redis is set up so that jobs would be lost."""
 
 

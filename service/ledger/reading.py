@@ -10,6 +10,7 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, func, literal, literal_column, or_, select, tuple_
 
+from service.core.errors import ExplainedError
 from service.core.key import Key
 from service.core.lifecycle import State
 from service.ledger.schema import instant, microseconds, records
@@ -23,7 +24,7 @@ _CURSOR = ">qq"
 WATCHED = (State.SCHEDULED, State.DELETING)
 
 
-class CursorError(ValueError):
+class CursorError(ExplainedError):
     """A cursor that no page of ours gave."""
 
 

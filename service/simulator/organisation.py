@@ -92,9 +92,7 @@ class Organisation:
     ) -> Generation:
         """Add a generation; *faults* are scripts by operation, *overrides* wire fields by wire name.
 
-        With *processing_seconds* it starts as PENDING, becomes PROCESSING, then *status*, and then its
-        webhook is sent, *webhook_copies* times. Without, it has its *status* at once and no webhook is sent
-        but by ``deliver``.
+        With *processing_seconds* it starts as PENDING, becomes PROCESSING, then *status*, and its webhook is sent.
         """
         generation = Generation(
             id=generation_id or self._uuid(),
@@ -115,10 +113,13 @@ class Organisation:
         self.generations[generation.id] = generation
         bisect.insort(self._order, (generation.created_at_text, generation.id))
         if processing_seconds is not None:
-            task = asyncio.create_task(self._process(generation, status, seconds=processing_seconds))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
+            self._start_processing(generation, status, seconds=processing_seconds)
         return generation
+
+    def _start_processing(self, generation: Generation, status: str, *, seconds: float) -> None:
+        task = asyncio.create_task(self._process(generation, status, seconds=seconds))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def remove(self, generation_id: str) -> Generation | None:
         """Delete a generation whatever its status, as its owner can; None if it is not there."""

@@ -19,7 +19,7 @@ _PRELOADED = (
     "sqlalchemy.dialects.sqlite",
     "uvicorn.protocols.http.httptools_impl",
     "uvloop",
-    "service.app",
+    "service.web.app",
     "service.cli",
     "service.commands.running",
     "workers.main",
