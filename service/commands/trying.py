@@ -101,7 +101,7 @@ def simulate(
     )
 
 
-async def _serve(*, host: str, port: int, **options: Any) -> None:
+async def _serve(*, host: str, port: int, **options: Any) -> None:  # noqa: ANN401 - serve_forever() has their types
     def tell(simulator: Simulator) -> None:
         if (serving := asyncio.current_task()) is not None:
             on_stop(serving.cancel)

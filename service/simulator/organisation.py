@@ -108,13 +108,16 @@ class Organisation:
             webhook_copies=webhook_copies,
             overrides=overrides,
         )
-        for operation, script in (faults or {}).items():
-            self.plan.script(operation, script, generation.id)
-        self.generations[generation.id] = generation
-        bisect.insort(self._order, (generation.created_at_text, generation.id))
+        self._enter(generation, faults or {})
         if processing_seconds is not None:
             self._start_processing(generation, status, seconds=processing_seconds)
         return generation
+
+    def _enter(self, generation: Generation, faults: Mapping[str, Sequence[str]]) -> None:
+        for operation, script in faults.items():
+            self.plan.script(operation, script, generation.id)
+        self.generations[generation.id] = generation
+        bisect.insort(self._order, (generation.created_at_text, generation.id))
 
     def _start_processing(self, generation: Generation, status: str, *, seconds: float) -> None:
         task = asyncio.create_task(self._process(generation, status, seconds=seconds))
