@@ -112,7 +112,7 @@ def claim_wanted(
     """
     at = pausing.by_both_clocks(connection, now)
     asked = by_account(item.key for item in wanted)
-    rows: dict[Key, Row[Any]] = {
+    rows: dict[Key, Any] = {
         Key(row.account, row.id): row for mine in asked for row in connection.execute(_by_key, mine).all()
     }
     found = [_found(rows.get(item.key), item.attempt, at) for item in wanted]
