@@ -67,6 +67,7 @@ _by_key = (
 _UNTIL = bindparam("b_until", type_=Instant)
 # The later end by our clock and the database's: a worker whose clock runs behind keeps its whole lease.
 _LATER_UNTIL = func.greatest(_UNTIL, func.statement_timestamp() + bindparam("b_lease", type_=Interval), type_=Instant)
+_expired = select(records.c.seq).where(records.c.wake_at <= _UNTIL, records.c.state == State.DELETING).limit(1)
 _claim = {
     dialect: update(records)
     # They are locked. With their state here as well, SQLite would rather read all that are scheduled.
@@ -144,6 +145,36 @@ def find_waiting(
         .limit(limit)
     )
     return [(Wanted(Key(row.account, row.id), row.attempts + 1), row.wake_at) for row in rows]
+
+
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What the safety net has to know: whether leases have run out, what the pauses allow, and what waits."""
+
+    has_expired_leases: bool
+    allowed: int
+    late: Sequence[tuple[Wanted, datetime]]
+    near: Sequence[tuple[Wanted, datetime]]
+
+
+def look_ahead(
+    connection: Connection, *, now: datetime, late: timedelta, since: datetime | None, until: datetime, limit: int
+) -> Outlook:
+    """Read in one view what is due for longer than *late*, and what comes after *since* (or then) up to *until*.
+
+    Each has *limit* records at most, and none while deletions are paused.
+    """
+    expired = connection.execute(_expired, {"b_until": now}).first()
+    allowed = pausing.peek(connection, now=now)
+    if not allowed:
+        return Outlook(expired is not None, 0, (), ())
+    late_at = now - late
+    return Outlook(
+        expired is not None,
+        allowed,
+        find_waiting(connection, since=None, until=late_at, limit=min(allowed, limit)),
+        find_waiting(connection, since=since or late_at, until=until, limit=limit),
+    )
 
 
 def _lease(
