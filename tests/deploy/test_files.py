@@ -25,8 +25,47 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def test_the_example_environment_leaves_exactly_the_two_secrets_to_fill_in(root: Path) -> None:
-    assert _lines(root / "deploy" / ".env.example") == ["SYNC_API_KEY=", "SYNC_WEBHOOK_SECRET="]
+def test_the_example_environment_asks_for_two_secrets_and_deletes_nothing(root: Path) -> None:
+    lines = _lines(root / "deploy" / ".env.example")
+
+    assert lines == ["SYNC_API_KEY=", "SYNC_WEBHOOK_SECRET=", "MAYFLY_DRY_RUN=true"]
+
+
+@pytest.mark.parametrize(("file", "service"), [("compose.yaml", "worker"), ("compose.single.yaml", "mayfly")])
+def test_compose_hands_the_dry_run_to_what_deletes(root: Path, file: str, service: str) -> None:
+    found = _services(root, file)[service]
+
+    assert found["env_file"] == [".env"]
+    assert "MAYFLY_DRY_RUN" not in found["environment"]
+
+
+def _image_names(text: str) -> set[str]:
+    """Return what stands where a manifest, a compose file, a Dockerfile or a command names an image."""
+    marks = (
+        r"^\s*(?:- )?image: *[\"']?(\S+?)[\"']?$",
+        r"newName: *([^\s,}]+)",
+        r"^(?:FROM|ARG \w+_IMAGE=) *(\S+)",
+        r"(?:--tag|-t) +([a-z][\w./:-]+)",
+        r"(?:podman|docker) (?:pull|push) +(\S+)",
+    )
+    return {name for mark in marks for name in re.findall(mark, text, re.MULTILINE)}
+
+
+def test_no_file_names_an_image_that_nobody_can_have(root: Path) -> None:
+    folders = [root / "deploy", root / ".github"]
+    kinds = {".yaml", ".yml", ".md", ""}
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix in kinds]
+    named = {name for path in [root / "README.md", *files] for name in _image_names(path.read_text(encoding="utf-8"))}
+    # What is built here has no registry before its name; a registry of one's own is an example that cannot exist.
+    ours = re.compile(
+        r"(registry\.example\.com/)?mayfly(:[\w.-]+)?|\$\{\{.*|\$\{IMAGE:-mayfly:local\}|\$\{PYTHON_IMAGE\}"
+    )
+    official = re.compile(r"(python|postgres|redis):[\w.-]+")
+
+    strangers = {name for name in named if not ours.fullmatch(name) and not official.fullmatch(name)}
+
+    assert {"mayfly", "postgres:16", "redis:7-alpine", "registry.example.com/mayfly"} <= named
+    assert strangers == set()
 
 
 def test_the_image_has_the_lowest_python_that_the_package_supports(root: Path) -> None:
