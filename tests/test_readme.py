@@ -15,7 +15,7 @@ from service.ledger.database import open_database
 from service.settings import OPTIONS, read_settings
 from service.telemetry import Metrics
 from service.values import Secret
-from tests.support.readme import PAGES, README, REFERENCE, ROOT, anchors, code, part, rows
+from tests.support.readme import PAGES, README, REFERENCE, ROOT, TOUR, anchors, code, part, rows
 
 # A value for each option that differs from its default.
 SAMPLES = {
@@ -169,6 +169,37 @@ def test_the_files_and_headings_that_a_page_links_to_are_there(page):
         target = (page.parent / path).resolve() if path else page
         assert target.exists(), link
         assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tests_that_a_page_names_are_there(page):
+    named = re.findall(r"(?<![\w/.])tests/[\w./-]*\w", page.read_text(encoding="utf-8"))
+
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.skipif(not (ROOT / "service" / "core").is_dir(), reason="the folders that the tour shows are to come")
+@pytest.mark.parametrize(
+    "folder",
+    [*(f"service/{name}" for name in ("core", "config", "ledger", "sync", "jobs", "web", "runtime")), "workers"],
+)
+def test_the_tour_names_each_module_of_a_folder_and_no_other(folder):
+    (cells,) = [cells for name, cells in rows(TOUR, "The house").items() if name == f"{folder}/"]
+    modules = {
+        f"{path.name}/" if path.is_dir() else path.stem
+        for path in (ROOT / folder).iterdir()
+        if not path.name.startswith("__")
+    }
+
+    assert set(re.findall(r"`([^`]+)`", cells[0])) == modules
+
+
+@pytest.mark.skipif(not (ROOT / "service" / "core").is_dir(), reason="the folders that the tour shows are to come")
+def test_the_files_that_the_tour_names_are_there():
+    text = TOUR.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:service|workers|tests)/[\w./]+)`", text)
+
+    assert [path for path in named if not (ROOT / path).exists() and "0002" not in path] == []
 
 
 def test_the_readme_is_short_enough_to_be_read():

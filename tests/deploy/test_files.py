@@ -159,3 +159,14 @@ def test_the_changelog_begins_with_what_is_to_come_and_goes_back_in_time(root: P
     assert headings[0] == "[Unreleased]"
     assert len(versions) == len(releases), "a heading is no version with a date"
     assert versions == sorted(versions, reverse=True)
+
+
+def test_the_systemd_unit_runs_up_with_known_settings_and_time_to_finish(root: Path) -> None:
+    lines = _lines(root / "deploy" / "systemd" / "mayfly.service")
+    unit = dict(line.split("=", 1) for line in lines if not line.startswith("["))
+    settings = dict(item.split("=", 1) for item in unit["Environment"].split())
+
+    assert unit["ExecStart"].endswith("/bin/mayfly up")
+    assert int(unit["TimeoutStopSec"]) >= STOP_SECONDS + 10
+    assert settings.keys() <= {option.name for option in OPTIONS.values()}
+    assert settings["MAYFLY_DATA_DIR"] == f"/var/lib/{unit['StateDirectory']}"
