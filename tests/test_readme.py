@@ -184,7 +184,7 @@ def test_the_tests_that_a_page_names_are_there(page):
     [*(f"service/{name}" for name in ("core", "config", "ledger", "sync", "jobs", "web", "runtime")), "workers"],
 )
 def test_the_tour_names_each_module_of_a_folder_and_no_other(folder):
-    (cells,) = [cells for name, cells in rows(TOUR, "The house").items() if name == f"{folder}/"]
+    (cells,) = [cells for name, cells in rows(TOUR, "The folders").items() if name == f"{folder}/"]
     modules = {
         f"{path.name}/" if path.is_dir() else path.stem
         for path in (ROOT / folder).iterdir()
