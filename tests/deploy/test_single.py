@@ -48,7 +48,8 @@ def _assert_nothing_is_deleted_until_the_dry_run_ends(stack: Stack) -> None:
         lambda: REHEARSED in stack.run(f"{command} records list", seconds=60), seconds=60, what="it is rehearsed"
     )
     deleted = stack.deleted()
-    stack.run(f"sed -i /^MAYFLY_DRY_RUN=/d deploy/.env\n{up}", seconds=300)
+    # podman-compose does not notice a changed .env, as docker compose does.
+    stack.run(f"sed -i /^MAYFLY_DRY_RUN=/d deploy/.env\n{up} --force-recreate mayfly", seconds=300)
     stack.wait_until_ready()
     # What was rehearsed is tried again within the hour; a hold that ends has it tried at once.
     for move in ("hold", "release"):
