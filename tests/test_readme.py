@@ -136,7 +136,8 @@ def test_each_command_that_a_page_names_is_there(page):
 
     assert made <= targets
     for words in run:
-        group, rest = main, words[1:]
+        group: click.Command | None = main
+        rest = words[1:]
         while isinstance(group, click.Group) and rest:
             context = group.make_context("mayfly", list(rest), resilient_parsing=True)
             _, group, rest = group.resolve_command(context, rest)

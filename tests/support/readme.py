@@ -7,8 +7,13 @@ ROOT = Path(__file__).parents[2]
 README = ROOT / "README.md"
 REFERENCE = ROOT / "deploy" / "docs" / "reference.md"
 TOUR = ROOT / "deploy" / "docs" / "contributing.md"
-# Every page that a user reads, with the folder its links are relative to.
-PAGES = (README, ROOT / "deploy" / "README.md", *sorted((ROOT / "deploy" / "docs").glob("*.md")))
+# Every page that users or contributors read.
+PAGES = (
+    README,
+    ROOT / ".github" / "CONTRIBUTING.md",
+    ROOT / "deploy" / "README.md",
+    *sorted((ROOT / "deploy" / "docs").glob("*.md")),
+)
 
 
 def part(page: Path, heading: str) -> str:
