@@ -73,10 +73,11 @@ chaos: setup ## random faults against whole systems; SECONDS=60 each, SEED="1 2"
 bench: setup ## the benchmarks, about ten minutes; ONLY=intake selects, FULL=1 takes a million records
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full)
 
-check: setup ## lint, format and types
+check: setup ## lint, format, types, and what each folder may import
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports
 
 format: setup ## put the code into its form
 	$(BIN)/ruff check --fix-only .

@@ -11,8 +11,8 @@ from typing import Any, Final
 import click
 
 from service import __version__
-from service.settings import Settings, require_api_key, require_webhook_secret
-from service.telemetry import Metrics
+from service.config.settings import Settings, require_api_key, require_webhook_secret
+from service.runtime.metrics import Metrics
 
 Side = Callable[[Settings, Any, Metrics, asyncio.Event], Awaitable[None]]
 
@@ -60,7 +60,7 @@ def up() -> None:
     Needs SYNC_WEBHOOK_SECRET and SYNC_API_KEY. Without MAYFLY_DATABASE_URL and MAYFLY_REDIS_URL it keeps an SQLite
     ledger and a Redis of its own in MAYFLY_DATA_DIR. Ctrl-C or SIGTERM stops it once what is under way has ended.
     """
-    from service.app import run_web  # noqa: PLC0415 - each command loads what it runs
+    from service.web.app import run_web  # noqa: PLC0415 - each command loads what it runs
     from workers.main import run_worker  # noqa: PLC0415
 
     _serve([run_web, run_worker], require_webhook_secret, require_api_key, is_migrating=True)
@@ -72,7 +72,7 @@ def api() -> None:
 
     Needs SYNC_WEBHOOK_SECRET. Run as many as there is traffic for, on one PostgreSQL and one Redis.
     """
-    from service.app import run_web  # noqa: PLC0415
+    from service.web.app import run_web  # noqa: PLC0415
 
     _serve([run_web], require_webhook_secret)
 
@@ -101,9 +101,10 @@ def migrate() -> None:
     `mayfly up` does it by itself; beside `api` and `worker` on PostgreSQL, run it once before each new release.
     """
     from service.commands.running import run, settings_or_exit  # noqa: PLC0415
-    from service.embedded import prepare_data_dir  # noqa: PLC0415
+    from service.jobs.embedded_redis import prepare_data_dir  # noqa: PLC0415
     from service.ledger import migrating  # noqa: PLC0415
-    from service.ledger.database import MIGRATION_SECONDS, open_database  # noqa: PLC0415
+    from service.ledger.database import MIGRATION_SECONDS  # noqa: PLC0415
+    from service.ledger.opening import open_database  # noqa: PLC0415
 
     async def work(settings: Settings) -> None:
         prepare_data_dir(settings.data_dir)

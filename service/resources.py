@@ -8,12 +8,13 @@ import structlog
 from arq.connections import ArqRedis
 from sqlalchemy import URL
 
-from service import queue
-from service.embedded import embedded_redis, prepare_data_dir
+from service.config.settings import Settings
+from service.core.secret import Secret
+from service.jobs import connection
+from service.jobs.embedded_redis import embedded_redis, prepare_data_dir
 from service.ledger import migrating
-from service.ledger.database import MIGRATION_SECONDS, Database, open_database
-from service.settings import Settings
-from service.values import Secret
+from service.ledger.database import MIGRATION_SECONDS, Database
+from service.ledger.opening import open_database
 
 log = structlog.get_logger()
 
@@ -54,12 +55,12 @@ async def open_queue(url: Secret, *, retries: int) -> AsyncIterator[ArqRedis]:
 
     Raises: QueueError for a Redis that would drop jobs.
     """
-    pool = queue.connect(url, retries=retries)
+    pool = connection.connect(url, retries=retries)
     try:
         try:
-            for warning in await queue.check(pool):
+            for warning in await connection.check(pool):
                 log.warning("queue.checked", warning=warning)
-        except queue.QUEUE_ERRORS as error:
+        except connection.QUEUE_ERRORS as error:
             log.warning(
                 "queue.unreachable",
                 error=type(error).__name__,

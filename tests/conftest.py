@@ -19,12 +19,13 @@ import redis.asyncio as redis
 from arq.connections import ArqRedis
 from sqlalchemy import URL
 
-from service import queue
+from service.config.settings import Settings, read_settings
+from service.core.secret import Secret
+from service.jobs import connection
 from service.ledger import migrating
-from service.ledger.database import Database, open_database
-from service.settings import Settings, read_settings
-from service.telemetry import Metrics
-from service.values import Secret
+from service.ledger.database import Database
+from service.ledger.opening import open_database
+from service.runtime.metrics import Metrics
 from tests.support.postgres import NoPostgresError, Postgres, postgres_server
 from tests.support.process import Mayfly
 from tests.support.redis import redis_server
@@ -66,7 +67,7 @@ async def redis_url(_redis: str) -> str:
 @pytest.fixture
 async def pool(redis_url: str) -> AsyncIterator[ArqRedis]:
     """The queue, as web and worker open it."""
-    pool = queue.connect(Secret(redis_url), retries=1)
+    pool = connection.connect(Secret(redis_url), retries=1)
     yield pool
     await pool.aclose(close_connection_pool=True)
 
@@ -159,8 +160,8 @@ def metrics() -> Metrics:
 @pytest.fixture
 def open_client(settings: ReadSettings, pool: ArqRedis, metrics: Metrics) -> OpenClient:
     """Serve the web application and yield a client of it: ``async with open_client(database, MAYFLY_TTL="7d")``."""
-    from service.app import make_app
-    from service.serving import serving
+    from service.web.app import make_app
+    from service.web.server import serving
 
     @asynccontextmanager
     async def open_(

@@ -14,14 +14,17 @@ from typing import TypeVar
 import msgspec
 import structlog
 
-from service.generation import Generation, Key
+from service.core.attempts import Step, Verdict, after_attempt
+from service.core.generation import Generation
+from service.core.key import Key
+from service.core.lifecycle import Move
+from service.core.retention import Retention, reconsider
 from service.ledger.claiming import Claim
-from service.ledger.cleaning import Copied, Copy, Settlement
 from service.ledger.database import LedgerUnavailableError
-from service.lifecycle import Move
-from service.retention import Retention, Step, Verdict, after_attempt, reconsider, throttle
-from service.sync_api import DELETE_SECONDS, GET_SECONDS, Answer, SyncApi
-from service.telemetry import Metrics
+from service.ledger.settling import Copied, Copy, Settlement
+from service.runtime.metrics import Metrics
+from service.sync.answers import Answer
+from service.sync.client import DELETE_SECONDS, GET_SECONDS, SyncApi
 
 log = structlog.get_logger()
 
@@ -31,9 +34,6 @@ T = TypeVar("T")
 _DELETE_MARGIN = timedelta(seconds=DELETE_SECONDS + 1)
 _ATTEMPT_MARGIN = _DELETE_MARGIN + timedelta(seconds=GET_SECONDS)
 REHEARSE_AGAIN = timedelta(hours=1)
-# Statuses with which the API says that it did not delete; after all other answers nobody knows.
-_NOT_DELETED = frozenset({400, 401, 402, 403, 405, 409, 422, 429})
-_TOO_MANY = 429
 # A commit that meets a locked or absent ledger is tried again for as long as the lease holds.
 _COMMIT_AGAIN_SECONDS = 1.0
 # Copies that are durable and not followed by a DELETE, with what is said of it.
@@ -96,7 +96,7 @@ class Cleaner:
     async def _spare(self, claim: Claim, later: Retention) -> Verdict | None:
         """Put off, hold or keep a generation whose wish the API shows and the webhook did not."""
         step = Step(Move.DEFER, claim.progress, retry_at=later.due_at or self.now())
-        if not await self._settle(Settlement(claim, Verdict.DONE, step, retention=later)):
+        if not await self._settle(Settlement(claim, Verdict.DONE, step, is_key_good=True, retention=later)):
             return self._lost(claim)
         log.info("cleanup.spared", **_names(claim), rule=later.rule, what_now="it is kept as its wish says")
         return Verdict.DONE
@@ -137,8 +137,9 @@ class Cleaner:
             step,
             receipt,
             error=None if receipt else answer.error,
-            is_refund=method == "DELETE" and answer.status in _NOT_DELETED,
-            throttle=throttle(answer.retry_after) if answer.status == _TOO_MANY else None,
+            is_refund=method == "DELETE" and answer.is_undeleted,
+            is_key_good=answer.is_key_good,
+            throttle=answer.throttle,
         )
         if not await self._settle(settlement):
             return self._lost(claim)
@@ -149,7 +150,7 @@ class Cleaner:
     async def _rehearsed(self, claim: Claim) -> Verdict | None:
         step = Step(Move.DEFER, claim.progress, retry_at=self.now() + REHEARSE_AGAIN)
         error = "dry run: it would have been deleted"
-        if not await self._settle(Settlement(claim, Verdict.DONE, step, error=error)):
+        if not await self._settle(Settlement(claim, Verdict.DONE, step, error=error, is_key_good=True)):
             return self._lost(claim)
         log.info("cleanup.rehearsed", **_names(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
         return Verdict.DONE

@@ -8,11 +8,11 @@ from typing import Any, Final
 import structlog
 from arq.worker import Retry
 
-from service.budget import Budget
-from service.generation import Key
+from service.core.attempts import Verdict
+from service.core.key import Key
 from service.ledger.claiming import Claim, NotYet, Wanted
 from service.ledger.database import LedgerUnavailableError
-from service.retention import Verdict
+from service.sync.rate_limit import Budget
 
 log = structlog.get_logger()
 

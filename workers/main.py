@@ -17,21 +17,21 @@ import structlog
 from arq.connections import ArqRedis
 from arq.worker import Worker, func
 
-from service import queue
-from service.budget import Budget
-from service.generation import Key
-from service.grouping import GroupCommit
-from service.ledger import claiming, cleaning, pausing
+from service.config.settings import NO_API_KEY, Settings, SettingsError
+from service.core.key import Key
+from service.core.secret import Secret
+from service.jobs import connection, enqueue
+from service.jobs.enqueue import CleanupJob
+from service.ledger import claiming, pausing, settling
 from service.ledger.claiming import Claim, NotYet, Wanted
-from service.ledger.cleaning import Copied
 from service.ledger.database import Database
-from service.queue import CleanupJob
+from service.ledger.group_commit import GroupCommit
+from service.ledger.settling import Copied
 from service.resources import Resources, open_queue
-from service.settings import NO_API_KEY, Settings, SettingsError
-from service.sync_api import open_sync_api
-from service.tasks import end
-from service.telemetry import Metrics
-from service.values import Secret
+from service.runtime.metrics import Metrics
+from service.runtime.tasks import end
+from service.sync.client import open_sync_api
+from service.sync.rate_limit import Budget
 from workers.attempt import Cleaner
 from workers.cleanup import BUDGET_SECONDS, Attempts, CleanupJobs, cleanup
 from workers.heartbeat import beat
@@ -110,7 +110,7 @@ async def _parts(
         )
         overdue = Overdue(
             ledger=LedgerCalls(ledger.end_leases, ledger.peek, ledger.find_waiting, ledger.claim),
-            enqueue=lambda items: queue.enqueue_jobs(pool, items, now=_now()),
+            enqueue=lambda items: enqueue.enqueue_jobs(pool, items, now=_now()),
             budget=budget,
             attempts=attempts,
             beat=partial(beat, settings.data_dir),
@@ -180,14 +180,14 @@ class _Ledger:
         write = partial(claiming.claim_wanted, wanted=wanted, now=_now(), lease=LEASE, actor=self._actor)
         return await self._database.write(write)
 
-    async def copy(self, items: Sequence[cleaning.Copy]) -> Sequence[Copied]:
+    async def copy(self, items: Sequence[settling.Copy]) -> Sequence[Copied]:
         """Commit copies."""
-        write = partial(cleaning.copy, copies=items, now=_now(), limit=self._limit, actor=self._actor)
+        write = partial(settling.copy, copies=items, now=_now(), limit=self._limit, actor=self._actor)
         return await self._database.write(write)
 
-    async def settle(self, items: Sequence[cleaning.Settlement]) -> Sequence[bool]:
+    async def settle(self, items: Sequence[settling.Settlement]) -> Sequence[bool]:
         """Commit how attempts ended."""
-        write = partial(cleaning.settle, settlements=items, now=_now(), actor=self._actor)
+        write = partial(settling.settle, settlements=items, now=_now(), actor=self._actor)
         return await self._database.write(write)
 
 
@@ -201,8 +201,8 @@ async def _turn(places: asyncio.Semaphore, budget: Budget, until: datetime) -> A
 async def _enqueue_next(pool: ArqRedis, metrics: Metrics, key: Key, attempt: int, at: datetime) -> None:
     """Enqueue the job of the next attempt; what Redis does not take the safety net finds once it is due."""
     try:
-        await queue.enqueue_job(pool, CleanupJob(key, attempt, at), now=_now())
-    except queue.QUEUE_ERRORS as error:
+        await enqueue.enqueue_job(pool, CleanupJob(key, attempt, at), now=_now())
+    except connection.QUEUE_ERRORS as error:
         metrics.enqueue_failures.inc()
         what_now = "it is found in the ledger once it is due"
         log.warning("enqueue.failed", generation=key.id, error=type(error).__name__, what_now=what_now)
@@ -244,15 +244,15 @@ async def _stop_arq(worker: Worker, running: asyncio.Task[None]) -> None:
 
 async def _after_failure(pool: ArqRedis, error: BaseException | None) -> None:
     """Log why arq ended, and remove what it cannot read."""
-    if isinstance(error, queue.QUEUE_ERRORS) and not queue.is_of_odd_key(error):
+    if isinstance(error, connection.QUEUE_ERRORS) and not connection.is_of_odd_key(error):
         what_now = "deletions start from the ledger meanwhile"
         log.warning("jobs.interrupted", error=type(error).__name__, what_now=what_now)
         return
     what_now = "the jobs that are due are removed from Redis; those of records are enqueued again"
     log.error("jobs.crashed", exc_info=error, what_now=what_now)
     # Left where it is, it would end the next arq worker as well, and no job behind it would be started.
-    with contextlib.suppress(*queue.QUEUE_ERRORS):
-        await queue.remove_due_jobs(pool, now=_now())
+    with contextlib.suppress(*connection.QUEUE_ERRORS):
+        await enqueue.remove_due_jobs(pool, now=_now())
 
 
 def _max_jobs(concurrency: int) -> int:
@@ -263,8 +263,8 @@ def _max_jobs(concurrency: int) -> int:
 def _arq_worker(pool: ArqRedis, jobs: CleanupJobs, concurrency: int) -> Worker:
     max_jobs = _max_jobs(concurrency)
     return Worker(
-        functions=[func(cleanup, name=queue.FUNCTION)],
-        queue_name=queue.QUEUE,
+        functions=[func(cleanup, name=enqueue.FUNCTION)],
+        queue_name=connection.QUEUE,
         redis_pool=pool,
         ctx={"jobs": jobs},
         handle_signals=False,
@@ -282,7 +282,7 @@ def _arq_worker(pool: ArqRedis, jobs: CleanupJobs, concurrency: int) -> Worker:
         allow_abort_jobs=False,
         log_results=False,
         health_check_interval=15,
-        health_check_key=f"{queue.QUEUE}:health:{socket.gethostname()}:{os.getpid()}",
+        health_check_key=f"{connection.QUEUE}:health:{socket.gethostname()}:{os.getpid()}",
         timezone=UTC,
         job_serializer=pool.job_serializer,
         job_deserializer=pool.job_deserializer,

@@ -9,11 +9,12 @@ from typing import Final
 
 import structlog
 
-from service.budget import Budget
+from service.jobs.connection import QUEUE_ERRORS
+from service.jobs.enqueue import CleanupJob
 from service.ledger.claiming import Claim, Wanted
 from service.ledger.database import LedgerUnavailableError
-from service.queue import QUEUE_ERRORS, CleanupJob
-from service.telemetry import Metrics
+from service.runtime.metrics import Metrics
+from service.sync.rate_limit import Budget
 from workers.cleanup import Attempts
 
 log = structlog.get_logger()

@@ -17,25 +17,25 @@ import msgspec
 from rich.markup import escape
 from rich.table import Table
 
-from service import queue
 from service.commands.running import (
     EXIT_FAILED,
     as_json,
-    console,
     is_ledger_missing,
     open_ledger,
     print_json,
     run,
     settings_or_exit,
 )
-from service.embedded import EmbeddedRedisError, embedded_redis
-from service.health import LATE
+from service.config.settings import Settings, SettingsError, require_api_key, require_webhook_secret
+from service.core.secret import Secret
+from service.jobs import connection
+from service.jobs.connection import QueueError
+from service.jobs.embedded_redis import EmbeddedRedisError, embedded_redis
 from service.ledger import pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.migrating import SchemaError
-from service.queue import QueueError
-from service.settings import Settings, SettingsError, require_api_key, require_webhook_secret
-from service.values import Secret
+from service.runtime.terminal import console
+from service.web.health import LATE
 
 # The date has whole seconds and the answer takes its time: less than this says nothing.
 _SKEW_NOTED: Final = timedelta(seconds=30)
@@ -150,12 +150,12 @@ async def _redis(settings: Settings) -> list[Finding]:
 
 
 async def _look_at(url: Secret, detail: str) -> list[Finding]:
-    pool = queue.connect(url, retries=0)
+    pool = connection.connect(url, retries=0)
     try:
-        warnings = await queue.check(pool)
+        warnings = await connection.check(pool)
     except QueueError as error:
         return [Finding("redis", "failing", str(error))]
-    except queue.QUEUE_ERRORS as error:
+    except connection.QUEUE_ERRORS as error:
         return [Finding("redis", "failing", f"it does not answer ({type(error).__name__}); see to MAYFLY_REDIS_URL")]
     finally:
         await pool.aclose(close_connection_pool=True)

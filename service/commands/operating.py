@@ -6,12 +6,13 @@ from functools import partial
 import click
 from rich.table import Table
 
-from service.commands.running import actor, as_json, console, open_ledger, print_json, run, settings_or_exit
+from service.commands.running import actor, as_json, open_ledger, print_json, run, settings_or_exit
+from service.config.settings import Settings
+from service.core.lifecycle import State
 from service.ledger import pausing
 from service.ledger.pausing import Kind, Pause
-from service.lifecycle import State
-from service.operator_api import Stats, read_stats
-from service.settings import Settings
+from service.ledger.views import Stats, read_stats
+from service.runtime.terminal import console
 
 MEANINGS = {
     State.SCHEDULED: "wait for their due time or the next attempt",

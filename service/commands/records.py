@@ -10,25 +10,16 @@ from rich.markup import escape
 from rich.table import Table
 from sqlalchemy import Row
 
-from service.commands.running import (
-    STATE_STYLES,
-    actor,
-    as_json,
-    console,
-    fail,
-    open_ledger,
-    print_json,
-    run,
-    settings_or_exit,
-)
-from service.generation import Key
+from service.commands.running import actor, as_json, fail, open_ledger, print_json, run, settings_or_exit
+from service.config.settings import Settings
+from service.core.attempts import Outcome
+from service.core.key import Key
+from service.core.lifecycle import Move, State
 from service.ledger import moving, reading
 from service.ledger.pausing import ACCOUNT
 from service.ledger.reading import MAX_PAGE, Filter
-from service.lifecycle import Move, State
-from service.records_api import FullRecord, Record, RecordPage, find_record, present
-from service.retention import Outcome
-from service.settings import Settings
+from service.ledger.views import FullRecord, Record, RecordPage, find_record, present
+from service.runtime.terminal import STATE_STYLES, console
 
 _WIDE = 100
 

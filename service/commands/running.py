@@ -16,17 +16,14 @@ from typing import Any, Final, NoReturn, TypeVar
 import click
 import msgspec
 import structlog
-from rich.console import Console
 
-from service.embedded import EmbeddedRedisError
+from service.config.settings import Settings, SettingsError, read_settings
+from service.core.errors import ExplainedError
 from service.ledger import migrating
-from service.ledger.database import Database, LedgerUnavailableError, open_database
+from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.migrating import SchemaError
-from service.ledger.reading import CursorError
-from service.lifecycle import IllegalMoveError, State
-from service.queue import QueueError
-from service.settings import Settings, SettingsError, read_settings
-from service.telemetry import configure_logging
+from service.ledger.opening import open_database
+from service.runtime.logging import configure_logging
 
 log = structlog.get_logger()
 
@@ -36,15 +33,6 @@ EXIT_FAILED: Final = 1
 EXIT_SETTINGS: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
-# The colour of each state, the same in every table.
-STATE_STYLES: Final = {
-    State.SCHEDULED: "yellow",
-    State.DELETING: "cyan",
-    State.DELETED: "green",
-    State.FAILED: "bold red",
-    State.HELD: "magenta",
-    State.KEPT: "blue",
-}
 # One option, spelled the same everywhere.
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON, for scripts.")
 
@@ -119,7 +107,7 @@ def _fail(error: BaseException) -> NoReturn:
         error = error.exceptions[0]
     if isinstance(error, LedgerUnavailableError):
         fail(f"the ledger cannot be opened: {error}; see to MAYFLY_DATABASE_URL")
-    if isinstance(error, (SchemaError, QueueError, EmbeddedRedisError, SettingsError, CursorError, IllegalMoveError)):
+    if isinstance(error, ExplainedError):
         fail(str(error))
     if isinstance(error, OSError):
         fail(f"{error.strerror or error}: {error.filename or 'see to MAYFLY_HOST and MAYFLY_PORT'}")
@@ -159,8 +147,3 @@ def print_json(value: object) -> None:
     """Print *value* as JSON, indented where a person reads it."""
     encoded = msgspec.json.encode(value)
     click.echo((msgspec.json.format(encoded, indent=2) if sys.stdout.isatty() else encoded).decode())
-
-
-def console() -> Console:
-    """Return where tables are printed: as wide as the terminal, and never cut where no terminal is."""
-    return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)

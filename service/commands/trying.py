@@ -5,18 +5,18 @@ import sys
 import uuid
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import BinaryIO, Final
+from typing import Any, BinaryIO, Final
 
 import click
 import httpx
 
 from service.commands.running import EXIT_FAILED, EXIT_INTERRUPTED, fail, on_stop, run, settings_or_exit
-from service.settings import Settings, require_webhook_secret
-from service.signature import sign
+from service.config.settings import Settings, require_webhook_secret
+from service.core.signature import sign
+from service.runtime.logging import configure_logging
 from service.simulator import Generation, Simulator, serve_forever
 from service.simulator.generation import sample_input
 from service.simulator.wire import is_loopback
-from service.telemetry import configure_logging
 
 # Longer than the simulator's own: Mayfly refuses secrets that could be guessed.
 SIMULATOR_SECRET: Final = "whsec_simulator_only"  # noqa: S105 - proves nothing to anybody
@@ -83,34 +83,36 @@ def simulate(
     scripted through its /simulator/ routes.
     """
 
-    def tell(simulator: Simulator) -> None:
-        if (serving := asyncio.current_task()) is not None:
-            on_stop(serving.cancel)
-        click.echo(_directions(simulator.url, api_key, webhook_secret, webhook_url))
-
-    async def serve() -> None:
-        try:
-            await serve_forever(
-                host=host,
-                port=port,
-                api_key=api_key,
-                webhook_secret=webhook_secret,
-                webhook_url=webhook_url,
-                every_seconds=every,
-                processing_seconds=processing,
-                count=count,
-                allow_remote=allow_remote,
-                on_ready=tell,
-            )
-        except asyncio.CancelledError:
-            return
-        except OSError as error:
-            fail(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port")
-
     if not allow_remote and not is_loopback(host):
         fail(f"the simulator is for this machine alone; --allow-remote lets it listen on {host}")
     configure_logging(None)
-    run(serve())
+    run(
+        _serve(
+            host=host,
+            port=port,
+            api_key=api_key,
+            webhook_secret=webhook_secret,
+            webhook_url=webhook_url,
+            every_seconds=every,
+            processing_seconds=processing,
+            count=count,
+            allow_remote=allow_remote,
+        )
+    )
+
+
+async def _serve(*, host: str, port: int, **options: Any) -> None:  # noqa: ANN401 - serve_forever() has their types
+    def tell(simulator: Simulator) -> None:
+        if (serving := asyncio.current_task()) is not None:
+            on_stop(serving.cancel)
+        click.echo(_directions(simulator.url, options["api_key"], options["webhook_secret"], options["webhook_url"]))
+
+    try:
+        await serve_forever(host=host, port=port, on_ready=tell, **options)
+    except asyncio.CancelledError:
+        return
+    except OSError as error:
+        fail(f"cannot listen on {host} port {port}: {error.strerror}; choose another --port")
 
 
 def _directions(url: str, api_key: str, webhook_secret: str, webhook_url: str | None) -> str:

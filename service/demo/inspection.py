@@ -5,8 +5,8 @@ from datetime import datetime
 
 import msgspec
 
+from service.core.lifecycle import State
 from service.demo.picture import Line
-from service.lifecycle import State
 from service.simulator import Generation, Operation, Simulator
 
 

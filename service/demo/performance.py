@@ -21,8 +21,8 @@ from service.demo.inspection import Finding, inspect
 from service.demo.picture import Line, table_of, what_happens
 from service.demo.scenes import Scene
 from service.demo.stage import TTL_SECONDS, Stage, open_stage
+from service.runtime.logging import configure_logging
 from service.simulator import Generation
-from service.telemetry import configure_logging
 
 _LONGEST_SECONDS: Final = 50.0
 _EVERY_SECONDS: Final = 0.125

@@ -7,11 +7,11 @@ from rich.box import SIMPLE_HEAD
 from rich.markup import escape
 from rich.table import Table
 
-from service.commands.running import STATE_STYLES
+from service.core.attempts import Outcome
+from service.core.lifecycle import State
 from service.demo.scenes import Scene
-from service.lifecycle import State
-from service.records_api import Record
-from service.retention import Outcome
+from service.ledger.views import Record
+from service.runtime.terminal import STATE_STYLES
 from service.simulator import Generation
 from service.simulator.generation import UNFINISHED
 

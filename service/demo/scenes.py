@@ -4,8 +4,8 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Final
 
-from service.lifecycle import State
-from service.retention import Outcome
+from service.core.attempts import Outcome
+from service.core.lifecycle import State
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,18 +10,18 @@ from typing import Final
 
 import httpx
 
-from service.app import make_app
+from service.config.settings import Settings, read_settings
+from service.core.key import Key
 from service.demo.scenes import SCENES, Scene
-from service.generation import Key
 from service.ledger import reading
 from service.ledger.database import Database
 from service.ledger.pausing import ACCOUNT
-from service.records_api import FullRecord, Record, find_record, present
+from service.ledger.views import FullRecord, Record, find_record, present
 from service.resources import open_queue, open_resources
-from service.serving import serving
-from service.settings import Settings, read_settings
+from service.runtime.metrics import Metrics
 from service.simulator import Generation, Simulator
-from service.telemetry import Metrics
+from service.web.app import make_app
+from service.web.server import serving
 from workers.main import run_worker
 
 TTL_SECONDS: Final = 4

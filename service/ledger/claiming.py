@@ -12,12 +12,12 @@ from typing import Any
 import msgspec
 from sqlalchemy import ColumnElement, Connection, Interval, Row, Select, bindparam, func, select, update
 
-from service.generation import Key
+from service.core.attempts import Progress, Step, after_lost_lease, waited
+from service.core.key import Key
+from service.core.lifecycle import Move, State, after
 from service.ledger import pausing
 from service.ledger.history import Entry, append
 from service.ledger.schema import Instant, are_of, records
-from service.lifecycle import Move, State, after
-from service.retention import Progress, Step, after_lost_lease, waited
 
 LOST_LEASE = "the worker that had it did not finish"
 

@@ -1,14 +1,13 @@
-"""Opening the ledger's database and running statements in it.
+"""What a database of the ledger is: functions of a connection run in it, each in a transaction.
 
 Statements are plain functions of a Connection, written once for both kinds.
 """
 
 import sqlite3
-from collections.abc import AsyncIterator, Callable
-from contextlib import asynccontextmanager
+from collections.abc import Callable
 from typing import Protocol, TypeVar, runtime_checkable
 
-from sqlalchemy import URL, Connection
+from sqlalchemy import Connection
 from sqlalchemy.exc import DBAPIError
 
 T = TypeVar("T")
@@ -48,30 +47,6 @@ class Database(Protocol):
 
     async def close(self) -> None:
         """Close all connections, once what is under way has ended."""
-
-
-@asynccontextmanager
-async def open_database(url: URL, *, write_seconds: float = WRITE_TIMEOUT_SECONDS) -> AsyncIterator[Database]:
-    """Open the database at *url*, ``sqlite`` or ``postgresql``; it connects at the first statement.
-
-    A write may take *write_seconds*.
-    """
-    database = _of_kind(url, write_seconds)
-    try:
-        yield database
-    finally:
-        await database.close()
-
-
-def _of_kind(url: URL, write_seconds: float) -> Database:
-    # Loaded where it is used: asyncpg takes 8 MB that SQLite has no use for.
-    if url.get_backend_name() == "sqlite":
-        from service.ledger.sqlite import SqliteDatabase  # noqa: PLC0415
-
-        return SqliteDatabase(url, write_seconds)
-    from service.ledger.postgres import PostgresDatabase  # noqa: PLC0415
-
-    return PostgresDatabase(url, write_seconds)
 
 
 def translated(error: Exception) -> Exception:

@@ -7,8 +7,8 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, bindparam, func, insert, select
 
+from service.core.lifecycle import Move
 from service.ledger.schema import events
-from service.lifecycle import Move
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):

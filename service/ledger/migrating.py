@@ -5,12 +5,14 @@ from typing import Final
 
 from sqlalchemy import Connection, inspect, text
 
+from service.core.errors import ExplainedError
+
 # The newest step; a test holds it to the folder. Looked at instead of Alembic, which only a migration needs to load.
 HEAD: Final = "0001"
 _LOCK = 0x6D6179666C79  # any number that no one else locks
 
 
-class SchemaError(Exception):
+class SchemaError(ExplainedError):
     """The tables are not in the form that this release needs."""
 
 

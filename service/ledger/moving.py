@@ -5,10 +5,10 @@ from typing import Any
 
 from sqlalchemy import Connection, Row, select, update
 
-from service.generation import Key
+from service.core.key import Key
+from service.core.lifecycle import Move, State, after, interrupted
 from service.ledger.history import Entry, append
 from service.ledger.schema import records
-from service.lifecycle import Move, State, after, interrupted
 
 
 def move(

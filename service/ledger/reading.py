@@ -10,9 +10,10 @@ from typing import Any
 
 from sqlalchemy import ColumnElement, Connection, Row, func, literal, literal_column, or_, select, tuple_
 
-from service.generation import Key
+from service.core.errors import ExplainedError
+from service.core.key import Key
+from service.core.lifecycle import State
 from service.ledger.schema import instant, microseconds, records
-from service.lifecycle import State
 
 MAX_PAGE = 500
 # How many records one page of a search looks at: some 15 ms.
@@ -23,7 +24,7 @@ _CURSOR = ">qq"
 WATCHED = (State.SCHEDULED, State.DELETING)
 
 
-class CursorError(ValueError):
+class CursorError(ExplainedError):
     """A cursor that no page of ours gave."""
 
 

@@ -9,12 +9,13 @@ import msgspec
 from sqlalchemy import Connection, Row, Text, bindparam, func, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
-from service.generation import Generation, Key
-from service.ledger.describing import described
+from service.core.generation import Generation
+from service.core.key import Key
+from service.core.lifecycle import Move, State, after, interrupted
+from service.core.retention import Retention
+from service.ledger.columns import described
 from service.ledger.history import Entry, append
 from service.ledger.schema import are_of, records
-from service.lifecycle import Move, State, after, interrupted
-from service.retention import Retention
 
 ACTOR = "webhook"
 

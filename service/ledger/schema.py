@@ -24,7 +24,7 @@ from sqlalchemy import (
 )
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
-from service.generation import Key
+from service.core.key import Key
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 

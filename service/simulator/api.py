@@ -32,6 +32,7 @@ from service.simulator.calls import Call, Operation, operation_of
 from service.simulator.faults import Fault, FaultName
 from service.simulator.generation import STATUSES, UNFINISHED, Generation
 from service.simulator.organisation import Organisation
+from service.simulator.server import hang_up
 
 _GONE = (FaultName.NOT_FOUND, FaultName.GONE)
 
@@ -58,12 +59,12 @@ class SyncApi:
             await asyncio.sleep(switches.latency_seconds)
         if switches.outage:
             call.fault = "outage"
-            await wire.hang_up(scope, receive)
+            hang_up(scope)
         elif refusal := self._refusal(key):
             await _answer(call, send, refusal)
         elif fault := self._organisation.plan.next(call.operation, call.generation_id):
             call.fault = str(fault)
-            await self._go_wrong(fault, call, body, scope=scope, receive=receive, send=send)
+            await self._go_wrong(fault, call, body, scope=scope, send=send)
         else:
             await _answer(call, send, self._effect(call, body))
 
@@ -94,9 +95,7 @@ class SyncApi:
             return KEY_WRONG
         return RATE_LIMITED if self._organisation.is_over_rate() else None
 
-    async def _go_wrong(
-        self, fault: Fault, call: Call, body: bytes, *, scope: Scope, receive: Receive, send: Send
-    ) -> None:
+    async def _go_wrong(self, fault: Fault, call: Call, body: bytes, *, scope: Scope, send: Send) -> None:
         if fault.name is FaultName.HOLD:
             await self._organisation.gates.wait(call.generation_id)
         true = self._effect(call, body) if fault.has_effect else self._without_effect(call)
@@ -105,12 +104,12 @@ class SyncApi:
         answer = faulty(fault, true)
         match fault.name:
             case FaultName.DROP | FaultName.LOST:
-                await wire.hang_up(scope, receive)
+                hang_up(scope)
             case FaultName.RESET:
-                await wire.hang_up(scope, receive, reset=True)
+                hang_up(scope, reset=True)
             case FaultName.TRUNCATED:
                 call.status = answer.status
-                await wire.truncate(scope, receive, send, answer)
+                await wire.truncate(scope, send, answer)
             case FaultName.SLOW:
                 call.status = answer.status
                 await wire.drip(send, answer, interval_seconds=fault.number("interval", 0.1))

@@ -12,7 +12,7 @@ from uuid import UUID
 import httpx
 import msgspec
 
-from service.signature import sign
+from service.core.signature import sign
 from service.simulator.calls import Call
 from service.simulator.faults import Plan
 from service.simulator.gates import Gates
@@ -92,9 +92,7 @@ class Organisation:
     ) -> Generation:
         """Add a generation; *faults* are scripts by operation, *overrides* wire fields by wire name.
 
-        With *processing_seconds* it starts as PENDING, becomes PROCESSING, then *status*, and then its
-        webhook is sent, *webhook_copies* times. Without, it has its *status* at once and no webhook is sent
-        but by ``deliver``.
+        With *processing_seconds* it starts as PENDING, becomes PROCESSING, then *status*, and its webhook is sent.
         """
         generation = Generation(
             id=generation_id or self._uuid(),
@@ -110,15 +108,21 @@ class Organisation:
             webhook_copies=webhook_copies,
             overrides=overrides,
         )
-        for operation, script in (faults or {}).items():
+        self._enter(generation, faults or {})
+        if processing_seconds is not None:
+            self._start_processing(generation, status, seconds=processing_seconds)
+        return generation
+
+    def _enter(self, generation: Generation, faults: Mapping[str, Sequence[str]]) -> None:
+        for operation, script in faults.items():
             self.plan.script(operation, script, generation.id)
         self.generations[generation.id] = generation
         bisect.insort(self._order, (generation.created_at_text, generation.id))
-        if processing_seconds is not None:
-            task = asyncio.create_task(self._process(generation, status, seconds=processing_seconds))
-            self._tasks.add(task)
-            task.add_done_callback(self._tasks.discard)
-        return generation
+
+    def _start_processing(self, generation: Generation, status: str, *, seconds: float) -> None:
+        task = asyncio.create_task(self._process(generation, status, seconds=seconds))
+        self._tasks.add(task)
+        task.add_done_callback(self._tasks.discard)
 
     def remove(self, generation_id: str) -> Generation | None:
         """Delete a generation whatever its status, as its owner can; None if it is not there."""

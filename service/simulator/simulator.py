@@ -1,6 +1,5 @@
 """The simulator on a socket: the organisation, its API and the control routes."""
 
-import asyncio
 import contextlib
 from collections.abc import AsyncIterator
 from functools import cache, partial
@@ -11,7 +10,8 @@ from litestar.types import ASGIApp, HTTPScope, Receive, Scope, Send
 from service.simulator.api import SyncApi
 from service.simulator.control import control_app
 from service.simulator.organisation import Organisation
-from service.simulator.wire import is_loopback, listen
+from service.simulator.server import listen
+from service.simulator.wire import is_loopback
 
 
 class Simulator(Organisation):
@@ -43,12 +43,10 @@ class Simulator(Organisation):
         control = cache(partial(control_app, self))  # made when it is needed: it takes 80 ms
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
-            request = cast("HTTPScope", scope)  # the protocol knows no websockets, and the lifespan is off
-            # Cancelled when the server stops: uvicorn would log that as an error of the application.
-            with contextlib.suppress(asyncio.CancelledError):
-                if request["raw_path"].startswith(b"/simulator/"):
-                    await control()(scope, receive, send)
-                else:
-                    await api.handle(request, receive, send)
+            request = cast("HTTPScope", scope)  # the server knows no websockets and no lifespan
+            if request["raw_path"].startswith(b"/simulator/"):
+                await control()(scope, receive, send)
+            else:
+                await api.handle(request, receive, send)
 
         return app

@@ -12,7 +12,7 @@ from pathlib import Path
 
 import psutil
 
-from service.embedded import find_server
+from service.jobs.embedded_redis import find_server
 from tests.bench.processes import (
     PYTHON,
     ROOT,

@@ -11,7 +11,7 @@ from typing import Any
 import msgspec
 import pytest
 
-from service.settings import OPTIONS
+from service.config.settings import OPTIONS
 from tests.deploy.probe import WORKER_IS_ALIVE
 from workers.main import STOP_SECONDS
 

@@ -66,7 +66,7 @@ def test_nothing_that_builds_or_installs_is_left_anywhere(engine: Engine, image:
 
 
 def test_the_embedded_redis_is_debians_with_its_security_updates(engine: Engine, image: Image) -> None:
-    found = "from service.embedded import find_server; print(find_server())"
+    found = "from service.jobs.embedded_redis import find_server; print(find_server())"
 
     assert _shell(engine, image, f'python -c "{found}"') == "/usr/bin/redis-server"
     assert "redis-server" in _shell(engine, image, "dpkg --search /usr/bin/redis-server")
@@ -74,7 +74,7 @@ def test_the_embedded_redis_is_debians_with_its_security_updates(engine: Engine,
 
 def test_what_a_role_loads_is_there_as_bytecode(engine: Engine, image: Image) -> None:
     script = (
-        "import os, sys, service.app, service.commands.running, workers.main; "
+        "import os, sys, service.web.app, service.commands.running, workers.main; "
         "specs = [module.__spec__ for module in sys.modules.values() if getattr(module, '__spec__', None)]; "
         "print([s.name for s in specs if s.cached and s.has_location and not os.path.exists(s.cached)])"
     )

@@ -14,7 +14,7 @@ from urllib.parse import urlsplit
 import pytest
 
 import service
-from service.settings import OPTIONS
+from service.config.settings import OPTIONS
 from tests.deploy.documented import block_with, line_with
 from tests.deploy.kubernetes import (
     CUSTOM_KINDS,

@@ -12,7 +12,7 @@ import msgspec
 import pytest
 
 import service
-from service.telemetry import Metrics
+from service.runtime.metrics import Metrics
 from tests.deploy.engine import Engine, Image
 from tests.deploy.kubernetes import documents
 

@@ -15,11 +15,11 @@ import msgspec
 import psutil
 import pytest
 
+from service.core.lifecycle import State
 from service.demo.inspection import inspect
 from service.demo.picture import Line
 from service.demo.scenes import SCENES, Scene
-from service.lifecycle import State
-from service.records_api import Record
+from service.ledger.views import Record
 from service.simulator import Call, Operation, Simulator
 
 # Whoever tries the demo may have the real thing set.

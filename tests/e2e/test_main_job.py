@@ -8,7 +8,7 @@ from datetime import datetime
 import httpx
 import pytest
 
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from tests.conftest import API_TOKEN, http_client
 from tests.support.waiting import eventually
 from tests.support.webhooks import SECRET, webhook

@@ -11,7 +11,7 @@ import httpx
 import psutil
 import redis.asyncio as redis
 
-from service.settings import read_settings
+from service.config.settings import read_settings
 from tests.conftest import API_KEY, API_TOKEN, http_client
 from tests.support.waiting import eventually
 from tests.support.webhooks import SECRET, notification, webhook

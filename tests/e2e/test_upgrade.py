@@ -4,7 +4,7 @@ import pytest
 from sqlalchemy import URL, text
 
 from service.ledger import migrating
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from tests.conftest import http_client
 from tests.support.waiting import eventually
 from tests.support.webhooks import webhook

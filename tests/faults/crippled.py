@@ -10,7 +10,7 @@ import structlog
 
 import workers.main
 from service import cli
-from service.ledger.cleaning import Copied, Copy
+from service.ledger.settling import Copied, Copy
 from workers.attempt import Cleaner
 
 

@@ -19,7 +19,7 @@ import psutil
 from sqlalchemy import URL
 
 from service.ledger import migrating
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from tests.faults.processes import Reach
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)

@@ -17,7 +17,7 @@ import psutil
 import redis.asyncio as redis
 
 import service
-from service.embedded import find_server
+from service.jobs.embedded_redis import find_server
 from tests.support.ports import free_port
 
 ROOT = Path(service.__file__).parents[1]

@@ -12,11 +12,11 @@ from typing import Any, TypeVar
 
 import httpx
 
-from service import queue
-from service.generation import Key
-from service.queue import CleanupJob
+from service.core.key import Key
+from service.core.secret import Secret
+from service.jobs import connection, enqueue
+from service.jobs.enqueue import CleanupJob
 from service.simulator import Call, Generation, Operation, Simulator
-from service.values import Secret
 from tests.faults.databases import Ledger, Row, migrated_sqlite
 from tests.faults.judging import FINAL, Sent, Verdict, WatchedCalls, judge
 from tests.faults.processes import Nursery, Process, RedisServer
@@ -157,7 +157,7 @@ class System:
             "UPDATE records SET wake_at = :now WHERE state = 'scheduled' AND due_at <= :now AND wake_at > :now"
         )
         if self.is_enqueueing:
-            with contextlib.suppress(*queue.QUEUE_ERRORS):
+            with contextlib.suppress(*connection.QUEUE_ERRORS):
                 await self.enqueue()
 
     async def expire_leases(self) -> None:
@@ -167,21 +167,24 @@ class System:
     async def enqueue(self, *, times: int = 1) -> None:
         """Enqueue the jobs of all scheduled records for their next attempts, so many *times* under ids of their own."""
         rows = [row for row in await self.ledger.rows() if row.state == "scheduled" and row.wake_at is not None]
-        pool = queue.connect(Secret(self.redis.url), retries=0)
+        pool = connection.connect(Secret(self.redis.url), retries=0)
         try:
             now = datetime.now(UTC)
             jobs = [CleanupJob(Key("default", row.id), row.attempts + 1, row.wake_at or now) for row in rows]
-            await queue.enqueue_jobs(pool, jobs, now=now)
+            await enqueue.enqueue_jobs(pool, jobs, now=now)
             for number, job in itertools.product(range(1, times), jobs):
                 await pool.enqueue_job(
-                    queue.FUNCTION, *job.arguments, _job_id=f"{job.id}:{number}", _defer_by=max(job.at - now, _NO_TIME)
+                    enqueue.FUNCTION,
+                    *job.arguments,
+                    _job_id=f"{job.id}:{number}",
+                    _defer_by=max(job.at - now, _NO_TIME),
                 )
         finally:
             await pool.aclose(close_connection_pool=True)
 
     async def jobs(self) -> int:
         """Count the jobs in Redis."""
-        return int(await self.redis.command("ZCARD", queue.QUEUE))
+        return int(await self.redis.command("ZCARD", connection.QUEUE))
 
     async def enqueued(self, number: int) -> None:
         """Wait until *number* jobs are in Redis: the web side enqueues them a moment after its answers."""

@@ -17,7 +17,7 @@ import pytest
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 
-from service.signature import SignatureError, verify
+from service.core.signature import SignatureError, verify
 from tests.faults.system import TOKEN
 from tests.faults.website import Website, website
 from tests.support.webhooks import SECRET, notification, signature, webhook

@@ -76,7 +76,8 @@ async def test_the_judge_condemns_the_same_chaos_when_a_part_is_left_out(nursery
     assert {one.partition(" ")[0] for one in lost.lost} == {"I4"}
     assert [*lost.early, *lost.unrecorded, *lost.uninvited, *lost.leaked] == []
     assert len(careless.unrecorded) > 20
-    assert [*careless.lost, *careless.early, *careless.uninvited, *careless.leaked] == []
+    # The copy is also where a later announcement takes the record from its worker: without it some are early as well.
+    assert [*careless.lost, *careless.uninvited, *careless.leaked] == []
 
 
 async def condemned(without: str, system: System) -> Verdict:

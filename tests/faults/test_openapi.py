@@ -26,8 +26,8 @@ from schemathesis.specs.openapi.checks import (
 )
 from sqlalchemy import URL
 
-from service.ledger.database import open_database
-from service.lifecycle import State
+from service.core.lifecycle import State
+from service.ledger.opening import open_database
 from tests.faults.processes import Nursery
 from tests.faults.system import TOKEN
 from tests.faults.website import Website, website

@@ -13,7 +13,7 @@ import msgspec
 import pytest
 import redis.asyncio as redis
 
-from service import queue
+from service.jobs import connection, enqueue
 from service.simulator import Generation
 from tests.faults.judging import Sent, Verdict
 from tests.faults.processes import Nursery
@@ -281,14 +281,14 @@ async def put(system: System, job_id: bytes, payload: bytes | None) -> None:
     now = int(time.time() * 1000)
     if payload is not None:
         await system.redis.command("PSETEX", b"arq:job:" + job_id, 600_000, payload)
-    await system.redis.command("ZADD", queue.QUEUE, now - 1000, job_id)
+    await system.redis.command("ZADD", connection.QUEUE, now - 1000, job_id)
 
 
 async def left_in_redis(system: System) -> list[Any]:
     """Return what is left of all jobs: ids in the queue, payloads, and results."""
     async with system.redis.client() as client:
         kept = [key async for key in client.scan_iter("arq:*") if b":in-progress:" not in key and b":retry:" not in key]
-        return [*await client.zrange(queue.QUEUE, 0, -1), *kept]
+        return [*await client.zrange(connection.QUEUE, 0, -1), *kept]
 
 
 async def is_empty(system: System) -> bool:
@@ -324,7 +324,7 @@ async def test_hostile_bytes_in_redis_run_no_code_and_stop_no_job(system: System
 
 @pytest.mark.parametrize(
     ("job_id", "payload"),
-    [(b"\xff\xfe\x00", b"any"), (b"a job", packed(["no name"])), (b"a job", packed(queue.FUNCTION, t="no number"))],
+    [(b"\xff\xfe\x00", b"any"), (b"a job", packed(["no name"])), (b"a job", packed(enqueue.FUNCTION, t="no number"))],
     ids=["an id that is no text", "a function that is no name", "a try that is no number"],
 )
 async def test_what_arq_itself_fails_on_stops_no_job_behind_it(system: System, job_id: bytes, payload: bytes):
@@ -340,14 +340,14 @@ async def test_what_arq_itself_fails_on_stops_no_job_behind_it(system: System, j
 
 async def is_out_of_the_queue(system: System, job_id: str) -> bool:
     """Whether the queue knows nothing of a job."""
-    return await system.redis.command("ZSCORE", queue.QUEUE, job_id) is None
+    return await system.redis.command("ZSCORE", connection.QUEUE, job_id) is None
 
 
 @pytest.mark.parametrize("kept", [b"arq:job:", b"arq:retry:"], ids=["its payload", "its tries"])
 async def test_a_job_with_a_key_of_another_type_stops_no_job_behind_it(system: System, kept: bytes):
     _, worker = await asyncio.gather(system.api(), system.worker(without="safety net"))
     await system.redis.command("LPUSH", kept + b"odd", "a list")
-    await put(system, b"odd", None if kept == b"arq:job:" else packed(queue.FUNCTION))
+    await put(system, b"odd", None if kept == b"arq:job:" else packed(enqueue.FUNCTION))
     generation = await system.accepted(system.generation())
     await system.until(generation, "deleted", is_hurried=False, seconds=12)
 
@@ -364,9 +364,9 @@ async def test_jobs_and_rows_of_another_release_run_or_are_dropped(system: Syste
     await system.redis.command("FLUSHALL")
     await overdue(system, waiting)
     # This worker has no safety net: a job under an id of another form begins the attempt.
-    await put(system, b"older", packed(queue.FUNCTION, "default", waiting.id, 1))
+    await put(system, b"older", packed(enqueue.FUNCTION, "default", waiting.id, 1))
     await system.until(waiting, "deleted", is_hurried=False)
-    await put(system, b"with names", packed(queue.FUNCTION, account="default", attempt=1))
+    await put(system, b"with names", packed(enqueue.FUNCTION, account="default", attempt=1))
     await put(system, b"renamed", packed("delete_generation", waiting.id))
     await eventually(partial(is_empty, system))
     assert worker.events("jobs.crashed") == []
@@ -394,7 +394,7 @@ async def a_row_of_an_older_release(system: System) -> Generation:
 
 
 async def test_a_queue_key_of_another_type_stops_no_deletion(system: System):
-    await system.redis.command("SET", queue.QUEUE, "not a queue")
+    await system.redis.command("SET", connection.QUEUE, "not a queue")
     _, worker = await asyncio.gather(system.api(), system.worker())
     generation = await system.accepted(system.generation())
     await system.until(generation, "deleted", is_hurried=False)

@@ -9,15 +9,16 @@ from functools import partial
 
 import pytest
 
-from service.generation import Key
-from service.ledger import cleaning, moving, pausing
-from service.ledger.cleaning import Copied, Settlement
-from service.ledger.database import LedgerUnavailableError, open_database
+from service.core.attempts import Outcome, Verdict
+from service.core.key import Key
+from service.core.lifecycle import Move, State
+from service.core.secret import Secret
+from service.ledger import moving, pausing, settling
+from service.ledger.database import LedgerUnavailableError
+from service.ledger.opening import open_database
 from service.ledger.pausing import Kind
-from service.lifecycle import Move, State
-from service.retention import Outcome, Verdict
-from service.sync_api import open_sync_api
-from service.values import Secret
+from service.ledger.settling import Copied, Settlement
+from service.sync.client import open_sync_api
 from tests.conftest import API_KEY
 from tests.support.ledger import (
     ACTOR,
@@ -48,7 +49,7 @@ def cleaner_of(database, metrics):
 
     def make(api, now=utc_now, **changes):
         async def copy(item):
-            write = partial(cleaning.copy, copies=[item], now=utc_now(), limit=None, actor=ACTOR)
+            write = partial(settling.copy, copies=[item], now=utc_now(), limit=None, actor=ACTOR)
             return (await database.write(write))[0]
 
         async def settle_one(item):
@@ -429,7 +430,7 @@ async def test_a_slow_commit_that_ate_the_lease_keeps_the_delete_from_being_sent
 
 async def test_at_the_days_limit_the_copy_is_kept_and_the_delete_waits(cleaner_of, api, database, simulator, announced):
     async def copy(item):
-        write = partial(cleaning.copy, copies=[item], now=utc_now(), limit=0, actor=ACTOR)
+        write = partial(settling.copy, copies=[item], now=utc_now(), limit=0, actor=ACTOR)
         return (await database.write(write))[0]
 
     key = await announced()

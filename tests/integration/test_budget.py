@@ -5,9 +5,10 @@ import time
 
 import pytest
 
-from service import queue
-from service.budget import ALONE_SHARE, CALLS, Budget, spread
-from service.values import Rate, Secret
+from service.core.rate import Rate
+from service.core.secret import Secret
+from service.jobs import connection
+from service.sync.rate_limit import ALONE_SHARE, CALLS, Budget, spread
 
 KEY = Secret("sk-1")
 
@@ -32,7 +33,7 @@ async def granted_within(seconds, budgets, *, wanted=1):
 @pytest.fixture
 async def other_pool(redis_url):
     """Another worker's connections to the same Redis."""
-    pool = queue.connect(Secret(redis_url), retries=1)
+    pool = connection.connect(Secret(redis_url), retries=1)
     yield pool
     await pool.aclose(close_connection_pool=True)
 
@@ -40,7 +41,7 @@ async def other_pool(redis_url):
 @pytest.fixture
 async def no_pool(tmp_path):
     """Connections to a Redis that is not there."""
-    pool = queue.connect(Secret(f"unix://{tmp_path}/none.sock"), retries=0)
+    pool = connection.connect(Secret(f"unix://{tmp_path}/none.sock"), retries=0)
     yield pool
     await pool.aclose(close_connection_pool=True)
 

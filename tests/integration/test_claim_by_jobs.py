@@ -6,12 +6,12 @@ from functools import partial
 
 from sqlalchemy import event
 
-from service.generation import Key
+from service.core.key import Key
+from service.core.lifecycle import Move, State
 from service.ledger import claiming, pausing
 from service.ledger.claiming import Claim, NotYet, Wanted
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from service.ledger.pausing import Kind, Pause
-from service.lifecycle import Move, State
 from tests.support.ledger import (
     ACTOR,
     HOUR,

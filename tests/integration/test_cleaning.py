@@ -8,12 +8,12 @@ from typing import Any
 import pytest
 from sqlalchemy import event, update
 
+from service.core.attempts import MAX_FREE_LOSSES, Outcome, Progress, Verdict
+from service.core.lifecycle import IllegalMoveError, Move, State
 from service.ledger import claiming, moving, pausing, reading
-from service.ledger.cleaning import Copied, Settlement
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from service.ledger.schema import records
-from service.lifecycle import IllegalMoveError, Move, State
-from service.retention import MAX_FREE_LOSSES, Outcome, Progress, Verdict
+from service.ledger.settling import Copied, Settlement
 from tests.support.ledger import (
     ACTOR,
     HOUR,

@@ -10,14 +10,15 @@ from click.testing import CliRunner
 
 from service import __version__
 from service.cli import main
-from service.generation import Key, read
+from service.core.generation import read
+from service.core.key import Key
+from service.core.lifecycle import State
+from service.core.retention import Policy, decide
 from service.ledger import pausing, receiving
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from service.ledger.pausing import Kind, Pause
 from service.ledger.receiving import Arrival
 from service.ledger.schema import records
-from service.lifecycle import State
-from service.retention import Policy, decide
 from tests.support.commands import command
 from tests.support.webhooks import SECRET, webhook
 

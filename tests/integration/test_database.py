@@ -12,7 +12,8 @@ from contextlib import closing
 import pytest
 from sqlalchemy import URL, delete, event, func, select, text
 
-from service.ledger.database import LedgerUnavailableError, RefusedDataError, open_database
+from service.ledger.database import LedgerUnavailableError, RefusedDataError
+from service.ledger.opening import open_database
 from service.ledger.schema import records
 from tests.support.ledger import count, store
 

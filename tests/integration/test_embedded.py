@@ -14,9 +14,9 @@ import psutil
 import pytest
 import redis.asyncio as redis
 
-from service import embedded
-from service.embedded import EmbeddedRedisError, embedded_redis, find_server, prepare_data_dir
-from service.values import Secret
+from service.core.secret import Secret
+from service.jobs import embedded_redis as module
+from service.jobs.embedded_redis import EmbeddedRedisError, embedded_redis, find_server, prepare_data_dir
 from tests.support.waiting import eventually
 
 
@@ -97,9 +97,9 @@ async def test_a_second_process_joins_the_first_and_leaves_it_running(data_dir):
 async def test_one_left_behind_by_an_owner_that_was_killed_is_replaced_with_its_jobs(data_dir):
     folder = data_dir / "redis"
     folder.mkdir(mode=0o700)
-    orphan = await embedded._start(folder, folder / "redis.sock")
+    orphan = await module._start(folder, folder / "redis.sock")
     url = Secret(f"unix://{folder / 'redis.sock'}")
-    await embedded._wait_until_ready(orphan, url, folder)
+    await module._wait_until_ready(orphan, url, folder)
     await ask(url, "SET job 1")
 
     async with embedded_redis(data_dir) as again:
@@ -168,7 +168,7 @@ async def answer_of(url):
 
 
 async def test_one_that_cannot_start_says_where_to_look(data_dir, monkeypatch):
-    monkeypatch.setattr(embedded, "find_server", lambda: "/bin/false")
+    monkeypatch.setattr(module, "find_server", lambda: "/bin/false")
 
     with pytest.raises(EmbeddedRedisError, match=r"did not start: see .*redis\.log"):
         async with embedded_redis(data_dir):

@@ -10,14 +10,14 @@ from litestar import get
 from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import URL, text
 
-from service import queue
-from service.app import make_app
+from service.core.secret import Secret
+from service.jobs import connection
 from service.ledger import pausing
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from service.ledger.pausing import Kind, Pause
-from service.security_headers import SECURITY_HEADERS
-from service.serving import serving
-from service.values import Secret
+from service.web.app import make_app
+from service.web.security_headers import SECURITY_HEADERS
+from service.web.server import serving
 from tests.conftest import http_client
 from tests.support.ledger import HOUR, claim, confirmed, given_up, settle, store
 from tests.support.waiting import eventually
@@ -60,7 +60,7 @@ async def test_alive_and_ready_with_all_parts_well(app_client):
 
 
 async def test_a_redis_that_is_away_degrades_and_is_named(serve, sqlite_database, tmp_path):
-    pool = queue.connect(Secret(f"unix://{tmp_path}/none.sock"), retries=0)
+    pool = connection.connect(Secret(f"unix://{tmp_path}/none.sock"), retries=0)
     async with serve(sqlite_database, pool) as port, http_client(f"http://127.0.0.1:{port}") as client:
         answer = await client.get("/health/ready")
     await pool.aclose(close_connection_pool=True)
@@ -277,7 +277,7 @@ async def test_two_parts_that_hang_are_told_within_a_second(serve):
 
     async with await asyncio.start_server(swallow, "127.0.0.1", 0) as hole:
         port = hole.sockets[0].getsockname()[1]
-        pool = queue.connect(Secret(f"redis://127.0.0.1:{port}"), retries=0)
+        pool = connection.connect(Secret(f"redis://127.0.0.1:{port}"), retries=0)
         url = URL.create("postgresql", "mayfly", host="127.0.0.1", port=port, database="mayfly")
         async with (
             open_database(url) as database,

@@ -9,18 +9,19 @@ import pytest
 from arq.worker import Retry
 
 import workers.main
-from service import queue
-from service.budget import Budget
-from service.generation import Key
+from service.core.attempts import Verdict
+from service.core.key import Key
+from service.core.lifecycle import State
+from service.core.rate import Rate
+from service.core.secret import Secret
+from service.jobs import connection, enqueue
+from service.jobs.enqueue import CleanupJob
 from service.ledger import claiming, pausing
 from service.ledger.claiming import Wanted
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
-from service.lifecycle import State
-from service.queue import CleanupJob
-from service.retention import Verdict
-from service.tasks import end
-from service.values import Rate, Secret
+from service.runtime.tasks import end
+from service.sync.rate_limit import Budget
 from tests.support.ledger import ACTOR, HOUR, LEASE, confirmed, deferred, row_of, settle, store, utc_now
 from tests.support.waiting import eventually
 from workers import cleanup
@@ -216,20 +217,20 @@ async def working(work, pool, metrics):
         await asyncio.wait_for(running, 10)
 
 
-async def enqueue(pool, *keys: Key, at=None):
+async def put(pool, *keys: Key, at=None):
     jobs = [CleanupJob(key, 1, at or utc_now()) for key in keys]
-    await queue.enqueue_jobs(pool, jobs, now=utc_now())
+    await enqueue.enqueue_jobs(pool, jobs, now=utc_now())
 
 
 async def test_arq_runs_the_jobs_that_are_enqueued_when_they_are_due(work, pool, metrics, sqlite_database):
     now, soon, later = [await store(sqlite_database, due_in=timedelta(seconds=seconds)) for seconds in (-1, 1, 3600)]
     async with working(work, pool, metrics):
-        await enqueue(pool, now)
-        await enqueue(pool, soon, at=utc_now() + timedelta(seconds=1))
-        await enqueue(pool, later, at=utc_now() + HOUR)
+        await put(pool, now)
+        await put(pool, soon, at=utc_now() + timedelta(seconds=1))
+        await put(pool, later, at=utc_now() + HOUR)
         await eventually(lambda: work.ended == [now, soon], seconds=5)
 
-    assert await pool.zrange(queue.QUEUE, 0, -1) == [f"default:{later.id}:1".encode()]
+    assert await pool.zrange(connection.QUEUE, 0, -1) == [f"default:{later.id}:1".encode()]
     assert (await row_of(sqlite_database, soon)).deleted_at >= (await row_of(sqlite_database, soon)).due_at
 
 
@@ -246,7 +247,7 @@ async def test_a_record_whose_attempt_is_put_off_is_deleted_by_the_next_job(work
 
     work.attempts._clean = clean
     async with working(work, pool, metrics):
-        await enqueue(pool, key)
+        await put(pool, key)
         await eventually(lambda: work.ended == [key], seconds=5)
 
     assert (await row_of(sqlite_database, key)).attempts == 2
@@ -258,7 +259,7 @@ async def test_a_stop_waits_for_what_is_under_way_and_leaves_the_rest_in_the_que
     keys = [await store(sqlite_database) for _ in range(30)]
     work.gate.clear()
     running = asyncio.create_task(workers.main._run_jobs(pool, work.jobs, 5, metrics, work.stopping))
-    await enqueue(pool, *keys)
+    await put(pool, *keys)
     await eventually(lambda: len(work.begun) == 10)  # twice the places at the API
     work.stopping.set()
     await asyncio.sleep(0.3)
@@ -267,7 +268,7 @@ async def test_a_stop_waits_for_what_is_under_way_and_leaves_the_rest_in_the_que
     await asyncio.wait_for(running, 5)
 
     assert len(work.ended) == 10
-    assert await pool.zcard(queue.QUEUE) == 20
+    assert await pool.zcard(connection.QUEUE) == 20
 
 
 async def test_arq_that_loses_redis_is_started_again_and_attempts_go_on(
@@ -277,14 +278,14 @@ async def test_arq_that_loses_redis_is_started_again_and_attempts_go_on(
     first, second = [await store(sqlite_database) for _ in range(2)]
     work.gate.clear()
     async with working(work, pool, metrics):
-        await enqueue(pool, first)
+        await put(pool, first)
         await eventually(lambda: work.begun == [first])
-        await pool.set(queue.QUEUE, "of another type")
+        await pool.set(connection.QUEUE, "of another type")
         await eventually(lambda: failures(metrics) >= 1, seconds=5)
         assert work.ended == []
-        await pool.delete(queue.QUEUE)
+        await pool.delete(connection.QUEUE)
         work.gate.set()
-        await enqueue(pool, second)
+        await put(pool, second)
         await eventually(lambda: set(work.ended) == {first, second}, seconds=8)
 
 
@@ -295,7 +296,7 @@ def failures(metrics):
 async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(work, pool):
     worker = workers.main._arq_worker(pool, work.jobs, 50)
     is_built = {
-        "queue_name": queue.QUEUE,
+        "queue_name": connection.QUEUE,
         "keep_result_s": 0,
         "keep_result_forever": False,
         "max_tries": 10**6,
@@ -311,7 +312,7 @@ async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(wor
     }
 
     assert {name: getattr(worker, name) for name in is_built} == is_built
-    assert list(worker.functions) == [queue.FUNCTION]
+    assert list(worker.functions) == [enqueue.FUNCTION]
     assert worker.queue_read_limit >= 10 * worker.max_jobs
     # It may wait for the budget and then hold a whole lease; and so long arq keeps the id of a worker that died.
     assert cleanup.BUDGET_SECONDS + workers.main.LEASE.total_seconds() < worker.job_timeout_s <= 90

@@ -11,8 +11,9 @@ from alembic.script import ScriptDirectory
 from sqlalchemy import URL, inspect, text
 
 from service.ledger import migrating, schema
-from service.ledger.database import LedgerUnavailableError, open_database
+from service.ledger.database import LedgerUnavailableError
 from service.ledger.migrating import SchemaError
+from service.ledger.opening import open_database
 
 FOLDER = Path(migrating.__file__).parent / "migrations"
 

@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from sqlalchemy import select
 
 from service.ledger import receiving
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from service.ledger.schema import events, records
 from tests.support.ledger import HOUR, arrival, receive
 

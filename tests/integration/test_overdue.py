@@ -9,16 +9,17 @@ from functools import partial
 import pytest
 from structlog.testing import capture_logs
 
-from service import queue
-from service.budget import Budget
-from service.generation import Key
+from service.core.attempts import Verdict
+from service.core.key import Key
+from service.core.lifecycle import State
+from service.core.rate import Rate
+from service.core.secret import Secret
+from service.jobs import connection, enqueue
 from service.ledger import claiming, pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
-from service.lifecycle import State
-from service.retention import Verdict
-from service.tasks import end
-from service.values import Rate, Secret
+from service.runtime.tasks import end
+from service.sync.rate_limit import Budget
 from tests.support.ledger import (
     ACTOR,
     HOUR,
@@ -94,10 +95,10 @@ class Net:
     async def enqueue(self, jobs):
         if self.redis_faults:
             raise self.redis_faults[0]
-        return await queue.enqueue_jobs(self.pool, jobs, now=utc_now())
+        return await enqueue.enqueue_jobs(self.pool, jobs, now=utc_now())
 
     async def jobs(self):
-        return {job_id.decode() for job_id in await self.pool.zrange(queue.QUEUE, 0, -1)}
+        return {job_id.decode() for job_id in await self.pool.zrange(connection.QUEUE, 0, -1)}
 
 
 @pytest.fixture
@@ -140,12 +141,12 @@ async def test_a_late_job_is_brought_forward_and_one_that_is_there_stays_as_it_i
     key = await store(sqlite_database, due_in=-MINUTE)
     job_id = f"default:{key.id}:1"
     for score, is_moved in ((int((utc_now() + HOUR).timestamp() * 1000), True), (1, False)):
-        await net.pool.zadd(queue.QUEUE, {job_id: score})
+        await net.pool.zadd(connection.QUEUE, {job_id: score})
         net.stopping.clear()
         async with running(net, monkeypatch):
             await rounds(net)
 
-        found = await net.pool.zscore(queue.QUEUE, job_id)
+        found = await net.pool.zscore(connection.QUEUE, job_id)
         assert (found < score) if is_moved else (found == score)
 
 

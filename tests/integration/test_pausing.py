@@ -1,14 +1,15 @@
 """While deletions are paused nothing is claimed; a refused key is tried by one record at a time, and ends its pause."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
+from service.core.attempts import Verdict
+from service.core.lifecycle import State
 from service.ledger import pausing
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from service.ledger.pausing import PROBE_EVERY, Kind, Pause
-from service.lifecycle import State
-from service.retention import Verdict
 from tests.support.ledger import (
     ACTOR,
     arrival,
@@ -139,7 +140,7 @@ async def test_one_record_a_minute_tries_a_refused_key_again_and_one_worker_alon
 async def test_a_probe_that_gets_through_ends_the_pause_of_the_key(database):
     await receive(database, arrival(), arrival())
     await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
-    await settle(database, confirmed(await claim_one(database)))
+    await settle(database, replace(confirmed(await claim_one(database)), is_key_good=True))
 
     assert await kinds(database) == []
     assert len(await claim(database)) == 1

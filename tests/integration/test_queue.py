@@ -15,11 +15,12 @@ from arq.constants import abort_jobs_ss, job_key_prefix, result_key_prefix, retr
 from arq.jobs import Job
 from arq.worker import Worker, func
 
-from service import queue
-from service.generation import Key
-from service.queue import CleanupJob, QueueError
-from service.tasks import end
-from service.values import Secret
+from service.core.key import Key
+from service.core.secret import Secret
+from service.jobs import connection, enqueue
+from service.jobs.connection import QueueError
+from service.jobs.enqueue import CleanupJob
+from service.runtime.tasks import end
 from tests.support.ledger import HOUR, utc_now
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually
@@ -32,26 +33,26 @@ def job(generation_id="g1", *, attempt=1, delay=HOUR):
     return CleanupJob(Key("default", generation_id), attempt, utc_now() + delay)
 
 
-async def enqueue(pool, *jobs: CleanupJob):
-    return await queue.enqueue_jobs(pool, jobs, now=utc_now())
+async def put(pool, *jobs: CleanupJob):
+    return await enqueue.enqueue_jobs(pool, jobs, now=utc_now())
 
 
 async def scores(pool):
-    return dict(await pool.zrange(queue.QUEUE, 0, -1, withscores=True))
+    return dict(await pool.zrange(connection.QUEUE, 0, -1, withscores=True))
 
 
 @asynccontextmanager
 async def consuming(redis_url):
     """Run an arq worker as it comes on a pool of its own and yield the arguments of the jobs that it ran."""
-    pool = queue.connect(Secret(redis_url), retries=1)
+    pool = connection.connect(Secret(redis_url), retries=1)
     found: list[Any] = []
 
     async def note(_ctx, *arguments: object):
         found.append(arguments)
 
     worker = Worker(
-        functions=[func(note, name=queue.FUNCTION)],  # type: ignore[arg-type]
-        queue_name=queue.QUEUE,
+        functions=[func(note, name=enqueue.FUNCTION)],  # type: ignore[arg-type]
+        queue_name=connection.QUEUE,
         redis_pool=pool,
         handle_signals=False,
         keep_result=0,
@@ -79,11 +80,11 @@ def short_path():
 @pytest.mark.parametrize("delay", [HOUR, -HOUR], ids=["in an hour", "an hour ago"])
 async def test_many_jobs_at_once_are_written_as_arq_writes_one(pool, delay):
     one, other = job("one", delay=delay), job("other", delay=delay)
-    await queue.enqueue_job(pool, one, now=utc_now())
-    await enqueue(pool, other)
+    await enqueue.enqueue_job(pool, one, now=utc_now())
+    await put(pool, other)
     found = {}
     for item in (one, other):
-        handle = Job(item.id, pool, _queue_name=queue.QUEUE, _deserializer=pool.job_deserializer)
+        handle = Job(item.id, pool, _queue_name=connection.QUEUE, _deserializer=pool.job_deserializer)
         info = await handle.info()
         assert info is not None
         found[item.key.id] = {
@@ -106,7 +107,7 @@ async def test_many_jobs_at_once_are_written_as_arq_writes_one(pool, delay):
 
 async def test_arq_runs_many_jobs_with_their_arguments_when_they_are_due_and_leaves_nothing(pool, redis_url):
     async with consuming(redis_url) as found:
-        await enqueue(pool, job("now", delay=-HOUR, attempt=3), job("soon", delay=timedelta(seconds=1)), job("later"))
+        await put(pool, job("now", delay=-HOUR, attempt=3), job("soon", delay=timedelta(seconds=1)), job("later"))
         await eventually(lambda: found == [("default", "now", 3)], seconds=3)
         begun = time.monotonic()
         await eventually(lambda: found[1:] == [("default", "soon", 1)], seconds=3)
@@ -125,7 +126,7 @@ async def only_one_left(pool):
 async def test_a_job_that_was_run_can_be_enqueued_again(pool, redis_url):
     async with consuming(redis_url) as found:
         for _ in range(3):
-            await enqueue(pool, job("again", delay=-HOUR))
+            await put(pool, job("again", delay=-HOUR))
             await eventually(lambda: len(found) > 0, seconds=3)
             found.clear()
             # arq passes over an id that is marked as in progress.
@@ -139,16 +140,16 @@ async def is_gone(pool, job_id):
 
 async def test_no_number_of_tries_drops_a_job(pool, redis_url):
     await pool.set(retry_key_prefix + "default:g1:1", 5000)
-    await enqueue(pool, job(delay=-HOUR))
+    await put(pool, job(delay=-HOUR))
     async with consuming(redis_url) as found:
         await eventually(lambda: len(found) == 1, seconds=3)
 
 
 async def test_an_abort_that_somebody_sent_neither_drops_a_job_nor_stays_in_its_way(pool, redis_url):
     await pool.zadd(abort_jobs_ss, {"default:g1:1": int(time.time() * 1000)})
-    await enqueue(pool, job(delay=timedelta(seconds=0.3)))
+    await put(pool, job(delay=timedelta(seconds=0.3)))
     async with consuming(redis_url) as found:
-        handle = Job("default:g1:1", pool, _queue_name=queue.QUEUE, _deserializer=pool.job_deserializer)
+        handle = Job("default:g1:1", pool, _queue_name=connection.QUEUE, _deserializer=pool.job_deserializer)
         assert not await handle.abort(timeout=0.1)
         await eventually(lambda: len(found) == 1, seconds=3)
 
@@ -161,44 +162,44 @@ async def test_jobs_in_another_form_run_no_code(pool, redis_url, tmp_path):
             return (eval, (f"open({str(target)!r}, 'w').close()",))  # what a pickle may do
 
     await pool.set(
-        job_key_prefix + "pickled", pickle.dumps({"t": 1, "f": queue.FUNCTION, "a": (Bomb(),), "k": {}, "et": 1})
+        job_key_prefix + "pickled", pickle.dumps({"t": 1, "f": enqueue.FUNCTION, "a": (Bomb(),), "k": {}, "et": 1})
     )
-    await pool.zadd(queue.QUEUE, {"pickled": 1})
+    await pool.zadd(connection.QUEUE, {"pickled": 1})
     async with consuming(redis_url) as found:
         await eventually(lambda: is_gone(pool, "pickled"), seconds=3)
-        await enqueue(pool, job(delay=-HOUR))
+        await put(pool, job(delay=-HOUR))
         await eventually(lambda: len(found) == 1, seconds=3)
 
     assert not target.exists()
 
 
 async def test_a_job_that_is_later_than_it_should_be_is_brought_forward(pool):
-    await enqueue(pool, job(delay=9 * HOUR))
+    await put(pool, job(delay=9 * HOUR))
     sooner = job(delay=HOUR)
-    await enqueue(pool, sooner)
+    await put(pool, sooner)
 
     assert await scores(pool) == {ID: int(sooner.at.timestamp() * 1000) + 1}
 
 
 async def test_a_job_that_is_sooner_than_it_should_be_is_left_alone(pool):
     sooner = job(delay=HOUR)
-    await enqueue(pool, sooner)
-    await enqueue(pool, job(delay=9 * HOUR))
+    await put(pool, sooner)
+    await put(pool, job(delay=9 * HOUR))
 
     assert await scores(pool) == {ID: int(sooner.at.timestamp() * 1000) + 1}
 
 
 async def test_a_job_whose_payload_is_gone_has_it_again(pool):
-    await enqueue(pool, job())
+    await put(pool, job())
     await pool.delete(job_key_prefix + ID.decode())
-    await enqueue(pool, job())
+    await put(pool, job())
 
     assert await pool.exists(job_key_prefix + ID.decode())
 
 
 async def test_a_job_for_the_past_is_due_now(pool):
     before = int(utc_now().timestamp() * 1000)
-    await enqueue(pool, job(delay=-HOUR))
+    await put(pool, job(delay=-HOUR))
 
     assert before <= (await scores(pool))[ID] <= before + 5000
 
@@ -206,91 +207,91 @@ async def test_a_job_for_the_past_is_due_now(pool):
 @pytest.mark.parametrize("is_one", [True, False])
 async def test_a_job_outlives_its_time_by_weeks_so_that_a_long_stop_does_not_drop_it(pool, is_one):
     item = job(delay=48 * HOUR)
-    await (queue.enqueue_job(pool, item, now=utc_now()) if is_one else enqueue(pool, item))
+    await (enqueue.enqueue_job(pool, item, now=utc_now()) if is_one else put(pool, item))
     left = timedelta(milliseconds=await pool.pttl(job_key_prefix + ID.decode()))
 
     assert left > timedelta(days=31)
 
 
 async def test_a_redis_that_was_emptied_shows_it_once(pool):
-    assert not await enqueue(pool, job())
-    assert await enqueue(pool)
-    assert await enqueue(pool, job("g2"))
+    assert not await put(pool, job())
+    assert await put(pool)
+    assert await put(pool, job("g2"))
     await pool.flushall()
 
-    assert not await enqueue(pool)
-    assert await enqueue(pool)
+    assert not await put(pool)
+    assert await put(pool)
 
 
 async def test_a_full_redis_refuses_even_no_jobs(pool):
     await pool.config_set("maxmemory", 1)
     try:
-        with pytest.raises(queue.QUEUE_ERRORS):
-            await enqueue(pool)
+        with pytest.raises(connection.QUEUE_ERRORS):
+            await put(pool)
     finally:
         await pool.config_set("maxmemory", 0)
 
 
 async def test_due_jobs_are_removed_whatever_their_ids_are(pool):
-    await pool.zadd(queue.QUEUE, {b"\xff\xfe": 1})
-    await enqueue(pool, job("due", delay=-HOUR), job("later"))
-    await queue.remove_due_jobs(pool, now=utc_now() + timedelta(seconds=1))
+    await pool.zadd(connection.QUEUE, {b"\xff\xfe": 1})
+    await put(pool, job("due", delay=-HOUR), job("later"))
+    await enqueue.remove_due_jobs(pool, now=utc_now() + timedelta(seconds=1))
 
     assert [*await scores(pool)] == [b"default:later:1"]
     assert await pool.keys("arq:job:*") == [b"arq:job:default:later:1"]
 
 
 async def test_thousands_of_jobs_are_enqueued_at_once(pool):
-    await enqueue(pool, *(job(f"g{number}") for number in range(2500)))
+    await put(pool, *(job(f"g{number}") for number in range(2500)))
 
-    assert await pool.zcard(queue.QUEUE) == 2500
+    assert await pool.zcard(connection.QUEUE) == 2500
 
 
 async def test_any_id_is_enqueued(pool, redis_url):
     name = "a:b ü\"'{}🪰"
-    await enqueue(pool, job(name, delay=_NOW))
+    await put(pool, job(name, delay=_NOW))
     async with consuming(redis_url) as found:
         await eventually(lambda: found == [("default", name, 1)], seconds=3)
 
 
 async def test_a_redis_that_is_unreachable_is_an_error_within_its_time(short_path):
-    pool = queue.connect(Secret(f"unix://{short_path}/none.sock"), retries=0)
+    pool = connection.connect(Secret(f"unix://{short_path}/none.sock"), retries=0)
     begun = asyncio.get_running_loop().time()
-    with pytest.raises(queue.QUEUE_ERRORS):
-        await enqueue(pool, job())
+    with pytest.raises(connection.QUEUE_ERRORS):
+        await put(pool, job())
     await pool.aclose(close_connection_pool=True)
 
-    assert asyncio.get_running_loop().time() - begun < queue.ENQUEUE_TIMEOUT_SECONDS + 1
+    assert asyncio.get_running_loop().time() - begun < enqueue.ENQUEUE_TIMEOUT_SECONDS + 1
 
 
 async def test_a_redis_that_hangs_is_an_error_within_its_time(monkeypatch):
-    monkeypatch.setattr(queue, "ENQUEUE_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(enqueue, "ENQUEUE_TIMEOUT_SECONDS", 0.3)
 
     async def hang(reader, writer):
         await reader.read()  # until the client is gone
         writer.close()
 
     async with await asyncio.start_server(hang, "127.0.0.1", 0) as server:
-        pool = queue.connect(Secret(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"), retries=0)
-        with pytest.raises(queue.QUEUE_ERRORS):
-            await asyncio.wait_for(enqueue(pool, job()), 2)
+        pool = connection.connect(Secret(f"redis://127.0.0.1:{server.sockets[0].getsockname()[1]}"), retries=0)
+        with pytest.raises(connection.QUEUE_ERRORS):
+            await asyncio.wait_for(put(pool, job()), 2)
         await pool.aclose(close_connection_pool=True)
         await asyncio.sleep(0.05)
 
 
 async def test_a_redis_that_would_drop_jobs_is_refused(short_path):
     with redis_server(short_path, maxmemory_policy="allkeys-lru") as url:
-        pool = queue.connect(Secret(url), retries=0)
+        pool = connection.connect(Secret(url), retries=0)
         with pytest.raises(QueueError, match="maxmemory-policy allkeys-lru and would drop jobs: set it to noeviction"):
-            await queue.check(pool)
+            await connection.check(pool)
         await pool.aclose(close_connection_pool=True)
 
 
 @pytest.mark.parametrize(("appendonly", "warnings"), [("no", 1), ("yes", 0)])
 async def test_a_redis_without_a_log_of_its_commands_is_warned_of(short_path, appendonly, warnings):
     with redis_server(short_path, appendonly=appendonly) as url:
-        pool = queue.connect(Secret(url), retries=0)
-        found = await queue.check(pool)
+        pool = connection.connect(Secret(url), retries=0)
+        found = await connection.check(pool)
         await pool.aclose(close_connection_pool=True)
 
     assert [warning.partition(":")[0] for warning in found] == ["Redis has appendonly no"] * warnings
@@ -306,7 +307,7 @@ async def test_a_redis_without_a_log_of_its_commands_is_warned_of(short_path, ap
     ],
 )
 async def test_a_sentinel_url_is_read(url, hosts, service, login):
-    pool: Any = queue.connect(Secret(url), retries=1).connection_pool
+    pool: Any = connection.connect(Secret(url), retries=1).connection_pool
     options = pool.connection_kwargs
     sentinels = [sentinel.connection_pool.connection_kwargs for sentinel in pool.sentinel_manager.sentinels]
 

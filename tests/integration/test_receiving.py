@@ -9,12 +9,13 @@ import msgspec
 import pytest
 from sqlalchemy import event
 
-from service.generation import Key, read
+from service.core.generation import read
+from service.core.key import Key
+from service.core.lifecycle import Move, State
 from service.ledger import moving, receiving
-from service.ledger.cleaning import Copied
-from service.ledger.database import open_database
-from service.ledger.describing import DESCRIBED, described
-from service.lifecycle import Move, State
+from service.ledger.columns import DESCRIBED, described
+from service.ledger.opening import open_database
+from service.ledger.settling import Copied
 from tests.support.ledger import (
     ACTOR,
     HOUR,

@@ -7,10 +7,11 @@ from urllib.parse import quote
 import msgspec
 import pytest
 
-from service.generation import Key, read
+from service.core.generation import read
+from service.core.key import Key
 from service.ledger import reading
-from service.ledger.cleaning import Copied
 from service.ledger.receiving import Arrival
+from service.ledger.settling import Copied
 from tests.conftest import API_TOKEN
 from tests.support.ledger import (
     HOUR,

@@ -11,9 +11,9 @@ import time
 import pytest
 import uvloop
 
-from service import serving as serving_module
 from service.commands.running import on_stop
-from service.serving import serving
+from service.web import server as serving_module
+from service.web.server import serving
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"

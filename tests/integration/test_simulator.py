@@ -5,6 +5,7 @@ import contextlib
 import hashlib
 import hmac
 import json
+import logging
 import re
 import ssl
 import time
@@ -772,7 +773,66 @@ async def test_it_stops_at_once_with_calls_held_and_keeps_what_it_holds(caplog):
 
     assert stopped_in < 1
     assert answer.status_code == 200
-    assert not [record for record in caplog.records if record.name.startswith("uvicorn")]
+    assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
+
+
+async def test_it_stops_at_once_while_a_client_does_not_read_a_huge_answer():
+    simulator = Simulator(api_key="sk-sim")
+    generation = simulator.add(faults={"GET": ["huge:megabytes=64"]})
+    async with simulator.serve() as url:
+        _, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(url).port)
+        writer.write(b"GET /v2/generate/%b HTTP/1.1\r\nx-api-key: sk-sim\r\n\r\n" % generation.id.encode())
+        await eventually(lambda: simulator.calls and simulator.calls[0].status)
+        started = time.monotonic()
+    stopped_in = time.monotonic() - started
+    writer.transport.abort()
+
+    assert stopped_in < 1
+
+
+async def test_it_serves_ipv6():
+    async with (
+        Simulator().serve(host="::1") as url,
+        httpx.AsyncClient(verify=NO_TLS, trust_env=False) as client,
+    ):
+        answer = await client.get(f"{url}/simulator/summary")
+
+    assert answer.status_code == 200
+
+
+async def exchange(simulator, sent):
+    """Send the bytes and return what comes back until the simulator closes the connection."""
+    reader, writer = await asyncio.open_connection("127.0.0.1", httpx.URL(simulator.url).port)
+    writer.write(sent)
+    async with asyncio.timeout(5):
+        received = await reader.read()
+    writer.close()
+    await writer.wait_closed()
+    return received
+
+
+async def test_requests_sent_without_waiting_are_answered_in_order(simulator):
+    first = b"GET /v2/generations/count HTTP/1.1\r\nx-api-key: sk-sim\r\n\r\n"
+    last = b"HEAD /v2/generations/count HTTP/1.1\r\nx-api-key: sk-sim\r\nconnection: close\r\n\r\n"
+    received = await exchange(simulator, first + last)
+
+    assert re.findall(rb"HTTP/1.1 (\d+)", received) == [b"200", b"404"]
+    assert received.endswith(b"connection: close\r\n\r\n")  # HEAD has no body
+
+
+@pytest.mark.parametrize(
+    "sent",
+    [
+        b"nonsense\r\n\r\n",
+        b"GET http://[ HTTP/1.1\r\n\r\n",
+        b"GET / HTTP/1.1\r\nupgrade: x\r\nconnection: upgrade\r\n\r\n",
+    ],
+)
+async def test_a_request_that_cannot_be_parsed_is_answered_400(simulator, sent):
+    received = await exchange(simulator, sent)
+
+    assert received.startswith(b"HTTP/1.1 400 ")
+    assert simulator.calls == []
 
 
 async def test_left_to_itself_it_makes_samples_and_announces_them(inbox, capfd):

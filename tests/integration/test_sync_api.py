@@ -9,11 +9,11 @@ from urllib.parse import quote
 import httpx
 import pytest
 
-from service import sync_api
-from service.retention import Verdict
+from service.core.attempts import Verdict
+from service.core.secret import Secret
 from service.simulator import Simulator
-from service.sync_api import SyncApi, open_sync_api
-from service.values import Secret
+from service.sync import answers, client
+from service.sync.client import SyncApi, open_sync_api
 from tests.conftest import API_KEY
 
 DONE, GONE, RUNNING, RETRY = Verdict.DONE, Verdict.GONE, Verdict.RUNNING, Verdict.RETRY
@@ -164,7 +164,7 @@ async def test_each_answer_means_what_the_table_says(simulator, api, *, fault, o
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_a_body_that_drips_is_ended_by_the_time_for_the_whole_call(simulator, api, method, monkeypatch):
-    monkeypatch.setattr(sync_api, f"{method}_SECONDS", 0.3)
+    monkeypatch.setattr(client, f"{method}_SECONDS", 0.3)
     generation = simulator.add(faults={method: ["slow:interval=0.02"]})
     loop = asyncio.get_running_loop()
     begun = loop.time()
@@ -178,7 +178,7 @@ async def test_a_body_that_drips_is_ended_by_the_time_for_the_whole_call(simulat
 
 @pytest.mark.parametrize("method", METHODS)
 async def test_an_answer_that_never_comes_is_ended_too(simulator, api, method, monkeypatch):
-    monkeypatch.setattr(sync_api, f"{method}_SECONDS", 0.3)
+    monkeypatch.setattr(client, f"{method}_SECONDS", 0.3)
     generation = simulator.add(faults={method: ["hold"]})
     answer = await call(api, method, generation.id)
     simulator.release(generation.id)
@@ -255,7 +255,7 @@ async def test_a_cookie_is_not_sent_back(raw_server, metrics):
         (410, b"<html>410</html>", REFUSED),
         (404, b"not found", REFUSED),
         (404, b"[]", REFUSED),
-        pytest.param(404, b"<" * (sync_api.MAX_BYTES + 1), REFUSED, id="404 and a page without end"),
+        pytest.param(404, b"<" * (answers.MAX_BYTES + 1), REFUSED, id="404 and a page without end"),
         (404, b"", GONE),
         (404, b'{"statusCode":404}', GONE),
         (402, b"{}", UNAUTHORIZED),
@@ -341,8 +341,8 @@ async def test_a_route_that_is_not_there_says_nothing_of_the_generation(raw_serv
 async def test_a_call_that_is_given_up_is_ended_on_the_wire_and_its_connection_is_free_again(
     raw_server, metrics, monkeypatch
 ):
-    monkeypatch.setattr(sync_api, "GET_SECONDS", 0.3)
-    monkeypatch.setattr(sync_api, "DELETE_SECONDS", 0.3)
+    monkeypatch.setattr(client, "GET_SECONDS", 0.3)
+    monkeypatch.setattr(client, "DELETE_SECONDS", 0.3)
     raw_server.gate.clear()
     async with open_sync_api(raw_server.url, Secret(API_KEY), connections=1, metrics=metrics) as api:
         looking = asyncio.create_task(api.get("g1"))

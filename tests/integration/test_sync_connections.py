@@ -8,7 +8,7 @@ from functools import partial
 import httpx
 import pytest
 
-from service.sync_connections import Connections
+from service.sync.connections import Connections
 from tests.support.waiting import eventually
 
 COUNT = 3

@@ -11,11 +11,13 @@ from functools import partial
 import asyncpg
 import pytest
 
-from service import queue, telemetry, webhook_route
-from service.generation import Key
-from service.ledger.database import open_database
-from service.lifecycle import Move, State
-from service.webhook_route import MAX_BODY_BYTES
+from service.core.key import Key
+from service.core.lifecycle import Move, State
+from service.jobs import connection
+from service.ledger.opening import open_database
+from service.runtime import logging
+from service.web import webhooks
+from service.web.webhooks import MAX_BODY_BYTES
 from tests.conftest import API_TOKEN
 from tests.support.ledger import count, moves_of, row_of
 from tests.support.waiting import eventually
@@ -301,7 +303,7 @@ async def head_of(reader):
 async def test_large_bodies_that_arrive_at_once_are_bounded_together_and_leave_room_when_they_are_gone(
     client, monkeypatch, metrics
 ):
-    monkeypatch.setattr(webhook_route, "MAX_UNREAD_BYTES", 250_000)
+    monkeypatch.setattr(webhooks, "MAX_UNREAD_BYTES", 250_000)
     large = webhook(error="x" * 120_000)
     async with AsyncExitStack() as stack:
         for _ in range(2):
@@ -335,7 +337,7 @@ async def test_a_body_whose_signature_cannot_be_one_is_not_waited_for(client, si
 
 
 async def test_a_body_that_does_not_arrive_in_time_is_408_and_ends_the_connection(client, monkeypatch, metrics):
-    monkeypatch.setattr(webhook_route, "BODY_SECONDS", 0.3)
+    monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.3)
     async with half_sent(client, webhook(), size=50) as (reader, _):
         answer = (await asyncio.wait_for(reader.read(), 5)).decode()
 
@@ -346,7 +348,7 @@ async def test_a_body_that_does_not_arrive_in_time_is_408_and_ends_the_connectio
 
 
 async def test_every_refusal_is_counted_by_its_kind_and_logged_once_a_second(client, metrics, capsys):
-    telemetry.configure_logging("json")
+    logging.configure_logging("json")
     sent = webhook()
     for content, headers in (
         (sent.body, sent.headers | {"Content-Type": "application/octet-stream"}),
@@ -432,12 +434,12 @@ async def test_a_locked_postgresql_ledger_is_503_with_retry_after_and_no_row(pos
 
 
 async def test_a_redis_that_is_away_delays_no_answer(sqlite_database, settings, metrics, tmp_path):
-    from service.app import make_app
-    from service.serving import serving
-    from service.values import Secret
+    from service.core.secret import Secret
+    from service.web.app import make_app
+    from service.web.server import serving
     from tests.conftest import http_client
 
-    pool = queue.connect(Secret(f"unix://{tmp_path}/nowhere.sock"), retries=0)
+    pool = connection.connect(Secret(f"unix://{tmp_path}/nowhere.sock"), retries=0)
     app = make_app(settings(), sqlite_database, pool, metrics)
     async with serving(app, "127.0.0.1", 0) as port, http_client(f"http://127.0.0.1:{port}") as client:
         answer = await send(client, webhook())
@@ -451,12 +453,12 @@ async def test_a_redis_that_is_away_delays_no_answer(sqlite_database, settings, 
 async def test_jobs_beyond_what_may_wait_for_redis_are_counted(
     sqlite_database, open_client, pool, metrics, monkeypatch
 ):
-    monkeypatch.setattr("service.enqueue._MAX_WAITING", 3)
+    monkeypatch.setattr("service.jobs.enqueue._MAX_WAITING", 3)
     async with open_client(sqlite_database) as client:
         await asyncio.gather(*(send(client, webhook()) for _ in range(5)))
 
         assert await eventually(lambda: metrics.registry.get_sample_value("mayfly_enqueue_failures_total") == 2)
-    assert await pool.zcard(queue.QUEUE) == 3
+    assert await pool.zcard(connection.QUEUE) == 3
 
 
 async def test_a_stored_webhook_has_a_job_unless_it_is_due_beyond_the_horizon(sqlite_database, open_client, pool):

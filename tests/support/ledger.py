@@ -8,15 +8,17 @@ from typing import Any
 
 from sqlalchemy import Row, update
 
-from service.generation import Generation, Key, read
-from service.ledger import claiming, cleaning, history, reading, receiving
+from service.core.attempts import Outcome, Progress, Step, Verdict
+from service.core.generation import Generation, read
+from service.core.key import Key
+from service.core.lifecycle import Move
+from service.core.retention import Retention
+from service.ledger import claiming, history, reading, receiving, settling
 from service.ledger.claiming import Claim
-from service.ledger.cleaning import Copied, Copy, Settlement
 from service.ledger.database import Database
 from service.ledger.receiving import Arrival, Receipt
 from service.ledger.schema import records
-from service.lifecycle import Move
-from service.retention import Outcome, Progress, Retention, Step, Verdict
+from service.ledger.settling import Copied, Copy, Settlement
 from tests.support.webhooks import notification
 
 ACCOUNT = "default"
@@ -73,14 +75,14 @@ async def copy(
     """Keep a copy of the generation as the API would show it."""
     body = json.dumps(notification(id=item.key.id, **fields), ensure_ascii=False)
     copies = [Copy(item, read(body.encode()), body)]
-    write = partial(cleaning.copy, copies=copies, now=now or utc_now(), limit=limit, actor=ACTOR)
+    write = partial(settling.copy, copies=copies, now=now or utc_now(), limit=limit, actor=ACTOR)
     (copied,) = await database.write(write)
     return copied
 
 
 async def settle(database: Database, *items: Settlement, now: datetime | None = None) -> list[bool]:
     """Write how attempts ended."""
-    return await database.write(partial(cleaning.settle, settlements=items, now=now or utc_now(), actor=ACTOR))
+    return await database.write(partial(settling.settle, settlements=items, now=now or utc_now(), actor=ACTOR))
 
 
 def confirmed(item: Claim) -> Settlement:

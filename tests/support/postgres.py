@@ -15,7 +15,7 @@ import asyncpg
 from sqlalchemy import URL, make_url
 
 from service.ledger import migrating
-from service.ledger.database import open_database
+from service.ledger.opening import open_database
 from service.ledger.schema import metadata
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import redis
 
-from service.embedded import find_server
+from service.jobs.embedded_redis import find_server
 
 _START_SECONDS = 10.0
 _STOP_SECONDS = 10.0

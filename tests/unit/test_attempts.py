@@ -4,8 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.lifecycle import Move
-from service.retention import (
+from service.core.attempts import (
     MAX_FREE_LOSSES,
     MAX_REFUSALS,
     Outcome,
@@ -16,6 +15,7 @@ from service.retention import (
     after_lost_lease,
     backoff,
 )
+from service.core.lifecycle import Move
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 WEEK = timedelta(days=7)

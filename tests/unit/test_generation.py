@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from service.generation import MAX_DEPTH, MAX_ID_LENGTH, MalformedError, read
+from service.core.generation import MAX_DEPTH, MAX_ID_LENGTH, MalformedError, read
 from tests.support.webhooks import batch, notification
 
 

@@ -5,8 +5,8 @@ from collections.abc import Sequence
 
 import pytest
 
-from service.grouping import MAX_BATCH, GroupCommit
 from service.ledger.database import LedgerUnavailableError
+from service.ledger.group_commit import MAX_BATCH, GroupCommit
 
 
 class Commits:

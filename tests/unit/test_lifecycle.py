@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from service.lifecycle import TABLE, IllegalMoveError, Move, State, after, interrupted
+from service.core.lifecycle import TABLE, IllegalMoveError, Move, State, after, interrupted
 
 LEGAL = [
     (None, Move.RECEIVE, State.SCHEDULED),

@@ -2,7 +2,7 @@
 
 import pytest
 
-from service.telemetry import redact
+from service.runtime.logging import redact
 
 
 @pytest.mark.parametrize(

@@ -4,16 +4,8 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.retention import (
-    MAX_TTL,
-    Policy,
-    Retention,
-    decide,
-    format_duration,
-    parse_duration,
-    parse_ttl,
-    reconsider,
-)
+from service.core.durations import MAX_TTL, format_duration, parse_duration, parse_ttl
+from service.core.retention import Policy, Retention, decide, reconsider
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 DAY = timedelta(days=1)

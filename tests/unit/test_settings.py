@@ -6,8 +6,7 @@ from pathlib import Path
 import pytest
 from sqlalchemy import URL
 
-from service.retention import Policy
-from service.settings import (
+from service.config.settings import (
     NOT_SUPPORTED,
     OPTIONS,
     SettingsError,
@@ -15,7 +14,9 @@ from service.settings import (
     require_api_key,
     require_webhook_secret,
 )
-from service.values import Rate, Secret
+from service.core.rate import Rate
+from service.core.retention import Policy
+from service.core.secret import Secret
 
 SECRET = "whsec_test_0123456789abcdef"
 TOKEN = "0123456789abcdef"

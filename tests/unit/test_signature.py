@@ -7,7 +7,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.signature import MAX_HEADER_LENGTH, MAX_SIGNATURES, SignatureError, sign, verify
+from service.core.signature import MAX_HEADER_LENGTH, MAX_SIGNATURES, SignatureError, sign, verify
 
 SECRET = b"whsec_test_0123456789abcdef0123456789abcdef"
 OTHER = b"whsec_test_fedcba9876543210fedcba9876543210"

@@ -1,5 +1,7 @@
 """The ledger: records, their events, pauses and tallies."""
 
+from typing import Any
+
 import sqlalchemy as sa
 from alembic import op
 
@@ -48,21 +50,7 @@ def _records() -> None:
         sa.Column("id", sa.String(255), nullable=False),
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("outcome", sa.String(16)),
-        sa.Column("status", sa.String(64), nullable=False),
-        sa.Column("model", sa.Text),
-        sa.Column("created_at", sa.Text),
-        sa.Column("input", sa.Text),
-        sa.Column("options", sa.Text),
-        sa.Column("segments", sa.Text),
-        sa.Column("output_url", sa.Text),
-        sa.Column("segment_output_url", sa.Text),
-        sa.Column("synthesized_audio_url", sa.Text),
-        sa.Column("output_duration", sa.Float),
-        sa.Column("output_file_name", sa.Text),
-        sa.Column("project_id", sa.Text),
-        sa.Column("webhook_url", sa.Text),
-        sa.Column("error", sa.Text),
-        sa.Column("error_code", sa.Text),
+        *_described(),
         sa.Column("notification", sa.Text, nullable=False),
         sa.Column("copy", sa.Text),
         sa.Column("receipt", sa.Text),
@@ -84,6 +72,10 @@ def _records() -> None:
         sa.Column("hold_reason", sa.Text),
         sqlite_autoincrement=True,
     )
+    _indexes()
+
+
+def _indexes() -> None:
     op.create_index("records_account_id", "records", ["account", "id"], unique=True)
     op.create_index("records_received_at", "records", ["received_at", "seq"])
     op.create_index("records_state_received_at", "records", ["state", "received_at", "seq"])
@@ -94,3 +86,23 @@ def _records() -> None:
     ):
         where = sa.text(condition)
         op.create_index(name, "records", columns, sqlite_where=where, postgresql_where=where)
+
+
+def _described() -> list[sa.Column[Any]]:
+    return [
+        sa.Column("status", sa.String(64), nullable=False),
+        sa.Column("model", sa.Text),
+        sa.Column("created_at", sa.Text),
+        sa.Column("input", sa.Text),
+        sa.Column("options", sa.Text),
+        sa.Column("segments", sa.Text),
+        sa.Column("output_url", sa.Text),
+        sa.Column("segment_output_url", sa.Text),
+        sa.Column("synthesized_audio_url", sa.Text),
+        sa.Column("output_duration", sa.Float),
+        sa.Column("output_file_name", sa.Text),
+        sa.Column("project_id", sa.Text),
+        sa.Column("webhook_url", sa.Text),
+        sa.Column("error", sa.Text),
+        sa.Column("error_code", sa.Text),
+    ]

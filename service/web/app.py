@@ -13,18 +13,20 @@ from litestar.openapi import OpenAPIConfig
 from litestar.openapi.plugins import JsonRenderPlugin
 from litestar.openapi.spec import Components, SecurityScheme
 
-from service import __version__, health, problems
-from service.enqueue import Enqueuer
+from service import __version__
+from service.config.settings import Settings, require_webhook_secret
+from service.jobs.enqueue import Enqueuer
 from service.ledger.database import Database
-from service.operator_api import OperatorController
-from service.records_api import OperatorToken, RecordsController
 from service.resources import Resources, open_queue
-from service.security_headers import SECURITY_HEADERS
-from service.serving import serving
-from service.settings import Settings, require_webhook_secret
-from service.telemetry import Metrics
-from service.webhook import Intake
-from service.webhook_route import webhook_handler
+from service.runtime.metrics import Metrics
+from service.web import health, problems
+from service.web.auth import OperatorToken
+from service.web.intake import Intake
+from service.web.operator import OperatorController
+from service.web.records import RecordsController
+from service.web.security_headers import SECURITY_HEADERS
+from service.web.server import serving
+from service.web.webhooks import webhook_handler
 
 log = structlog.get_logger()
 

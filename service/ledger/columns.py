@@ -2,7 +2,7 @@
 
 from typing import Any, Final
 
-from service.generation import Generation
+from service.core.generation import Generation
 
 # Without the status, which is never missing.
 DESCRIBED: Final = (

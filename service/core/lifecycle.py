@@ -4,6 +4,8 @@ from collections.abc import Mapping
 from enum import StrEnum
 from types import MappingProxyType
 
+from service.core.errors import ExplainedError
+
 
 class State(StrEnum):
     """Where a record is in its life."""
@@ -50,7 +52,7 @@ TABLE: Mapping[tuple[State | None, Move], State] = MappingProxyType(
 )
 
 
-class IllegalMoveError(Exception):
+class IllegalMoveError(ExplainedError):
     """A move that the table does not have; the record stays as it was."""
 
     def __init__(self, state: State | None, move: Move) -> None:

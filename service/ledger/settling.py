@@ -9,15 +9,16 @@ from typing import Any
 from sqlalchemy import Connection, Date, Row, bindparam, func, select, update
 from sqlalchemy import Text as TextType
 
-from service.generation import Generation
-from service.ledger import limiting, pausing
+from service.core.attempts import Step, Verdict
+from service.core.generation import Generation
+from service.core.lifecycle import Move, State, after
+from service.core.retention import Retention
+from service.ledger import daily_limit, pausing
 from service.ledger.claiming import Claim
-from service.ledger.describing import DESCRIBED, described
+from service.ledger.columns import DESCRIBED, described
 from service.ledger.history import Entry, append
 from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import records
-from service.lifecycle import Move, State, after
-from service.retention import Retention, Step, Verdict
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,6 +40,7 @@ class Settlement:
     receipt: str | None = None
     error: str | None = None
     is_refund: bool = False  # it was counted against the day's limit, and the API did not delete
+    is_key_good: bool = False  # only a good key gets the answer that ended it
     throttle: timedelta | None = None  # how long the API wants no calls at all
     retention: Retention | None = None  # what the API's own word on the generation changes, for a DEFER
 
@@ -60,13 +62,13 @@ def copy(
     kept = [item for item in copies if item.claim.seq in mine and item.claim.lease_until > now]
     if not kept:
         return [Copied.LOST] * len(copies)
-    today = limiting.day_of(now)
+    today = daily_limit.day_of(now)
     connection.execute(_copy, [_copied(item, now) for item in kept])
     if any(one.kind is Kind.OPERATOR for one in pausing.find(connection)):
         outcomes = {item.claim.seq: Copied.PAUSED for item in kept}
     else:
         others = [item.claim.seq for item in kept if mine[item.claim.seq].counted_on != today]
-        reserved = limiting.reserve(connection, len(others), limit=limit, now=now, actor=actor)
+        reserved = daily_limit.reserve(connection, len(others), limit=limit, now=now, actor=actor)
         if limit is not None and reserved:
             connection.execute(_count, [{"b_seq": seq, "b_day": today} for seq in others[:reserved]])
         beyond = set(others[reserved:])
@@ -88,7 +90,7 @@ def settle(connection: Connection, settlements: Sequence[Settlement], *, now: da
             connection.execute(statement, values)
     append(connection, [entry for item in valid for entry in _entries(item, now, actor)])
     counted = [mine[item.claim.seq].counted_on for item in valid if item.is_refund]
-    limiting.refund(connection, [day for day in counted if day is not None])
+    daily_limit.refund(connection, [day for day in counted if day is not None])
     _note_pauses(connection, settlements, now, actor)
     return [item.claim.seq in mine for item in settlements]
 
@@ -236,15 +238,10 @@ def _entries(item: Settlement, now: datetime, actor: str) -> list[Entry]:
 
 def _note_pauses(connection: Connection, settlements: Sequence[Settlement], now: datetime, actor: str) -> None:
     """Pause deletions when the API refuses our key or has had too many calls; end the first once it takes the key."""
-    verdicts = {item.verdict for item in settlements}
-    if Verdict.UNAUTHORIZED in verdicts:
+    if any(item.verdict is Verdict.UNAUTHORIZED for item in settlements):
         reason = "the API refuses the key"
         pausing.pause(connection, Pause(Kind.UNAUTHORIZED, now, actor, reason, now + pausing.PROBE_EVERY))
-    elif verdicts & _PROVE_KEY:
+    elif any(item.is_key_good for item in settlements):
         pausing.resume(connection, [Kind.UNAUTHORIZED])
     if waits := [item.throttle for item in settlements if item.throttle is not None]:
         pausing.throttle(connection, max(waits), now=now, actor=actor)
-
-
-# Answers that only a good key gets.
-_PROVE_KEY = frozenset({Verdict.DONE, Verdict.GONE, Verdict.RUNNING})

@@ -5,7 +5,6 @@ Readers raise ValueError for what they do not accept; what they say repeats noth
 
 import ipaddress
 from collections.abc import Callable
-from dataclasses import dataclass
 from datetime import timedelta
 from typing import Literal
 from urllib.parse import urlsplit
@@ -13,39 +12,12 @@ from urllib.parse import urlsplit
 from sqlalchemy import URL, make_url
 from sqlalchemy.exc import ArgumentError
 
-from service.retention import parse_duration
+from service.config.redis_url import check_url
+from service.core.durations import parse_duration
+from service.core.rate import Rate
+from service.core.secret import Secret
 
 LogFormat = Literal["console", "json"]
-
-
-class Secret:
-    """A text that shows itself only when asked to."""
-
-    __slots__ = ("_text",)
-
-    def __init__(self, text: str) -> None:
-        self._text = text
-
-    def reveal(self) -> str:
-        """Return the text; it goes to the wire and nowhere else."""
-        return self._text
-
-    def __repr__(self) -> str:
-        return "Secret(…)"
-
-    def __eq__(self, other: object) -> bool:
-        return isinstance(other, Secret) and other._text == self._text
-
-    def __hash__(self) -> int:
-        return hash(self._text)
-
-
-@dataclass(frozen=True, slots=True)
-class Rate:
-    """So many calls in so many seconds."""
-
-    calls: int
-    seconds: int
 
 
 def read_secrets(text: str) -> tuple[Secret, ...]:
@@ -111,8 +83,7 @@ def read_database_url(text: str) -> URL:
 
 
 def read_redis_url(text: str) -> Secret:
-    """Read where the queue is; see queue.check_url()."""
-    from service.queue import check_url  # noqa: PLC0415 - Redis' library, which most commands do without
+    """Read where the queue is; see redis_url.py."""
 
     if not text.startswith(("redis://", "rediss://", "unix://", "sentinel://")):
         raise ValueError

@@ -17,8 +17,9 @@ from typing import TextIO
 import redis.asyncio as redis
 import structlog
 
-from service.tasks import end
-from service.values import Secret
+from service.core.errors import ExplainedError
+from service.core.secret import Secret
+from service.runtime.tasks import end
 
 log = structlog.get_logger()
 
@@ -31,7 +32,7 @@ _OURS = frozenset({"redis", "ledger.db", "ledger.db-wal", "ledger.db-shm", "work
 _MAX_SOCKET_PATH = 100
 
 
-class EmbeddedRedisError(Exception):
+class EmbeddedRedisError(ExplainedError):
     """The embedded Redis cannot be started."""
 
 

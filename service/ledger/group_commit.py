@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 from service.ledger.database import LedgerUnavailableError
-from service.tasks import settle
+from service.runtime.tasks import settle
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")

@@ -7,14 +7,17 @@ from functools import partial
 import msgspec
 import structlog
 
-from service.generation import RUNNING, Generation, Key, read
-from service.grouping import GroupCommit
+from service.core.generation import RUNNING, Generation, read
+from service.core.key import Key
+from service.core.lifecycle import State
+from service.core.retention import Policy, decide
+from service.core.signature import SignatureError, check_form, verify
+from service.jobs.enqueue import CleanupJob
 from service.ledger import receiving
 from service.ledger.database import Database
+from service.ledger.group_commit import GroupCommit
 from service.ledger.receiving import Arrival, Receipt
-from service.retention import Policy, decide
-from service.signature import SignatureError, check_form, verify
-from service.telemetry import Metrics
+from service.runtime.metrics import Metrics
 
 log = structlog.get_logger()
 
@@ -34,7 +37,7 @@ class Intake:
         self,
         *,
         database: Database,
-        enqueue: Callable[[Sequence[Receipt], Sequence[Arrival]], None],
+        enqueue: Callable[[Sequence[CleanupJob]], None],
         secrets: Sequence[bytes],
         tolerance: timedelta,
         policy: Policy,
@@ -99,5 +102,14 @@ class Intake:
         self._stored.inc(new)
         self._known.inc(len(receipts) - new)
         self._metrics.receive_seconds.observe((self._now() - arrivals[0].received_at).total_seconds())
-        self._enqueue(receipts, arrivals)
+        self._enqueue(_jobs(arrivals, receipts))
         return receipts
+
+
+def _jobs(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[CleanupJob]:
+    """Return the jobs of the records that wait, and not as they did before."""
+    return [
+        CleanupJob(arrival.key, receipt.attempts + 1, receipt.due_at)
+        for arrival, receipt in zip(arrivals, receipts, strict=True)
+        if receipt.is_moved and receipt.state is State.SCHEDULED and receipt.due_at is not None
+    ]

@@ -12,12 +12,12 @@ from litestar.openapi import ResponseSpec
 from litestar.plugins.problem_details import ProblemDetailsConfig, ProblemDetailsException, ProblemDetailsPlugin
 from litestar.response import Response
 
-from service.generation import MalformedError
+from service.core.generation import MalformedError
+from service.core.lifecycle import IllegalMoveError
+from service.core.signature import SignatureError
 from service.ledger.database import LedgerUnavailableError, RefusedDataError
 from service.ledger.reading import CursorError
-from service.lifecycle import IllegalMoveError
-from service.security_headers import SECURITY_HEADERS
-from service.signature import SignatureError
+from service.web.security_headers import SECURITY_HEADERS
 
 log = structlog.get_logger()
 

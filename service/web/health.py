@@ -12,13 +12,13 @@ from litestar.di import NamedDependency
 from litestar.openapi import ResponseSpec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from service.jobs.connection import QUEUE_ERRORS
 from service.ledger import migrating, pausing, reading
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.ledger.pausing import Kind, Pause
-from service.queue import QUEUE_ERRORS
-from service.tasks import within
-from service.telemetry import Metrics
+from service.runtime.metrics import Metrics
+from service.runtime.tasks import within
 
 _TEXT = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")  # Litestar adds that itself
 _CHECK_SECONDS = 0.9

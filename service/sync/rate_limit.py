@@ -14,9 +14,10 @@ from arq.connections import ArqRedis
 from limits import RateLimitItemPerSecond
 from limits.aio.storage import MemoryStorage, RedisStorage
 from limits.aio.strategies import RateLimiter, SlidingWindowCounterRateLimiter
+from limits.errors import StorageError
 
-from service.queue import QUEUE_ERRORS
-from service.values import Rate, Secret
+from service.core.rate import Rate
+from service.core.secret import Secret
 
 log = structlog.get_logger()
 
@@ -64,6 +65,7 @@ class Budget:
             "async+redis://",
             implementation="redispy",
             key_prefix=_PREFIX,
+            wrap_exceptions=True,
             connection_pool=cast("Any", pool.connection_pool),  # documented, but not in its types
         )
         # By the clock of Redis, which the workers share; fixed windows would meet at their edges.
@@ -141,7 +143,7 @@ class Budget:
             try:
                 async with asyncio.timeout(_ASK_SECONDS):
                     return await self._ask(self._shared)
-            except QUEUE_ERRORS as error:
+            except (StorageError, OSError, TimeoutError) as error:
                 self._ask_again_at = self._clock() + _ASK_AGAIN_SECONDS
                 what_now = f"this worker makes one call in {ALONE_SHARE} of the budget until it answers"
                 log.warning("budget.unshared", error=type(error).__name__, what_now=what_now)

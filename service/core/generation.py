@@ -88,13 +88,6 @@ class Generation(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
 _decoder = msgspec.json.Decoder(Generation)
 
 
-class Key(msgspec.Struct, frozen=True, gc=False):
-    """What names a record: the account that received the webhook, and the generation's id, an opaque string."""
-
-    account: str
-    id: str
-
-
 def read(body: bytes) -> Generation:
     """Decode the raw *body* of a webhook or of an API answer.
 

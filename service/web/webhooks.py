@@ -13,12 +13,12 @@ from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
 from litestar.params import HeaderParameter
 
-from service.generation import MalformedError
+from service.core.generation import MalformedError
+from service.core.signature import SignatureError
 from service.ledger.database import LedgerUnavailableError, RefusedDataError
-from service.problems import RETRY_AFTER_SECONDS, documented, problem
-from service.signature import SignatureError
-from service.telemetry import Metrics
-from service.webhook import Answer, Intake
+from service.runtime.metrics import Metrics
+from service.web.intake import Answer, Intake
+from service.web.problems import RETRY_AFTER_SECONDS, documented, problem
 
 log = structlog.get_logger()
 

@@ -14,13 +14,13 @@ from litestar.openapi.spec import Operation, RequestBody
 from litestar.params import FromPath, FromQuery, JSONBody, PathParameter
 from sqlalchemy import Connection
 
-from service.generation import Key
-from service.ledger import moving, pausing, reading
+from service.core.key import Key
+from service.core.lifecycle import Move
+from service.ledger import moving, pausing
 from service.ledger.database import Database
 from service.ledger.pausing import Kind, Pause
-from service.lifecycle import Move, State
-from service.problems import documented
-from service.records_api import FullRecord, find_record
+from service.ledger.views import FullRecord, Stats, find_record, read_stats
+from service.web.problems import documented
 
 ACTOR = "operator"
 
@@ -38,25 +38,6 @@ class _OptionalBodyOperation(Operation):
     def __post_init__(self) -> None:
         if isinstance(self.request_body, RequestBody):
             self.request_body.required = False
-
-
-class PauseShown(msgspec.Struct, frozen=True):
-    """One reason for which deletions wait: *until* is its end or its next probe, where it has one."""
-
-    kind: Kind
-    since: datetime
-    actor: str
-    reason: str
-    until: datetime | None
-
-
-class Stats(msgspec.Struct, rename="camel", frozen=True):
-    """The ledger in numbers."""
-
-    records: dict[State, int]
-    oldest_overdue_seconds: float
-    due: int
-    pauses: list[PauseShown]
 
 
 class OperatorController(Controller):
@@ -117,13 +98,6 @@ class OperatorController(Controller):
     async def stats(self, database: NamedDependency[Database], now: NamedDependency[Callable[[], datetime]]) -> Stats:
         """Answer the counts, the age of the oldest overdue record, and the pauses."""
         return await database.read(partial(read_stats, now=now()))
-
-
-def read_stats(connection: Connection, *, now: datetime) -> Stats:
-    """Read the ledger's numbers."""
-    backlog = reading.backlog(connection, now=now)
-    pauses = [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find(connection)]
-    return Stats(reading.counts(connection), backlog.oldest_overdue.total_seconds(), backlog.due, pauses)
 
 
 def _move(connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None) -> FullRecord | None:

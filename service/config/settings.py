@@ -15,11 +15,8 @@ from typing import Any, Final
 
 from sqlalchemy import URL
 
-from service.retention import Policy, parse_ttl
-from service.values import (
+from service.config.parsers import (
     LogFormat,
-    Rate,
-    Secret,
     duration_reader,
     number_reader,
     read_base_url,
@@ -32,9 +29,14 @@ from service.values import (
     read_secrets,
     read_token,
 )
+from service.core.durations import parse_ttl
+from service.core.errors import ExplainedError
+from service.core.rate import Rate
+from service.core.retention import Policy
+from service.core.secret import Secret
 
 
-class SettingsError(Exception):
+class SettingsError(ExplainedError):
     """The environment is not one to start with; each of *problems* names a variable and what it accepts."""
 
     def __init__(self, problems: list[str]) -> None:

@@ -1,0 +1,1 @@
+"""Pure decisions: the standard library and msgspec, no clock, no environment, no I/O."""

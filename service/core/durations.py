@@ -1,0 +1,51 @@
+"""Durations with units, as settings and overrides have them: read and written."""
+
+import re
+from datetime import timedelta
+from typing import Final
+
+_UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
+_DURATION = re.compile(r"([0-9]{1,9})([smhdw])", re.ASCII)
+DURATION_FORMS: Final = "a number with a unit: 90s, 15m, 24h, 7d, 2w"
+
+# Beyond it an instant might not fit a database column; nobody means it either.
+MAX_TTL: Final = timedelta(days=36500)
+
+
+def parse_duration(text: str) -> timedelta:
+    """Read ``90s``, ``15m``, ``24h``, ``7d`` or ``2w``; a bare number is refused, for its unit would be a guess.
+
+    Raises: ValueError, which says what is accepted and does not repeat *text*.
+    """
+    match = _DURATION.fullmatch(text.strip())
+    if match is None:
+        raise ValueError(DURATION_FORMS)
+    number, unit = match.groups()
+    try:
+        duration = timedelta(**{_UNITS[unit]: int(number)})
+    except OverflowError:
+        duration = timedelta.max
+    if duration > MAX_TTL:
+        raise ValueError(f"{DURATION_FORMS}; at most 100 years")
+    return duration
+
+
+def format_duration(seconds: int) -> str:
+    """Write whole *seconds* in their largest fitting unit: the inverse of parse_duration."""
+    for unit, size in (("w", 604_800), ("d", 86_400), ("h", 3_600), ("m", 60)):
+        if seconds and seconds % size == 0:
+            return f"{seconds // size}{unit}"
+    return f"{seconds}s"
+
+
+def parse_ttl(text: str) -> timedelta | None:
+    """Read a duration, or ``forever`` as None.
+
+    Raises: ValueError, which says what is accepted.
+    """
+    if text.strip() == "forever":
+        return None
+    try:
+        return parse_duration(text)
+    except ValueError as error:
+        raise ValueError(f"{error}, or forever") from None

@@ -1,0 +1,1 @@
+"""Redis and arq: the connection, enqueueing, the embedded server."""

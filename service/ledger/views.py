@@ -1,0 +1,163 @@
+"""What the outside sees of the ledger: a record and its history, pages of records, the numbers of all."""
+
+from datetime import datetime
+from typing import Any
+
+import msgspec
+from sqlalchemy import Connection, Row
+
+from service.core.durations import format_duration
+from service.core.key import Key
+from service.core.lifecycle import Move, State
+from service.ledger import history, pausing, reading
+from service.ledger.columns import DESCRIBED
+from service.ledger.pausing import Kind
+
+
+class PauseShown(msgspec.Struct, frozen=True):
+    """One reason for which deletions wait: *until* is its end or its next probe, where it has one."""
+
+    kind: Kind
+    since: datetime
+    actor: str
+    reason: str
+    until: datetime | None
+
+
+class Stats(msgspec.Struct, rename="camel", frozen=True):
+    """The ledger in numbers."""
+
+    records: dict[State, int]
+    oldest_overdue_seconds: float
+    due: int
+    pauses: list[PauseShown]
+
+
+def read_stats(connection: Connection, *, now: datetime) -> Stats:
+    """Read the ledger's numbers."""
+    backlog = reading.backlog(connection, now=now)
+    pauses = [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find(connection)]
+    return Stats(reading.counts(connection), backlog.oldest_overdue.total_seconds(), backlog.due, pauses)
+
+
+class Event(msgspec.Struct, rename="camel", frozen=True):
+    """One move in a record's history."""
+
+    at: datetime
+    move: Move
+    actor: str
+    detail: dict[str, Any] | None
+
+
+class RecordRetention(msgspec.Struct, frozen=True):
+    """What decided how long the generation is kept; *ttl* as it would be set, None for ever."""
+
+    rule: str
+    ttl: str | None
+
+
+class Hold(msgspec.Struct, frozen=True):
+    """Who stopped the deletion, why, and until when."""
+
+    by: str
+    reason: str | None
+    until: datetime | None
+
+
+class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
+    """A record: the generation in sync.so's own names, and what Mayfly has to say of it beside them."""
+
+    account: str
+    id: str
+    state: State
+    outcome: str | None
+    status: str
+    model: str | None
+    created_at: str | None
+    input: Any
+    options: Any
+    segments: Any
+    output_url: str | None
+    segment_output_url: str | None
+    synthesized_audio_url: str | None
+    output_duration: float | None
+    output_file_name: str | None
+    project_id: str | None
+    webhook_url: str | None
+    error: str | None
+    error_code: str | None
+    received_at: datetime
+    due_at: datetime | None
+    copied_at: datetime | None
+    deleted_at: datetime | None
+    attempts: int
+    next_attempt_at: datetime | None
+    last_error: str | None
+    retention: RecordRetention
+    hold: Hold | None
+    archived: list[str]
+    receipt: dict[str, Any] | None
+
+
+class FullRecord(Record, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
+    """A record with its history and the bodies as they came: the webhook's, and the API's once it is copied."""
+
+    notification: Any
+    copy: Any
+    events: list[Event]
+
+
+class RecordPage(msgspec.Struct, rename="camel", frozen=True):
+    """Records, newest first; *next_cursor* is None on the last page."""
+
+    items: list[Record]
+    next_cursor: str | None
+
+
+def present(row: Row[Any]) -> Record:
+    """Show a row of the ledger as the API's record."""
+    return Record(**_shown(row))
+
+
+def find_record(connection: Connection, *, key: Key) -> FullRecord | None:
+    """Read one record with its history and its bodies; None where there is none."""
+    row = reading.find(connection, key)
+    if row is None:
+        return None
+    return FullRecord(
+        **_shown(row),
+        notification=_decoded(row.notification),
+        copy=_decoded(row.copy),
+        events=[Event(e.at, e.move, e.actor, e.detail) for e in history.read(connection, row.seq)],
+    )
+
+
+def _shown(row: Row[Any]) -> dict[str, Any]:
+    ttl = None if row.ttl_seconds is None else format_duration(row.ttl_seconds)
+    return {name: getattr(row, name) for name in _COLUMNS} | {
+        "state": State(row.state),
+        "input": _decoded(row.input),
+        "options": _decoded(row.options),
+        "segments": _decoded(row.segments),
+        "next_attempt_at": row.wake_at if row.state == State.SCHEDULED else None,
+        "retention": RecordRetention(row.rule, ttl),
+        "hold": Hold(row.hold_by, row.hold_reason, None) if row.state == State.HELD else None,
+        "archived": [],
+        "receipt": msgspec.json.decode(row.receipt) if row.receipt else None,
+    }
+
+
+# What is shown as it stands in the row.
+_COLUMNS = (
+    *("account", "id", "outcome", "status", *DESCRIBED),
+    *("received_at", "due_at", "copied_at", "deleted_at", "attempts", "last_error"),
+)
+
+
+def _decoded(text: str | None) -> Any:  # noqa: ANN401 - JSON is whatever it is
+    if text is None:
+        return None
+    try:
+        return msgspec.json.decode(text)
+    except (msgspec.MsgspecError, RecursionError):  # 1e999 is JSON as well, and no float
+        return text

@@ -1,0 +1,1 @@
+"""The ground under all I/O: logs, metrics, tasks, the terminal."""

@@ -1,0 +1,172 @@
+"""What the answers of the Sync API mean: one table from a status to what follows from it.
+
+Source: sync.so API v2 reference, "Errors", and the pages of "Get generation" and "Delete generation".
+"""
+
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from datetime import UTC, datetime, timedelta
+from email.utils import parsedate_to_datetime
+from http import HTTPStatus
+from types import MappingProxyType
+from typing import Any, Final
+
+import msgspec
+
+from service.core.attempts import Verdict, throttle
+from service.core.generation import RUNNING, Generation, MalformedError, read
+
+# A generation is a few kilobytes; segments and scripts make it some more.
+MAX_BYTES: Final = 2 * 1024 * 1024
+
+_MOST_SECONDS: Final = 10**9  # what is longer is clamped by the policy all the same
+_SECONDS = re.compile(r"[0-9]{1,400}", re.ASCII)
+
+
+@dataclass(frozen=True, slots=True)
+class Meaning:
+    """What a status means: for the record its *verdict*; for the day's limit, the key and all other calls the rest."""
+
+    verdict: Verdict
+    is_undeleted: bool = False  # a DELETE with this answer deleted nothing; after all other answers nobody knows
+    is_key_good: bool = False  # only a good key gets this answer
+    is_throttled: bool = False  # no call at all until the time is over that the API asks for
+
+
+MEANINGS: Mapping[int, Meaning] = MappingProxyType(
+    {
+        200: Meaning(Verdict.DONE, is_key_good=True),
+        400: Meaning(Verdict.REFUSED, is_undeleted=True),
+        401: Meaning(Verdict.UNAUTHORIZED, is_undeleted=True),
+        402: Meaning(Verdict.UNAUTHORIZED, is_undeleted=True),
+        403: Meaning(Verdict.UNAUTHORIZED, is_undeleted=True),
+        404: Meaning(Verdict.GONE, is_key_good=True),
+        405: Meaning(Verdict.REFUSED, is_undeleted=True),
+        408: Meaning(Verdict.RETRY),
+        409: Meaning(Verdict.RUNNING, is_undeleted=True, is_key_good=True),
+        410: Meaning(Verdict.GONE, is_key_good=True),
+        422: Meaning(Verdict.REFUSED, is_undeleted=True),
+        425: Meaning(Verdict.RETRY),
+        429: Meaning(Verdict.RETRY, is_undeleted=True, is_throttled=True),
+    }
+)
+_OTHER_4XX: Final = Meaning(Verdict.REFUSED)
+# 5xx; a 3xx is never followed; another 2xx confirms nothing, the next attempt looks again.
+_ALL_OTHERS: Final = Meaning(Verdict.RETRY)
+
+
+@dataclass(frozen=True, slots=True)
+class Answer:
+    """What one call came to.
+
+    *generation* and *body* are there when the API showed the one asked for; *error* is a sentence for people, without
+    URLs or bodies; *status* is None when no answer came; *throttle* is how long the API wants no calls at all.
+    """
+
+    verdict: Verdict
+    status: int | None = None
+    generation: Generation | None = None
+    body: str | None = None
+    error: str | None = None
+    retry_after: timedelta | None = None
+    is_undeleted: bool = False
+    is_key_good: bool = False
+    throttle: timedelta | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Reply:
+    """An answer as it came: *body* is None when it was longer than MAX_BYTES."""
+
+    status: int
+    body: bytes | None
+    retry_after: str | None
+
+
+def read_get(reply: Reply, generation_id: str) -> Answer:
+    """Say what the answer to the GET of a generation means: DONE with it when it is terminal."""
+    if reply.status != HTTPStatus.OK:
+        return _read_error(reply)
+    answer = _read_generation(reply, generation_id)
+    if answer.generation is None or answer.generation.is_terminal:
+        return answer
+    if answer.generation.status in RUNNING:
+        return replace(answer, verdict=Verdict.RUNNING, error="it is still being processed")
+    # A status we do not know might be one that must not be deleted.
+    error = "the API shows a status that this release does not know"
+    return replace(answer, verdict=Verdict.RETRY, error=error, is_key_good=False)
+
+
+def read_delete(reply: Reply, generation_id: str) -> Answer:
+    """Say what the answer to the DELETE of a generation means: DONE when the API confirms it."""
+    if reply.status == HTTPStatus.NO_CONTENT:
+        return Answer(Verdict.DONE, reply.status, is_key_good=True)
+    return _read_generation(reply, generation_id) if reply.status == HTTPStatus.OK else _read_error(reply)
+
+
+def _read_generation(reply: Reply, generation_id: str) -> Answer:
+    """Read the generation in a 200; it must be the one asked for."""
+    if reply.body is None:
+        return Answer(Verdict.RETRY, reply.status, error="the API's answer is longer than any generation")
+    try:
+        generation = read(reply.body)
+    except MalformedError:
+        return Answer(Verdict.RETRY, reply.status, error="the API answered 200 without a generation")
+    if generation.id != generation_id:
+        # Never seen, and nothing to be clever about: a few tries, then it needs an operator.
+        return Answer(Verdict.REFUSED, reply.status, error="the API answered with another generation")
+    meaning = MEANINGS[HTTPStatus.OK]
+    return Answer(meaning.verdict, reply.status, generation, reply.body.decode(), is_key_good=meaning.is_key_good)
+
+
+def _read_error(reply: Reply) -> Answer:
+    """Say what any status but the one hoped for means."""
+    details = _details(reply.body)
+    meaning = _meaning(reply, details)
+    code = (details or {}).get("errorCode")
+    error = f"the API answered {reply.status}" + (f" {code}" if isinstance(code, str) and code.isidentifier() else "")
+    now = datetime.now(UTC)
+    retry_after = parse_retry_after(reply.retry_after or "", now=now)
+    if retry_after is None:
+        retry_after = parse_retry_after(str((details or {}).get("retryAfterSeconds", "")), now=now)
+    return Answer(
+        meaning.verdict,
+        reply.status,
+        body=reply.body.decode(errors="replace") if meaning.verdict is Verdict.GONE and reply.body else None,
+        error=error,
+        retry_after=retry_after,
+        is_undeleted=meaning.is_undeleted,
+        is_key_good=meaning.is_key_good,
+        throttle=throttle(retry_after) if meaning.is_throttled else None,
+    )
+
+
+def _meaning(reply: Reply, details: dict[str, Any] | None) -> Meaning:
+    meaning = MEANINGS.get(reply.status, _OTHER_4XX if 400 <= reply.status < 500 else _ALL_OTHERS)
+    # A page of some proxy or a route that is not there, as behind a mistyped SYNC_BASE_URL, proves nothing.
+    is_theirs = reply.body == b"" or (details is not None and not str(details.get("message")).startswith("Cannot "))
+    return meaning if meaning.verdict is not Verdict.GONE or is_theirs else _OTHER_4XX
+
+
+def _details(body: bytes | None) -> dict[str, Any] | None:
+    """Read an error body: a JSON object, else None; HTML comes from proxies and guards in front of the API."""
+    try:
+        details = msgspec.json.decode(body or b"")
+    except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
+        return None
+    return details if isinstance(details, dict) else None
+
+
+def parse_retry_after(text: str, *, now: datetime) -> timedelta | None:
+    """Read a Retry-After, seconds or an HTTP date; None for anything else. Clamping is the policy's business."""
+    text = text.strip().partition(".")[0]
+    if _SECONDS.fullmatch(text):
+        return timedelta(seconds=min(int(text), _MOST_SECONDS))
+    try:
+        at = parsedate_to_datetime(text)
+    except (ValueError, OverflowError):
+        return None
+    # "-0000" makes a naive one; HTTP dates are GMT.
+    at = at if at.tzinfo else at.replace(tzinfo=UTC)
+    return at - now

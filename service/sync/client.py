@@ -1,0 +1,125 @@
+"""The Sync API as Mayfly uses it: look at a generation, and delete it.
+
+Source: sync.so API v2 reference, "Get generation" and "Delete generation"; the two have different paths.
+"""
+
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from functools import partial
+from http.cookiejar import CookieJar
+from typing import Final
+from urllib.parse import quote
+
+import httpx
+
+from service import __version__
+from service.core.attempts import Verdict
+from service.core.secret import Secret
+from service.runtime.metrics import Metrics
+from service.sync.answers import MAX_BYTES, Answer, Reply, read_delete, read_get
+from service.sync.connections import Connections
+
+# The whole call, connecting and the last byte included: httpx's own timeouts are per read, and a dripping body
+# passes them for ever.
+GET_SECONDS: Final = 10.0
+DELETE_SECONDS: Final = 30.0
+_CONNECT_SECONDS: Final = 5.0
+_IDLE_SECONDS: Final = 30.0
+_HEADERS: Final = {
+    "accept": "application/json",
+    "accept-encoding": "identity",
+    "user-agent": f"mayfly/{__version__}",
+}
+
+
+class _NoCookies(CookieJar):
+    """Keeps no cookie, and does not even read them."""
+
+    def extract_cookies(self, response: object, request: object) -> None:
+        """Do nothing."""
+
+
+class SyncApi:
+    """One organisation's API. What can be expected to go wrong is an Answer, never an exception.
+
+    *client* has the base URL and the key. *on_throttled* is called after each 429, with the seconds to wait.
+    """
+
+    def __init__(self, client: httpx.AsyncClient, metrics: Metrics, on_throttled: Callable[[float], None]) -> None:
+        self._client = client
+        self._metrics = metrics
+        self._on_throttled = on_throttled
+
+    async def get(self, generation_id: str) -> Answer:
+        """Look at a generation: DONE with it when it is terminal, RUNNING, GONE, or what went wrong."""
+        path = f"/v2/generate/{quote(generation_id, safe='')}"
+        return await self._call("GET", path, GET_SECONDS, partial(read_get, generation_id=generation_id))
+
+    async def delete(self, generation_id: str) -> Answer:
+        """Delete a generation: DONE when the API confirms it, GONE when there was none, or what went wrong."""
+        path = f"/v2/generations/{quote(generation_id, safe='')}"
+        return await self._call("DELETE", path, DELETE_SECONDS, partial(read_delete, generation_id=generation_id))
+
+    async def _call(self, method: str, path: str, seconds: float, read: Callable[[Reply], Answer]) -> Answer:
+        try:
+            async with asyncio.timeout(seconds):
+                reply = await self._exchange(method, path)
+        except TimeoutError:
+            self._metrics.api_calls.labels(method, "timeout").inc()
+            return Answer(Verdict.RETRY, error=f"the API did not answer the {method} within {seconds:.0f} s")
+        except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
+            # InvalidURL: httpx reads a Location that it does not follow. OSError: of an established TLS connection that
+            # breaks, the ssl.SSLError arrives as it is.
+            self._metrics.api_calls.labels(method, "network").inc()
+            return Answer(Verdict.RETRY, error=f"the {method} did not get through: {type(error).__name__}")
+        self._metrics.api_calls.labels(method, f"{reply.status // 100}xx").inc()
+        answer = read(reply)
+        if answer.throttle is not None:
+            self._on_throttled(answer.throttle.total_seconds())
+        return answer
+
+    async def _exchange(self, method: str, path: str) -> Reply:
+        async with self._client.stream(method, path) as response:
+            return await _read_reply(response)
+
+
+async def _read_reply(response: httpx.Response) -> Reply:
+    chunks, size = [], 0
+    # Raw: no encoding was asked for, and one that comes all the same could be a bomb.
+    async for chunk in response.aiter_raw():
+        chunks.append(chunk)
+        size += len(chunk)
+        if size > MAX_BYTES:
+            return Reply(response.status_code, None, response.headers.get("retry-after"))
+    return Reply(response.status_code, b"".join(chunks), response.headers.get("retry-after"))
+
+
+@asynccontextmanager
+async def open_sync_api(
+    base_url: str,
+    key: Secret,
+    *,
+    connections: int,
+    metrics: Metrics,
+    on_throttled: Callable[[float], None] = lambda _seconds: None,
+) -> AsyncIterator[SyncApi]:
+    """Open a client of the API at *base_url* that makes at most *connections* calls at once.
+
+    *on_throttled* is called after each 429, with the seconds to wait. A call that is cancelled ends on the wire as
+    well: a DELETE that arrives late would meet a record that was held since.
+    """
+    tls = httpx.create_ssl_context()
+    tls.load_default_certs()  # the machine's own store, too: an organisation may have an authority of its own
+    limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_IDLE_SECONDS)
+    open_transport = partial(httpx.AsyncHTTPTransport, verify=tls, trust_env=False, limits=limits)
+    async with httpx.AsyncClient(
+        base_url=base_url,
+        headers=_HEADERS | {"x-api-key": key.reveal()},
+        cookies=_NoCookies(),
+        timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),  # the rest is limited for the whole call
+        follow_redirects=False,  # the key goes to this host alone
+        trust_env=False,
+        transport=Connections(open_transport, connections),
+    ) as client:
+        yield SyncApi(client, metrics, on_throttled)

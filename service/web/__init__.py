@@ -1,0 +1,1 @@
+"""HTTP in: the webhook, the operator API, health and metrics."""
