@@ -13,6 +13,7 @@ import pytest
 
 from service.config.settings import OPTIONS
 from tests.deploy.probe import WORKER_IS_ALIVE
+from tests.support.readme import rows
 from workers.main import STOP_SECONDS
 
 
@@ -170,3 +171,13 @@ def test_the_systemd_unit_runs_up_with_known_settings_and_time_to_finish(root: P
     assert int(unit["TimeoutStopSec"]) >= STOP_SECONDS + 10
     assert settings.keys() <= {option.name for option in OPTIONS.values()}
     assert settings["MAYFLY_DATA_DIR"] == f"/var/lib/{unit['StateDirectory']}"
+
+
+def test_the_operations_page_says_what_to_do_about_each_alert(root: Path) -> None:
+    rules = root / "deploy" / "kubernetes" / "components" / "monitoring" / "prometheus-rule.yaml"
+    alerts = re.findall(r"- alert: (\w+)", rules.read_text(encoding="utf-8"))
+
+    advice = rows(root / "deploy" / "docs" / "operations.md", "Alerts")
+
+    assert alerts
+    assert sorted(advice) == sorted(alerts)
