@@ -10,14 +10,14 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Interval, Row, Select, bindparam, func, select, update
+from sqlalchemy import ColumnElement, Connection, Interval, Row, bindparam, func, select, update
 
 from service.core.attempts import Progress, Step, after_lost_lease, waited
 from service.core.key import Key
 from service.core.lifecycle import Move, State, after
 from service.ledger import pausing
 from service.ledger.history import Entry, append
-from service.ledger.schema import Instant, are_of, records
+from service.ledger.schema import ARE_ASKED_FOR, Instant, by_account, records
 
 LOST_LEASE = "the worker that had it did not finish"
 
@@ -60,20 +60,29 @@ class NotYet:
     wait: timedelta
 
 
+# Their state is looked at afterwards: with it in here, SQLite would rather read all that are scheduled.
+_by_key = (
+    select(*_CLAIMED, records.c.state).where(ARE_ASKED_FOR).order_by(records.c.account, records.c.id).with_for_update()
+)
+_UNTIL = bindparam("b_until", type_=Instant)
+# The later end by our clock and the database's: a worker whose clock runs behind keeps its whole lease.
+_LATER_UNTIL = func.greatest(_UNTIL, func.statement_timestamp() + bindparam("b_lease", type_=Interval), type_=Instant)
+_expired = select(records.c.seq).where(records.c.wake_at <= _UNTIL, records.c.state == State.DELETING).limit(1)
+_claim = {
+    dialect: update(records)
+    # They are locked. With their state here as well, SQLite would rather read all that are scheduled.
+    .where(records.c.seq.in_(bindparam("b_seqs", expanding=True)))
+    .values(state=after(State.SCHEDULED, Move.CLAIM), attempts=records.c.attempts + 1, wake_at=until)
+    for dialect, until in (("sqlite", _UNTIL), ("postgresql", _LATER_UNTIL))
+}
+
+
 def _not_after(connection: Connection, now: datetime) -> ColumnElement[Any]:
     """Return the earlier of our clock and the database's: a worker whose clock runs ahead deletes nothing early."""
     if connection.dialect.name == "sqlite":
         return bindparam("now", now, Instant)
     # Not clock_timestamp(): a volatile function is no bound for an index, and all that is scheduled would be read.
     return func.least(bindparam("now", now, Instant), func.statement_timestamp(), type_=Instant)
-
-
-def _lease_end(connection: Connection, now: datetime, lease: timedelta) -> ColumnElement[Any]:
-    """Return the later end by our clock and the database's: a worker whose clock runs behind keeps its whole lease."""
-    end = bindparam("b_until", now + lease, Instant)
-    if connection.dialect.name == "sqlite":
-        return end
-    return func.greatest(end, func.statement_timestamp() + bindparam("b_lease", lease, Interval), type_=Instant)
 
 
 def claim(connection: Connection, *, now: datetime, lease: timedelta, limit: int, actor: str) -> list[Claim]:
@@ -103,7 +112,10 @@ def claim_wanted(
     None: held, gone, paused, or at another attempt; the job has nothing to do.
     """
     at = pausing.by_both_clocks(connection, now)
-    rows = {Key(row.account, row.id): row for row in connection.execute(_asked_for(wanted))}
+    asked = by_account(item.key for item in wanted)
+    rows: dict[Key, Any] = {
+        Key(row.account, row.id): row for mine in asked for row in connection.execute(_by_key, mine).all()
+    }
     found = [_found(rows.get(item.key), item.attempt, at) for item in wanted]
     due = {row.seq: row for row in found if isinstance(row, Row)}
     allowed = pausing.allowance(connection, now=now) if due else 0
@@ -121,17 +133,6 @@ def _found(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] | NotYe
     return row if wait <= timedelta(0) else NotYet(wait)
 
 
-def _asked_for(wanted: Sequence[Wanted]) -> Select[Any]:
-    """Return the statement that locks the records of these keys."""
-    # Their state is looked at afterwards: with it in here, SQLite would rather read all that are scheduled.
-    return (
-        select(*_CLAIMED, records.c.state)
-        .where(are_of(item.key for item in wanted))
-        .order_by(records.c.account, records.c.id)
-        .with_for_update()
-    )
-
-
 def find_waiting(
     connection: Connection, *, since: datetime | None, until: datetime, limit: int
 ) -> list[tuple[Wanted, datetime]]:
@@ -146,22 +147,45 @@ def find_waiting(
     return [(Wanted(Key(row.account, row.id), row.attempts + 1), row.wake_at) for row in rows]
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What the safety net has to know: whether leases have run out, what the pauses allow, and what waits."""
+
+    has_expired_leases: bool
+    allowed: int
+    late: Sequence[tuple[Wanted, datetime]]
+    near: Sequence[tuple[Wanted, datetime]]
+
+
+def look_ahead(
+    connection: Connection, *, now: datetime, late: timedelta, since: datetime | None, until: datetime, limit: int
+) -> Outlook:
+    """Read in one view what is due for longer than *late*, and what comes after *since* (or then) up to *until*.
+
+    Each has *limit* records at most, and none while deletions are paused.
+    """
+    expired = connection.execute(_expired, {"b_until": now}).first()
+    allowed = pausing.peek(connection, now=now)
+    if not allowed:
+        return Outlook(expired is not None, 0, (), ())
+    late_at = now - late
+    return Outlook(
+        expired is not None,
+        allowed,
+        find_waiting(connection, since=None, until=late_at, limit=min(allowed, limit)),
+        find_waiting(connection, since=since or late_at, until=until, limit=limit),
+    )
+
+
 def _lease(
     connection: Connection, rows: Sequence[Row[Any]], *, now: datetime, lease: timedelta, actor: str
 ) -> list[Claim]:
     """Claim *rows*, which are locked, scheduled and due."""
     if not rows:
         return []
-    connection.execute(
-        update(records)
-        # They are locked. With their state here as well, SQLite would rather read all that are scheduled.
-        .where(records.c.seq.in_([row.seq for row in rows]))
-        .values(
-            state=after(State.SCHEDULED, Move.CLAIM),
-            attempts=records.c.attempts + 1,
-            wake_at=_lease_end(connection, now, lease),
-        )
-    )
+    values = {"b_seqs": [row.seq for row in rows], "b_until": now + lease}
+    clock = {} if connection.dialect.name == "sqlite" else {"b_lease": lease}
+    connection.execute(_claim[connection.dialect.name], values | clock)
     append(connection, [Entry(row.seq, now, Move.CLAIM, actor, {"attempt": row.attempts + 1}) for row in rows])
     return [_claimed(row, now=now, until=now + lease) for row in rows]
 

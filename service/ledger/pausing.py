@@ -38,9 +38,12 @@ class Pause:
     until: datetime | None
 
 
+_find = select(pauses).where(pauses.c.account == ACCOUNT).order_by(pauses.c.since)
+
+
 def find(connection: Connection) -> list[Pause]:
     """Return the pauses in force, oldest first."""
-    rows = connection.execute(select(pauses).where(pauses.c.account == ACCOUNT).order_by(pauses.c.since))
+    rows = connection.execute(_find)
     return [Pause(Kind(row.kind), row.since, row.actor, row.reason, row.until) for row in rows]
 
 

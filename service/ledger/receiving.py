@@ -15,7 +15,7 @@ from service.core.lifecycle import Move, State, after, interrupted
 from service.core.retention import Retention
 from service.ledger.columns import described
 from service.ledger.history import Entry, append
-from service.ledger.schema import are_of, records
+from service.ledger.schema import ARE_ASKED_FOR, by_account, records
 
 ACTOR = "webhook"
 
@@ -55,6 +55,7 @@ _select_known = (
         records.c.hold_reason,
         records.c.notification,
     )
+    .where(ARE_ASKED_FOR)
     .order_by(records.c.account, records.c.id)
     .with_for_update()
 )
@@ -130,7 +131,7 @@ def _lock(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
     """Lock the records of *keys*, which are sorted."""
     if not keys:
         return {}
-    rows: Sequence[Any] = connection.execute(_select_known.where(are_of(keys))).all()
+    rows: list[Any] = [row for mine in by_account(keys) for row in connection.execute(_select_known, mine).all()]
     return {Key(row.account, row.id): row for row in rows}
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Column,
-    ColumnElement,
     Date,
     DateTime,
     Dialect,
@@ -19,8 +18,8 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    bindparam,
     literal_column,
-    or_,
 )
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -157,13 +156,16 @@ Index(
 )
 
 
-def are_of(keys: Iterable[Key]) -> ColumnElement[bool]:
-    """Return the condition that picks the records of *keys*."""
+# The records of some ids of one account. By account: for pairs of account and id SQLite reads the whole index.
+ARE_ASKED_FOR = and_(records.c.account == bindparam("account"), records.c.id.in_(bindparam("ids", expanding=True)))
+
+
+def by_account(keys: Iterable[Key]) -> list[dict[str, Any]]:
+    """Return the values for ARE_ASKED_FOR, one set for each account of *keys*."""
     ids: dict[str, list[str]] = {}
     for key in keys:
         ids.setdefault(key.account, []).append(key.id)
-    # By account: for pairs of account and id SQLite reads the whole index.
-    return or_(*(and_(records.c.account == account, records.c.id.in_(mine)) for account, mine in ids.items()))
+    return [{"account": account, "ids": mine} for account, mine in sorted(ids.items())]
 
 
 # The audit trail: one row per move, never changed; *seq* counts from 1 within the record.
