@@ -4,7 +4,7 @@ A claim gives the row a lease and a new attempt number. Every later write carrie
 slept past its lease cannot write over its successor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -55,15 +55,25 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """The record waits for this very attempt, and its time comes after *wait*, by the clock that counts."""
+    """The record waits for this very attempt, and its time comes after *wait*, by the clock that counts.
+
+    Or another has it locked, and who asks again after *wait* is told more.
+    """
 
     wait: timedelta
 
 
+# What another has locked is asked for again after this. It may take long: a process that froze in the middle of its
+# transaction, or whose machine died, would hold up the claims of all records.
+_LOCKED_WAIT = timedelta(seconds=1)
 # Their state is looked at afterwards: with it in here, SQLite would rather read all that are scheduled.
 _by_key = (
-    select(*_CLAIMED, records.c.state).where(ARE_ASKED_FOR).order_by(records.c.account, records.c.id).with_for_update()
+    select(*_CLAIMED, records.c.state)
+    .where(ARE_ASKED_FOR)
+    .order_by(records.c.account, records.c.id)
+    .with_for_update(skip_locked=True)
 )
+_are_there = select(records.c.account, records.c.id).where(ARE_ASKED_FOR)
 _UNTIL = bindparam("b_until", type_=Instant)
 # The later end by our clock and the database's: a worker whose clock runs behind keeps its whole lease.
 _LATER_UNTIL = func.greatest(_UNTIL, func.statement_timestamp() + bindparam("b_lease", type_=Interval), type_=Instant)
@@ -116,13 +126,24 @@ def claim_wanted(
     rows: dict[Key, Any] = {
         Key(row.account, row.id): row for mine in asked for row in connection.execute(_by_key, mine).all()
     }
-    found = [_found(rows.get(item.key), item.attempt, at) for item in wanted]
+    locked = _find_locked(connection, asked, rows)
+    found = [
+        NotYet(_LOCKED_WAIT) if item.key in locked else _found(rows.get(item.key), item.attempt, at) for item in wanted
+    ]
     due = {row.seq: row for row in found if isinstance(row, Row)}
     allowed = pausing.allowance(connection, now=now) if due else 0
     leased = _lease(connection, [*due.values()][:allowed], now=now, lease=lease, actor=actor)
     claims = {claim.seq: claim for claim in leased}
     # Of two jobs for one attempt the first has it.
     return [claims.pop(row.seq, None) if isinstance(row, Row) else row for row in found]
+
+
+def _find_locked(connection: Connection, asked: Sequence[dict[str, Any]], rows: Mapping[Key, Row[Any]]) -> set[Key]:
+    """Return the keys of those records *asked* for that are there, and not among the *rows*."""
+    if sum(len(mine["ids"]) for mine in asked) == len(rows) or connection.dialect.name == "sqlite":
+        return set()
+    there = [Key(row.account, row.id) for mine in asked for row in connection.execute(_are_there, mine)]
+    return {key for key in there if key not in rows}
 
 
 def _found(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] | NotYet | None:
