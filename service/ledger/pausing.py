@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from operator import attrgetter
 from typing import Final
 
 from sqlalchemy import Connection, delete, func, insert, select, update
@@ -62,8 +63,8 @@ def pause(connection: Connection, wanted: Pause) -> bool:
 
 def resume(connection: Connection, kinds: Sequence[Kind]) -> list[Kind]:
     """End the pauses of *kinds* and return those that were in force."""
-    gone = [one.kind for one in find(connection) if one.kind in kinds]
-    # One by one, in the order in which allowance() takes them.
+    gone = sorted(one.kind for one in find(connection) if one.kind in kinds)
+    # One by one, in the order of their kinds, as all do who take several: in another each could wait for the other.
     for kind in gone:
         connection.execute(delete(pauses).where(pauses.c.account == ACCOUNT, pauses.c.kind == kind))
     return gone
@@ -72,9 +73,12 @@ def resume(connection: Connection, kinds: Sequence[Kind]) -> list[Kind]:
 def throttle(connection: Connection, wait: timedelta, *, now: datetime, actor: str) -> None:
     """Let no record be claimed for so long, nor for less than was asked before."""
     until = by_both_clocks(connection, now) + wait
-    if not pause(connection, Pause(Kind.THROTTLED, now, actor, "the API has had too many calls", until)):
-        mine = (pauses.c.account == ACCOUNT, pauses.c.kind == Kind.THROTTLED, pauses.c.until < until)
-        connection.execute(update(pauses).where(*mine).values(until=until))
+    wanted = Pause(Kind.THROTTLED, now, actor, "the API has had too many calls", until)
+    if pause(connection, wanted):
+        return
+    mine = (pauses.c.account == ACCOUNT, pauses.c.kind == Kind.THROTTLED, pauses.c.until < until)
+    if connection.execute(update(pauses).where(*mine).values(until=until)).rowcount == 0:
+        pause(connection, wanted)  # unless it is longer already: another has ended it since we looked
 
 
 def allowance(connection: Connection, *, now: datetime) -> int:
@@ -87,9 +91,10 @@ def allowance(connection: Connection, *, now: datetime) -> int:
     if len(over) < len(found):
         return 0
     allowed = UNLIMITED
-    for one in over:  # in the order in which resume() takes them: in another each could wait for the other
+    for one in sorted(over, key=attrgetter("kind")):  # as resume() takes them
         if one.kind is not Kind.UNAUTHORIZED:
-            resume(connection, [one.kind])
+            if not _end(connection, one):
+                return allowance(connection, now=now)
         elif _take_turn(connection, one, at):
             allowed = 1
         else:
@@ -104,6 +109,12 @@ def peek(connection: Connection, *, now: datetime) -> int:
     if any(one.until is None or one.until > at for one in found):
         return 0
     return 1 if any(one.kind is Kind.UNAUTHORIZED for one in found) else UNLIMITED
+
+
+def _end(connection: Connection, one: Pause) -> bool:
+    """End a pause that is over; False when another was first, or made it longer."""
+    mine = (pauses.c.account == ACCOUNT, pauses.c.kind == one.kind, pauses.c.until == one.until)
+    return connection.execute(delete(pauses).where(*mine)).rowcount == 1
 
 
 def _take_turn(connection: Connection, one: Pause, at: datetime) -> bool:
