@@ -99,6 +99,17 @@ def test_a_body_without_end_is_413_or_cut_off_and_memory_stays_flat(site: Websit
     assert site.count() == 0
 
 
+def test_long_paths_are_414_and_memory_stays_flat(site: Website):
+    assert site.client.get("/health/live").status_code == 200
+    before = site.process.resident_megabytes
+    # With one character that takes four bytes in memory, so do all others of its text.
+    statuses = {site.raw(b"GET", b"/api/records/%%F0%%9F%%98%%80%d%s" % (n, b"x" * 60_000), b"", {}) for n in range(300)}
+
+    assert statuses == {414}
+    assert site.process.resident_megabytes - before < 10
+    assert site.client.get("/api/records/" + "x" * 3000).status_code == 401
+
+
 @pytest.fixture(scope="module")
 def bomb() -> bytes:
     """200 MB of zeros, packed: a body of a fifth of what a body may be."""
