@@ -63,7 +63,7 @@ def up() -> None:
     from service.web.app import run_web  # noqa: PLC0415 - each command loads what it runs
     from workers.main import run_worker  # noqa: PLC0415
 
-    _serve([run_web, run_worker], require_webhook_secret, require_api_key, is_migrating=True)
+    _run_service([run_web, run_worker], require_webhook_secret, require_api_key, is_migrating=True)
 
 
 @main.command()
@@ -74,7 +74,7 @@ def api() -> None:
     """
     from service.web.app import run_web  # noqa: PLC0415
 
-    _serve([run_web], require_webhook_secret)
+    _run_service([run_web], require_webhook_secret)
 
 
 @main.command()
@@ -91,7 +91,7 @@ def worker(*, check: bool) -> None:
         sys.exit(0 if is_alive(settings_or_exit().data_dir, now_seconds=time.time()) else 1)
     from workers.main import run_worker  # noqa: PLC0415
 
-    _serve([run_worker], require_api_key)
+    _run_service([run_worker], require_api_key)
 
 
 @main.command()
@@ -115,7 +115,7 @@ def migrate() -> None:
     run(work(settings_or_exit()))
 
 
-def _serve(sides: list[Side], *requirements: Callable[[Settings], None], is_migrating: bool = False) -> None:
+def _run_service(sides: list[Side], *requirements: Callable[[Settings], None], is_migrating: bool = False) -> None:
     from service.commands.running import run, settings_or_exit  # noqa: PLC0415
 
     settings = settings_or_exit(*requirements)
@@ -146,14 +146,14 @@ async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: boo
     metrics = Metrics()
     async with open_resources(settings, is_migrating=is_migrating) as resources:
         # Not a TaskGroup: it would cancel the other side in the middle of its deletions.
-        running = [_stopping(side(settings, resources, metrics, stop), stop) for side in sides]
+        running = [_stop_after(side(settings, resources, metrics, stop), stop) for side in sides]
         ends = await asyncio.gather(*running, return_exceptions=True)
     for end in ends:
         if isinstance(end, BaseException):
             raise end
 
 
-async def _stopping(side: Awaitable[None], stop: asyncio.Event) -> None:
+async def _stop_after(side: Awaitable[None], stop: asyncio.Event) -> None:
     """Stop the other side when one ends: half a service would look like a whole one."""
     try:
         await side

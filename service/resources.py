@@ -58,7 +58,7 @@ async def open_queue(url: Secret, *, retries: int) -> AsyncIterator[ArqRedis]:
     pool = connection.connect(url, retries=retries)
     try:
         try:
-            for warning in await connection.check(pool):
+            for warning in await connection.check_config(pool):
                 log.warning("queue.checked", warning=warning)
         except connection.QUEUE_ERRORS as error:
             log.warning(

@@ -18,10 +18,10 @@ from service.core.attempts import Step, Verdict, after_attempt
 from service.core.generation import Generation
 from service.core.key import Key
 from service.core.lifecycle import Move
-from service.core.retention import Retention, reconsider
+from service.core.retention import Retention, reconsider_retention
 from service.ledger.claiming import Claim
 from service.ledger.database import LedgerUnavailableError
-from service.ledger.settling import Copied, Copy, Settlement
+from service.ledger.settling import Copy, CopyResult, Settlement
 from service.runtime.metrics import Metrics
 from service.sync.answers import Answer
 from service.sync.client import DELETE_SECONDS, GET_SECONDS, SyncApi
@@ -33,11 +33,11 @@ T = TypeVar("T")
 # A DELETE that might still be under way when the lease ends would meet its successor.
 _DELETE_MARGIN = timedelta(seconds=DELETE_SECONDS + 1)
 _ATTEMPT_MARGIN = _DELETE_MARGIN + timedelta(seconds=GET_SECONDS)
-REHEARSE_AGAIN = timedelta(hours=1)
+DRY_RUN_AGAIN = timedelta(hours=1)
 # A commit that meets a locked or absent ledger is tried again for as long as the lease holds.
 _COMMIT_AGAIN_SECONDS = 1.0
 # Copies that are durable and not followed by a DELETE, with what is said of it.
-_WAITS = {Copied.LIMITED: "MAYFLY_MAX_DELETES_PER_DAY is reached", Copied.PAUSED: "deletions were paused"}
+_NOT_DELETED = {CopyResult.LIMITED: "MAYFLY_MAX_DELETES_PER_DAY is reached", CopyResult.PAUSED: "deletions were paused"}
 
 
 @dataclass(frozen=True, slots=True)
@@ -48,11 +48,11 @@ class Cleaner:
     """
 
     api: SyncApi
-    copy: Callable[[Copy], Awaitable[Copied]]
+    copy: Callable[[Copy], Awaitable[CopyResult]]
     settle: Callable[[Settlement], Awaitable[bool]]
     enqueue_next: Callable[[Key, int, datetime], Awaitable[None]]
     # For one call: waits for a place at the API, and tells whether it has one by the instant given.
-    turn: Callable[[datetime], AbstractAsyncContextManager[bool]]
+    call_slot: Callable[[datetime], AbstractAsyncContextManager[bool]]
     now: Callable[[], datetime]
     give_up_after: timedelta
     is_dry_run: bool
@@ -68,58 +68,60 @@ class Cleaner:
         except LedgerUnavailableError as error:
             log.warning(
                 "cleanup.interrupted",
-                **_names(claim),
+                **_log_fields(claim),
                 error=str(error),
                 what_now="tried again after its lease",
             )
         except Exception:
             # A fault of ours in this one record must not take the others along.
-            log.exception("cleanup.crashed", **_names(claim))
+            log.exception("cleanup.crashed", **_log_fields(claim))
             await self._settle_crash(claim)
         return None
 
     async def _attempt(self, claim: Claim) -> Verdict | None:
-        async with self.turn(claim.lease_until - _ATTEMPT_MARGIN) as is_in_time:
-            looked = await self.api.get(claim.key.id) if is_in_time else None
-        if looked is None:
-            return await self._decline(claim, "the worker that had it could not begin in time")
-        if looked.verdict is not Verdict.DONE or looked.generation is None or looked.body is None:
-            return await self._end(claim, looked, "GET")
-        if (later := self._reconsidered(claim, looked.generation)) is not None:
-            return await self._spare(claim, later)
-        copied = Copy(claim, looked.generation, looked.body)
-        return await self._proceed(claim, await self._commit(claim, lambda: self.copy(copied)))
+        async with self.call_slot(claim.lease_until - _ATTEMPT_MARGIN) as is_in_time:
+            found = await self.api.get(claim.key.id) if is_in_time else None
+        if found is None:
+            return await self._give_back(claim, "the worker that had it could not begin in time")
+        if found.verdict is not Verdict.DONE or found.generation is None or found.body is None:
+            return await self._settle_answer(claim, found, "GET")
+        if (later := self._reconsider(claim, found.generation)) is not None:
+            return await self._apply_override(claim, later)
+        copied = Copy(claim, found.generation, found.body)
+        return await self._delete_if_allowed(claim, await self._commit(claim, lambda: self.copy(copied)))
 
-    def _reconsidered(self, claim: Claim, generation: Generation) -> Retention | None:
-        return reconsider(rule=claim.rule, due_at=claim.due_at, ttl=claim.ttl, webhook_url=generation.webhook_url)
+    def _reconsider(self, claim: Claim, generation: Generation) -> Retention | None:
+        return reconsider_retention(
+            rule=claim.rule, due_at=claim.due_at, ttl=claim.ttl, webhook_url=generation.webhook_url
+        )
 
-    async def _spare(self, claim: Claim, later: Retention) -> Verdict | None:
+    async def _apply_override(self, claim: Claim, later: Retention) -> Verdict | None:
         """Put off, hold or keep a generation whose wish the API shows and the webhook did not."""
         step = Step(Move.DEFER, claim.progress, retry_at=later.due_at or self.now())
         if not await self._settle(Settlement(claim, Verdict.DONE, step, is_key_good=True, retention=later)):
-            return self._lost(claim)
-        log.info("cleanup.spared", **_names(claim), rule=later.rule, what_now="it is kept as its wish says")
+            return self._log_lost_lease(claim)
+        log.info("cleanup.spared", **_log_fields(claim), rule=later.rule, what_now="it is kept as its wish says")
         return Verdict.DONE
 
-    async def _proceed(self, claim: Claim, copied: Copied) -> Verdict | None:
+    async def _delete_if_allowed(self, claim: Claim, copied: CopyResult) -> Verdict | None:
         """Delete what is copied, unless the lease, the day's limit or the dry run is against it."""
-        if copied is Copied.LOST:
-            return self._lost(claim)
-        if copied in _WAITS:
-            return await self._decline(claim, _WAITS[copied])
+        if copied is CopyResult.LOST:
+            return self._log_lost_lease(claim)
+        if copied in _NOT_DELETED:
+            return await self._give_back(claim, _NOT_DELETED[copied])
         if self.is_dry_run:
-            return await self._rehearsed(claim)
+            return await self._settle_dry_run(claim)
         return await self._delete(claim)
 
     async def _delete(self, claim: Claim) -> Verdict | None:
         """Send the DELETE, now that the copy is durable, if the lease is still long enough for it."""
-        async with self.turn(claim.lease_until - _DELETE_MARGIN) as is_in_time:
+        async with self.call_slot(claim.lease_until - _DELETE_MARGIN) as is_in_time:
             deleted = await self.api.delete(claim.key.id) if is_in_time else None
         if deleted is None:
-            return await self._decline(claim, "the worker that had it was too slow to delete", is_refund=True)
-        return await self._end(claim, deleted, "DELETE")
+            return await self._give_back(claim, "the worker that had it was too slow to delete", is_refund=True)
+        return await self._settle_answer(claim, deleted, "DELETE")
 
-    async def _end(self, claim: Claim, answer: Answer, method: str) -> Verdict | None:
+    async def _settle_answer(self, claim: Claim, answer: Answer, method: str) -> Verdict | None:
         """Write down what the answer that ended the attempt leads to."""
         now = self.now()
         step = after_attempt(
@@ -130,7 +132,7 @@ class Cleaner:
             retry_after=answer.retry_after,
             jitter=random.random(),  # noqa: S311 - spreads retries, protects nothing
         )
-        receipt = _receipt(method, answer, now) if step.move is Move.CONFIRM else None
+        receipt = _receipt_json(method, answer, now) if step.move is Move.CONFIRM else None
         settlement = Settlement(
             claim,
             answer.verdict,
@@ -142,25 +144,25 @@ class Cleaner:
             throttle=answer.throttle,
         )
         if not await self._settle(settlement):
-            return self._lost(claim)
+            return self._log_lost_lease(claim)
         self.metrics.attempts.labels(answer.verdict).inc()
         _log_end(claim, answer, step)
         return answer.verdict
 
-    async def _rehearsed(self, claim: Claim) -> Verdict | None:
-        step = Step(Move.DEFER, claim.progress, retry_at=self.now() + REHEARSE_AGAIN)
+    async def _settle_dry_run(self, claim: Claim) -> Verdict | None:
+        step = Step(Move.DEFER, claim.progress, retry_at=self.now() + DRY_RUN_AGAIN)
         error = "dry run: it would have been deleted"
         if not await self._settle(Settlement(claim, Verdict.DONE, step, error=error, is_key_good=True)):
-            return self._lost(claim)
-        log.info("cleanup.rehearsed", **_names(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
+            return self._log_lost_lease(claim)
+        log.info("cleanup.rehearsed", **_log_fields(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
         return Verdict.DONE
 
-    async def _decline(self, claim: Claim, error: str, *, is_refund: bool = False) -> Verdict | None:
+    async def _give_back(self, claim: Claim, error: str, *, is_refund: bool = False) -> Verdict | None:
         """Put a record back to where it was before the claim; its failures stay as they were."""
         step = Step(Move.DEFER, claim.progress, retry_at=self.now())
         if not await self._settle(Settlement(claim, Verdict.RETRY, step, error=error, is_refund=is_refund)):
-            return self._lost(claim)
-        log.warning("cleanup.given_back", **_names(claim), error=error)
+            return self._log_lost_lease(claim)
+        log.warning("cleanup.given_back", **_log_fields(claim), error=error)
         return None
 
     async def _settle(self, settlement: Settlement) -> bool:
@@ -182,18 +184,20 @@ class Cleaner:
             except LedgerUnavailableError as error:
                 if self.now() + timedelta(seconds=_COMMIT_AGAIN_SECONDS) >= claim.lease_until:
                     raise
-                log.warning("cleanup.waits", **_names(claim), error=str(error), what_now="committed once it can be")
+                log.warning(
+                    "cleanup.waits", **_log_fields(claim), error=str(error), what_now="committed once it can be"
+                )
                 await asyncio.sleep(_COMMIT_AGAIN_SECONDS)
 
     async def _settle_crash(self, claim: Claim) -> None:
         fault = Answer(Verdict.REFUSED, error="a fault of Mayfly's own; its log tells more")
         try:
-            await self._end(claim, fault, "none")
+            await self._settle_answer(claim, fault, "none")
         except Exception:  # the lease ends by itself
-            log.exception("cleanup.crashed_again", **_names(claim))
+            log.exception("cleanup.crashed_again", **_log_fields(claim))
 
-    def _lost(self, claim: Claim) -> Verdict | None:
-        log.warning("cleanup.lease_lost", **_names(claim), what_now="whoever claimed it next decides")
+    def _log_lost_lease(self, claim: Claim) -> Verdict | None:
+        log.warning("cleanup.lease_lost", **_log_fields(claim), what_now="whoever claimed it next decides")
         return None
 
 
@@ -203,14 +207,14 @@ def _next_attempt_at(settlement: Settlement) -> datetime | None:
     return None if is_stopped else settlement.step.retry_at
 
 
-def _receipt(method: str, answer: Answer, now: datetime) -> str:
+def _receipt_json(method: str, answer: Answer, now: datetime) -> str:
     """Keep the answer that proves the deletion: which call, when, what the API said, word for word."""
     receipt = {"method": method, "status": answer.status, "at": now, "body": answer.body}
     return msgspec.json.encode(receipt).decode()
 
 
 def _log_end(claim: Claim, answer: Answer, step: Step) -> None:
-    names = _names(claim) | {"verdict": answer.verdict, "status": answer.status}
+    names = _log_fields(claim) | {"verdict": answer.verdict, "status": answer.status}
     if step.move is Move.CONFIRM:
         log.info("cleanup.confirmed", **names, outcome=step.outcome)
     elif answer.verdict is Verdict.UNAUTHORIZED:
@@ -228,5 +232,5 @@ def _log_end(claim: Claim, answer: Answer, step: Step) -> None:
         )
 
 
-def _names(claim: Claim) -> dict[str, object]:
+def _log_fields(claim: Claim) -> dict[str, object]:
     return {"account": claim.key.account, "generation": claim.key.id, "attempt": claim.attempt}

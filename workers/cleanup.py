@@ -19,7 +19,7 @@ log = structlog.get_logger()
 # How long a job waits for its place in the budget before arq starts it anew.
 BUDGET_SECONDS: Final = 20.0
 _LEDGER_AGAIN_SECONDS: Final = 1.0
-_LOOK_AGAIN_SECONDS: Final = 0.5
+_CHECK_AGAIN_SECONDS: Final = 0.5
 # A wait longer than this is left to the ledger: the safety net enqueues what comes near.
 _MAX_WAIT: Final = timedelta(hours=48)
 
@@ -86,8 +86,8 @@ class CleanupJobs:
         self._attempts = attempts
         self._stopping = stopping
         self._is_paused = False
-        self._look_again_at = 0.0
-        self._looking = asyncio.Lock()
+        self._check_again_at = 0.0
+        self._checking = asyncio.Lock()
 
     async def run(self, wanted: Wanted) -> None:
         """See cleanup()."""
@@ -106,7 +106,7 @@ class CleanupJobs:
         try:
             if await self._are_paused():
                 return None  # to try again each second would be work for nothing: the safety net looks for the end
-            if not await self._budget.take(BUDGET_SECONDS):
+            if not await self._budget.acquire(BUDGET_SECONDS):
                 raise Retry
             return await self._claim_granted(wanted)
         except LedgerUnavailableError as error:
@@ -116,10 +116,10 @@ class CleanupJobs:
 
     async def _are_paused(self) -> bool:
         """Whether deletions are paused; a look serves all jobs of half a second, of which a pause may end thousands."""
-        async with self._looking:
-            if self._clock() >= self._look_again_at:
+        async with self._checking:
+            if self._clock() >= self._check_again_at:
                 self._is_paused = not await self._peek()
-                self._look_again_at = self._clock() + _LOOK_AGAIN_SECONDS
+                self._check_again_at = self._clock() + _CHECK_AGAIN_SECONDS
             return self._is_paused
 
     async def _claim_granted(self, wanted: Wanted) -> Claim | NotYet | None:

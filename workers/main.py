@@ -26,10 +26,10 @@ from service.ledger import claiming, pausing, settling
 from service.ledger.claiming import Claim, NotYet, Wanted
 from service.ledger.database import Database
 from service.ledger.group_commit import GroupCommit
-from service.ledger.settling import Copied
+from service.ledger.settling import CopyResult
 from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
-from service.runtime.tasks import end
+from service.runtime.tasks import cancel_and_wait
 from service.sync.client import open_sync_api
 from service.sync.rate_limit import Budget
 from workers.attempt import Cleaner
@@ -60,29 +60,29 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
     stopping = asyncio.Event()
     async with (
         open_queue(resources.redis_url, retries=2) as pool,
-        _parts(
+        _open_parts(
             settings, settings.api_key, database=resources.database, pool=pool, metrics=metrics, stopping=stopping
         ) as parts,
     ):
         running = asyncio.create_task(_run_jobs(pool, parts.jobs, settings.concurrency, metrics, stopping))
-        looking = asyncio.create_task(parts.overdue.run())
+        watching = asyncio.create_task(parts.overdue.run())
         waiting = asyncio.create_task(stop.wait())
         log.info("worker.started", concurrency=settings.concurrency, dry_run=settings.is_dry_run)
         try:
             # None of them ends by itself; should one, then half a worker would look like a whole one.
-            ended, _ = await asyncio.wait([running, looking, waiting], return_when=asyncio.FIRST_COMPLETED)
+            ended, _ = await asyncio.wait([running, watching, waiting], return_when=asyncio.FIRST_COMPLETED)
             if not stop.is_set():
                 raise RuntimeError(f"a part of the worker has ended: {ended}")
         finally:
             stopping.set()
-            await end([waiting])
+            await cancel_and_wait([waiting])
             # First nothing more is begun; then what was begun comes to its end.
-            await asyncio.wait([running, looking], timeout=STOP_SECONDS)
+            await asyncio.wait([running, watching], timeout=STOP_SECONDS)
             log.info("worker.stopped", is_drained=await parts.attempts.wait(STOP_SECONDS))
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
+class WorkerParts:
     """The parts of a worker, joined."""
 
     jobs: CleanupJobs
@@ -91,14 +91,14 @@ class _Parts:
 
 
 @asynccontextmanager
-async def _parts(
+async def _open_parts(
     settings: Settings, key: Secret, *, database: Database, pool: ArqRedis, metrics: Metrics, stopping: asyncio.Event
-) -> AsyncIterator[_Parts]:
+) -> AsyncIterator[WorkerParts]:
     """Join the job and the safety net to the ledger, the queue, the budget and the API, which *key* opens."""
     budget = Budget(settings.api_rate, pool, key, clock=time.monotonic, stopping=stopping)
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
     ledger = _Ledger(database, limit=limit, actor=f"worker {socket.gethostname()}:{os.getpid()}")
-    async with _cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
+    async with _open_cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
         attempts = Attempts(cleaner.clean, limit=_max_jobs(settings.concurrency))
         jobs = CleanupJobs(
             peek=ledger.peek,
@@ -119,11 +119,11 @@ async def _parts(
             metrics=metrics,
             stopping=stopping,
         )
-        yield _Parts(jobs, attempts, overdue)
+        yield WorkerParts(jobs, attempts, overdue)
 
 
 @asynccontextmanager
-async def _cleaner(
+async def _open_cleaner(
     settings: Settings, key: Secret, *, ledger: "_Ledger", budget: Budget, pool: ArqRedis, metrics: Metrics
 ) -> AsyncIterator[Cleaner]:
     async with open_sync_api(
@@ -139,7 +139,7 @@ async def _cleaner(
             copy=GroupCommit(ledger.copy).submit,
             settle=GroupCommit(ledger.settle).submit,
             enqueue_next=partial(_enqueue_next, pool, metrics),
-            turn=partial(_turn, asyncio.Semaphore(settings.concurrency), budget),
+            call_slot=partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget),
             now=_now,
             give_up_after=settings.give_up_after,
             is_dry_run=settings.is_dry_run,
@@ -157,7 +157,7 @@ class _Ledger:
 
     async def peek(self) -> int:
         """Return how many records the pauses allow."""
-        return await self._database.read(partial(pausing.peek, now=_now()))
+        return await self._database.read(partial(pausing.peek_allowance, now=_now()))
 
     async def find_waiting(
         self, since: datetime | None, until: datetime, limit: int
@@ -167,12 +167,12 @@ class _Ledger:
 
     async def end_leases(self) -> int:
         """End the leases of workers that died."""
-        write = partial(claiming.lose_leases, now=_now(), limit=_LEASES_AT_ONCE, actor=self._actor)
+        write = partial(claiming.end_expired_leases, now=_now(), limit=_LEASES_AT_ONCE, actor=self._actor)
         return await self._database.write(write)
 
     async def claim(self, limit: int) -> Sequence[Claim]:
         """Claim what is due, whichever it is."""
-        write = partial(claiming.claim, now=_now(), lease=LEASE, limit=limit, actor=self._actor)
+        write = partial(claiming.claim_due, now=_now(), lease=LEASE, limit=limit, actor=self._actor)
         return await self._database.write(write)
 
     async def claim_wanted(self, wanted: Sequence[Wanted]) -> Sequence[Claim | NotYet | None]:
@@ -180,19 +180,19 @@ class _Ledger:
         write = partial(claiming.claim_wanted, wanted=wanted, now=_now(), lease=LEASE, actor=self._actor)
         return await self._database.write(write)
 
-    async def copy(self, items: Sequence[settling.Copy]) -> Sequence[Copied]:
+    async def copy(self, items: Sequence[settling.Copy]) -> Sequence[CopyResult]:
         """Commit copies."""
-        write = partial(settling.copy, copies=items, now=_now(), limit=self._limit, actor=self._actor)
+        write = partial(settling.store_copies, copies=items, now=_now(), limit=self._limit, actor=self._actor)
         return await self._database.write(write)
 
     async def settle(self, items: Sequence[settling.Settlement]) -> Sequence[bool]:
         """Commit how attempts ended."""
-        write = partial(settling.settle, settlements=items, now=_now(), actor=self._actor)
+        write = partial(settling.settle_attempts, settlements=items, now=_now(), actor=self._actor)
         return await self._database.write(write)
 
 
 @asynccontextmanager
-async def _turn(places: asyncio.Semaphore, budget: Budget, until: datetime) -> AsyncIterator[bool]:
+async def _call_slot(places: asyncio.Semaphore, budget: Budget, until: datetime) -> AsyncIterator[bool]:
     """Wait for a place at the API and yield whether there is one by *until*."""
     async with places:
         yield await budget.is_open_within((until - _now()).total_seconds())
@@ -226,7 +226,7 @@ async def _run_jobs(
             metrics.loops_failed.labels("jobs").inc()
             await asyncio.wait([until_stop], timeout=_ARQ_RESTART_SECONDS)
     finally:
-        await end([until_stop])
+        await cancel_and_wait([until_stop])
 
 
 async def _stop_arq(worker: Worker, running: asyncio.Task[None]) -> None:
@@ -237,14 +237,14 @@ async def _stop_arq(worker: Worker, running: asyncio.Task[None]) -> None:
     ended = asyncio.create_task(waited.wait())
     await asyncio.wait([running, ended], return_when=asyncio.FIRST_COMPLETED)
     # arq has cancelled its loop once, and that can get lost: see end().
-    await end([running, ended])
+    await cancel_and_wait([running, ended])
     if not running.cancelled():
         running.exception()  # Redis went away meanwhile: the jobs are found in the ledger
 
 
 async def _after_failure(pool: ArqRedis, error: BaseException | None) -> None:
     """Log why arq ended, and remove what it cannot read."""
-    if isinstance(error, connection.QUEUE_ERRORS) and not connection.is_of_odd_key(error):
+    if isinstance(error, connection.QUEUE_ERRORS) and not connection.is_wrong_type(error):
         what_now = "deletions start from the ledger meanwhile"
         log.warning("jobs.interrupted", error=type(error).__name__, what_now=what_now)
         return

@@ -71,11 +71,11 @@ def doctor(*, is_json: bool) -> None:
     if is_json:
         print_json(report)
     else:
-        _show(report)
+        _print_report(report)
     sys.exit(0 if report.ok else EXIT_FAILED)
 
 
-def _show(report: Report) -> None:
+def _print_report(report: Report) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in report.findings:
         table.add_row(finding.part, _MARKS[finding.status], escape(finding.detail))
@@ -84,16 +84,16 @@ def _show(report: Report) -> None:
 
 async def examine(settings: Settings) -> list[Finding]:
     """Look at each part; one that fails does not keep the others from being looked at."""
-    checks = (_webhook_secret, _data_dir, _ledger, _redis, _api, _dry_run)
+    checks = (_check_webhook_secret, _check_data_dir, _check_ledger, _check_redis, _check_api, _check_dry_run)
     found = await asyncio.gather(*(check(settings) for check in checks))
     return [finding for findings in found for finding in findings]
 
 
-async def _webhook_secret(settings: Settings) -> list[Finding]:
-    return [_required("webhook secret", require_webhook_secret, settings, f"{len(settings.webhook_secrets)} set")]
+async def _check_webhook_secret(settings: Settings) -> list[Finding]:
+    return [_check_required("webhook secret", require_webhook_secret, settings, f"{len(settings.webhook_secrets)} set")]
 
 
-def _required(part: str, require: Callable[[Settings], None], settings: Settings, detail: str) -> Finding:
+def _check_required(part: str, require: Callable[[Settings], None], settings: Settings, detail: str) -> Finding:
     try:
         require(settings)
     except SettingsError as error:
@@ -101,27 +101,27 @@ def _required(part: str, require: Callable[[Settings], None], settings: Settings
     return Finding(part, "ok", detail)
 
 
-def _nearest(path: Path) -> tuple[Path, Path]:
+def _nearest_existing(path: Path) -> tuple[Path, Path]:
     """Return *path* as absolute, and itself or the nearest of its parents that is there."""
     path = path.absolute()
     return path, next(one for one in (path, *path.parents) if one.exists())
 
 
-async def _data_dir(settings: Settings) -> list[Finding]:
+async def _check_data_dir(settings: Settings) -> list[Finding]:
     """Ask whether the data directory can be written to, or made."""
-    folder, nearest = _nearest(settings.data_dir)
+    folder, nearest = _nearest_existing(settings.data_dir)
     if not os.access(nearest, os.W_OK | os.X_OK):
         return [Finding("data dir", "failing", f"{nearest} cannot be written to; see to MAYFLY_DATA_DIR")]
     made = "" if nearest == folder else ", not there yet: the first start makes it"
     return [Finding("data dir", "ok", f"{settings.data_dir}{made}")]
 
 
-async def _ledger(settings: Settings) -> list[Finding]:
+async def _check_ledger(settings: Settings) -> list[Finding]:
     if is_ledger_missing(settings):
         return [Finding("ledger", "ok", "SQLite, not there yet: the first start makes it")]
     try:
         async with open_ledger(settings) as database:
-            pauses = await database.read(pausing.find)
+            pauses = await database.read(pausing.find_pauses)
             next_wake = await database.read(reading.next_wake)
     except SchemaError as error:
         return [Finding("ledger", "failing", str(error))]
@@ -136,23 +136,23 @@ async def _ledger(settings: Settings) -> list[Finding]:
     return [Finding("ledger", "ok", f"{kind}, its tables are as this release needs them"), *paused]
 
 
-async def _redis(settings: Settings) -> list[Finding]:
+async def _check_redis(settings: Settings) -> list[Finding]:
     """Look at the Redis that is set; without one, prove that the embedded one starts, in a folder of its own."""
     try:
         async with AsyncExitStack() as stack:
             if settings.redis_url is not None:
-                return await _look_at(settings.redis_url, "")
+                return await _check_redis_at(settings.redis_url, "")
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mayfly-doctor-"))
             url = await stack.enter_async_context(embedded_redis(Path(folder)))
-            return await _look_at(url, ": the embedded one, tried out")
+            return await _check_redis_at(url, ": the embedded one, tried out")
     except EmbeddedRedisError as error:
         return [Finding("redis", "failing", str(error))]
 
 
-async def _look_at(url: Secret, detail: str) -> list[Finding]:
+async def _check_redis_at(url: Secret, detail: str) -> list[Finding]:
     pool = connection.connect(url, retries=0)
     try:
-        warnings = await connection.check(pool)
+        warnings = await connection.check_config(pool)
     except QueueError as error:
         return [Finding("redis", "failing", str(error))]
     except connection.QUEUE_ERRORS as error:
@@ -164,9 +164,9 @@ async def _look_at(url: Secret, detail: str) -> list[Finding]:
     return [Finding("redis", "ok", f"it answers, drops no jobs and keeps them over a restart{detail}")]
 
 
-async def _api(settings: Settings) -> list[Finding]:
+async def _check_api(settings: Settings) -> list[Finding]:
     """Ask for one generation: the cheapest call that needs the key and changes nothing."""
-    required = _required("API key", require_api_key, settings, "")
+    required = _check_required("API key", require_api_key, settings, "")
     if settings.api_key is None:
         return [required]
     headers = {"x-api-key": settings.api_key.reveal(), "accept": "application/json"}
@@ -178,13 +178,13 @@ async def _api(settings: Settings) -> list[Finding]:
         detail = f"the API cannot be reached ({type(error).__name__}); see to SYNC_BASE_URL and the network"
         return [Finding("API key", "failing", detail)]
     return [
-        _judged(answer.status_code, answer.content),
-        *_owner(secret, settings.webhook_secrets),
-        *_clock(answer.headers.get("date", ""), settings.webhook_tolerance),
+        _judge_answer(answer.status_code, answer.content),
+        *_check_organisation(secret, settings.webhook_secrets),
+        *_check_clock(answer.headers.get("date", ""), settings.webhook_tolerance),
     ]
 
 
-def _judged(status: int, body: bytes) -> Finding:
+def _judge_answer(status: int, body: bytes) -> Finding:
     if status == 200 and body.lstrip().startswith(b"["):
         return Finding("API key", "ok", "the API takes it")
     if status == 200:
@@ -196,7 +196,7 @@ def _judged(status: int, body: bytes) -> Finding:
     return Finding("API key", "warning", f"the API answered {status}; try again later")
 
 
-def _owner(answer: httpx.Response, secrets: Sequence[Secret]) -> list[Finding]:
+def _check_organisation(answer: httpx.Response, secrets: Sequence[Secret]) -> list[Finding]:
     """Hold the secrets that are set against the organisation's own: with a key of another one all would seem gone."""
     try:
         theirs = msgspec.json.decode(answer.content, type=dict[str, str]).get("secret") if answer.is_success else None
@@ -210,7 +210,7 @@ def _owner(answer: httpx.Response, secrets: Sequence[Secret]) -> list[Finding]:
     return [Finding("organisation", "failing", detail)]
 
 
-def _clock(header: str, tolerance: timedelta) -> list[Finding]:
+def _check_clock(header: str, tolerance: timedelta) -> list[Finding]:
     """Compare our clock to the API's: both sign and check times."""
     try:
         theirs = parsedate_to_datetime(header)
@@ -225,7 +225,7 @@ def _clock(header: str, tolerance: timedelta) -> list[Finding]:
     return [Finding("clock", "ok", "it agrees with the API's")]
 
 
-async def _dry_run(settings: Settings) -> list[Finding]:
+async def _check_dry_run(settings: Settings) -> list[Finding]:
     if not settings.is_dry_run:
         return []
     return [Finding("dry run", "warning", "MAYFLY_DRY_RUN is on: nothing is deleted")]

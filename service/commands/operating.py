@@ -37,10 +37,10 @@ def stats(*, is_json: bool) -> None:
     if is_json:
         print_json(found)
     else:
-        _show(found)
+        _print_stats(found)
 
 
-def _show(found: Stats) -> None:
+def _print_stats(found: Stats) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("state")
     table.add_column("records", justify="right")
@@ -52,11 +52,11 @@ def _show(found: Stats) -> None:
     click.echo(f"\nDue now: {found.due}{late}.")
     click.echo("Deletions run." if not found.pauses else "Deletions are paused:")
     for pause in found.pauses:
-        until = f", until {_time(pause.until)}" if pause.until else ""
-        click.echo(f"  {pause.kind} since {_time(pause.since)}{until}, by {pause.actor}: {pause.reason}")
+        until = f", until {_format_time(pause.until)}" if pause.until else ""
+        click.echo(f"  {pause.kind} since {_format_time(pause.since)}{until}, by {pause.actor}: {pause.reason}")
 
 
-def _time(at: datetime) -> str:
+def _format_time(at: datetime) -> str:
     return f"{at:%Y-%m-%d %H:%M:%S} UTC"
 
 

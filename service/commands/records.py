@@ -18,7 +18,7 @@ from service.core.lifecycle import Move, State
 from service.ledger import moving, reading
 from service.ledger.pausing import ACCOUNT
 from service.ledger.reading import MAX_PAGE, Filter
-from service.ledger.views import FullRecord, Record, RecordPage, find_record, present
+from service.ledger.views import FullRecord, Record, RecordPage, find_record, present_record
 from service.runtime.terminal import STATE_STYLES, console
 
 _WIDE = 100
@@ -58,14 +58,14 @@ def list_records(
     async def work(settings: Settings) -> RecordPage:
         async with open_ledger(settings) as database:
             rows: list[Row[Any]] = []
-            behind = cursor
+            after = cursor
             while True:  # a page of a search may be short
-                look = partial(reading.page, wanted=wanted, limit=limit - len(rows), cursor=behind)
-                page = await database.read(look)
+                read = partial(reading.read_page, wanted=wanted, limit=limit - len(rows), cursor=after)
+                page = await database.read(read)
                 rows += page.rows
-                behind = page.next_cursor
-                if behind is None or len(rows) == limit:
-                    return RecordPage([present(row) for row in rows], behind)
+                after = page.next_cursor
+                if after is None or len(rows) == limit:
+                    return RecordPage([present_record(row) for row in rows], after)
 
     page = run(work(settings_or_exit()))
     if is_json:
@@ -86,22 +86,28 @@ def _print_page(page: RecordPage) -> None:
         table.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=36 if heading == "id" else None)
     for record in page.items:
         state = f"[{STATE_STYLES[record.state]}]{record.state}[/]"
-        cells = (escape(record.id), escape(record.status), state, _next(record, now), _time(record.received_at))
+        cells = (
+            escape(record.id),
+            escape(record.status),
+            state,
+            _describe_next(record, now),
+            _format_time(record.received_at),
+        )
         table.add_row(*cells[: len(headings)])
     output.print(table)
     if page.next_cursor:
         click.echo(f"\nMore: --cursor {page.next_cursor}")
 
 
-def _next(record: Record, now: datetime) -> str:
+def _describe_next(record: Record, now: datetime) -> str:
     """Say in a few words what becomes of the record, or became of it."""
     match record.state:
         case State.SCHEDULED if record.next_attempt_at is not None:
             retried = f", attempt {record.attempts + 1}: {record.last_error}" if record.last_error else ""
-            return escape(f"{_from(now, record.next_attempt_at)}{retried}")
+            return escape(f"{_format_relative(now, record.next_attempt_at)}{retried}")
         case State.DELETED if record.deleted_at is not None:
             gone = "" if record.outcome == Outcome.DELETED else ", was gone"
-            return f"{_from(now, record.deleted_at)}{gone}"
+            return f"{_format_relative(now, record.deleted_at)}{gone}"
         case State.FAILED:
             return escape(f"needs a person: {record.last_error}")
         case State.HELD if record.hold is not None:
@@ -112,7 +118,7 @@ def _next(record: Record, now: datetime) -> str:
             return "now"
 
 
-def _from(now: datetime, at: datetime) -> str:
+def _format_relative(now: datetime, at: datetime) -> str:
     """Say when *at* is, seen from *now*: ``in 3 h``, ``5 min ago``."""
     seconds = int(abs(at - now).total_seconds())
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
@@ -122,7 +128,7 @@ def _from(now: datetime, at: datetime) -> str:
     return "now"
 
 
-def _time(at: datetime | None) -> str:
+def _format_time(at: datetime | None) -> str:
     return "" if at is None else f"{at:%Y-%m-%d %H:%M:%S} UTC"
 
 
@@ -148,7 +154,7 @@ def show(generation_id: str, *, is_json: bool) -> None:
         _print_record(record)
 
 
-def _mover(move: Move, explained: str) -> None:
+def _add_move_command(move: Move, explained: str) -> None:
     """Make the command for a person's *move*."""
 
     @records.command(move.value, help=explained)
@@ -156,7 +162,7 @@ def _mover(move: Move, explained: str) -> None:
     @click.option("--reason", help="Why; it stays in the record's history.")
     def command(generation_id: str, reason: str | None) -> None:
         wanted = partial(
-            moving.move,
+            moving.move_record,
             key=Key(ACCOUNT, generation_id),
             wanted=move,
             now=datetime.now(UTC),
@@ -175,10 +181,12 @@ def _mover(move: Move, explained: str) -> None:
         click.echo(f"{generation_id} is {state}.")
 
 
-_mover(Move.HOLD, "Stop the deletion of generation ID until it is released.")
-_mover(Move.RELEASE, "Let generation ID, which is held, be deleted when it is due; at once where that is past.")
-_mover(Move.KEEP, "Never delete generation ID.")
-_mover(Move.RETRY, "Try generation ID again, which was given up.")
+_add_move_command(Move.HOLD, "Stop the deletion of generation ID until it is released.")
+_add_move_command(
+    Move.RELEASE, "Let generation ID, which is held, be deleted when it is due; at once where that is past."
+)
+_add_move_command(Move.KEEP, "Never delete generation ID.")
+_add_move_command(Move.RETRY, "Try generation ID again, which was given up.")
 
 
 # The history has a table of its own, and what the bodies say stands under its own names.
@@ -191,18 +199,18 @@ def _print_record(record: FullRecord) -> None:
     table.add_column(overflow="fold")
     for name, value in msgspec.to_builtins(record, builtin_types=(datetime,)).items():
         if name not in _ONLY_IN_JSON and value not in (None, [], {}):
-            table.add_row(name, escape(_text(value)))
+            table.add_row(name, escape(_format_value(value)))
     console().print(table)
     history = Table(box=None, pad_edge=False, title="\nHistory", title_justify="left")
     for heading in ("at", "move", "by", "detail"):
         history.add_column(heading, overflow="fold")
     for event in record.events:
-        detail = "  ".join(f"{name}={_text(value)}" for name, value in (event.detail or {}).items())
-        history.add_row(_time(event.at), event.move, escape(event.actor), escape(detail))
+        detail = "  ".join(f"{name}={_format_value(value)}" for name, value in (event.detail or {}).items())
+        history.add_row(_format_time(event.at), event.move, escape(event.actor), escape(detail))
     console().print(history)
 
 
-def _text(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, datetime):
-        return _time(value)
+        return _format_time(value)
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()

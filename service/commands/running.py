@@ -43,13 +43,13 @@ def settings_or_exit(*requirements: Callable[[Settings], None]) -> Settings:
         settings = read_settings()
     except SettingsError as error:
         _exit_with(error.problems)
-    if problems := [problem for require in requirements for problem in _missing(require, settings)]:
+    if problems := [problem for require in requirements for problem in _missing_settings(require, settings)]:
         _exit_with(problems)
     configure_logging(settings.log_format)
     return settings
 
 
-def _missing(require: Callable[[Settings], None], settings: Settings) -> list[str]:
+def _missing_settings(require: Callable[[Settings], None], settings: Settings) -> list[str]:
     try:
         require(settings)
     except SettingsError as error:
@@ -77,7 +77,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
     except Exception as error:  # noqa: BLE001 - the last place there is
-        _fail(error)
+        _fail_with(error)
 
 
 def on_stop(act: Callable[[], object]) -> None:
@@ -102,7 +102,7 @@ def fail(problem: str) -> NoReturn:
     sys.exit(EXIT_FAILED)
 
 
-def _fail(error: BaseException) -> NoReturn:
+def _fail_with(error: BaseException) -> NoReturn:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, LedgerUnavailableError):

@@ -87,7 +87,7 @@ def simulate(
         fail(f"the simulator is for this machine alone; --allow-remote lets it listen on {host}")
     configure_logging(None)
     run(
-        _serve(
+        _run_simulator(
             host=host,
             port=port,
             api_key=api_key,
@@ -101,14 +101,14 @@ def simulate(
     )
 
 
-async def _serve(*, host: str, port: int, **options: Any) -> None:  # noqa: ANN401 - serve_forever() has their types
-    def tell(simulator: Simulator) -> None:
+async def _run_simulator(*, host: str, port: int, **options: Any) -> None:  # noqa: ANN401 - serve_forever() has their types
+    def print_directions(simulator: Simulator) -> None:
         if (serving := asyncio.current_task()) is not None:
             on_stop(serving.cancel)
         click.echo(_directions(simulator.url, options["api_key"], options["webhook_secret"], options["webhook_url"]))
 
     try:
-        await serve_forever(host=host, port=port, on_ready=tell, **options)
+        await serve_forever(host=host, port=port, on_ready=print_directions, **options)
     except asyncio.CancelledError:
         return
     except OSError as error:
@@ -144,9 +144,9 @@ def send(status: str, generation_id: str | None, body_file: BinaryIO | None, url
     """
     settings = settings_or_exit(require_webhook_secret)
     target = url or _own_url(settings)
-    body = body_file.read() if body_file else _sample(settings, status, generation_id or str(uuid.uuid4()), target)
+    body = body_file.read() if body_file else _sample_body(settings, status, generation_id or str(uuid.uuid4()), target)
     secret = settings.webhook_secrets[0].reveal().encode()
-    headers = {"content-type": "application/json", "sync-signature": sign(body, secret=secret, at=_instant(at))}
+    headers = {"content-type": "application/json", "sync-signature": sign(body, secret=secret, at=_parse_instant(at))}
     try:
         answer = httpx.post(target, content=body, headers=headers, timeout=_SEND_SECONDS, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
@@ -161,7 +161,7 @@ def _own_url(settings: Settings) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/webhooks/sync"
 
 
-def _sample(settings: Settings, status: str, generation_id: str, url: str) -> bytes:
+def _sample_body(settings: Settings, status: str, generation_id: str, url: str) -> bytes:
     sample = Generation(
         id=generation_id,
         status=status,
@@ -174,7 +174,7 @@ def _sample(settings: Settings, status: str, generation_id: str, url: str) -> by
     return sample.notification()
 
 
-def _instant(text: str | None) -> datetime:
+def _parse_instant(text: str | None) -> datetime:
     if text is None:
         return datetime.now(UTC)
     try:

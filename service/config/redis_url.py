@@ -51,7 +51,7 @@ def check_url(text: str) -> None:
             raise ValueError("0 is not a port of a Redis")
     elif parts.scheme != "unix" or not database:
         raise ValueError("not a URL of a Redis")
-    query = _query(parts.query)
+    query = _parse_query(parts.query)
     if query.keys() - _OPTIONS or query.get("ssl_cert_reqs", "required") not in _CERTIFICATE_CHECKS:
         raise ValueError("an option of the Redis URL is not known")
 
@@ -68,11 +68,11 @@ def read_sentinel_url(text: str) -> SentinelUrl:
     login, _, places = parts.netloc.rpartition("@")
     username, _, password = login.partition(":")
     service, _, database = parts.path.strip("/").partition("/")
-    query = _query(parts.query)
+    query = _parse_query(parts.query)
     url = SentinelUrl(
-        hosts=tuple(_host(place) for place in places.split(",")),
+        hosts=tuple(_parse_host(place) for place in places.split(",")),
         service=service or "mymaster",
-        database=_number(database or "0"),
+        database=_parse_number(database or "0"),
         username=unquote(username) or None,
         password=unquote(password) or None,
         sentinel_username=query.pop("sentinel_username", None),
@@ -86,21 +86,21 @@ def read_sentinel_url(text: str) -> SentinelUrl:
     return url
 
 
-def _host(place: str) -> tuple[str, int]:
+def _parse_host(place: str) -> tuple[str, int]:
     host, _, port = place.rpartition(":")
-    found = (host, _number(port)) if host else (port, _SENTINEL_PORT)
+    found = (host, _parse_number(port)) if host else (port, _SENTINEL_PORT)
     if not found[0]:
         raise ValueError("a Sentinel has no host")
     return found
 
 
-def _number(text: str) -> int:
+def _parse_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise ValueError("a port and a database are numbers")
     return int(text)
 
 
-def _query(text: str) -> dict[str, str]:
+def _parse_query(text: str) -> dict[str, str]:
     try:
         return dict(parse_qsl(text, strict_parsing=bool(text)))
     except ValueError:

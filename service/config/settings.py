@@ -95,11 +95,11 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 
     Raises: SettingsError with all problems at once.
     """
-    problems = _unknown(environment)
+    problems = _unknown_variables(environment)
     values: dict[str, Any] = {}
     for field, option in OPTIONS.items():
         try:
-            text = _text(option, environment)
+            text = _option_text(option, environment)
             values[field] = None if text is None else option.read(text)
         except ValueError:
             problems.append(f"{option.name} is not usable: it accepts {option.accepts}")
@@ -128,7 +128,7 @@ def require_api_key(settings: Settings) -> None:
         raise SettingsError([NO_API_KEY])
 
 
-def _text(option: Option, environment: Mapping[str, str]) -> str | None:
+def _option_text(option: Option, environment: Mapping[str, str]) -> str | None:
     text = environment.get(option.name, "").strip()
     path = environment.get(f"{option.name}_FILE", "").strip() if option.is_secret else ""
     if not text and path:
@@ -138,7 +138,7 @@ def _text(option: Option, environment: Mapping[str, str]) -> str | None:
     return text or option.default
 
 
-def _unknown(environment: Mapping[str, str]) -> list[str]:
+def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
     """Name variables that nothing reads: MAYFLY_DRY ignored in silence would delete for real."""
     known = {option.name for option in OPTIONS.values()}
     known |= {f"{option.name}_FILE" for option in OPTIONS.values() if option.is_secret}

@@ -44,7 +44,7 @@ class Progress:
     refusals: int
 
 
-def waited(progress: Progress, late: timedelta) -> Progress:
+def exclude_wait(progress: Progress, late: timedelta) -> Progress:
     """Return *progress* for an attempt that begins *late*: that it could not be made is no time of failing."""
     if progress.failing_since is None or late <= timedelta(0):
         return progress
@@ -99,12 +99,12 @@ def backoff(failures: int, *, retry_after: timedelta | None, jitter: float) -> t
     wait = MIN_BACKOFF / 2 + (ceiling - MIN_BACKOFF / 2) * jitter
     if retry_after is None:
         return wait
-    asked = throttle(retry_after)
+    asked = throttle_duration(retry_after)
     # A tenth on top spreads the rows that were all told the same moment.
     return asked + min(asked / 10, timedelta(seconds=30)) * jitter
 
 
-def throttle(retry_after: timedelta | None) -> timedelta:
+def throttle_duration(retry_after: timedelta | None) -> timedelta:
     """Return how long all calls wait after a 429 that asked for *retry_after*."""
     return MIN_BACKOFF if retry_after is None else min(max(retry_after, MIN_RETRY_AFTER), MAX_RETRY_AFTER)
 

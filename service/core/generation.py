@@ -22,7 +22,7 @@ _TOO_DEEP = "not a generation: nested too deeply"
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _BACKSLASH = ord("\\")
 # One half of a character, as a text has it that was cut within an emoji: JSON to some, and no character to most.
-_HALVES = re.compile(
+_LONE_SURROGATES = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
 )
 _NUMBER = re.compile(rb"[-+.0-9eE]+|null")
@@ -88,7 +88,7 @@ class Generation(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
 _decoder = msgspec.json.Decoder(Generation)
 
 
-def read(body: bytes) -> Generation:
+def read_generation(body: bytes) -> Generation:
     """Decode the raw *body* of a webhook or of an API answer.
 
     Raises: MalformedError with a sentence for the sender, and nothing else, whatever the bytes hold.
@@ -102,8 +102,8 @@ def read(body: bytes) -> Generation:
     except RecursionError:
         raise MalformedError(_TOO_DEEP) from None
     _check_id(generation.id)
-    _check_keys(generation, body)
-    _check_text(generation, body)
+    _check_duplicate_keys(generation, body)
+    _check_no_nul(generation, body)
     return generation
 
 
@@ -111,7 +111,7 @@ def _decode(body: bytes) -> Generation:
     try:
         return _decoder.decode(body)
     except msgspec.DecodeError:
-        generation = _decoder.decode(_with_texts(body))
+        generation = _decoder.decode(_coerce_texts(body))
     if any(
         "\N{REPLACEMENT CHARACTER}" in text for text in (generation.id, generation.status, generation.webhook_url or "")
     ):
@@ -119,9 +119,9 @@ def _decode(body: bytes) -> Generation:
     return generation
 
 
-def _with_texts(body: bytes) -> bytes:
+def _coerce_texts(body: bytes) -> bytes:
     """Make a text of what should be one and nobody decides on: a list as the error must not lose the generation."""
-    body = _HALVES.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], body)
+    body = _LONE_SURROGATES.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], body)
     top = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     for name in _LOOSE_TEXTS & top.keys():
         value = bytes(top[name])
@@ -151,7 +151,7 @@ def _check_id(generation_id: str) -> None:
         raise MalformedError("not a generation: the id holds characters that no id has")
 
 
-def _check_keys(generation: Generation, body: bytes) -> None:
+def _check_duplicate_keys(generation: Generation, body: bytes) -> None:
     """Refuse a decisive key that stands twice at the top level."""
     # The slow second reading is only for bodies where it could find something: a name seen twice, or written
     # with escapes, which no known sender does for keys. One byte is looked for in a fifth of the time of two.
@@ -174,7 +174,7 @@ def _check_keys(generation: Generation, body: bytes) -> None:
             raise MalformedError(f"not a generation: the key {key} stands twice")
 
 
-def _check_text(generation: Generation, body: bytes) -> None:
+def _check_no_nul(generation: Generation, body: bytes) -> None:
     """Refuse a NUL character in a field that becomes a text column: PostgreSQL cannot hold it."""
     if _BACKSLASH not in body or b"\\u0000" not in body:
         return

@@ -62,7 +62,7 @@ class IllegalMoveError(ExplainedError):
         self.move = move
 
 
-def interrupted(state: State, *, is_copied: bool) -> list[Move]:
+def interrupting_moves(state: State, *, is_copied: bool) -> list[Move]:
     """Return what must come before a move that stops a record: a worker at it loses its lease, until the copy is made.
 
     From then on its DELETE may be under way, and nothing can stop it.
@@ -70,7 +70,7 @@ def interrupted(state: State, *, is_copied: bool) -> list[Move]:
     return [Move.LOSE_LEASE] if state is State.DELETING and not is_copied else []
 
 
-def after(state: State | None, *moves: Move) -> State:
+def state_after(state: State | None, *moves: Move) -> State:
     """Return the state that *moves* lead to from *state*; None stands for a record that is not there yet.
 
     Raises: IllegalMoveError; ValueError for no moves from nowhere.

@@ -14,7 +14,7 @@ from typing import Literal
 MAX_HEADER_LENGTH = 4096
 MAX_SIGNATURES = 16
 # There are two secrets while one is rotated.
-_READY_MACS = 16
+_CACHED_MACS = 16
 
 # The header as it is sent. Any other form is taken apart slowly.
 _USUAL = re.compile(r"t=([0-9]{1,12}),v1=([0-9a-f]{64})", re.ASCII)
@@ -42,12 +42,12 @@ def verify(header: str, body: bytes, *, secrets: Sequence[bytes], now: datetime,
 
     Raises: SignatureError, and nothing else, whatever the header holds.
     """
-    timestamp, digests = _parse(header)
+    timestamp, digests = _parse_header(header)
     signed = b"%b.%b" % (timestamp.encode(), body)
     # Every pair is compared, so that the time taken does not tell which secret or entry came close.
     matches = 0
     for secret in secrets:
-        mac = _mac_of(secret).copy()
+        mac = _start_mac(secret).copy()
         mac.update(signed)
         expected = mac.hexdigest()
         for digest in digests:
@@ -58,8 +58,8 @@ def verify(header: str, body: bytes, *, secrets: Sequence[bytes], now: datetime,
     return datetime.fromtimestamp(int(timestamp), UTC)
 
 
-@lru_cache(_READY_MACS)  # to begin one takes as long as to put a webhook through it
-def _mac_of(secret: bytes) -> hmac.HMAC:
+@lru_cache(_CACHED_MACS)  # to begin one takes as long as to put a webhook through it
+def _start_mac(secret: bytes) -> hmac.HMAC:
     return hmac.new(secret, digestmod="sha256")
 
 
@@ -68,7 +68,7 @@ def check_form(header: str, *, now: datetime, tolerance: timedelta) -> None:
 
     Raises: SignatureError.
     """
-    timestamp, _ = _parse(header)
+    timestamp, _ = _parse_header(header)
     _check_time(timestamp, now, tolerance)
 
 
@@ -84,7 +84,7 @@ def _check_time(timestamp: str, now: datetime, tolerance: timedelta) -> None:
         raise SignatureError("stale")
 
 
-def _parse(header: str) -> tuple[str, list[str]]:
+def _parse_header(header: str) -> tuple[str, list[str]]:
     """Split *header* into its one timestamp and its v1 digests."""
     if usual := _USUAL.fullmatch(header):
         return usual[1], [usual[2]]

@@ -103,12 +103,12 @@ def _live(console: Console) -> Iterator[Show]:
 @contextmanager
 def _plain(console: Console) -> Iterator[Show]:
     """Print a line whenever something changes: what reads a pipe cannot see a table move."""
-    began, told = time.monotonic(), dict[str, tuple[object, ...]]()
+    began, printed = time.monotonic(), dict[str, tuple[object, ...]]()
 
     def show(lines: list[Line]) -> None:
         for line in lines:
-            if told.get(line.generation.id) != line.news:
-                told[line.generation.id] = line.news
+            if printed.get(line.generation.id) != line.news:
+                printed[line.generation.id] = line.news
                 state = line.record.state if line.record else ""
                 what = what_happens(line, datetime.now(UTC))
                 text = f"{time.monotonic() - began:5.1f} s  {line.scene.title:24}  {line.at_sync:10}  {state:9}  {what}"

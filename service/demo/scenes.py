@@ -15,7 +15,7 @@ class Scene:
     title: str
     status: str = "COMPLETED"
     is_spoken: bool = False  # its input is a text, so that there is a synthesizedAudioUrl to copy
-    wish: str = ""
+    override: str = ""
     faults: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ends: State = State.DELETED
     outcome: Outcome | None = Outcome.DELETED
@@ -30,6 +30,6 @@ SCENES: Final = (
     Scene("the API breaks: 500", is_spoken=True, faults={"GET": ["500"]}),
     Scene("too many calls: 429, 2 s", faults={"DELETE": ["429:retry_after=2"]}),
     Scene("the answer gets lost", faults={"DELETE": ["lost"]}, outcome=Outcome.ALREADY_GONE),
-    Scene("?ttl=forever", wish="?ttl=forever", ends=State.KEPT, outcome=None),
-    Scene("?hold=legal", wish="?hold=legal", ends=State.HELD, outcome=None),
+    Scene("?ttl=forever", override="?ttl=forever", ends=State.KEPT, outcome=None),
+    Scene("?hold=legal", override="?hold=legal", ends=State.HELD, outcome=None),
 )

@@ -16,7 +16,7 @@ from service.demo.scenes import SCENES, Scene
 from service.ledger import reading
 from service.ledger.database import Database
 from service.ledger.pausing import ACCOUNT
-from service.ledger.views import FullRecord, Record, find_record, present
+from service.ledger.views import FullRecord, Record, find_record, present_record
 from service.resources import open_queue, open_resources
 from service.runtime.metrics import Metrics
 from service.simulator import Generation, Simulator
@@ -47,7 +47,7 @@ class Stage:
                 self.simulator.add(
                     status=scene.status,
                     text_input=scene.is_spoken,
-                    webhook_url=self.webhook_url + scene.wish,
+                    webhook_url=self.webhook_url + scene.override,
                     output_file_name=f"take {number + 1}",
                     processing_seconds=_FIRST_SECONDS + number * _APART_SECONDS,
                     faults=scene.faults,
@@ -68,8 +68,8 @@ class Stage:
 
     async def records(self) -> dict[str, Record]:
         """Read the records that are there, by generation id, without their history."""
-        page = await self.database.read(partial(reading.page, wanted=reading.Filter(), limit=100, cursor=None))
-        return {row.id: present(row) for row in page.rows}
+        page = await self.database.read(partial(reading.read_page, wanted=reading.Filter(), limit=100, cursor=None))
+        return {row.id: present_record(row) for row in page.rows}
 
     async def record(self, generation_id: str) -> FullRecord | None:
         """Read one record with its history."""

@@ -24,7 +24,7 @@ _RETRIED: Final = [redis.ConnectionError, redis.TimeoutError, OSError]
 QUEUE_ERRORS: Final = (redis.RedisError, OSError, TimeoutError)
 
 
-def is_of_odd_key(error: Exception) -> bool:
+def is_wrong_type(error: Exception) -> bool:
     """Whether *error* is Redis's about a key of another type than ours: no trouble of Redis, and it will not pass."""
     # In a pipeline the command stands before it.
     return isinstance(error, redis.ResponseError) and "WRONGTYPE" in str(error)
@@ -80,7 +80,7 @@ def _sentinel_pool(text: str, options: dict[str, Any]) -> redis.ConnectionPool:
     return cast("redis.ConnectionPool", sentinel.master_for(url.service).connection_pool)
 
 
-async def check(pool: ArqRedis) -> list[str]:
+async def check_config(pool: ArqRedis) -> list[str]:
     """Return warnings about how Redis is set up.
 
     Raises: QueueError if it would throw jobs away when it is full; one of QUEUE_ERRORS if it cannot be reached.

@@ -19,13 +19,13 @@ import structlog
 
 from service.core.errors import ExplainedError
 from service.core.secret import Secret
-from service.runtime.tasks import end
+from service.runtime.tasks import cancel_and_wait
 
 log = structlog.get_logger()
 
 _START_SECONDS = 10
 _STOP_SECONDS = 10
-_LOOK_AGAIN_SECONDS = 1.0
+_CHECK_AGAIN_SECONDS = 1.0
 # What we make in the data directory.
 _OURS = frozenset({"redis", "ledger.db", "ledger.db-wal", "ledger.db-shm", "worker.alive", "lost+found"})
 # The kernel's limit for the path of a unix socket is 108 bytes, 104 on macOS.
@@ -61,13 +61,13 @@ async def embedded_redis(data_dir: Path) -> AsyncIterator[Secret]:
     socket = _socket_path(folder)
     with (folder / "owner.lock").open("w") as lock:
         embedded = _Embedded(folder, socket, Secret(f"unix://{socket}"), lock)
-        if embedded.take():
+        if embedded.become_owner():
             await embedded.start()
-        keeper = asyncio.create_task(embedded.keep())
+        keeper = asyncio.create_task(embedded.supervise())
         try:
             yield embedded.url
         finally:
-            await end([keeper])
+            await cancel_and_wait([keeper])
             await embedded.stop()
 
 
@@ -82,7 +82,7 @@ class _Embedded:
         self._is_owner = False
         self._server: asyncio.subprocess.Process | None = None
 
-    def take(self) -> bool:
+    def become_owner(self) -> bool:
         """Become the owner unless another process is."""
         with contextlib.suppress(BlockingIOError):
             fcntl.flock(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -94,28 +94,28 @@ class _Embedded:
 
         Raises: EmbeddedRedisError.
         """
-        await _shut_down(self.url)  # left behind by an owner that was killed
-        self._server = await _start(self._folder, self._socket)
+        await _shut_down_orphan(self.url)  # left behind by an owner that was killed
+        self._server = await _start_server(self._folder, self._socket)
         await _wait_until_ready(self._server, self.url, self._folder)
 
-    async def keep(self) -> None:
+    async def supervise(self) -> None:
         """For ever: start the server again when it has died, and take over when its owner has ended."""
         while True:
             if self._server is not None:
                 await self._server.wait()
                 log.error("embedded_redis.died", what_now="it is started again; deletions go by the ledger meanwhile")
                 self._server = None
-            elif self._is_owner or self.take():
+            elif self._is_owner or self.become_owner():
                 try:
                     await self.start()
                 except (EmbeddedRedisError, OSError) as error:
                     log.warning("embedded_redis.failed", error=str(error), what_now="tried again")
-            await asyncio.sleep(_LOOK_AGAIN_SECONDS)
+            await asyncio.sleep(_CHECK_AGAIN_SECONDS)
 
     async def stop(self) -> None:
         """Stop the server if it is ours."""
         if self._server is not None:
-            await _stop(self._server)
+            await _stop_server(self._server)
 
 
 def _folder(data_dir: Path) -> Path:
@@ -159,7 +159,7 @@ def _socket_path(folder: Path) -> Path:
     return private / "redis.sock"
 
 
-async def _start(folder: Path, socket: Path) -> asyncio.subprocess.Process:
+async def _start_server(folder: Path, socket: Path) -> asyncio.subprocess.Process:
     options = {
         "port": "0",
         "unixsocket": str(socket),
@@ -186,7 +186,7 @@ async def _start(folder: Path, socket: Path) -> asyncio.subprocess.Process:
 async def _wait_until_ready(server: asyncio.subprocess.Process, url: Secret, folder: Path) -> None:
     try:
         async with asyncio.timeout(_START_SECONDS):
-            while not await _answers(url):
+            while not await _is_answering(url):
                 if server.returncode is not None:
                     raise EmbeddedRedisError(
                         f"the embedded Redis did not start: see {folder / 'redis.log'}. If it cannot read its own "
@@ -194,11 +194,11 @@ async def _wait_until_ready(server: asyncio.subprocess.Process, url: Secret, fol
                     )
                 await asyncio.sleep(0.02)
     except TimeoutError:
-        await _stop(server)
+        await _stop_server(server)
         raise EmbeddedRedisError(f"the embedded Redis did not answer in time: see {folder / 'redis.log'}") from None
 
 
-async def _answers(url: Secret) -> bool:
+async def _is_answering(url: Secret) -> bool:
     client = redis.Redis.from_url(url.reveal(), socket_timeout=1, socket_connect_timeout=1)
     try:
         return bool(await client.ping())
@@ -208,9 +208,9 @@ async def _answers(url: Secret) -> bool:
         await client.aclose()
 
 
-async def _shut_down(url: Secret) -> None:
+async def _shut_down_orphan(url: Secret) -> None:
     """End a server that still listens on our socket, and wait until its files are free."""
-    if not await _answers(url):
+    if not await _is_answering(url):
         return
     log.warning("embedded_redis.found", what_now="an earlier one still ran; it is ended and started again")
     client = redis.Redis.from_url(url.reveal(), socket_timeout=_STOP_SECONDS)
@@ -222,7 +222,7 @@ async def _shut_down(url: Secret) -> None:
         await client.aclose()
 
 
-async def _stop(server: asyncio.subprocess.Process) -> None:
+async def _stop_server(server: asyncio.subprocess.Process) -> None:
     if server.returncode is None:
         server.terminate()
     try:

@@ -73,7 +73,7 @@ async def enqueue_jobs(pool: ArqRedis, jobs: Sequence[CleanupJob], *, now: datet
     is_kept = True
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
         for start in range(0, len(jobs) or 1, _JOBS_AT_ONCE):
-            is_kept &= await _enqueue(pool, jobs[start : start + _JOBS_AT_ONCE], now)
+            is_kept &= await _enqueue_batch(pool, jobs[start : start + _JOBS_AT_ONCE], now)
     return is_kept
 
 
@@ -88,7 +88,7 @@ return written and 1 or 0
 """
 
 
-async def _enqueue(pool: ArqRedis, jobs: Sequence[CleanupJob], now: datetime) -> bool:
+async def _enqueue_batch(pool: ArqRedis, jobs: Sequence[CleanupJob], now: datetime) -> bool:
     now_ms = _milliseconds(now)
     arguments: list[str | bytes | int] = [job_key_prefix, now_ms]
     for job in jobs:

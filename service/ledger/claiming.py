@@ -12,11 +12,11 @@ from typing import Any
 import msgspec
 from sqlalchemy import ColumnElement, Connection, Interval, Row, Select, bindparam, func, select, update
 
-from service.core.attempts import Progress, Step, after_lost_lease, waited
+from service.core.attempts import Progress, Step, after_lost_lease, exclude_wait
 from service.core.key import Key
-from service.core.lifecycle import Move, State, after
+from service.core.lifecycle import Move, State, state_after
 from service.ledger import pausing
-from service.ledger.history import Entry, append
+from service.ledger.history import Entry, append_entries
 from service.ledger.schema import Instant, are_of, records
 
 LOST_LEASE = "the worker that had it did not finish"
@@ -37,7 +37,7 @@ class Claim:
 
 
 # Without the bodies: some hundred rows of a megabyte each would be too much at once.
-_CLAIMED = tuple(
+_CLAIM_COLUMNS = tuple(
     records.c[name]
     for name in (
         *("seq", "account", "id", "attempts", "due_at", "wake_at", "rule", "ttl_seconds"),
@@ -76,23 +76,23 @@ def _lease_end(connection: Connection, now: datetime, lease: timedelta) -> Colum
     return func.greatest(end, func.statement_timestamp() + bindparam("b_lease", lease, Interval), type_=Instant)
 
 
-def claim(connection: Connection, *, now: datetime, lease: timedelta, limit: int, actor: str) -> list[Claim]:
+def claim_due(connection: Connection, *, now: datetime, lease: timedelta, limit: int, actor: str) -> list[Claim]:
     """Claim up to *limit* due records, longest overdue first; rows that another worker is claiming are passed over.
 
     While deletions are paused nothing is claimed, but for a single probe now and then of a key that was refused.
     """
-    limit = min(limit, pausing.allowance(connection, now=now))
+    limit = min(limit, pausing.take_allowance(connection, now=now))
     if limit == 0:
         return []
     due = (
-        select(*_CLAIMED)
+        select(*_CLAIM_COLUMNS)
         .where(records.c.wake_at <= _not_after(connection, now), records.c.state == State.SCHEDULED)
         .where(records.c.due_at <= _not_after(connection, now))
         .order_by(records.c.wake_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    return _lease(connection, connection.execute(due).all(), now=now, lease=lease, actor=actor)
+    return _lease_rows(connection, connection.execute(due).all(), now=now, lease=lease, actor=actor)
 
 
 def claim_wanted(
@@ -102,18 +102,18 @@ def claim_wanted(
 
     None: held, gone, paused, or at another attempt; the job has nothing to do.
     """
-    at = pausing.by_both_clocks(connection, now)
-    rows = {Key(row.account, row.id): row for row in connection.execute(_asked_for(wanted))}
-    found = [_found(rows.get(item.key), item.attempt, at) for item in wanted]
+    at = pausing.earlier_clock(connection, now)
+    rows = {Key(row.account, row.id): row for row in connection.execute(_select_wanted(wanted))}
+    found = [_check_wanted(rows.get(item.key), item.attempt, at) for item in wanted]
     due = {row.seq: row for row in found if isinstance(row, Row)}
-    allowed = pausing.allowance(connection, now=now) if due else 0
-    leased = _lease(connection, [*due.values()][:allowed], now=now, lease=lease, actor=actor)
+    allowed = pausing.take_allowance(connection, now=now) if due else 0
+    leased = _lease_rows(connection, [*due.values()][:allowed], now=now, lease=lease, actor=actor)
     claims = {claim.seq: claim for claim in leased}
     # Of two jobs for one attempt the first has it.
     return [claims.pop(row.seq, None) if isinstance(row, Row) else row for row in found]
 
 
-def _found(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] | NotYet | None:
+def _check_wanted(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] | NotYet | None:
     """Return the *row* if *attempt* at it can begin at the instant *at*."""
     if row is None or row.state != State.SCHEDULED or row.attempts + 1 != attempt:
         return None
@@ -121,11 +121,11 @@ def _found(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] | NotYe
     return row if wait <= timedelta(0) else NotYet(wait)
 
 
-def _asked_for(wanted: Sequence[Wanted]) -> Select[Any]:
+def _select_wanted(wanted: Sequence[Wanted]) -> Select[Any]:
     """Return the statement that locks the records of these keys."""
     # Their state is looked at afterwards: with it in here, SQLite would rather read all that are scheduled.
     return (
-        select(*_CLAIMED, records.c.state)
+        select(*_CLAIM_COLUMNS, records.c.state)
         .where(are_of(item.key for item in wanted))
         .order_by(records.c.account, records.c.id)
         .with_for_update()
@@ -146,7 +146,7 @@ def find_waiting(
     return [(Wanted(Key(row.account, row.id), row.attempts + 1), row.wake_at) for row in rows]
 
 
-def _lease(
+def _lease_rows(
     connection: Connection, rows: Sequence[Row[Any]], *, now: datetime, lease: timedelta, actor: str
 ) -> list[Claim]:
     """Claim *rows*, which are locked, scheduled and due."""
@@ -157,16 +157,16 @@ def _lease(
         # They are locked. With their state here as well, SQLite would rather read all that are scheduled.
         .where(records.c.seq.in_([row.seq for row in rows]))
         .values(
-            state=after(State.SCHEDULED, Move.CLAIM),
+            state=state_after(State.SCHEDULED, Move.CLAIM),
             attempts=records.c.attempts + 1,
             wake_at=_lease_end(connection, now, lease),
         )
     )
-    append(connection, [Entry(row.seq, now, Move.CLAIM, actor, {"attempt": row.attempts + 1}) for row in rows])
-    return [_claimed(row, now=now, until=now + lease) for row in rows]
+    append_entries(connection, [Entry(row.seq, now, Move.CLAIM, actor, {"attempt": row.attempts + 1}) for row in rows])
+    return [_claim_from_row(row, now=now, until=now + lease) for row in rows]
 
 
-def _claimed(row: Row[Any], *, now: datetime, until: datetime) -> Claim:
+def _claim_from_row(row: Row[Any], *, now: datetime, until: datetime) -> Claim:
     return Claim(
         row.seq,
         Key(row.account, row.id),
@@ -174,16 +174,16 @@ def _claimed(row: Row[Any], *, now: datetime, until: datetime) -> Claim:
         row.due_at,
         until,
         # Time spent paused or without a worker does not count toward MAYFLY_GIVE_UP_AFTER.
-        waited(_progress(row), now - row.wake_at),
+        exclude_wait(_progress_from_row(row), now - row.wake_at),
         row.rule,
         None if row.ttl_seconds is None else timedelta(seconds=row.ttl_seconds),
     )
 
 
-def lose_leases(connection: Connection, *, now: datetime, limit: int, actor: str) -> int:
+def end_expired_leases(connection: Connection, *, now: datetime, limit: int, actor: str) -> int:
     """Take back up to *limit* records whose worker let its lease run out, and return how many."""
     expired = (
-        select(*_CLAIMED)
+        select(*_CLAIM_COLUMNS)
         .where(records.c.wake_at <= _not_after(connection, now), records.c.state == State.DELETING)
         .order_by(records.c.wake_at)
         .limit(limit)
@@ -192,13 +192,13 @@ def lose_leases(connection: Connection, *, now: datetime, limit: int, actor: str
     rows = connection.execute(expired).all()
     if not rows:
         return 0
-    steps = [(row, after_lost_lease(_progress(row), now=now)) for row in rows]
-    connection.execute(_take_back, [_taken_back(row, step) for row, step in steps])
-    append(connection, [Entry(row.seq, now, Move.LOSE_LEASE, actor, {"attempt": row.attempts}) for row in rows])
+    steps = [(row, after_lost_lease(_progress_from_row(row), now=now)) for row in rows]
+    connection.execute(_set_lease_lost, [_lost_lease_values(row, step) for row, step in steps])
+    append_entries(connection, [Entry(row.seq, now, Move.LOSE_LEASE, actor, {"attempt": row.attempts}) for row in rows])
     return len(rows)
 
 
-_take_back = (
+_set_lease_lost = (
     update(records)
     .where(
         records.c.seq == bindparam("b_seq"),
@@ -206,7 +206,7 @@ _take_back = (
         records.c.state == State.DELETING,
     )
     .values(
-        state=after(State.DELETING, Move.LOSE_LEASE),
+        state=state_after(State.DELETING, Move.LOSE_LEASE),
         wake_at=bindparam("b_wake_at"),
         failures=bindparam("b_failures"),
         last_error=LOST_LEASE,
@@ -214,7 +214,7 @@ _take_back = (
 )
 
 
-def _taken_back(row: Row[Any], step: Step) -> dict[str, Any]:
+def _lost_lease_values(row: Row[Any], step: Step) -> dict[str, Any]:
     return {
         "b_seq": row.seq,
         "b_attempt": row.attempts,
@@ -223,5 +223,5 @@ def _taken_back(row: Row[Any], step: Step) -> dict[str, Any]:
     }
 
 
-def _progress(row: Row[Any]) -> Progress:
+def _progress_from_row(row: Row[Any]) -> Progress:
     return Progress(row.failing_since, row.failures, row.refusals)

@@ -13,7 +13,7 @@ from service.ledger.pausing import ACCOUNT, Kind, Pause
 from service.ledger.schema import tallies
 
 
-def reserve(connection: Connection, wanted: int, *, limit: int | None, now: datetime, actor: str) -> int:
+def reserve_deletes(connection: Connection, wanted: int, *, limit: int | None, now: datetime, actor: str) -> int:
     """Count up to *wanted* deletions against today's *limit* and return how many may be made; pause at the limit."""
     if limit is None or wanted == 0:
         return wanted
@@ -35,7 +35,7 @@ def reserve(connection: Connection, wanted: int, *, limit: int | None, now: date
     return allowed
 
 
-def refund(connection: Connection, days: Iterable[date]) -> None:
+def refund_deletes(connection: Connection, days: Iterable[date]) -> None:
     """Take back one deletion of each of *days*, the days that they were counted on: the API refused to make it."""
     for day, count in sorted(Counter(days).items()):
         connection.execute(

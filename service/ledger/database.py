@@ -49,7 +49,7 @@ class Database(Protocol):
         """Close all connections, once what is under way has ended."""
 
 
-def translated(error: Exception) -> Exception:
+def translate_error(error: Exception) -> Exception:
     """Translate a database error without its statement and parameters, which hold URLs and texts of users."""
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     is_refused = isinstance(cause, (sqlite3.DataError, sqlite3.IntegrityError))

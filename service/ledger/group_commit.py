@@ -5,7 +5,7 @@ from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 from service.ledger.database import LedgerUnavailableError
-from service.runtime.tasks import settle
+from service.runtime.tasks import set_outcome
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
@@ -70,4 +70,4 @@ class GroupCommit(Generic[Item, Result]):
                 return
             results = [error]
         for (_, future), result in zip(batch, results, strict=True):
-            settle(future, result)
+            set_outcome(future, result)

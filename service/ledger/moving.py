@@ -6,12 +6,12 @@ from typing import Any
 from sqlalchemy import Connection, Row, select, update
 
 from service.core.key import Key
-from service.core.lifecycle import Move, State, after, interrupted
-from service.ledger.history import Entry, append
+from service.core.lifecycle import Move, State, interrupting_moves, state_after
+from service.ledger.history import Entry, append_entries
 from service.ledger.schema import records
 
 
-def move(
+def move_record(
     connection: Connection, key: Key, wanted: Move, *, now: datetime, actor: str, reason: str | None
 ) -> Row[Any] | None:
     """Make the move *wanted* of a person and return the record as it then is; None where there is no record.
@@ -23,7 +23,7 @@ def move(
     if row is None:
         return None
     moves = _moves(row, wanted)
-    state = after(State(row.state), *moves)
+    state = state_after(State(row.state), *moves)
     wake_at = max(row.due_at, now) if state is State.SCHEDULED else None
     connection.execute(
         update(records)
@@ -31,14 +31,14 @@ def move(
         .values(state=state, wake_at=wake_at, **_changes(wanted, actor=actor, reason=reason))
     )
     detail = {"reason": reason} if reason else None
-    append(connection, [Entry(row.seq, now, step, actor, detail) for step in moves])
+    append_entries(connection, [Entry(row.seq, now, step, actor, detail) for step in moves])
     return connection.execute(select(records).where(records.c.seq == row.seq)).one()
 
 
 def _moves(row: Row[Any], wanted: Move) -> list[Move]:
     """Return *wanted* with what it takes before and what follows of what was announced in the meantime."""
     if wanted in (Move.HOLD, Move.KEEP):
-        return [*interrupted(State(row.state), is_copied=row.copied_attempt == row.attempts), wanted]
+        return [*interrupting_moves(State(row.state), is_copied=row.copied_attempt == row.attempts), wanted]
     if wanted is Move.RETRY and row.hold_reason is not None:
         return [wanted, Move.HOLD]
     # Scheduled without a due time it would wait for ever, and look as if it did not.

@@ -38,7 +38,7 @@ class Pause:
     until: datetime | None
 
 
-def find(connection: Connection) -> list[Pause]:
+def find_pauses(connection: Connection) -> list[Pause]:
     """Return the pauses in force, oldest first."""
     rows = connection.execute(select(pauses).where(pauses.c.account == ACCOUNT).order_by(pauses.c.since))
     return [Pause(Kind(row.kind), row.since, row.actor, row.reason, row.until) for row in rows]
@@ -46,7 +46,7 @@ def find(connection: Connection) -> list[Pause]:
 
 def pause(connection: Connection, wanted: Pause) -> bool:
     """Pause; False when that kind is in force already, which keeps its first reason and time."""
-    if any(one.kind is wanted.kind for one in find(connection)):
+    if any(one.kind is wanted.kind for one in find_pauses(connection)):
         return False
     values = {"account": ACCOUNT, "kind": wanted.kind, "since": wanted.since, "actor": wanted.actor}
     try:
@@ -59,7 +59,7 @@ def pause(connection: Connection, wanted: Pause) -> bool:
 
 def resume(connection: Connection, kinds: Sequence[Kind]) -> list[Kind]:
     """End the pauses of *kinds* and return those that were in force."""
-    gone = [one.kind for one in find(connection) if one.kind in kinds]
+    gone = [one.kind for one in find_pauses(connection) if one.kind in kinds]
     # One by one, in the order in which allowance() takes them.
     for kind in gone:
         connection.execute(delete(pauses).where(pauses.c.account == ACCOUNT, pauses.c.kind == kind))
@@ -68,18 +68,18 @@ def resume(connection: Connection, kinds: Sequence[Kind]) -> list[Kind]:
 
 def throttle(connection: Connection, wait: timedelta, *, now: datetime, actor: str) -> None:
     """Let no record be claimed for so long, nor for less than was asked before."""
-    until = by_both_clocks(connection, now) + wait
+    until = earlier_clock(connection, now) + wait
     if not pause(connection, Pause(Kind.THROTTLED, now, actor, "the API has had too many calls", until)):
         mine = (pauses.c.account == ACCOUNT, pauses.c.kind == Kind.THROTTLED, pauses.c.until < until)
         connection.execute(update(pauses).where(*mine).values(until=until))
 
 
-def allowance(connection: Connection, *, now: datetime) -> int:
+def take_allowance(connection: Connection, *, now: datetime) -> int:
     """Return how many records may be claimed now: all, none, or one that probes a refused key."""
-    found = find(connection)
+    found = find_pauses(connection)
     if not found:
         return UNLIMITED
-    at = by_both_clocks(connection, now)
+    at = earlier_clock(connection, now)
     over = [one for one in found if one.until is not None and one.until <= at]
     if len(over) < len(found):
         return 0
@@ -87,23 +87,23 @@ def allowance(connection: Connection, *, now: datetime) -> int:
     for one in over:  # in the order in which resume() takes them: in another each could wait for the other
         if one.kind is not Kind.UNAUTHORIZED:
             resume(connection, [one.kind])
-        elif _take_turn(connection, one, at):
+        elif _take_probe(connection, one, at):
             allowed = 1
         else:
             return 0
     return allowed
 
 
-def peek(connection: Connection, *, now: datetime) -> int:
+def peek_allowance(connection: Connection, *, now: datetime) -> int:
     """Return what allowance() would, without ending a pause or taking a probe."""
-    found = find(connection)
-    at = by_both_clocks(connection, now) if found else now
+    found = find_pauses(connection)
+    at = earlier_clock(connection, now) if found else now
     if any(one.until is None or one.until > at for one in found):
         return 0
     return 1 if any(one.kind is Kind.UNAUTHORIZED for one in found) else UNLIMITED
 
 
-def _take_turn(connection: Connection, one: Pause, at: datetime) -> bool:
+def _take_probe(connection: Connection, one: Pause, at: datetime) -> bool:
     """Take the next probe for this worker alone; False when another was first."""
     taken = connection.execute(
         update(pauses)
@@ -113,7 +113,7 @@ def _take_turn(connection: Connection, one: Pause, at: datetime) -> bool:
     return taken.rowcount == 1
 
 
-def by_both_clocks(connection: Connection, now: datetime) -> datetime:
+def earlier_clock(connection: Connection, now: datetime) -> datetime:
     """Return the earlier of our clock and the database's: one that runs ahead must not make all others wait for it."""
     if connection.dialect.name == "sqlite":
         return now

@@ -10,7 +10,7 @@ from sqlalchemy import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from service.ledger.database import READ_TIMEOUT_SECONDS, WRITE_TIMEOUT_SECONDS, translated
+from service.ledger.database import READ_TIMEOUT_SECONDS, WRITE_TIMEOUT_SECONDS, translate_error
 
 T = TypeVar("T")
 
@@ -47,7 +47,7 @@ class PostgresDatabase:
             async with asyncio.timeout(seconds), engine.begin() as connection:
                 return await connection.run_sync(function)
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            raise translated(error) from error
+            raise translate_error(error) from error
 
     async def close(self) -> None:
         """Close all connections."""

@@ -48,7 +48,7 @@ class Page:
     next_cursor: str | None
 
 
-def find(connection: Connection, key: Key) -> Row[Any] | None:
+def find_row(connection: Connection, key: Key) -> Row[Any] | None:
     """Return the record of *key*, None where there is none."""
     return connection.execute(select(records).where(records.c.account == key.account, records.c.id == key.id)).first()
 
@@ -61,7 +61,7 @@ _NEWEST_FIRST = tuple(column.desc() for column in _PLACE)
 Place = tuple[datetime, int]
 
 
-def page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | None) -> Page:
+def read_page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | None) -> Page:
     """Return the page of up to *limit* records behind *cursor*.
 
     A search for a text looks at SEARCHED records at most, so that it takes no longer in a large ledger: its page may
@@ -69,9 +69,9 @@ def page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | No
 
     Raises: CursorError.
     """
-    behind = [] if cursor is None else [tuple_(*_PLACE) < _bound(_place_of(cursor))]
-    conditions = _conditions(wanted) + behind
-    last = None if wanted.text is None else _last_searched(connection, wanted, behind)
+    after = [] if cursor is None else [tuple_(*_PLACE) < _bound(_place_of(cursor))]
+    conditions = _conditions(wanted) + after
+    last = None if wanted.text is None else _last_searched(connection, wanted, after)
     if last is not None:
         conditions.append(tuple_(*_PLACE) >= _bound(last))
     statement = select(*_LISTED).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit + 1)
@@ -81,9 +81,9 @@ def page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | No
     return Page(rows, None if last is None else _cursor_of(last))
 
 
-def _last_searched(connection: Connection, wanted: Filter, behind: Sequence[ColumnElement[bool]]) -> Place | None:
+def _last_searched(connection: Connection, wanted: Filter, after: Sequence[ColumnElement[bool]]) -> Place | None:
     """Return the place of the last record that a search looks at; None where it looks at all that are left."""
-    statement = select(*_PLACE).where(*_bounds(wanted), *behind).order_by(*_NEWEST_FIRST)
+    statement = select(*_PLACE).where(*_bounds(wanted), *after).order_by(*_NEWEST_FIRST)
     row = connection.execute(statement.offset(SEARCHED - 1).limit(1)).first()
     return None if row is None else (row.received_at, row.seq)
 
@@ -119,7 +119,7 @@ class Backlog:
     failed: int
 
 
-def backlog(connection: Connection, *, now: datetime) -> Backlog:
+def read_backlog(connection: Connection, *, now: datetime) -> Backlog:
     """Count what is due at *now* and what was given up."""
     first = next_wake(connection)
     overdue = max(now - first, timedelta(0)) if first is not None else timedelta(0)
@@ -128,7 +128,7 @@ def backlog(connection: Connection, *, now: datetime) -> Backlog:
     return Backlog(overdue, connection.scalar(due) or 0, connection.scalar(failed) or 0)
 
 
-def counts(connection: Connection) -> dict[State, int]:
+def count_by_state(connection: Connection) -> dict[State, int]:
     """Return how many records are in each state."""
     rows = connection.execute(select(records.c.state, func.count()).group_by(records.c.state))
     found = {State(state): number for state, number in rows}

@@ -11,10 +11,10 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from service.core.generation import Generation
 from service.core.key import Key
-from service.core.lifecycle import Move, State, after, interrupted
+from service.core.lifecycle import Move, State, interrupting_moves, state_after
 from service.core.retention import Retention
-from service.ledger.columns import described
-from service.ledger.history import Entry, append
+from service.ledger.columns import generation_values
+from service.ledger.history import Entry, append_entries
 from service.ledger.schema import are_of, records
 
 ACTOR = "webhook"
@@ -65,7 +65,7 @@ _insert = {
     .returning(records.c.seq, records.c.account, records.c.id)
     for dialect, statement in ((sqlite.dialect, sqlite.insert), (postgresql.dialect, postgresql.insert))
 }
-_change = (
+_update_record = (
     update(records)
     .where(
         records.c.seq == bindparam("b_seq"),
@@ -110,23 +110,23 @@ class _Changes(msgspec.Struct, frozen=True, gc=False):
 
 def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
     """Write *arrivals*, each of another generation: insert those that are new, then lock and change the others."""
-    rows = connection.execute(_insert[connection.dialect.name], [_columns(arrival) for arrival in arrivals])
+    rows = connection.execute(_insert[connection.dialect.name], [_insert_values(arrival) for arrival in arrivals])
     new = {Key(account, name): seq for seq, account, name in rows}
-    known = _lock(connection, [arrival.key for arrival in arrivals if arrival.key not in new])
+    known = _lock_known(connection, [arrival.key for arrival in arrivals if arrival.key not in new])
     changes = _Changes([], [])
     receipts = [
-        _first(arrival, new[arrival.key], changes)
+        _receipt_of_new(arrival, new[arrival.key], changes)
         if arrival.key in new
-        else _again(arrival, known[arrival.key], changes)
+        else _receipt_of_known(arrival, known[arrival.key], changes)
         for arrival in arrivals
     ]
     if changes.updates:
-        connection.execute(_change, changes.updates)
-    append(connection, changes.entries)
+        connection.execute(_update_record, changes.updates)
+    append_entries(connection, changes.entries)
     return receipts
 
 
-def _lock(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
+def _lock_known(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
     """Lock the records of *keys*, which are sorted."""
     if not keys:
         return {}
@@ -141,7 +141,7 @@ def _first_moves(retention: Retention) -> list[Move]:
     return [Move.RECEIVE if retention.due_at else Move.KEEP]
 
 
-def _first(arrival: Arrival, seq: int, changes: _Changes) -> Receipt:
+def _receipt_of_new(arrival: Arrival, seq: int, changes: _Changes) -> Receipt:
     """Add the history of a new record to *changes*."""
     retention = arrival.retention
     moves = _first_moves(retention)
@@ -152,23 +152,23 @@ def _first(arrival: Arrival, seq: int, changes: _Changes) -> Receipt:
             else {"rule": retention.rule, "status": arrival.generation.status}
         )
         changes.entries.append(Entry(seq, arrival.received_at, move, ACTOR, detail))
-    return Receipt(seq, after(None, *moves), retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
+    return Receipt(seq, state_after(None, *moves), retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
 
 
-def _again(arrival: Arrival, before: Row[Any], changes: _Changes) -> Receipt:
+def _receipt_of_known(arrival: Arrival, before: Row[Any], changes: _Changes) -> Receipt:
     """Decide what another announcement of a known generation changes, and add that to *changes*."""
     retention = arrival.retention
     due_at = retention.due_at if retention.is_later_than(before.due_at) else before.due_at
     moves = _moves(arrival, before, due_at)
-    state = after(State(before.state), *(moves or ()))
+    state = state_after(State(before.state), *(moves or ()))
     if moves is not None:
         # An attempt that was put off, by the API's Retry-After perhaps, is not made sooner.
         put_off = before.wake_at if before.state == State.SCHEDULED else None
         wake_at = max(due_at, put_off or due_at) if state is State.SCHEDULED and due_at else None
-        changes.updates.append(_changed(before, state, due_at, wake_at, retention))
+        changes.updates.append(_update_values(before, state, due_at, wake_at, retention))
         detail = {"rule": retention.rule, "announced": "again"}
-        told = moves or [Move.RECEIVE]  # it moved the due time alone
-        changes.entries.extend(Entry(before.seq, arrival.received_at, move, ACTOR, detail) for move in told)
+        recorded = moves or [Move.RECEIVE]  # it moved the due time alone
+        changes.entries.extend(Entry(before.seq, arrival.received_at, move, ACTOR, detail) for move in recorded)
     return Receipt(
         before.seq,
         state,
@@ -188,7 +188,7 @@ def _moves(arrival: Arrival, before: Row[Any], due_at: datetime | None) -> list[
         return None
     if state in (State.HELD, State.FAILED):
         return []  # it counts once a person has released it or has it tried again
-    stopped = interrupted(state, is_copied=is_copied)
+    stopped = interrupting_moves(state, is_copied=is_copied)
     if state is State.DELETING and (not stopped or not (is_hold or due_at is None or due_at > arrival.received_at)):
         return None  # too late, or due all the same
     if is_hold:
@@ -196,7 +196,7 @@ def _moves(arrival: Arrival, before: Row[Any], due_at: datetime | None) -> list[
     return [*stopped, Move.KEEP] if due_at is None else stopped
 
 
-def _changed(
+def _update_values(
     before: Row[Any], state: State, due_at: datetime | None, wake_at: datetime | None, retention: Retention
 ) -> dict[str, Any]:
     return {
@@ -207,17 +207,17 @@ def _changed(
         "b_due_at": due_at,
         "b_wake_at": wake_at,
         "b_rule": retention.rule,
-        "b_ttl_seconds": _seconds(retention),
+        "b_ttl_seconds": _ttl_seconds(retention),
         "b_hold_by": ACTOR if retention.hold_reason else None,
         "b_hold_reason": retention.hold_reason,
     }
 
 
-def _columns(arrival: Arrival) -> dict[str, Any]:
+def _insert_values(arrival: Arrival) -> dict[str, Any]:
     """Return the values of a new record."""
     retention = arrival.retention
-    state = after(None, *_first_moves(retention))
-    return described(arrival.generation) | {
+    state = state_after(None, *_first_moves(retention))
+    return generation_values(arrival.generation) | {
         "account": arrival.key.account,
         "id": arrival.key.id,
         "state": str(state),  # SQLite's driver looks long for a way to adapt what is only nearly a text
@@ -226,11 +226,11 @@ def _columns(arrival: Arrival) -> dict[str, Any]:
         "due_at": retention.due_at,
         "wake_at": retention.due_at if state is State.SCHEDULED else None,
         "rule": retention.rule,
-        "ttl_seconds": _seconds(retention),
+        "ttl_seconds": _ttl_seconds(retention),
         "hold_by": ACTOR if retention.hold_reason else None,
         "hold_reason": retention.hold_reason,
     }
 
 
-def _seconds(retention: Retention) -> int | None:
+def _ttl_seconds(retention: Retention) -> int | None:
     return None if retention.ttl is None else int(retention.ttl.total_seconds())

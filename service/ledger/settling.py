@@ -11,12 +11,12 @@ from sqlalchemy import Text as TextType
 
 from service.core.attempts import Step, Verdict
 from service.core.generation import Generation
-from service.core.lifecycle import Move, State, after
+from service.core.lifecycle import Move, State, state_after
 from service.core.retention import Retention
 from service.ledger import daily_limit, pausing
 from service.ledger.claiming import Claim
-from service.ledger.columns import DESCRIBED, described
-from service.ledger.history import Entry, append
+from service.ledger.columns import GENERATION_COLUMNS, generation_values
+from service.ledger.history import Entry, append_entries
 from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import records
 
@@ -45,7 +45,7 @@ class Settlement:
     retention: Retention | None = None  # what the API's own word on the generation changes, for a DEFER
 
 
-class Copied(StrEnum):
+class CopyResult(StrEnum):
     """What became of a copy, and so whether the DELETE may be sent."""
 
     KEPT = "kept"  # durable: it may
@@ -54,48 +54,50 @@ class Copied(StrEnum):
     PAUSED = "paused"  # durable, but a person paused all deletions after the claim
 
 
-def copy(
+def store_copies(
     connection: Connection, copies: Sequence[Copy], *, now: datetime, limit: int | None, actor: str
-) -> list[Copied]:
+) -> list[CopyResult]:
     """Keep what the API showed of each generation, and count the deletions to come against the day's *limit*."""
-    mine = _still_mine(connection, [item.claim for item in copies])
+    mine = _lock_claimed(connection, [item.claim for item in copies])
     kept = [item for item in copies if item.claim.seq in mine and item.claim.lease_until > now]
     if not kept:
-        return [Copied.LOST] * len(copies)
+        return [CopyResult.LOST] * len(copies)
     today = daily_limit.day_of(now)
-    connection.execute(_copy, [_copied(item, now) for item in kept])
-    if any(one.kind is Kind.OPERATOR for one in pausing.find(connection)):
-        outcomes = {item.claim.seq: Copied.PAUSED for item in kept}
+    connection.execute(_copy, [_copy_values(item, now) for item in kept])
+    if any(one.kind is Kind.OPERATOR for one in pausing.find_pauses(connection)):
+        outcomes = {item.claim.seq: CopyResult.PAUSED for item in kept}
     else:
         others = [item.claim.seq for item in kept if mine[item.claim.seq].counted_on != today]
-        reserved = daily_limit.reserve(connection, len(others), limit=limit, now=now, actor=actor)
+        reserved = daily_limit.reserve_deletes(connection, len(others), limit=limit, now=now, actor=actor)
         if limit is not None and reserved:
-            connection.execute(_count, [{"b_seq": seq, "b_day": today} for seq in others[:reserved]])
+            connection.execute(_set_counted, [{"b_seq": seq, "b_day": today} for seq in others[:reserved]])
         beyond = set(others[reserved:])
-        outcomes = {i.claim.seq: Copied.LIMITED if i.claim.seq in beyond else Copied.KEPT for i in kept}
-    return [outcomes.get(item.claim.seq, Copied.LOST) for item in copies]
+        outcomes = {i.claim.seq: CopyResult.LIMITED if i.claim.seq in beyond else CopyResult.KEPT for i in kept}
+    return [outcomes.get(item.claim.seq, CopyResult.LOST) for item in copies]
 
 
-def settle(connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str) -> list[bool]:
+def settle_attempts(
+    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str
+) -> list[bool]:
     """Write how each attempt ended; False where the lease is no longer the claim's, and its successor decides."""
-    mine = _still_mine(connection, [item.claim for item in settlements])
+    mine = _lock_claimed(connection, [item.claim for item in settlements])
     valid = [item for item in settlements if item.claim.seq in mine]
     for statement, values in (
-        (_confirm, [_confirmed(item, now) for item in valid if item.step.move is Move.CONFIRM]),
-        (_put_off, [_put_off_with(item) for item in valid if item.step.move is not Move.CONFIRM]),
-        (_reconsider, [_reconsidered(item, item.retention) for item in valid if item.retention is not None]),
-        (_uncount, [{"b_seq": item.claim.seq} for item in valid if item.is_refund]),
+        (_confirm, [_confirm_values(item, now) for item in valid if item.step.move is Move.CONFIRM]),
+        (_defer, [_defer_values(item) for item in valid if item.step.move is not Move.CONFIRM]),
+        (_set_retention, [_retention_values(item, item.retention) for item in valid if item.retention is not None]),
+        (_clear_counted, [{"b_seq": item.claim.seq} for item in valid if item.is_refund]),
     ):
         if values:
             connection.execute(statement, values)
-    append(connection, [entry for item in valid for entry in _entries(item, now, actor)])
+    append_entries(connection, [entry for item in valid for entry in _entries(item, now, actor)])
     counted = [mine[item.claim.seq].counted_on for item in valid if item.is_refund]
-    daily_limit.refund(connection, [day for day in counted if day is not None])
-    _note_pauses(connection, settlements, now, actor)
+    daily_limit.refund_deletes(connection, [day for day in counted if day is not None])
+    _update_pauses(connection, settlements, now, actor)
     return [item.claim.seq in mine for item in settlements]
 
 
-_select_mine = (
+_select_claimed = (
     select(records.c.seq, records.c.attempts, records.c.counted_on)
     .where(records.c.seq.in_(bindparam("seqs", expanding=True)), records.c.state == State.DELETING)
     # As receive() locks them: in another order each would wait for the other when they are announced again.
@@ -119,7 +121,7 @@ _copy = (
         # What the webhook said stands where the API shows nothing.
         **{
             name: func.coalesce(bindparam(f"b_{name}", type_=records.c[name].type), records.c[name])
-            for name in DESCRIBED
+            for name in GENERATION_COLUMNS
         },
     )
 )
@@ -135,9 +137,11 @@ _confirm = (
         last_error=None,
     )
 )
-_count = update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=bindparam("b_day", type_=Date))
-_uncount = update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=None)
-_reconsider = (
+_set_counted = (
+    update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=bindparam("b_day", type_=Date))
+)
+_clear_counted = update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=None)
+_set_retention = (
     update(records)
     .where(records.c.seq == bindparam("b_seq"))
     .values(
@@ -148,7 +152,7 @@ _reconsider = (
         hold_reason=bindparam("b_hold_reason"),
     )
 )
-_put_off = (
+_defer = (
     update(records)
     .where(*_fence)
     .values(
@@ -162,14 +166,14 @@ _put_off = (
 )
 
 
-def _still_mine(connection: Connection, claims: Sequence[Claim]) -> dict[int, Row[Any]]:
-    rows: Sequence[Any] = connection.execute(_select_mine, {"seqs": [item.seq for item in claims]}).all()
+def _lock_claimed(connection: Connection, claims: Sequence[Claim]) -> dict[int, Row[Any]]:
+    rows: Sequence[Any] = connection.execute(_select_claimed, {"seqs": [item.seq for item in claims]}).all()
     attempts = {item.seq: item.attempt for item in claims}
     return {row.seq: row for row in rows if attempts[row.seq] == row.attempts}
 
 
-def _copied(item: Copy, now: datetime) -> dict[str, Any]:
-    columns = {f"b_{name}": value for name, value in described(item.generation).items()}
+def _copy_values(item: Copy, now: datetime) -> dict[str, Any]:
+    columns = {f"b_{name}": value for name, value in generation_values(item.generation).items()}
     return columns | {
         "b_seq": item.claim.seq,
         "b_attempt": item.claim.attempt,
@@ -178,19 +182,19 @@ def _copied(item: Copy, now: datetime) -> dict[str, Any]:
     }
 
 
-def _confirmed(item: Settlement, now: datetime) -> dict[str, Any]:
+def _confirm_values(item: Settlement, now: datetime) -> dict[str, Any]:
     return {
         "b_seq": item.claim.seq,
         "b_attempt": item.claim.attempt,
-        "b_state": after(State.DELETING, Move.CONFIRM),
+        "b_state": state_after(State.DELETING, Move.CONFIRM),
         "b_outcome": item.step.outcome,
         "b_deleted_at": now,
         "b_receipt": item.receipt,
     }
 
 
-def _put_off_with(item: Settlement) -> dict[str, Any]:
-    state = after(State.DELETING, *_moves(item))
+def _defer_values(item: Settlement) -> dict[str, Any]:
+    state = state_after(State.DELETING, *_moves(item))
     return {
         "b_seq": item.claim.seq,
         "b_attempt": item.claim.attempt,
@@ -212,7 +216,7 @@ def _moves(item: Settlement) -> list[Move]:
     return [item.step.move, Move.KEEP] if item.retention.due_at is None else [item.step.move]
 
 
-def _reconsidered(item: Settlement, retention: Retention) -> dict[str, Any]:
+def _retention_values(item: Settlement, retention: Retention) -> dict[str, Any]:
     return {
         "b_seq": item.claim.seq,
         "b_due_at": retention.due_at,
@@ -236,7 +240,7 @@ def _entries(item: Settlement, now: datetime, actor: str) -> list[Entry]:
     return [Entry(item.claim.seq, now, move, actor, detail) for move in _moves(item)]
 
 
-def _note_pauses(connection: Connection, settlements: Sequence[Settlement], now: datetime, actor: str) -> None:
+def _update_pauses(connection: Connection, settlements: Sequence[Settlement], now: datetime, actor: str) -> None:
     """Pause deletions when the API refuses our key or has had too many calls; end the first once it takes the key."""
     if any(item.verdict is Verdict.UNAUTHORIZED for item in settlements):
         reason = "the API refuses the key"

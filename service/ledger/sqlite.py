@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from service.ledger.database import READ_TIMEOUT_SECONDS, LedgerUnavailableError, translated
+from service.ledger.database import READ_TIMEOUT_SECONDS, LedgerUnavailableError, translate_error
 
 T = TypeVar("T")
 
@@ -58,7 +58,7 @@ class SqliteDatabase:
             async with asyncio.timeout(seconds):
                 return await asyncio.get_running_loop().run_in_executor(threads, call, function)
         except (SQLAlchemyError, sqlite3.Error, TimeoutError) as error:
-            raise translated(error) from error
+            raise translate_error(error) from error
 
     def _write(self, function: Callable[[Connection], T]) -> T:
         if self._is_closed:
@@ -97,14 +97,16 @@ def _engine(url: URL, *, connections: int, busy_seconds: float, begin: Callable[
         hide_parameters=True,
     )
     # As SQLAlchemy's documentation has it: "Pysqlite", "Enabling Non-Legacy SQLite Transactional Modes".
-    event.listen(engine, "connect", _prepare)
+    event.listen(engine, "connect", _set_pragmas)
     event.listen(engine, "begin", begin)
     return engine
 
 
-def _prepare(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own type
+def _set_pragmas(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own type
     connection.isolation_level = None  # transactions begin where we say, not where the driver guesses
-    _patiently(lambda: connection.execute("PRAGMA journal_mode=WAL"))  # the one that SQLite itself does not wait for
+    _retry_while_busy(
+        lambda: connection.execute("PRAGMA journal_mode=WAL")
+    )  # the one that SQLite itself does not wait for
     for pragma in (
         "synchronous=FULL",  # a commit survives a power cut; WAL's usual NORMAL may lose the last ones
         "fullfsync=1",  # macOS: reach the disk, not only its cache
@@ -121,10 +123,10 @@ def _begin(connection: Connection) -> None:
 
 def _begin_immediate(connection: Connection) -> None:
     # A deferred transaction that reads first cannot become a writer later: it fails at once as "locked".
-    _patiently(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    _retry_while_busy(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"))
 
 
-def _patiently(call: Callable[[], T]) -> T:
+def _retry_while_busy(call: Callable[[], T]) -> T:
     """Make *call* again for as long as another process has the lock that it needs.
 
     SQLite's own wait looks every 0.1 s in the end and so misses the moments between the commits of a busy worker.

@@ -10,7 +10,7 @@ from service.core.durations import format_duration
 from service.core.key import Key
 from service.core.lifecycle import Move, State
 from service.ledger import history, pausing, reading
-from service.ledger.columns import DESCRIBED
+from service.ledger.columns import GENERATION_COLUMNS
 from service.ledger.pausing import Kind
 
 
@@ -35,9 +35,9 @@ class Stats(msgspec.Struct, rename="camel", frozen=True):
 
 def read_stats(connection: Connection, *, now: datetime) -> Stats:
     """Read the ledger's numbers."""
-    backlog = reading.backlog(connection, now=now)
-    pauses = [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find(connection)]
-    return Stats(reading.counts(connection), backlog.oldest_overdue.total_seconds(), backlog.due, pauses)
+    backlog = reading.read_backlog(connection, now=now)
+    pauses = [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find_pauses(connection)]
+    return Stats(reading.count_by_state(connection), backlog.oldest_overdue.total_seconds(), backlog.due, pauses)
 
 
 class Event(msgspec.Struct, rename="camel", frozen=True):
@@ -114,31 +114,31 @@ class RecordPage(msgspec.Struct, rename="camel", frozen=True):
     next_cursor: str | None
 
 
-def present(row: Row[Any]) -> Record:
+def present_record(row: Row[Any]) -> Record:
     """Show a row of the ledger as the API's record."""
-    return Record(**_shown(row))
+    return Record(**_record_fields(row))
 
 
 def find_record(connection: Connection, *, key: Key) -> FullRecord | None:
     """Read one record with its history and its bodies; None where there is none."""
-    row = reading.find(connection, key)
+    row = reading.find_row(connection, key)
     if row is None:
         return None
     return FullRecord(
-        **_shown(row),
-        notification=_decoded(row.notification),
-        copy=_decoded(row.copy),
-        events=[Event(e.at, e.move, e.actor, e.detail) for e in history.read(connection, row.seq)],
+        **_record_fields(row),
+        notification=_decode_json(row.notification),
+        copy=_decode_json(row.copy),
+        events=[Event(e.at, e.move, e.actor, e.detail) for e in history.read_entries(connection, row.seq)],
     )
 
 
-def _shown(row: Row[Any]) -> dict[str, Any]:
+def _record_fields(row: Row[Any]) -> dict[str, Any]:
     ttl = None if row.ttl_seconds is None else format_duration(row.ttl_seconds)
     return {name: getattr(row, name) for name in _COLUMNS} | {
         "state": State(row.state),
-        "input": _decoded(row.input),
-        "options": _decoded(row.options),
-        "segments": _decoded(row.segments),
+        "input": _decode_json(row.input),
+        "options": _decode_json(row.options),
+        "segments": _decode_json(row.segments),
         "next_attempt_at": row.wake_at if row.state == State.SCHEDULED else None,
         "retention": RecordRetention(row.rule, ttl),
         "hold": Hold(row.hold_by, row.hold_reason, None) if row.state == State.HELD else None,
@@ -149,12 +149,12 @@ def _shown(row: Row[Any]) -> dict[str, Any]:
 
 # What is shown as it stands in the row.
 _COLUMNS = (
-    *("account", "id", "outcome", "status", *DESCRIBED),
+    *("account", "id", "outcome", "status", *GENERATION_COLUMNS),
     *("received_at", "due_at", "copied_at", "deleted_at", "attempts", "last_error"),
 )
 
 
-def _decoded(text: str | None) -> Any:  # noqa: ANN401 - JSON is whatever it is
+def _decode_json(text: str | None) -> Any:  # noqa: ANN401 - JSON is whatever it is
     if text is None:
         return None
     try:

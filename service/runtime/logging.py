@@ -67,17 +67,17 @@ class _Lossy:
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
     """Mask what looks like a secret in the texts of a log event."""
     for name, value in event.items():
-        event[name] = _masked(value)
+        event[name] = _mask(value)
     return event
 
 
-def _masked(value: Any) -> Any:  # noqa: ANN401 - whatever is logged
+def _mask(value: Any) -> Any:  # noqa: ANN401 - whatever is logged
     match value:
         case str():
             return _SECRETS.sub(r"\1…", value)
         case dict():
-            return {name: _masked(one) for name, one in value.items()}
+            return {name: _mask(one) for name, one in value.items()}
         case list() | tuple():
-            return [_masked(one) for one in value]
+            return [_mask(one) for one in value]
         case _:
             return value

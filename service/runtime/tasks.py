@@ -9,7 +9,7 @@ T = TypeVar("T")
 _CANCEL_AGAIN_SECONDS = 0.2
 
 
-async def end(tasks: Collection[asyncio.Task[Any]]) -> None:
+async def cancel_and_wait(tasks: Collection[asyncio.Task[Any]]) -> None:
     """Cancel *tasks* until they have ended.
 
     Once is not enough: redis-py waits for each write with asyncio.wait_for, which before Python 3.12 loses a
@@ -25,7 +25,7 @@ async def end(tasks: Collection[asyncio.Task[Any]]) -> None:
 _slow: set[asyncio.Future[Any]] = set()
 
 
-async def within(seconds: float, call: Awaitable[T]) -> T:
+async def run_within(seconds: float, call: Awaitable[T]) -> T:
     """Return what *call* does, if it does so in time. One that does not is cancelled and not waited for.
 
     asyncio.timeout() would wait: the driver of a PostgreSQL that hangs takes two seconds to give up its connection.
@@ -39,13 +39,13 @@ async def within(seconds: float, call: Awaitable[T]) -> T:
         if not task.done():
             task.cancel()
             _slow.add(task)
-            task.add_done_callback(_forget)
+            task.add_done_callback(_discard_slow)
     if not done:
         raise TimeoutError
     return task.result()
 
 
-def settle(future: asyncio.Future[T], outcome: T | BaseException) -> None:
+def set_outcome(future: asyncio.Future[T], outcome: T | BaseException) -> None:
     """Give *future* its result, or the error in its place, if it still waits."""
     if future.done():
         return
@@ -55,7 +55,7 @@ def settle(future: asyncio.Future[T], outcome: T | BaseException) -> None:
         future.set_result(outcome)
 
 
-def _forget(task: asyncio.Future[Any]) -> None:
+def _discard_slow(task: asyncio.Future[Any]) -> None:
     _slow.discard(task)
     if not task.cancelled():
         task.exception()  # asked for, so that asyncio does not log it

@@ -106,8 +106,8 @@ class Fault:
 
     @property
     def has_effect(self) -> bool:
-        if (wish := self.parameters.get("effect")) is not None:
-            return wish == "1"
+        if (effect := self.parameters.get("effect")) is not None:
+            return effect == "1"
         return self.name in WITH_EFFECT
 
     def __str__(self) -> str:
@@ -158,12 +158,12 @@ class Plan:
         if self._scripts:
             for key in ((generation_id, operation), (None, operation)):
                 if key in self._scripts:
-                    return self._take(key)
+                    return self._next_scripted(key)
         if self.standing and (standing := self.standing.get(operation)):
             return standing
         return self._draw(operation, generation_id) if operation in self._mixes else None
 
-    def _take(self, key: tuple[str | None, Operation]) -> Fault:
+    def _next_scripted(self, key: tuple[str | None, Operation]) -> Fault:
         script = self._scripts[key]
         fault, times = script[0]
         if times is not None and times > 1:

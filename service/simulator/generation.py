@@ -18,7 +18,7 @@ ERRORS = {
     "REJECTED": ("The request was rejected", "generation_input_validation_failed"),
 }
 # The webhook has fewer keys than the polled generation, and spells the error's code in its own way.
-_NOTIFIED = (
+_WEBHOOK_KEYS = (
     *("id", "createdAt", "status", "model", "input", "webhookUrl", "options"),
     *("outputUrl", "segmentOutputUrl", "outputDuration", "error"),
 )
@@ -87,8 +87,8 @@ class Generation:
     def notification(self) -> bytes:
         """Return the body of the webhook about the present status."""
         body = self.body()
-        told = {key: body[key] for key in _NOTIFIED if key in body}
-        return msgspec.json.encode(told | {"error_code": body.get("errorCode")})
+        shown = {key: body[key] for key in _WEBHOOK_KEYS if key in body}
+        return msgspec.json.encode(shown | {"error_code": body.get("errorCode")})
 
 
 def sample_input(*, text: bool) -> list[dict[str, object]]:

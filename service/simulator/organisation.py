@@ -108,12 +108,12 @@ class Organisation:
             webhook_copies=webhook_copies,
             overrides=overrides,
         )
-        self._enter(generation, faults or {})
+        self._register(generation, faults or {})
         if processing_seconds is not None:
             self._start_processing(generation, status, seconds=processing_seconds)
         return generation
 
-    def _enter(self, generation: Generation, faults: Mapping[str, Sequence[str]]) -> None:
+    def _register(self, generation: Generation, faults: Mapping[str, Sequence[str]]) -> None:
         for operation, script in faults.items():
             self.plan.script(operation, script, generation.id)
         self.generations[generation.id] = generation

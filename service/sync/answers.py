@@ -14,8 +14,8 @@ from typing import Any, Final
 
 import msgspec
 
-from service.core.attempts import Verdict, throttle
-from service.core.generation import RUNNING, Generation, MalformedError, read
+from service.core.attempts import Verdict, throttle_duration
+from service.core.generation import RUNNING, Generation, MalformedError, read_generation
 
 # A generation is a few kilobytes; segments and scripts make it some more.
 MAX_BYTES: Final = 2 * 1024 * 1024
@@ -110,7 +110,7 @@ def _read_generation(reply: Reply, generation_id: str) -> Answer:
     if reply.body is None:
         return Answer(Verdict.RETRY, reply.status, error="the API's answer is longer than any generation")
     try:
-        generation = read(reply.body)
+        generation = read_generation(reply.body)
     except MalformedError:
         return Answer(Verdict.RETRY, reply.status, error="the API answered 200 without a generation")
     if generation.id != generation_id:
@@ -122,7 +122,7 @@ def _read_generation(reply: Reply, generation_id: str) -> Answer:
 
 def _read_error(reply: Reply) -> Answer:
     """Say what any status but the one hoped for means."""
-    details = _details(reply.body)
+    details = _parse_details(reply.body)
     meaning = _meaning(reply, details)
     code = (details or {}).get("errorCode")
     error = f"the API answered {reply.status}" + (f" {code}" if isinstance(code, str) and code.isidentifier() else "")
@@ -138,7 +138,7 @@ def _read_error(reply: Reply) -> Answer:
         retry_after=retry_after,
         is_undeleted=meaning.is_undeleted,
         is_key_good=meaning.is_key_good,
-        throttle=throttle(retry_after) if meaning.is_throttled else None,
+        throttle=throttle_duration(retry_after) if meaning.is_throttled else None,
     )
 
 
@@ -149,7 +149,7 @@ def _meaning(reply: Reply, details: dict[str, Any] | None) -> Meaning:
     return meaning if meaning.verdict is not Verdict.GONE or is_theirs else _OTHER_4XX
 
 
-def _details(body: bytes | None) -> dict[str, Any] | None:
+def _parse_details(body: bytes | None) -> dict[str, Any] | None:
     """Read an error body: a JSON object, else None; HTML comes from proxies and guards in front of the API."""
     try:
         details = msgspec.json.decode(body or b"")

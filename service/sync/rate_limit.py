@@ -30,12 +30,12 @@ _LONGER_WINDOWS: Final = 10
 _ASK_SECONDS: Final = 1.0
 _ASK_AGAIN_SECONDS: Final = 5.0
 # How long an attempt that was granted and not begun can be granted again: longer, and it would be a burst.
-_KEPT_SECONDS: Final = 1.0
+_LEFT_SECONDS: Final = 1.0
 _MIN_PAUSE_SECONDS: Final = 0.01
 _MAX_PAUSE_SECONDS: Final = 1.0
 
 
-def spread(rate: Rate) -> tuple[int, int]:
+def spread_rate(rate: Rate) -> tuple[int, int]:
     """Return *rate* as attempts in a short window of whole seconds, rounded down as little as windows allow.
 
     300 calls a minute are 5 attempts in 2 seconds: a minute's budget spent at once would make all others wait for a
@@ -78,20 +78,20 @@ class Budget:
         self._left_until = 0.0
         self._ask_again_at = 0.0
         self._closed_until = 0.0
-        self._line = asyncio.Lock()
+        self._queue = asyncio.Lock()
         self._stopping = stopping
         self.waiting = 0
 
-    async def take(self, seconds: float) -> bool:
+    async def acquire(self, seconds: float) -> bool:
         """Wait up to *seconds* for one attempt, first come first served; False when none came, or at a stop."""
         self.waiting += 1
         try:
-            async with asyncio.timeout(seconds), self._line:
+            async with asyncio.timeout(seconds), self._queue:
                 # One asks at a time: fifty that look again and again would be hundreds of scripts a second.
                 while not self._stopping.is_set():
                     if await self.grant(1):
                         return True
-                    await self._pause()
+                    await self._wait_to_ask()
         except TimeoutError:
             pass
         finally:
@@ -103,7 +103,7 @@ class Budget:
         if self._clock() >= self._left_until:
             self._left = 0
         while not self._closed_seconds() and self._left < wanted and await self._refill():
-            self._left_until = self._clock() + _KEPT_SECONDS
+            self._left_until = self._clock() + _LEFT_SECONDS
         granted = 0 if self._closed_seconds() else min(wanted, self._left)
         self._left -= granted
         return granted
@@ -129,7 +129,7 @@ class Budget:
     def _closed_seconds(self) -> float:
         return max(0.0, self._closed_until - self._clock())
 
-    async def _pause(self) -> None:
+    async def _wait_to_ask(self) -> None:
         """Wait a tenth of the time in which one attempt becomes free, or until it is open again."""
         limit = self._shared if self._clock() >= self._ask_again_at else self._alone
         seconds = self._closed_seconds() or limit.window_seconds / limit.attempts / 10
@@ -142,14 +142,14 @@ class Budget:
         if self._clock() >= self._ask_again_at:
             try:
                 async with asyncio.timeout(_ASK_SECONDS):
-                    return await self._ask(self._shared)
+                    return await self._ask_limiter(self._shared)
             except (StorageError, OSError, TimeoutError) as error:
                 self._ask_again_at = self._clock() + _ASK_AGAIN_SECONDS
                 what_now = f"this worker makes one call in {ALONE_SHARE} of the budget until it answers"
                 log.warning("budget.unshared", error=type(error).__name__, what_now=what_now)
-        return await self._ask(self._alone)
+        return await self._ask_limiter(self._alone)
 
-    async def _ask(self, limit: "_Limit") -> bool:
+    async def _ask_limiter(self, limit: "_Limit") -> bool:
         is_granted = await limit.limiter.hit(limit.item, self._name, cost=limit.at_once)
         self._left += limit.at_once if is_granted else 0
         return is_granted
@@ -160,7 +160,7 @@ class _Limit:
 
     def __init__(self, limiter: RateLimiter, rate: Rate) -> None:
         self.limiter = limiter
-        self.attempts, self.window_seconds = spread(rate)
+        self.attempts, self.window_seconds = spread_rate(rate)
         self.item = RateLimitItemPerSecond(self.attempts, self.window_seconds)
         # Asking once for a tenth of a window's attempts costs a busy worker a tenth of the round trips.
         self.at_once = max(1, self.attempts // 10)

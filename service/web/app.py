@@ -41,7 +41,7 @@ def make_app(
 ) -> Litestar:
     """Build the ASGI application over resources that are open."""
     enqueuer = Enqueuer(queue_pool, horizon=settings.queue_horizon, now=now, metrics=metrics)
-    given = {
+    dependencies_by_name = {
         "database": database,
         "queue_pool": queue_pool,
         "metrics": metrics,
@@ -54,7 +54,7 @@ def make_app(
     intake = _intake(settings, database, enqueuer, metrics, now)
     return Litestar(
         [webhook_handler(intake, metrics), health.live, health.ready, health.show_metrics, operator],
-        dependencies={name: _provide(value) for name, value in given.items()},
+        dependencies={name: _provide(value) for name, value in dependencies_by_name.items()},
         plugins=[problems.plugin],
         response_headers=SECURITY_HEADERS,
         exception_handlers=problems.exception_handlers,
@@ -90,10 +90,10 @@ def _openapi() -> OpenAPIConfig:
 
 
 def _provide(value: object) -> Provide:
-    def give() -> Any:  # noqa: ANN401 - each name has its own type
+    def return_value() -> Any:  # noqa: ANN401 - each name has its own type
         return value
 
-    return Provide(give, sync_to_thread=False, use_cache=True)
+    return Provide(return_value, sync_to_thread=False, use_cache=True)
 
 
 async def run_web(settings: Settings, resources: Resources, metrics: Metrics, stop: asyncio.Event) -> None:

@@ -18,7 +18,7 @@ from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.ledger.pausing import Kind, Pause
 from service.runtime.metrics import Metrics
-from service.runtime.tasks import within
+from service.runtime.tasks import run_within
 
 _TEXT = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")  # Litestar adds that itself
 _CHECK_SECONDS = 0.9
@@ -64,7 +64,7 @@ async def ready(
     away for it would be the greater harm.
     """
     ledger, redis, deletions = await asyncio.gather(
-        _ledger(database), _redis(queue_pool), _deletions(database, now(), is_dry_run=is_dry_run)
+        _check_ledger(database), _check_redis(queue_pool), _check_deletions(database, now(), is_dry_run=is_dry_run)
     )
     parts = {"ledger": ledger, "redis": redis, "deletions": deletions}
     if parts["ledger"].status == "failing":
@@ -73,9 +73,9 @@ async def ready(
     return Response(Health("ok" if is_well else "degraded", parts))
 
 
-async def _ledger(database: Database) -> Part:
+async def _check_ledger(database: Database) -> Part:
     try:
-        await within(_CHECK_SECONDS, database.write(migrating.check_writable))
+        await run_within(_CHECK_SECONDS, database.write(migrating.check_writable))
     except SchemaError as error:
         return Part("failing", str(error))
     except (LedgerUnavailableError, TimeoutError):
@@ -83,24 +83,24 @@ async def _ledger(database: Database) -> Part:
     return Part("ok")
 
 
-async def _redis(queue_pool: ArqRedis) -> Part:
+async def _check_redis(queue_pool: ArqRedis) -> Part:
     try:
-        await within(_CHECK_SECONDS, queue_pool.ping())
+        await run_within(_CHECK_SECONDS, queue_pool.ping())
     except QUEUE_ERRORS:
         return Part("failing", "Redis does not answer: webhooks are stored, deletions are started from the ledger")
     return Part("ok")
 
 
-async def _deletions(database: Database, now: datetime, *, is_dry_run: bool) -> Part:
+async def _check_deletions(database: Database, now: datetime, *, is_dry_run: bool) -> Part:
     try:
-        pauses, next_wake = await within(
+        pauses, next_wake = await run_within(
             _CHECK_SECONDS,
-            database.read(lambda connection: (pausing.find(connection), reading.next_wake(connection))),
+            database.read(lambda connection: (pausing.find_pauses(connection), reading.next_wake(connection))),
         )
     except (LedgerUnavailableError, TimeoutError):
         return Part("failing", "the database does not answer")
     if pauses:
-        return Part("paused", "; ".join(_explained(pause) for pause in pauses))
+        return Part("paused", "; ".join(_explain_pause(pause) for pause in pauses))
     if is_dry_run:
         return Part("paused", "MAYFLY_DRY_RUN is on: nothing is deleted")
     if next_wake is not None and now - next_wake > LATE:
@@ -109,7 +109,7 @@ async def _deletions(database: Database, now: datetime, *, is_dry_run: bool) -> 
     return Part("ok")
 
 
-def _explained(pause: Pause) -> str:
+def _explain_pause(pause: Pause) -> str:
     advice = {
         Kind.OPERATOR: "mayfly resume ends it",
         Kind.UNAUTHORIZED: "see to SYNC_API_KEY; one record a minute tries it again",
@@ -131,9 +131,11 @@ async def show_metrics(
 async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> None:
     """Read the ledger's gauges; without a ledger they keep still, and mayfly_ledger_up says so."""
     try:
-        backlog, pauses = await within(
+        backlog, pauses = await run_within(
             _CHECK_SECONDS,
-            database.read(lambda connection: (reading.backlog(connection, now=now), pausing.find(connection))),
+            database.read(
+                lambda connection: (reading.read_backlog(connection, now=now), pausing.find_pauses(connection))
+            ),
         )
     except (LedgerUnavailableError, TimeoutError):
         metrics.ledger_up.set(0)

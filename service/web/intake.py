@@ -7,10 +7,10 @@ from functools import partial
 import msgspec
 import structlog
 
-from service.core.generation import RUNNING, Generation, read
+from service.core.generation import RUNNING, Generation, read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
-from service.core.retention import Policy, decide
+from service.core.retention import Policy, decide_retention
 from service.core.signature import SignatureError, check_form, verify
 from service.jobs.enqueue import CleanupJob
 from service.ledger import receiving
@@ -77,11 +77,11 @@ class Intake:
         except SignatureError as error:
             self._metrics.signatures_refused.labels(error.reason).inc()
             raise
-        generation = read(body)
+        generation = read_generation(body)
         if generation.is_batch or not generation.is_terminal:
-            self._note_ignored(generation)
+            self._count_ignored(generation)
             return Answer(generation.id, "ignored")
-        retention = decide(self._policy, webhook_url=generation.webhook_url, sent_at=sent_at, now=now)
+        retention = decide_retention(self._policy, webhook_url=generation.webhook_url, sent_at=sent_at, now=now)
         arrival = Arrival(Key(account, generation.id), generation, body.decode(), retention, now)
         receipt = await self._group.submit(arrival)
         if receipt.is_conflict:
@@ -89,7 +89,7 @@ class Intake:
             log.warning("webhook.conflicted", generation=generation.id, what_now="the first announcement is kept")
         return Answer(generation.id, receipt.state, receipt.due_at)
 
-    def _note_ignored(self, generation: Generation) -> None:
+    def _count_ignored(self, generation: Generation) -> None:
         self._metrics.webhooks.labels("batch" if generation.is_batch else "ignored").inc()
         if not generation.is_batch and generation.status not in RUNNING:
             self._metrics.statuses_unknown.inc()
@@ -102,11 +102,11 @@ class Intake:
         self._stored.inc(new)
         self._known.inc(len(receipts) - new)
         self._metrics.receive_seconds.observe((self._now() - arrivals[0].received_at).total_seconds())
-        self._enqueue(_jobs(arrivals, receipts))
+        self._enqueue(_jobs_to_enqueue(arrivals, receipts))
         return receipts
 
 
-def _jobs(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[CleanupJob]:
+def _jobs_to_enqueue(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[CleanupJob]:
     """Return the jobs of the records that wait, and not as they did before."""
     return [
         CleanupJob(arrival.key, receipt.attempts + 1, receipt.due_at)

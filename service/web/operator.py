@@ -64,7 +64,7 @@ class OperatorController(Controller):
     ) -> FullRecord:
         """Answer the record after the move; 409 when its state does not have that move."""
         reason = data.reason if data else None
-        change = partial(_move, key=Key(account, generation_id), wanted=Move(move), now=now(), reason=reason)
+        change = partial(_move_and_read, key=Key(account, generation_id), wanted=Move(move), now=now(), reason=reason)
         record = await database.write(change)
         if record is None:
             raise NotFoundException("No record of this generation")
@@ -100,6 +100,8 @@ class OperatorController(Controller):
         return await database.read(partial(read_stats, now=now()))
 
 
-def _move(connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None) -> FullRecord | None:
-    row = moving.move(connection, key, wanted, now=now, actor=ACTOR, reason=reason)
+def _move_and_read(
+    connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None
+) -> FullRecord | None:
+    row = moving.move_record(connection, key, wanted, now=now, actor=ACTOR, reason=reason)
     return None if row is None else find_record(connection, key=key)

@@ -66,7 +66,7 @@ def problem(
     )
 
 
-def _signature(error: SignatureError) -> ProblemDetailsException:
+def _from_signature_error(error: SignatureError) -> ProblemDetailsException:
     advice = {
         "missing": "the Sync-Signature header is missing",
         "malformed": "the Sync-Signature header is not t=<unix seconds>,v1=<hex>",
@@ -80,7 +80,7 @@ def _signature(error: SignatureError) -> ProblemDetailsException:
 _WIRE_NAMES = {"in_state": "state", "since": "from", "until": "to", "project_id": "projectId", "data": "the body"}
 
 
-def _http(error: HTTPException) -> ProblemDetailsException:
+def _from_http_exception(error: HTTPException) -> ProblemDetailsException:
     """Say what Litestar found wrong; its own title repeats the query, its details name our arguments."""
     found = error.extra if isinstance(error, ValidationException) and isinstance(error.extra, list) else []
     reasons = [f"{_WIRE_NAMES.get(one.get('key', ''), one.get('key'))}: {one.get('message')}" for one in found]
@@ -88,12 +88,12 @@ def _http(error: HTTPException) -> ProblemDetailsException:
     return problem(error.status_code, title, "; ".join(reasons) or error.detail, error.headers)
 
 
-def _unavailable(_error: LedgerUnavailableError) -> ProblemDetailsException:
+def _from_unavailable(_error: LedgerUnavailableError) -> ProblemDetailsException:
     detail = "the ledger cannot be reached right now; nothing was stored, send it again"
     return problem(503, "Ledger unavailable", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
-def _internal(request: Request[Any, Any, Any], _error: Exception) -> Response[Any]:
+def _answer_internal_error(request: Request[Any, Any, Any], _error: Exception) -> Response[Any]:
     """Answer a fault of ours without telling of it; the log tells."""
     return problem(500, "Internal error", "a fault of Mayfly's own; its log tells more").to_response(request)
 
@@ -101,9 +101,9 @@ def _internal(request: Request[Any, Any, Any], _error: Exception) -> Response[An
 plugin = ProblemDetailsPlugin(
     ProblemDetailsConfig(
         exception_to_problem_detail_map={
-            HTTPException: _http,
-            SignatureError: _signature,
-            LedgerUnavailableError: _unavailable,
+            HTTPException: _from_http_exception,
+            SignatureError: _from_signature_error,
+            LedgerUnavailableError: _from_unavailable,
             RefusedDataError: lambda error: problem(400, "Not storable", str(error)),
             MalformedError: lambda error: problem(400, "Not a generation", str(error)),
             IllegalMoveError: lambda error: problem(409, "Not possible now", str(error)),
@@ -111,7 +111,7 @@ plugin = ProblemDetailsPlugin(
         },
     )
 )
-exception_handlers: dict[Any, Any] = {Exception: _internal}
+exception_handlers: dict[Any, Any] = {Exception: _answer_internal_error}
 
 
 async def log_fault(error: Exception, scope: Any) -> None:  # noqa: ANN401 - Litestar's hook

@@ -13,7 +13,7 @@ from service.core.lifecycle import State
 from service.ledger import reading
 from service.ledger.database import Database
 from service.ledger.reading import MAX_PAGE, Filter
-from service.ledger.views import FullRecord, RecordPage, find_record, present
+from service.ledger.views import FullRecord, RecordPage, find_record, present_record
 from service.web.problems import documented, problem
 
 DEFAULT_PAGE = 50
@@ -46,9 +46,9 @@ class RecordsController(Controller):
         cursor: Annotated[str | None, QueryParameter(description="nextCursor of the page before")] = None,
     ) -> RecordPage:
         """Answer a page; the filters narrow it together."""
-        wanted = Filter(in_state, status, project_id, _aware(since, "from"), _aware(until, "to"), q)
-        page = await database.read(lambda connection: reading.page(connection, wanted, limit=limit, cursor=cursor))
-        return RecordPage([present(row) for row in page.rows], page.next_cursor)
+        wanted = Filter(in_state, status, project_id, _require_zone(since, "from"), _require_zone(until, "to"), q)
+        page = await database.read(lambda connection: reading.read_page(connection, wanted, limit=limit, cursor=cursor))
+        return RecordPage([present_record(row) for row in page.rows], page.next_cursor)
 
     @get(
         "/{generation_id:str}",
@@ -65,7 +65,7 @@ class RecordsController(Controller):
         return record
 
 
-def _aware(instant: datetime | None, name: str) -> datetime | None:
+def _require_zone(instant: datetime | None, name: str) -> datetime | None:
     if instant is not None and instant.tzinfo is None:
         raise problem(400, "Bad request", f"{name} needs its zone, such as 2026-12-31T00:00:00Z")
     return instant

@@ -68,7 +68,7 @@ def webhook_handler(intake: Intake, metrics: Metrics) -> HTTPRouteHandler:
             body = await bodies.read(request)
             return await intake.accept(_DEFAULT_ACCOUNT, signature, body)
         except _REFUSALS as error:
-            refusals.note(error)
+            refusals.count(error)
             raise
 
     return receive_webhook
@@ -93,7 +93,7 @@ class _Bodies:
                     size += len(part)
                     self._unread_bytes += len(part)
                     if size > SMALL_BODY_BYTES and self._unread_bytes > MAX_UNREAD_BYTES:
-                        raise _too_many()
+                        raise _too_many_bodies()
                     parts.append(part)
         except TimeoutError:
             # The rest of the body would otherwise keep the connection open for as long as it drips.
@@ -106,7 +106,7 @@ class _Bodies:
         return b"".join(parts)
 
 
-def _too_many() -> HTTPException:
+def _too_many_bodies() -> HTTPException:
     detail = "too many large bodies arrive at once; nothing was stored, send it again"
     return problem(503, "Body not taken", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
@@ -119,9 +119,9 @@ class _Refusals:
         self._unlogged = 0
         self._log_again_at = 0.0
 
-    def note(self, error: Exception) -> None:
+    def count(self, error: Exception) -> None:
         """Count and perhaps log *error*."""
-        self._metrics.webhooks.labels(_label(error)).inc()
+        self._metrics.webhooks.labels(_answer_label(error)).inc()
         if time.monotonic() < self._log_again_at:
             self._unlogged += 1
             return
@@ -130,7 +130,7 @@ class _Refusals:
         self._log_again_at, self._unlogged = time.monotonic() + _LOG_EVERY_SECONDS, 0
 
 
-def _label(error: Exception) -> str:
+def _answer_label(error: Exception) -> str:
     match error:
         case SignatureError():
             return "refused"

@@ -10,7 +10,7 @@ import structlog
 
 import workers.main
 from service import cli
-from service.ledger.settling import Copied, Copy
+from service.ledger.settling import Copy, CopyResult
 from workers.attempt import Cleaner
 
 
@@ -25,9 +25,9 @@ class NoSafetyNet:
         await self._stopping.wait()
 
 
-async def no_copy(_copy: Copy) -> Copied:
+async def no_copy(_copy: Copy) -> CopyResult:
     """Say that a copy was kept, and keep none."""
-    return Copied.KEPT
+    return CopyResult.KEPT
 
 
 def careless(**parts: Any) -> Cleaner:  # noqa: ANN401
@@ -39,10 +39,10 @@ def crashing_at(generation_id: str) -> Callable[..., Cleaner]:
     """Build cleaners that have a fault of their own with one generation."""
 
     def build(**parts: Any) -> Cleaner:  # noqa: ANN401
-        async def copy(item: Copy) -> Copied:
+        async def copy(item: Copy) -> CopyResult:
             if item.claim.key.id == generation_id:
                 raise KeyError("a fault")
-            kept: Copied = await parts["copy"](item)
+            kept: CopyResult = await parts["copy"](item)
             return kept
 
         return Cleaner(**(parts | {"copy": copy}))

@@ -17,7 +17,7 @@ from service.ledger import moving, pausing, settling
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.opening import open_database
 from service.ledger.pausing import Kind
-from service.ledger.settling import Copied, Settlement
+from service.ledger.settling import CopyResult, Settlement
 from service.sync.client import open_sync_api
 from tests.conftest import API_KEY
 from tests.support.ledger import (
@@ -34,7 +34,7 @@ from tests.support.ledger import (
     utc_now,
 )
 from tests.support.ledger import arrival as arrival_of
-from workers.attempt import REHEARSE_AGAIN, Cleaner
+from workers.attempt import DRY_RUN_AGAIN, Cleaner
 
 WEEK = timedelta(days=7)
 
@@ -49,14 +49,14 @@ def cleaner_of(database, metrics):
 
     def make(api, now=utc_now, **changes):
         async def copy(item):
-            write = partial(settling.copy, copies=[item], now=utc_now(), limit=None, actor=ACTOR)
+            write = partial(settling.store_copies, copies=[item], now=utc_now(), limit=None, actor=ACTOR)
             return (await database.write(write))[0]
 
         async def settle_one(item):
             return (await settle(database, item))[0]
 
         @asynccontextmanager
-        async def turn(until):
+        async def call_slot(until):
             yield now() <= until
 
         cleaner = Cleaner(
@@ -64,7 +64,7 @@ def cleaner_of(database, metrics):
             copy=copy,
             settle=settle_one,
             enqueue_next=no_next,
-            turn=turn,
+            call_slot=call_slot,
             now=now,
             give_up_after=WEEK,
             is_dry_run=False,
@@ -149,7 +149,7 @@ async def test_what_was_held_for_a_wish_is_deleted_once_a_person_released_it(cle
     key = await announced()
     simulator.generations[key.id].webhook_url = "https://hooks.example.com/webhooks/sync?hold=legal"
     await cleaner.clean(await claim_one(database))
-    release = partial(moving.move, key=key, wanted=Move.RELEASE, now=utc_now(), actor="a person", reason=None)
+    release = partial(moving.move_record, key=key, wanted=Move.RELEASE, now=utc_now(), actor="a person", reason=None)
     await database.write(release)
     await cleaner.clean(await claim_one(database))
 
@@ -213,7 +213,7 @@ async def test_a_delete_counts_against_the_days_limit_unless_the_api_says_that_i
 async def test_a_429_pauses_every_worker_for_as_long_as_the_api_asks(cleaner, database, announced):
     await announced(faults={"GET": ["429:retry_after=120"]})
     await cleaner.clean(await claim_one(database))
-    (pause,) = await database.read(pausing.find)
+    (pause,) = await database.read(pausing.find_pauses)
 
     assert pause.kind is Kind.THROTTLED
     assert timedelta(seconds=115) < pause.until - utc_now() <= timedelta(seconds=120)
@@ -348,7 +348,7 @@ async def test_a_refused_key_pauses_all_and_no_row_has_used_anything_up(cleaner,
     assert await cleaner.clean(await claim_one(database)) is Verdict.UNAUTHORIZED
     row = await row_of(database, key)
     assert (row.state, row.failures, row.refusals, row.failing_since) == (State.SCHEDULED, 0, 0, None)
-    assert [pause.kind for pause in await database.read(pausing.find)] == [pausing.Kind.UNAUTHORIZED]
+    assert [pause.kind for pause in await database.read(pausing.find_pauses)] == [pausing.Kind.UNAUTHORIZED]
 
 
 async def test_a_dry_run_copies_and_sends_no_delete(cleaner_of, api, database, simulator, announced):
@@ -361,7 +361,7 @@ async def test_a_dry_run_copies_and_sends_no_delete(cleaner_of, api, database, s
     assert key.id in simulator.generations
     assert (row.state, row.outcome) == (State.SCHEDULED, None)
     assert row.copied_at is not None
-    assert row.wake_at >= before + REHEARSE_AGAIN
+    assert row.wake_at >= before + DRY_RUN_AGAIN
     assert row.last_error == "dry run: it would have been deleted"
 
 
@@ -419,7 +419,7 @@ async def test_a_slow_commit_that_ate_the_lease_keeps_the_delete_from_being_sent
 
     async def slow_copy(_):
         late["by"] = timedelta(seconds=45)
-        return Copied.KEPT
+        return CopyResult.KEPT
 
     cleaner = cleaner_of(api, copy=slow_copy, now=lambda: utc_now() + late["by"])
     await cleaner.clean(item)
@@ -430,7 +430,7 @@ async def test_a_slow_commit_that_ate_the_lease_keeps_the_delete_from_being_sent
 
 async def test_at_the_days_limit_the_copy_is_kept_and_the_delete_waits(cleaner_of, api, database, simulator, announced):
     async def copy(item):
-        write = partial(settling.copy, copies=[item], now=utc_now(), limit=0, actor=ACTOR)
+        write = partial(settling.store_copies, copies=[item], now=utc_now(), limit=0, actor=ACTOR)
         return (await database.write(write))[0]
 
     key = await announced()
@@ -440,7 +440,7 @@ async def test_at_the_days_limit_the_copy_is_kept_and_the_delete_waits(cleaner_o
     assert [call.method for call in simulator.calls] == ["GET"]
     assert (row.state, row.failures) == (State.SCHEDULED, 0)
     assert row.copied_at is not None
-    assert [pause.kind for pause in await database.read(pausing.find)] == [pausing.Kind.DAILY_LIMIT]
+    assert [pause.kind for pause in await database.read(pausing.find_pauses)] == [pausing.Kind.DAILY_LIMIT]
 
 
 async def test_a_person_who_pauses_after_the_claim_still_keeps_the_delete_from_being_sent(

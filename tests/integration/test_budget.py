@@ -8,7 +8,7 @@ import pytest
 from service.core.rate import Rate
 from service.core.secret import Secret
 from service.jobs import connection
-from service.sync.rate_limit import ALONE_SHARE, CALLS, Budget, spread
+from service.sync.rate_limit import ALONE_SHARE, CALLS, Budget, spread_rate
 
 KEY = Secret("sk-1")
 
@@ -62,7 +62,7 @@ async def no_pool(tmp_path):
     ],
 )
 def test_a_rate_of_calls_is_spread_over_short_windows_of_attempts_and_never_exceeded(rate, attempts):
-    assert spread(rate) == attempts
+    assert spread_rate(rate) == attempts
     assert CALLS * attempts[0] / attempts[1] <= rate.calls / rate.seconds
 
 
@@ -108,7 +108,7 @@ async def test_whoever_waits_is_served_in_turn_and_within_the_rate(pool):
     served = []
 
     async def wait_for(number):
-        if await budget.take(10):
+        if await budget.acquire(10):
             served.append((number, time.monotonic()))
 
     await asyncio.gather(*(wait_for(number) for number in range(60)))
@@ -121,10 +121,10 @@ async def test_whoever_waits_is_served_in_turn_and_within_the_rate(pool):
 
 async def test_whoever_waits_too_long_is_told_and_asks_for_no_more(pool):
     budget = budget_of(Rate(1, 3600), pool)
-    assert await budget.take(1)
+    assert await budget.acquire(1)
     begun = time.monotonic()
 
-    assert await asyncio.gather(*(budget.take(0.3) for _ in range(5))) == [False] * 5
+    assert await asyncio.gather(*(budget.acquire(0.3) for _ in range(5))) == [False] * 5
     assert time.monotonic() - begun < 1
     assert budget.waiting == 0
 
@@ -132,8 +132,8 @@ async def test_whoever_waits_too_long_is_told_and_asks_for_no_more(pool):
 async def test_a_stop_ends_all_waiting_at_once(pool):
     stopping = asyncio.Event()
     budget = Budget(Rate(1, 3600), pool, KEY, clock=time.monotonic, stopping=stopping)
-    assert await budget.take(1)
-    waiting = [asyncio.create_task(budget.take(30)) for _ in range(100)]
+    assert await budget.acquire(1)
+    waiting = [asyncio.create_task(budget.acquire(30)) for _ in range(100)]
     await asyncio.sleep(0.05)
     stopping.set()
 
@@ -153,7 +153,7 @@ async def test_with_nothing_left_waiting_does_not_spin(pool, rate, monkeypatch):
         return await grant(wanted)
 
     monkeypatch.setattr(budget, "grant", counting)
-    await budget.take(0.5)
+    await budget.acquire(0.5)
 
     assert 1 <= len(asked) <= 15
 
@@ -203,7 +203,7 @@ async def test_while_closed_nothing_is_granted_and_whoever_has_no_time_to_wait_i
     begun = time.monotonic()
 
     assert await budget.grant(1) == 0
-    assert not await budget.take(0.1)
+    assert not await budget.acquire(0.1)
     assert not await budget.is_open_within(0.1)
     assert await budget.is_open_within(5)
     assert 1.25 <= time.monotonic() - begun < 2

@@ -38,7 +38,7 @@ async def find_waiting(database, **bounds):
 
 
 async def peek(database):
-    return await database.read(partial(pausing.peek, now=utc_now()))
+    return await database.read(partial(pausing.peek_allowance, now=utc_now()))
 
 
 async def pause(database, kind, *, until=None):
@@ -175,7 +175,7 @@ async def test_a_peek_ends_no_pause_and_takes_no_probe(database):
     await pause(database, Kind.DAILY_LIMIT, until=utc_now() + HOUR)
     assert await peek(database) == 0
 
-    assert len(await database.read(pausing.find)) == 3
+    assert len(await database.read(pausing.find_pauses)) == 3
 
 
 async def test_twenty_jobs_at_once_claim_each_record_once(database):

@@ -13,7 +13,7 @@ from service.core.lifecycle import IllegalMoveError, Move, State
 from service.ledger import claiming, moving, pausing, reading
 from service.ledger.opening import open_database
 from service.ledger.schema import records
-from service.ledger.settling import Copied, Settlement
+from service.ledger.settling import CopyResult, Settlement
 from tests.support.ledger import (
     ACTOR,
     HOUR,
@@ -70,7 +70,7 @@ async def test_claims_read_no_record_but_those_that_are_due(sqlite_database):
 
     def claim_explained(connection):
         event.listen(connection, "before_cursor_execute", explain)
-        return claiming.claim(connection, now=utc_now(), lease=LEASE, limit=100, actor=ACTOR)
+        return claiming.claim_due(connection, now=utc_now(), lease=LEASE, limit=100, actor=ACTOR)
 
     await receive(sqlite_database, *(arrival() for _ in range(100)))
     claims = await sqlite_database.write(claim_explained)
@@ -135,7 +135,7 @@ async def test_a_claim_reads_no_more_of_postgresql_than_what_is_due(postgres_url
     def explain_claim(connection):
         seen: list[Any] = []
         event.listen(connection, "before_cursor_execute", lambda *given: seen.append(given[2:4]))
-        claiming.claim(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
+        claiming.claim_due(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
         statement, parameters = next(pair for pair in seen if "SKIP LOCKED" in pair[0])
         connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # the table is too small to need its index
         return list(connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars())
@@ -211,7 +211,7 @@ async def test_a_copy_keeps_all_that_the_api_shows_and_the_webhooks_body_beside_
     }
     now = utc_now()
 
-    assert await copy(database, claimed, now=now, **fields) is Copied.KEPT
+    assert await copy(database, claimed, now=now, **fields) is CopyResult.KEPT
     row = await row_of(database, item.key)
     assert (row.state, row.copied_at) == (State.DELETING, now)
     assert row.output_url == fields["outputUrl"]
@@ -236,7 +236,7 @@ async def test_without_the_lease_nothing_is_copied(database):
     key = await store(database)
     item = await claim_one(database)
 
-    assert await copy(database, item, now=item.lease_until) is Copied.LOST
+    assert await copy(database, item, now=item.lease_until) is CopyResult.LOST
     assert (await row_of(database, key)).copied_at is None
 
 
@@ -249,7 +249,7 @@ async def test_a_worker_that_slept_past_its_lease_writes_nothing_over_its_succes
     successor = await claim_one(database)
 
     if write == "copy":
-        assert await copy(database, asleep, outputFileName="of the sleeper") is Copied.LOST
+        assert await copy(database, asleep, outputFileName="of the sleeper") is CopyResult.LOST
     else:
         assert await settle(database, confirmed(asleep)) == [False]
     row = await row_of(database, key)
@@ -331,7 +331,7 @@ async def test_the_history_tells_who_did_what_when_and_why(database):
     item = await claim_one(database)
     await settle(database, deferred(item, verdict=Verdict.RUNNING))
     seq = (await row_of(database, key)).seq
-    entries = await database.read(lambda connection: history.read(connection, seq))
+    entries = await database.read(lambda connection: history.read_entries(connection, seq))
 
     assert [(entry.move, entry.actor) for entry in entries] == [
         (Move.RECEIVE, "webhook"),
@@ -363,30 +363,30 @@ async def test_the_days_limit_is_never_passed_however_many_count_at_once(databas
         copies = [copy(database, item, limit=3) for database, item in zip((one, other) * 4, claims, strict=True)]
         outcomes = await asyncio.gather(*copies)
 
-        assert sorted(outcomes) == [Copied.KEPT] * 3 + [Copied.LIMITED] * 5
-        assert [pause.kind for pause in await one.read(pausing.find)] == [pausing.Kind.DAILY_LIMIT]
+        assert sorted(outcomes) == [CopyResult.KEPT] * 3 + [CopyResult.LIMITED] * 5
+        assert [pause.kind for pause in await one.read(pausing.find_pauses)] == [pausing.Kind.DAILY_LIMIT]
 
 
 async def test_a_deletion_that_the_api_refused_is_given_back_to_the_days_limit(database):
     await receive(database, arrival(), arrival())
     first, second = await claim(database)
-    assert await copy(database, first, limit=1) is Copied.KEPT
+    assert await copy(database, first, limit=1) is CopyResult.KEPT
     refused = Settlement(first, Verdict.RUNNING, deferred(first).step, is_refund=True)
     await settle(database, refused)
 
-    assert await copy(database, second, limit=1) is Copied.KEPT
+    assert await copy(database, second, limit=1) is CopyResult.KEPT
 
 
 async def test_a_record_counts_once_a_day_however_many_attempts_it_takes(database):
     await receive(database, arrival(), arrival())
     first, second = await claim(database)
     for _ in range(3):  # the DELETE is answered 500 each time: nobody knows what it did
-        assert await copy(database, first, limit=1) is Copied.KEPT
+        assert await copy(database, first, limit=1) is CopyResult.KEPT
         await settle(database, deferred(first))
         (first,) = [item for item in await claim(database) if item.key == first.key]
 
-    assert await copy(database, second, limit=1) is Copied.LIMITED
-    assert await copy(database, first, limit=1) is Copied.KEPT
+    assert await copy(database, second, limit=1) is CopyResult.LIMITED
+    assert await copy(database, first, limit=1) is CopyResult.KEPT
 
 
 async def test_a_refund_after_midnight_is_the_day_befores(database):
@@ -394,13 +394,13 @@ async def test_a_refund_after_midnight_is_the_day_befores(database):
     morning = evening + timedelta(seconds=20)
     await receive(database, *(arrival(due_in=-72 * HOUR) for _ in range(4)))
     claims = await claim(database, now=evening)
-    assert await copy(database, claims[0], limit=2, now=evening) is Copied.KEPT
+    assert await copy(database, claims[0], limit=2, now=evening) is CopyResult.KEPT
     refused = Settlement(claims[0], Verdict.RUNNING, deferred(claims[0]).step, is_refund=True)
-    assert await copy(database, claims[1], limit=2, now=morning) is Copied.KEPT
+    assert await copy(database, claims[1], limit=2, now=morning) is CopyResult.KEPT
     await settle(database, refused, now=morning)
 
-    assert await copy(database, claims[2], limit=2, now=morning) is Copied.KEPT
-    assert await copy(database, claims[3], limit=2, now=morning) is Copied.LIMITED
+    assert await copy(database, claims[2], limit=2, now=morning) is CopyResult.KEPT
+    assert await copy(database, claims[3], limit=2, now=morning) is CopyResult.LIMITED
 
 
 async def test_time_in_which_nothing_could_be_tried_is_no_time_of_failing(database):
@@ -421,8 +421,8 @@ async def test_a_claim_reads_no_bodies(database):
 
     def claim_and_listen(connection):
         event.listen(connection, "before_cursor_execute", lambda *given: statements.append(given[2]))
-        claiming.claim(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
-        claiming.lose_leases(connection, now=utc_now(), limit=10, actor=ACTOR)
+        claiming.claim_due(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
+        claiming.end_expired_leases(connection, now=utc_now(), limit=10, actor=ACTOR)
 
     await store(database)
     await database.write(claim_and_listen)
@@ -432,7 +432,7 @@ async def test_a_claim_reads_no_bodies(database):
 
 async def test_a_person_who_holds_and_a_worker_that_copies_at_once_never_both_succeed(database_url):
     async def hold(database, key):
-        wanted = partial(moving.move, key=key, wanted=Move.HOLD, now=utc_now(), actor="operator", reason="wait")
+        wanted = partial(moving.move_record, key=key, wanted=Move.HOLD, now=utc_now(), actor="operator", reason="wait")
         try:
             await database.write(wanted)
         except IllegalMoveError:
@@ -452,8 +452,8 @@ async def test_a_person_who_holds_and_a_worker_that_copies_at_once_never_both_su
 
             assert (is_held, copied, state) in [
                 (True, None, State.HELD),
-                (True, Copied.LOST, State.HELD),
-                (False, Copied.KEPT, State.DELETING),
+                (True, CopyResult.LOST, State.HELD),
+                (False, CopyResult.KEPT, State.DELETING),
             ]
 
 

@@ -10,10 +10,10 @@ from click.testing import CliRunner
 
 from service import __version__
 from service.cli import main
-from service.core.generation import read
+from service.core.generation import read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
-from service.core.retention import Policy, decide
+from service.core.retention import Policy, decide_retention
 from service.ledger import pausing, receiving
 from service.ledger.opening import open_database
 from service.ledger.pausing import Kind, Pause
@@ -45,8 +45,8 @@ def mayfly(database_url, tmp_path):
 def arrive(connection, *, state=State.SCHEDULED, **fields):
     """Write the record of a generation, in *state*."""
     body = webhook(**fields).body
-    generation = read(body)
-    retention = decide(
+    generation = read_generation(body)
+    retention = decide_retention(
         Policy(timedelta(hours=1), timedelta(minutes=1)), webhook_url=generation.webhook_url, sent_at=NOW, now=NOW
     )
     receiving.receive(connection, [Arrival(Key("default", generation.id), generation, body.decode(), retention, NOW)])

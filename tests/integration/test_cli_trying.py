@@ -12,7 +12,7 @@ from uuid import uuid4
 import httpx
 import pytest
 
-from service.commands.doctor import _clock, _judged
+from service.commands.doctor import _check_clock, _judge_answer
 from tests.conftest import API_TOKEN, http_client
 from tests.support.commands import command
 from tests.support.ledger import HOUR, store
@@ -255,8 +255,8 @@ async def test_a_secret_of_another_organisation_is_failing(tmp_path, simulator):
 
 @pytest.mark.parametrize(("status", "body"), [(200, b"<html>"), (402, b"{}"), (403, b""), (404, b"{}"), (301, b"")])
 def test_what_is_not_the_api_or_does_not_take_the_key_is_failing(status, body):
-    assert _judged(status, body).status == "failing"
-    assert _judged(200, b"[]").status == "ok"
+    assert _judge_answer(status, body).status == "failing"
+    assert _judge_answer(200, b"[]").status == "ok"
 
 
 async def test_deletions_that_are_late_are_failing(tmp_path, simulator, sqlite_database, sqlite_url):
@@ -290,4 +290,4 @@ async def test_tables_that_are_missing_and_a_dry_run_are_told(tmp_path, simulato
 def test_the_clock_is_held_against_the_api(off, status):
     theirs = format_datetime(datetime.now(UTC) + timedelta(seconds=off), usegmt=True)
 
-    assert [finding.status for finding in _clock(theirs, timedelta(minutes=5))] == [status]
+    assert [finding.status for finding in _check_clock(theirs, timedelta(minutes=5))] == [status]

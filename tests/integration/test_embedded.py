@@ -97,7 +97,7 @@ async def test_a_second_process_joins_the_first_and_leaves_it_running(data_dir):
 async def test_one_left_behind_by_an_owner_that_was_killed_is_replaced_with_its_jobs(data_dir):
     folder = data_dir / "redis"
     folder.mkdir(mode=0o700)
-    orphan = await module._start(folder, folder / "redis.sock")
+    orphan = await module._start_server(folder, folder / "redis.sock")
     url = Secret(f"unix://{folder / 'redis.sock'}")
     await module._wait_until_ready(orphan, url, folder)
     await ask(url, "SET job 1")

@@ -20,7 +20,7 @@ from service.ledger import claiming, pausing
 from service.ledger.claiming import Wanted
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
-from service.runtime.tasks import end
+from service.runtime.tasks import cancel_and_wait
 from service.sync.rate_limit import Budget
 from tests.support.ledger import ACTOR, HOUR, LEASE, confirmed, deferred, row_of, settle, store, utc_now
 from tests.support.waiting import eventually
@@ -55,7 +55,7 @@ class Work:
 
     async def peek(self):
         self.peeks += 1
-        return await self.database.read(partial(pausing.peek, now=utc_now()))
+        return await self.database.read(partial(pausing.peek_allowance, now=utc_now()))
 
     async def claim(self, wanted):
         if self.faults:
@@ -192,7 +192,7 @@ async def test_a_cancelled_job_does_not_cancel_the_attempt(work, sqlite_database
     work.gate.clear()
     job = asyncio.create_task(work.run(key))
     await eventually(lambda: work.begun == [key])
-    await end([job])
+    await cancel_and_wait([job])
     assert work.attempts.room == 9
     assert not await work.attempts.wait(0.05)
     work.gate.set()

@@ -18,7 +18,7 @@ from service.jobs import connection, enqueue
 from service.ledger import claiming, pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
-from service.runtime.tasks import end
+from service.runtime.tasks import cancel_and_wait
 from service.sync.rate_limit import Budget
 from tests.support.ledger import (
     ACTOR,
@@ -79,7 +79,7 @@ class Net:
         return await lose_leases(self.database)
 
     async def peek(self):
-        return await self.database.read(partial(pausing.peek, now=utc_now()))
+        return await self.database.read(partial(pausing.peek_allowance, now=utc_now()))
 
     async def find_waiting(self, since, until, limit):
         return await self.database.read(partial(claiming.find_waiting, since=since, until=until, limit=limit))
@@ -233,7 +233,7 @@ async def test_from_the_ledger_no_more_is_begun_than_the_budget_and_the_places_a
         await rounds(net, 3)
 
         assert len(net.cleaned) <= 5
-        assert (await sqlite_database.read(reading.counts))[State.DELETING] == 0
+        assert (await sqlite_database.read(reading.count_by_state))[State.DELETING] == 0
 
 
 async def test_a_record_that_is_stuck_is_cleaned_from_the_ledger_although_redis_answers(
@@ -302,7 +302,7 @@ async def test_a_helper_that_loses_a_cancellation_is_cancelled_again():
     helpers = [asyncio.create_task(careless()), asyncio.create_task(asyncio.sleep(60))]
     await asyncio.sleep(0)
     async with asyncio.timeout(5):
-        await end(helpers)
+        await cancel_and_wait(helpers)
 
     assert len(lost) == 2
     assert all(helper.cancelled() for helper in helpers)

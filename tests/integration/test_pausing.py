@@ -32,13 +32,13 @@ async def pause(database, kind, *, until=None):
 
 
 async def kinds(database):
-    return [one.kind for one in await database.read(pausing.find)]
+    return [one.kind for one in await database.read(pausing.find_pauses)]
 
 
 async def test_without_a_pause_all_may_be_claimed(database):
     now = utc_now()
 
-    assert await database.write(partial(pausing.allowance, now=now)) == pausing.UNLIMITED
+    assert await database.write(partial(pausing.take_allowance, now=now)) == pausing.UNLIMITED
 
 
 async def test_while_an_operator_paused_nothing_is_claimed_and_everything_once_resumed(database):
@@ -73,7 +73,7 @@ async def test_of_two_429s_the_longer_one_counts(database):
     await throttle(database, 60)
     await throttle(database, 600)
     await throttle(database, 5)
-    (one,) = await database.read(pausing.find)
+    (one,) = await database.read(pausing.find_pauses)
 
     assert one.until is not None
     assert timedelta(seconds=590) < one.until - utc_now() <= timedelta(seconds=600)
@@ -85,7 +85,7 @@ async def test_a_probe_is_not_spent_while_another_pause_holds(database):
     await pause(database, Kind.UNAUTHORIZED, until=past)
     await pause(database, Kind.OPERATOR)
     assert await claim(database) == []
-    (probe, _) = await database.read(pausing.find)
+    (probe, _) = await database.read(pausing.find_pauses)
     assert probe.until == past
     await database.write(partial(pausing.resume, kinds=[Kind.OPERATOR]))
 
@@ -97,8 +97,8 @@ async def test_a_worker_whose_clock_runs_ahead_puts_the_others_probe_no_further_
         await store(database)
         await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
         ahead = utc_now() + timedelta(hours=3)
-        assert await database.write(partial(pausing.allowance, now=ahead)) == 1
-        (probe,) = await database.read(pausing.find)
+        assert await database.write(partial(pausing.take_allowance, now=ahead)) == 1
+        (probe,) = await database.read(pausing.find_pauses)
 
     assert probe.until is not None
     assert probe.until <= utc_now() + PROBE_EVERY
@@ -106,10 +106,10 @@ async def test_a_worker_whose_clock_runs_ahead_puts_the_others_probe_no_further_
 
 async def test_a_pause_keeps_its_first_reason_and_ends_once(database):
     assert await pause(database, Kind.OPERATOR)
-    since = (await database.read(pausing.find))[0].since
+    since = (await database.read(pausing.find_pauses))[0].since
 
     assert not await pause(database, Kind.OPERATOR)
-    assert [one.since for one in await database.read(pausing.find)] == [since]
+    assert [one.since for one in await database.read(pausing.find_pauses)] == [since]
     await database.write(partial(pausing.resume, kinds=list(Kind)))
     assert await database.write(partial(pausing.resume, kinds=list(Kind))) == []
 
@@ -118,7 +118,7 @@ async def test_a_refused_key_pauses_all_deletions_and_uses_nothing_up(database):
     await receive(database, arrival(), arrival())
     first = (await claim(database, limit=1))[0]
     await settle(database, deferred(first, verdict=Verdict.UNAUTHORIZED))
-    (found,) = await database.read(pausing.find)
+    (found,) = await database.read(pausing.find_pauses)
 
     assert (found.kind, found.actor, found.reason) == (Kind.UNAUTHORIZED, ACTOR, "the API refuses the key")
     assert await claim(database) == []
@@ -131,7 +131,7 @@ async def test_one_record_a_minute_tries_a_refused_key_again_and_one_worker_alon
         probes = await asyncio.gather(*(claim(database, limit=5) for database in (one, other) * 5))
 
         assert sorted(len(claims) for claims in probes) == [0] * 9 + [1]
-        (found,) = await one.read(pausing.find)
+        (found,) = await one.read(pausing.find_pauses)
         assert found.until is not None
         assert timedelta(0) < found.until - utc_now() <= PROBE_EVERY
 
@@ -211,7 +211,7 @@ async def test_resuming_while_workers_look_whether_they_may_claim_never_waits_fo
             # The later one is written first.
             for kind, since in ((Kind.DAILY_LIMIT, now), (Kind.UNAUTHORIZED, now - SECOND)):
                 await one.write(partial(pausing.pause, wanted=Pause(kind, since, "a worker", "a reason", now)))
-            look = other.write(partial(pausing.allowance, now=utc_now()))
+            look = other.write(partial(pausing.take_allowance, now=utc_now()))
             await asyncio.gather(look, one.write(partial(pausing.resume, kinds=list(Kind))))
 
             assert await kinds(one) == []

@@ -20,7 +20,7 @@ from service.core.secret import Secret
 from service.jobs import connection, enqueue
 from service.jobs.connection import QueueError
 from service.jobs.enqueue import CleanupJob
-from service.runtime.tasks import end
+from service.runtime.tasks import cancel_and_wait
 from tests.support.ledger import HOUR, utc_now
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually
@@ -65,7 +65,7 @@ async def consuming(redis_url):
     try:
         yield found
     finally:
-        await end([task])
+        await cancel_and_wait([task])
         await pool.aclose(close_connection_pool=True)
 
 
@@ -283,7 +283,7 @@ async def test_a_redis_that_would_drop_jobs_is_refused(short_path):
     with redis_server(short_path, maxmemory_policy="allkeys-lru") as url:
         pool = connection.connect(Secret(url), retries=0)
         with pytest.raises(QueueError, match="maxmemory-policy allkeys-lru and would drop jobs: set it to noeviction"):
-            await connection.check(pool)
+            await connection.check_config(pool)
         await pool.aclose(close_connection_pool=True)
 
 
@@ -291,7 +291,7 @@ async def test_a_redis_that_would_drop_jobs_is_refused(short_path):
 async def test_a_redis_without_a_log_of_its_commands_is_warned_of(short_path, appendonly, warnings):
     with redis_server(short_path, appendonly=appendonly) as url:
         pool = connection.connect(Secret(url), retries=0)
-        found = await connection.check(pool)
+        found = await connection.check_config(pool)
         await pool.aclose(close_connection_pool=True)
 
     assert [warning.partition(":")[0] for warning in found] == ["Redis has appendonly no"] * warnings

@@ -9,13 +9,13 @@ import msgspec
 import pytest
 from sqlalchemy import event
 
-from service.core.generation import read
+from service.core.generation import read_generation
 from service.core.key import Key
 from service.core.lifecycle import Move, State
 from service.ledger import moving, receiving
-from service.ledger.columns import DESCRIBED, described
+from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.opening import open_database
-from service.ledger.settling import Copied
+from service.ledger.settling import CopyResult
 from tests.support.ledger import (
     ACTOR,
     HOUR,
@@ -164,7 +164,9 @@ async def test_what_is_announced_of_a_record_that_was_given_up_counts_once_it_is
     (receipt,) = await receive(database, arrival(id="g1", **wish))
     (again,) = await receive(database, arrival(id="g1", due_in=HOUR))
     assert (receipt.state, receipt.is_moved, again.is_moved) == (State.FAILED, True, "hold" in wish)
-    await database.write(partial(moving.move, key=key, wanted=Move.RETRY, now=utc_now(), actor=ACTOR, reason=None))
+    await database.write(
+        partial(moving.move_record, key=key, wanted=Move.RETRY, now=utc_now(), actor=ACTOR, reason=None)
+    )
     row = await row_of(database, key)
 
     assert row.state == then
@@ -185,7 +187,7 @@ async def test_an_announcement_stops_a_worker_that_has_no_copy_yet(database, wis
     (receipt,) = await receive(database, arrival(id="g1", **wish))
 
     assert (receipt.state, receipt.is_moved) == (then, True)
-    assert await copy(database, claim) is Copied.LOST
+    assert await copy(database, claim) is CopyResult.LOST
     assert await settle(database, confirmed(claim)) == [False]
     assert (await row_of(database, key)).state == then
     assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM, *moves]
@@ -195,7 +197,7 @@ async def test_an_announcement_stops_a_worker_that_has_no_copy_yet(database, wis
 async def test_an_announcement_is_too_late_once_the_copy_is_made(database, wish):
     key = await store(database, id="g1")
     claim = await claim_one(database)
-    assert await copy(database, claim) is Copied.KEPT
+    assert await copy(database, claim) is CopyResult.KEPT
     (receipt,) = await receive(database, arrival(id="g1", **wish))
 
     assert (receipt.state, receipt.is_moved) == (State.DELETING, False)
@@ -209,7 +211,7 @@ async def test_an_announcement_that_is_due_all_the_same_does_not_stop_a_worker(d
     (receipt,) = await receive(database, arrival(id="g1", due_in=-HOUR))
 
     assert (receipt.state, receipt.is_moved) == (State.DELETING, False)
-    assert await copy(database, claim) is Copied.KEPT
+    assert await copy(database, claim) is CopyResult.KEPT
 
 
 async def test_a_copy_of_an_earlier_attempt_does_not_make_it_too_late(database):
@@ -221,7 +223,7 @@ async def test_a_copy_of_an_earlier_attempt_does_not_make_it_too_late(database):
     (receipt,) = await receive(database, arrival(id="g1", hold="legal"))
 
     assert receipt.state is State.HELD
-    assert await copy(database, later) is Copied.LOST
+    assert await copy(database, later) is CopyResult.LOST
     assert (await row_of(database, key)).state == State.HELD
 
 
@@ -294,10 +296,10 @@ async def test_every_column_that_describes_the_generation_is_filled_at_receipt(d
     )
     await receive(database, item)
     row = await row_of(database, item.key)
-    columns = described(item.generation)
+    columns = generation_values(item.generation)
 
     assert {name: getattr(row, name) for name in columns} == columns
-    assert columns.keys() == {"status", *DESCRIBED}
+    assert columns.keys() == {"status", *GENERATION_COLUMNS}
     assert None not in columns.values()
 
 
@@ -315,7 +317,7 @@ async def test_the_copy_replaces_what_the_webhook_said_but_for_what_it_leaves_ou
 async def test_half_characters_and_nul_in_the_raw_parts_break_neither_database(database, escape, stored):
     item = arrival(id="g1", input=[{"script": "ODD"}], options={"ODD": "ODD"}, segments=["ODD"])
     body = item.body.replace("ODD", escape)
-    await receive(database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    await receive(database, msgspec.structs.replace(item, body=body, generation=read_generation(body.encode())))
     row = await row_of(database, item.key)
 
     assert row.notification == body
@@ -325,7 +327,7 @@ async def test_half_characters_and_nul_in_the_raw_parts_break_neither_database(d
 async def test_half_a_character_in_a_text_column_is_stored_as_a_replacement(database):
     item = arrival(id="g1", error="HALF", outputFileName="HALF")
     body = item.body.replace("HALF", "cut \\ud83d")
-    await receive(database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    await receive(database, msgspec.structs.replace(item, body=body, generation=read_generation(body.encode())))
     row = await row_of(database, item.key)
 
     assert (row.error, row.output_file_name) == ("cut \ufffd", "cut \ufffd")

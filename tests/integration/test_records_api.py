@@ -7,11 +7,11 @@ from urllib.parse import quote
 import msgspec
 import pytest
 
-from service.core.generation import read
+from service.core.generation import read_generation
 from service.core.key import Key
 from service.ledger import reading
 from service.ledger.receiving import Arrival
-from service.ledger.settling import Copied
+from service.ledger.settling import CopyResult
 from tests.conftest import API_TOKEN
 from tests.support.ledger import (
     HOUR,
@@ -372,7 +372,7 @@ async def test_a_part_with_a_number_that_no_float_can_be_is_shown_as_the_text_it
 ):
     item = arrival(id="g1", options={"x": 17})
     body = item.body.replace("17", "1e999")
-    await receive(sqlite_database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    await receive(sqlite_database, msgspec.structs.replace(item, body=body, generation=read_generation(body.encode())))
     record = (await sqlite_client.get("/api/records/g1")).json()
 
     assert (record["options"], record["notification"]) == ('{"x": 1e999}', body)
@@ -475,7 +475,7 @@ async def test_a_worker_is_stopped_until_it_has_made_the_copy_and_not_after(clie
     stopped, refused = [await move(client, one, name, {"reason": "wait"}) for one in (key, other)]
 
     assert (stopped.status_code, stopped.json()["state"]) == (200, state)
-    assert await copy(database, items[key]) is Copied.LOST
+    assert await copy(database, items[key]) is CopyResult.LOST
     assert refused.status_code == 409
     assert "its DELETE may be under way" in refused.json()["detail"]
 

@@ -4,22 +4,22 @@ import json
 
 import pytest
 
-from service.core.generation import MAX_DEPTH, MAX_ID_LENGTH, MalformedError, read
+from service.core.generation import MAX_DEPTH, MAX_ID_LENGTH, MalformedError, read_generation
 from tests.support.webhooks import batch, notification
 
 
 def read_fields(**fields):
-    return read(json.dumps(notification(**fields)).encode())
+    return read_generation(json.dumps(notification(**fields)).encode())
 
 
 def refusal_of(body):
     with pytest.raises(MalformedError) as refusal:
-        read(body)
+        read_generation(body)
     return str(refusal.value)
 
 
 def test_id_and_status_are_enough():
-    generation = read(b'{"id":"g1","status":"COMPLETED"}')
+    generation = read_generation(b'{"id":"g1","status":"COMPLETED"}')
 
     assert (generation.id, generation.status) == ("g1", "COMPLETED")
     assert generation.model is generation.output_url is generation.failure_code is generation.webhook_url is None
@@ -67,7 +67,7 @@ def test_unknown_keys_models_input_types_and_statuses_are_no_reason_to_refuse():
 def test_the_failure_code_is_read_in_both_spellings(spelling):
     body = notification(status="FAILED")
     del body["error_code"]
-    generation = read(json.dumps(body | {spelling: "generation_pipeline_failed"}).encode())
+    generation = read_generation(json.dumps(body | {spelling: "generation_pipeline_failed"}).encode())
 
     assert generation.failure_code == "generation_pipeline_failed"
 
@@ -83,7 +83,7 @@ def test_any_other_status_is_not_terminal(status):
 
 
 def test_a_batch_is_told_by_its_metrics_and_by_nothing_else():
-    assert read(json.dumps(batch()).encode()).is_batch
+    assert read_generation(json.dumps(batch()).encode()).is_batch
     assert not read_fields(metrics=None).is_batch
     assert not read_fields(id="batch_abc123").is_batch
 
@@ -140,7 +140,7 @@ def test_a_body_of_another_shape_is_refused_with_a_sentence(body):
 def test_what_nobody_decides_on_may_have_any_type(field, value, name, read_as):
     body = json.dumps({"id": "g1", "status": "FAILED", field: value}, separators=(",", ":")).encode()
 
-    assert getattr(read(body), name) == read_as
+    assert getattr(read_generation(body), name) == read_as
 
 
 def test_what_is_nested_deeper_than_anyone_nests_is_refused_and_brackets_in_texts_are_none():
@@ -149,7 +149,7 @@ def test_what_is_nested_deeper_than_anyone_nests_is_refused_and_brackets_in_text
 
     many = json.dumps({"id": "g1", "status": "FAILED", "error": '[{"' * 500, "input": [{"a": []}] * 500}).encode()
 
-    assert read(nested(MAX_DEPTH)).id == read(many).id == "g1"
+    assert read_generation(nested(MAX_DEPTH)).id == read_generation(many).id == "g1"
     assert refusal_of(nested(MAX_DEPTH + 1)) == "not a generation: nested too deeply"
 
 
@@ -188,7 +188,7 @@ def test_a_decisive_name_further_inside_or_as_a_value_is_no_second_key():
 
 
 def test_any_other_key_may_stand_twice():
-    assert read(b'{"id":"g1","status":"FAILED","novelty":1,"novelty":2}').id == "g1"
+    assert read_generation(b'{"id":"g1","status":"FAILED","novelty":1,"novelty":2}').id == "g1"
 
 
 @pytest.mark.parametrize("field", ["model", "error", "errorCode", "outputUrl", "outputFileName", "createdAt"])
@@ -223,7 +223,7 @@ def test_deep_nesting_is_refused_and_no_crash(key, opening):
 )
 def test_half_a_character_in_a_text_that_nobody_decides_on_loses_no_generation(written, meant):
     body = rf'{{"id":"g1","status":"COMPLETED","error":"{written}","options":{{"a":"{written}"}},"new":["{written}"]}}'
-    generation = read(body.encode())
+    generation = read_generation(body.encode())
 
     assert (generation.id, generation.error) == ("g1", meant)
     assert json.loads(bytes(generation.options)) == {"a": meant}
@@ -245,7 +245,7 @@ def test_a_text_without_end_is_refused_at_once():
 def test_brackets_in_a_long_text_are_none():
     body = json.dumps({"id": "g1", "status": "COMPLETED", "error": "[" * 900_000 + '"' + "{" * 100})
 
-    assert read(body.encode()).id == "g1"
+    assert read_generation(body.encode()).id == "g1"
 
 
 def test_a_number_of_many_digits_does_not_crash():

@@ -4,7 +4,7 @@ from itertools import product
 
 import pytest
 
-from service.core.lifecycle import TABLE, IllegalMoveError, Move, State, after, interrupted
+from service.core.lifecycle import TABLE, IllegalMoveError, Move, State, interrupting_moves, state_after
 
 LEGAL = [
     (None, Move.RECEIVE, State.SCHEDULED),
@@ -25,13 +25,13 @@ ILLEGAL = [pair for pair in product((None, *State), Move) if pair not in [(befor
 
 @pytest.mark.parametrize(("before", "move", "then"), LEGAL)
 def test_a_legal_move_leads_where_the_design_says(before, move, then):
-    assert after(before, move) is then
+    assert state_after(before, move) is then
 
 
 @pytest.mark.parametrize(("before", "move"), ILLEGAL)
 def test_any_other_move_is_illegal_and_is_named_in_the_error(before, move):
     with pytest.raises(IllegalMoveError) as refusal:
-        after(before, move)
+        state_after(before, move)
 
     assert (refusal.value.state, refusal.value.move) == (before, move)
     assert str(refusal.value).startswith(f"a record that is {before or 'unknown'} cannot {move}")
@@ -52,12 +52,12 @@ def test_a_record_becomes_deleted_from_deleting_alone():
 
 
 def test_several_moves_lead_where_each_leads_in_turn():
-    assert after(State.DELETING, Move.LOSE_LEASE, Move.HOLD) is State.HELD
-    assert after(State.HELD) is State.HELD
+    assert state_after(State.DELETING, Move.LOSE_LEASE, Move.HOLD) is State.HELD
+    assert state_after(State.HELD) is State.HELD
     with pytest.raises(IllegalMoveError, match="a record that is held cannot claim"):
-        after(State.SCHEDULED, Move.HOLD, Move.CLAIM)
+        state_after(State.SCHEDULED, Move.HOLD, Move.CLAIM)
     with pytest.raises(ValueError, match="no record"):
-        after(None)
+        state_after(None)
 
 
 @pytest.mark.parametrize("is_copied", [True, False])
@@ -65,4 +65,4 @@ def test_several_moves_lead_where_each_leads_in_turn():
 def test_only_a_worker_that_has_no_copy_yet_is_interrupted(state, is_copied):
     wanted = [Move.LOSE_LEASE] if state is State.DELETING and not is_copied else []
 
-    assert interrupted(state, is_copied=is_copied) == wanted
+    assert interrupting_moves(state, is_copied=is_copied) == wanted

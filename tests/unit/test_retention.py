@@ -5,7 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from service.core.durations import MAX_TTL, format_duration, parse_duration, parse_ttl
-from service.core.retention import Policy, Retention, decide, reconsider
+from service.core.retention import Policy, Retention, decide_retention, reconsider_retention
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -13,7 +13,9 @@ POLICY = Policy(ttl=DAY, min_ttl=timedelta(minutes=1))
 
 
 def decided(query="", *, policy=POLICY, sent_at=NOW, now=NOW):
-    return decide(policy, webhook_url=f"https://hooks.example.com/webhooks/sync?{query}", sent_at=sent_at, now=now)
+    return decide_retention(
+        policy, webhook_url=f"https://hooks.example.com/webhooks/sync?{query}", sent_at=sent_at, now=now
+    )
 
 
 @pytest.mark.parametrize(
@@ -63,7 +65,7 @@ def test_a_formatted_duration_reads_back_as_itself(text):
 
 def test_without_a_wish_the_policy_decides():
     assert decided() == Retention("MAYFLY_TTL", DAY, NOW + DAY)
-    assert decide(POLICY, webhook_url=None, sent_at=NOW, now=NOW) == Retention("MAYFLY_TTL", DAY, NOW + DAY)
+    assert decide_retention(POLICY, webhook_url=None, sent_at=NOW, now=NOW) == Retention("MAYFLY_TTL", DAY, NOW + DAY)
 
 
 def test_a_policy_of_for_ever_keeps():
@@ -135,7 +137,7 @@ def test_a_wish_that_cannot_be_read_holds_the_generation_for_a_person_to_look_at
     "url", ["http://[", "https://[::1/x?ttl=1h", "//[?", "not a url at all", "?" * 50, "\udcff", ""]
 )
 def test_a_webhook_url_that_is_none_never_shortens_the_time(url):
-    retention = decide(POLICY, webhook_url=url, sent_at=NOW, now=NOW)
+    retention = decide_retention(POLICY, webhook_url=url, sent_at=NOW, now=NOW)
 
     assert retention.due_at == NOW + DAY
 
@@ -166,7 +168,7 @@ def test_nothing_is_due_before_the_least_time_from_now_however_old_the_signature
 
 
 def reconsidered(query, rule="MAYFLY_TTL", ttl=DAY):
-    return reconsider(rule=rule, due_at=NOW + DAY, ttl=ttl, webhook_url=f"https://h/webhooks/sync?{query}")
+    return reconsider_retention(rule=rule, due_at=NOW + DAY, ttl=ttl, webhook_url=f"https://h/webhooks/sync?{query}")
 
 
 def test_a_wish_that_only_the_api_shows_keeps_longer():
