@@ -1,11 +1,11 @@
-"""The forms that a Redis URL may have: read and checked without connecting."""
+"""Parsing and checking Redis URLs, without connecting."""
 
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 _SENTINEL_PORT: Final = 26379
-# What redis-py takes for a connection, of what is of use here.
+# The connection options of redis-py that are useful here.
 _OPTIONS: Final = frozenset(
     {
         *("db", "username", "password", "client_name", "protocol", "socket_keepalive"),
@@ -35,7 +35,7 @@ class SentinelUrl:
 def check_url(text: str) -> None:
     """Return if *text* is a URL of a Redis: ``redis://``, ``rediss://``, ``unix://`` or ``sentinel://``.
 
-    The first three are as redis-py has them; for the last see read_sentinel_url().
+    The first three have redis-py's form; for the last see read_sentinel_url().
 
     Raises: ValueError, which repeats nothing of *text*.
     """
@@ -59,8 +59,8 @@ def check_url(text: str) -> None:
 def read_sentinel_url(text: str) -> SentinelUrl:
     """Read ``sentinel://user:password@host:port,host:port/service/db``.
 
-    It takes ``?sentinel_username=`` and ``&sentinel_password=`` where the Sentinels want a login, and for TLS with both
-    ``&ssl=true``, ``&ssl_ca_certs=/path`` and ``&ssl_check_hostname=false``.
+    Options: ``sentinel_username`` and ``sentinel_password`` for the Sentinels' own login; ``ssl=true``,
+    ``ssl_ca_certs=/path`` and ``ssl_check_hostname=false`` for TLS to Sentinels and master.
 
     Raises: ValueError, which repeats nothing of *text*.
     """
@@ -82,7 +82,7 @@ def read_sentinel_url(text: str) -> SentinelUrl:
         is_host_checked=query.pop("ssl_check_hostname", "true") == "true",
     )
     if query or ((url.ca_file or not url.is_host_checked) and not url.is_tls):
-        raise ValueError("a Sentinel URL does not take all of that")
+        raise ValueError("an option of the Sentinel URL is not known")
     return url
 
 
@@ -104,4 +104,4 @@ def _parse_query(text: str) -> dict[str, str]:
     try:
         return dict(parse_qsl(text, strict_parsing=bool(text)))
     except ValueError:
-        raise ValueError("the query of the Redis URL is not one") from None
+        raise ValueError("the query of the Redis URL is malformed") from None

@@ -1,8 +1,8 @@
-"""A text that no log, error or repr shows."""
+"""A text that logs, errors and reprs do not show."""
 
 
 class Secret:
-    """A text that shows itself only when asked to."""
+    """A text that only reveal() shows."""
 
     __slots__ = ("_text",)
 
@@ -10,7 +10,7 @@ class Secret:
         self._text = text
 
     def reveal(self) -> str:
-        """Return the text; it goes to the wire and nowhere else."""
+        """Return the text, for the wire and nothing else."""
         return self._text
 
     def __repr__(self) -> str:

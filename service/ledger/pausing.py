@@ -1,4 +1,4 @@
-"""Why deletions wait: pauses are rows, so that every worker sees them and none forgets one over a restart."""
+"""Pauses of all deletions. They are rows, so that every worker sees them and a restart does not end them."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -12,24 +12,24 @@ from sqlalchemy.exc import IntegrityError
 from service.ledger.schema import pauses
 
 UNLIMITED: Final = 1_000_000
-# How often one record tries whether a refused key works again.
+# How often one record tests whether a refused key works again.
 PROBE_EVERY: Final = timedelta(minutes=1)
-# Every account shares the pauses until there are accounts with keys of their own.
+# All accounts share the pauses until accounts have their own keys.
 ACCOUNT: Final = "default"
 
 
 class Kind(StrEnum):
     """What paused the deletions."""
 
-    OPERATOR = "operator"  # a person; until a person resumes
-    UNAUTHORIZED = "unauthorized"  # the API refused the key; a probe resumes
-    DAILY_LIMIT = "daily_limit"  # MAYFLY_MAX_DELETES_PER_DAY is reached; midnight UTC resumes
-    THROTTLED = "throttled"  # the API had too many calls; the time that it asked for resumes
+    OPERATOR = "operator"  # until an operator resumes
+    UNAUTHORIZED = "unauthorized"  # the API refused the key; until a probe succeeds
+    DAILY_LIMIT = "daily_limit"  # MAYFLY_MAX_DELETES_PER_DAY is reached; until midnight UTC
+    THROTTLED = "throttled"  # the API answered 429; for as long as it asked
 
 
 @dataclass(frozen=True, slots=True)
 class Pause:
-    """One reason to wait: *until* is the next probe, or the end, where there is one."""
+    """One pause: *until* is its end or its next probe, None without either."""
 
     kind: Kind
     since: datetime
@@ -45,14 +45,14 @@ def find_pauses(connection: Connection) -> list[Pause]:
 
 
 def pause(connection: Connection, wanted: Pause) -> bool:
-    """Pause; False when that kind is in force already, which keeps its first reason and time."""
+    """Pause; False when that kind of pause exists already, which keeps its first reason and time."""
     if any(one.kind is wanted.kind for one in find_pauses(connection)):
         return False
     values = {"account": ACCOUNT, "kind": wanted.kind, "since": wanted.since, "actor": wanted.actor}
     try:
         with connection.begin_nested():
             connection.execute(insert(pauses).values(values | {"reason": wanted.reason, "until": wanted.until}))
-    except IntegrityError:  # another process was first, between our look and our insert
+    except IntegrityError:  # another process inserted it after find_pauses()
         return False
     return True
 
@@ -60,22 +60,25 @@ def pause(connection: Connection, wanted: Pause) -> bool:
 def resume(connection: Connection, kinds: Sequence[Kind]) -> list[Kind]:
     """End the pauses of *kinds* and return those that were in force."""
     gone = [one.kind for one in find_pauses(connection) if one.kind in kinds]
-    # One by one, in the order in which allowance() takes them.
+    # One by one, in the same order as take_allowance(), so that neither waits for the other.
     for kind in gone:
         connection.execute(delete(pauses).where(pauses.c.account == ACCOUNT, pauses.c.kind == kind))
     return gone
 
 
 def throttle(connection: Connection, wait: timedelta, *, now: datetime, actor: str) -> None:
-    """Let no record be claimed for so long, nor for less than was asked before."""
+    """Pause claims for *wait*, or longer where an earlier 429 asked for more."""
     until = earlier_clock(connection, now) + wait
-    if not pause(connection, Pause(Kind.THROTTLED, now, actor, "the API has had too many calls", until)):
+    if not pause(connection, Pause(Kind.THROTTLED, now, actor, "the API answered 429, too many requests", until)):
         mine = (pauses.c.account == ACCOUNT, pauses.c.kind == Kind.THROTTLED, pauses.c.until < until)
         connection.execute(update(pauses).where(*mine).values(until=until))
 
 
 def take_allowance(connection: Connection, *, now: datetime) -> int:
-    """Return how many records may be claimed now: all, none, or one that probes a refused key."""
+    """Return how many records may be claimed now: all, none, or one as a probe of a refused key.
+
+    Pauses that are over end, and the probe is taken.
+    """
     found = find_pauses(connection)
     if not found:
         return UNLIMITED
@@ -84,7 +87,7 @@ def take_allowance(connection: Connection, *, now: datetime) -> int:
     if len(over) < len(found):
         return 0
     allowed = UNLIMITED
-    for one in over:  # in the order in which resume() takes them: in another each could wait for the other
+    for one in over:  # in the same order as resume(), so that neither waits for the other
         if one.kind is not Kind.UNAUTHORIZED:
             resume(connection, [one.kind])
         elif _take_probe(connection, one, at):
@@ -95,7 +98,7 @@ def take_allowance(connection: Connection, *, now: datetime) -> int:
 
 
 def peek_allowance(connection: Connection, *, now: datetime) -> int:
-    """Return what allowance() would, without ending a pause or taking a probe."""
+    """Return what take_allowance() would, without ending a pause or taking the probe."""
     found = find_pauses(connection)
     at = earlier_clock(connection, now) if found else now
     if any(one.until is None or one.until > at for one in found):
@@ -104,7 +107,7 @@ def peek_allowance(connection: Connection, *, now: datetime) -> int:
 
 
 def _take_probe(connection: Connection, one: Pause, at: datetime) -> bool:
-    """Take the next probe for this worker alone; False when another was first."""
+    """Take the next probe for this worker; False when another worker was first."""
     taken = connection.execute(
         update(pauses)
         .where(pauses.c.account == ACCOUNT, pauses.c.kind == one.kind, pauses.c.until == one.until)
@@ -114,7 +117,7 @@ def _take_probe(connection: Connection, one: Pause, at: datetime) -> bool:
 
 
 def earlier_clock(connection: Connection, now: datetime) -> datetime:
-    """Return the earlier of our clock and the database's: one that runs ahead must not make all others wait for it."""
+    """Return the earlier of the worker's clock and the database's: a clock that is ahead must not delay all others."""
     if connection.dialect.name == "sqlite":
         return now
     return min(now, connection.scalar(select(func.statement_timestamp())) or now)

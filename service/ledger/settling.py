@@ -1,4 +1,4 @@
-"""What a worker does to records that it has claimed: keep the copy, settle the attempt, fenced by its claim."""
+"""Writes of a worker to the records it has claimed: the copy, and the outcome of the attempt. A fence guards each."""
 
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -23,7 +23,7 @@ from service.ledger.schema import records
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """The generation as the API showed it, to be kept before it is deleted."""
+    """The generation as the API showed it, to be stored before the DELETE."""
 
     claim: Claim
     generation: Generation
@@ -32,32 +32,32 @@ class Copy:
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """How an attempt ended: *receipt* is the API's answer to the DELETE as JSON, *error* a sentence without secrets."""
+    """The outcome of an attempt: *receipt* is the API's final answer as JSON, *error* a sentence without secrets."""
 
     claim: Claim
     verdict: Verdict
     step: Step
     receipt: str | None = None
     error: str | None = None
-    is_refund: bool = False  # it was counted against the day's limit, and the API did not delete
-    is_key_good: bool = False  # only a good key gets the answer that ended it
-    throttle: timedelta | None = None  # how long the API wants no calls at all
-    retention: Retention | None = None  # what the API's own word on the generation changes, for a DEFER
+    is_refund: bool = False  # it was counted against the daily limit, and the API did not delete
+    is_key_good: bool = False  # the API gives this answer only to a valid key
+    throttle: timedelta | None = None  # for how long the API wants no calls
+    retention: Retention | None = None  # from an override that only the API showed; with a DEFER
 
 
 class CopyResult(StrEnum):
-    """What became of a copy, and so whether the DELETE may be sent."""
+    """Whether a copy was stored, and whether the DELETE may follow."""
 
-    KEPT = "kept"  # durable: it may
-    LOST = "lost"  # the lease is no longer the claim's: its successor decides
-    LIMITED = "limited"  # durable, but the day's limit of deletions is reached
-    PAUSED = "paused"  # durable, but a person paused all deletions after the claim
+    KEPT = "kept"  # stored; the DELETE may follow
+    LOST = "lost"  # not stored: the lease is over, and the next claim decides
+    LIMITED = "limited"  # stored, but the daily limit is reached
+    PAUSED = "paused"  # stored, but an operator paused deletions after the claim
 
 
 def store_copies(
     connection: Connection, copies: Sequence[Copy], *, now: datetime, limit: int | None, actor: str
 ) -> list[CopyResult]:
-    """Keep what the API showed of each generation, and count the deletions to come against the day's *limit*."""
+    """Store what the API showed of each generation, and count the deletions that follow against the daily *limit*."""
     mine = _lock_claimed(connection, [item.claim for item in copies])
     kept = [item for item in copies if item.claim.seq in mine and item.claim.lease_until > now]
     if not kept:
@@ -79,7 +79,7 @@ def store_copies(
 def settle_attempts(
     connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str
 ) -> list[bool]:
-    """Write how each attempt ended; False where the lease is no longer the claim's, and its successor decides."""
+    """Write the outcome of each attempt; False where the lease is over, and the next claim decides."""
     mine = _lock_claimed(connection, [item.claim for item in settlements])
     valid = [item for item in settlements if item.claim.seq in mine]
     for statement, values in (
@@ -100,11 +100,11 @@ def settle_attempts(
 _select_claimed = (
     select(records.c.seq, records.c.attempts, records.c.counted_on)
     .where(records.c.seq.in_(bindparam("seqs", expanding=True)), records.c.state == State.DELETING)
-    # As receive() locks them: in another order each would wait for the other when they are announced again.
+    # In the same order as receive(), to avoid deadlocks.
     .order_by(records.c.account, records.c.id)
     .with_for_update()
 )
-# The fence of every write behind a claim.
+# The fence of every write after a claim: no row matches once another attempt has begun.
 _fence = (
     records.c.seq == bindparam("b_seq"),
     records.c.attempts == bindparam("b_attempt"),
@@ -118,7 +118,7 @@ _copy = (
         copy=bindparam("b_copy"),
         copied_at=bindparam("b_copied_at"),
         copied_attempt=bindparam("b_attempt"),
-        # What the webhook said stands where the API shows nothing.
+        # Where the API shows nothing, the webhook's value stays.
         **{
             name: func.coalesce(bindparam(f"b_{name}", type_=records.c[name].type), records.c[name])
             for name in GENERATION_COLUMNS
@@ -208,7 +208,7 @@ def _defer_values(item: Settlement) -> dict[str, Any]:
 
 
 def _moves(item: Settlement) -> list[Move]:
-    """Return the move that ends the attempt, and the one that what the API showed adds to it."""
+    """Return the move that ends the attempt, and the one that an override in the API's answer adds."""
     if item.retention is None:
         return [item.step.move]
     if item.retention.hold_reason is not None:
@@ -222,7 +222,7 @@ def _retention_values(item: Settlement, retention: Retention) -> dict[str, Any]:
         "b_due_at": retention.due_at,
         "b_rule": retention.rule,
         "b_ttl_seconds": None if retention.ttl is None else int(retention.ttl.total_seconds()),
-        "b_hold_by": "wish" if retention.hold_reason else None,
+        "b_hold_by": "override" if retention.hold_reason else None,
         "b_hold_reason": retention.hold_reason,
     }
 
@@ -241,7 +241,7 @@ def _entries(item: Settlement, now: datetime, actor: str) -> list[Entry]:
 
 
 def _update_pauses(connection: Connection, settlements: Sequence[Settlement], now: datetime, actor: str) -> None:
-    """Pause deletions when the API refuses our key or has had too many calls; end the first once it takes the key."""
+    """Pause deletions when the API refuses the key or throttles; end the pause of the key when the API accepts it."""
     if any(item.verdict is Verdict.UNAUTHORIZED for item in settlements):
         reason = "the API refuses the key"
         pausing.pause(connection, Pause(Kind.UNAUTHORIZED, now, actor, reason, now + pausing.PROBE_EVERY))

@@ -1,4 +1,4 @@
-"""What the outside sees of the ledger: a record and its history, pages of records, the numbers of all."""
+"""The ledger as the API and the command line show it: records with their history, pages, statistics."""
 
 from datetime import datetime
 from typing import Any
@@ -15,7 +15,7 @@ from service.ledger.pausing import Kind
 
 
 class PauseShown(msgspec.Struct, frozen=True):
-    """One reason for which deletions wait: *until* is its end or its next probe, where it has one."""
+    """One pause of all deletions: *until* is its end or its next probe, None without either."""
 
     kind: Kind
     since: datetime
@@ -25,7 +25,7 @@ class PauseShown(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, rename="camel", frozen=True):
-    """The ledger in numbers."""
+    """Statistics of the ledger."""
 
     records: dict[State, int]
     oldest_overdue_seconds: float
@@ -34,7 +34,7 @@ class Stats(msgspec.Struct, rename="camel", frozen=True):
 
 
 def read_stats(connection: Connection, *, now: datetime) -> Stats:
-    """Read the ledger's numbers."""
+    """Read the ledger's statistics."""
     backlog = reading.read_backlog(connection, now=now)
     pauses = [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find_pauses(connection)]
     return Stats(reading.count_by_state(connection), backlog.oldest_overdue.total_seconds(), backlog.due, pauses)
@@ -50,14 +50,14 @@ class Event(msgspec.Struct, rename="camel", frozen=True):
 
 
 class RecordRetention(msgspec.Struct, frozen=True):
-    """What decided how long the generation is kept; *ttl* as it would be set, None for ever."""
+    """The rule that decided how long the generation is kept; *ttl* in the form of MAYFLY_TTL, None for forever."""
 
     rule: str
     ttl: str | None
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """Who stopped the deletion, why, and until when."""
+    """Who put the record on hold, why, and until when."""
 
     by: str
     reason: str | None
@@ -65,7 +65,7 @@ class Hold(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
-    """A record: the generation in sync.so's own names, and what Mayfly has to say of it beside them."""
+    """A record: the generation under sync.so's field names, and Mayfly's own fields."""
 
     account: str
     id: str
@@ -100,7 +100,7 @@ class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_def
 
 
 class FullRecord(Record, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
-    """A record with its history and the bodies as they came: the webhook's, and the API's once it is copied."""
+    """A record with its history and the bodies as received: the webhook's, and the API's after the copy."""
 
     notification: Any
     copy: Any
@@ -115,12 +115,12 @@ class RecordPage(msgspec.Struct, rename="camel", frozen=True):
 
 
 def present_record(row: Row[Any]) -> Record:
-    """Show a row of the ledger as the API's record."""
+    """Convert a row to a Record."""
     return Record(**_record_fields(row))
 
 
 def find_record(connection: Connection, *, key: Key) -> FullRecord | None:
-    """Read one record with its history and its bodies; None where there is none."""
+    """Read one record with its history and bodies; None if there is none."""
     row = reading.find_row(connection, key)
     if row is None:
         return None
@@ -147,17 +147,17 @@ def _record_fields(row: Row[Any]) -> dict[str, Any]:
     }
 
 
-# What is shown as it stands in the row.
+# Columns that are shown unchanged.
 _COLUMNS = (
     *("account", "id", "outcome", "status", *GENERATION_COLUMNS),
     *("received_at", "due_at", "copied_at", "deleted_at", "attempts", "last_error"),
 )
 
 
-def _decode_json(text: str | None) -> Any:  # noqa: ANN401 - JSON is whatever it is
+def _decode_json(text: str | None) -> Any:  # noqa: ANN401 - any JSON value
     if text is None:
         return None
     try:
         return msgspec.json.decode(text)
-    except (msgspec.MsgspecError, RecursionError):  # 1e999 is JSON as well, and no float
+    except (msgspec.MsgspecError, RecursionError):  # such as 1e999, which is valid JSON and not a float
         return text

@@ -9,7 +9,7 @@ from typing import Any, Final, Literal, TextIO, cast
 
 import structlog
 
-# What stands behind these marks is not for readers of logs. Nothing of ours logs such a text; libraries might.
+# What follows these marks is secret. Mayfly logs no such text, but a library might.
 _SECRETS: Final = re.compile(r"(token=|whsec_|x-api-key['\"]?:\s*['\"]?|://[^/\s:@]*:)[^\s&\"'<>@,]+", re.IGNORECASE)
 
 
@@ -28,7 +28,7 @@ def configure_logging(log_format: Literal["console", "json"] | None) -> None:
         if is_json
         else structlog.dev.ConsoleRenderer(
             pad_event_to=30,
-            exception_formatter=structlog.dev.plain_traceback,  # the pretty one shows local variables, secrets and all
+            exception_formatter=structlog.dev.plain_traceback,  # the rich one shows local variables, secrets included
         )
     )
     structlog.configure(
@@ -48,24 +48,24 @@ def configure_logging(log_format: Literal["console", "json"] | None) -> None:
 
 
 class _Lossy:
-    """A stream that loses what cannot be written: a disk full under the log must stop neither webhook nor deletion."""
+    """A stream that drops what cannot be written: a full disk under the log must not stop webhooks or deletions."""
 
     def __init__(self, stream: TextIO) -> None:
         self._stream = stream
 
     def write(self, text: str) -> None:
-        """Write *text*, or lose it."""
+        """Write *text*, or drop it."""
         with contextlib.suppress(OSError, ValueError):  # full, or closed
             self._stream.write(text)
 
     def flush(self) -> None:
-        """Flush, or lose what waits."""
+        """Flush, or drop what is buffered."""
         with contextlib.suppress(OSError, ValueError):
             self._stream.flush()
 
 
 def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
-    """Mask what looks like a secret in the texts of a log event."""
+    """Mask whatever looks like a secret in a log event."""
     for name, value in event.items():
         event[name] = _mask(value)
     return event

@@ -1,4 +1,4 @@
-"""How things look on a terminal: the colour of each state, and where tables are printed."""
+"""Output on a terminal: the colour of each state, and the console for tables."""
 
 import sys
 from typing import Final
@@ -19,5 +19,5 @@ STATE_STYLES: Final = {
 
 
 def console() -> Console:
-    """Return where tables are printed: as wide as the terminal, and never cut where no terminal is."""
+    """Return the console for tables: as wide as the terminal, and 200 columns without one."""
     return Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)

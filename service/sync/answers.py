@@ -1,4 +1,4 @@
-"""What the answers of the Sync API mean: one table from a status to what follows from it.
+"""What the answers of the Sync API mean: one table, by status.
 
 Source: sync.so API v2 reference, "Errors", and the pages of "Get generation" and "Delete generation".
 """
@@ -17,21 +17,21 @@ import msgspec
 from service.core.attempts import Verdict, throttle_duration
 from service.core.generation import RUNNING, Generation, MalformedError, read_generation
 
-# A generation is a few kilobytes; segments and scripts make it some more.
+# A generation has a few kilobytes, more with segments and scripts.
 MAX_BYTES: Final = 2 * 1024 * 1024
 
-_MOST_SECONDS: Final = 10**9  # what is longer is clamped by the policy all the same
+_MOST_SECONDS: Final = 10**9  # keeps timedelta from overflowing; throttle_duration() clamps further
 _SECONDS = re.compile(r"[0-9]{1,400}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Meaning:
-    """What a status means: for the record its *verdict*; for the day's limit, the key and all other calls the rest."""
+    """What a status means for the record (*verdict*), for the daily limit, for the key and for all other calls."""
 
     verdict: Verdict
-    is_undeleted: bool = False  # a DELETE with this answer deleted nothing; after all other answers nobody knows
-    is_key_good: bool = False  # only a good key gets this answer
-    is_throttled: bool = False  # no call at all until the time is over that the API asks for
+    is_undeleted: bool = False  # a DELETE with this answer certainly deleted nothing
+    is_key_good: bool = False  # the API gives this answer only to a valid key
+    is_throttled: bool = False  # all calls stop for the time that the API asks for
 
 
 MEANINGS: Mapping[int, Meaning] = MappingProxyType(
@@ -52,16 +52,16 @@ MEANINGS: Mapping[int, Meaning] = MappingProxyType(
     }
 )
 _OTHER_4XX: Final = Meaning(Verdict.REFUSED)
-# 5xx; a 3xx is never followed; another 2xx confirms nothing, the next attempt looks again.
+# 5xx; 3xx, which are never followed; other 2xx, which confirm nothing.
 _ALL_OTHERS: Final = Meaning(Verdict.RETRY)
 
 
 @dataclass(frozen=True, slots=True)
 class Answer:
-    """What one call came to.
+    """The result of one call.
 
-    *generation* and *body* are there when the API showed the one asked for; *error* is a sentence for people, without
-    URLs or bodies; *status* is None when no answer came; *throttle* is how long the API wants no calls at all.
+    *generation* and *body* are set when the API showed the generation asked for. *error* is a sentence for the
+    operator, without URLs and bodies. *status* is None without an answer. *throttle* is for how long to make no calls.
     """
 
     verdict: Verdict
@@ -77,7 +77,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer as it came: *body* is None when it was longer than MAX_BYTES."""
+    """An answer as received; *body* is None if it is longer than MAX_BYTES."""
 
     status: int
     body: bytes | None
@@ -85,7 +85,7 @@ class Reply:
 
 
 def read_get(reply: Reply, generation_id: str) -> Answer:
-    """Say what the answer to the GET of a generation means: DONE with it when it is terminal."""
+    """Interpret the answer to the GET of a generation: DONE with the generation if it is terminal."""
     if reply.status != HTTPStatus.OK:
         return _read_error(reply)
     answer = _read_generation(reply, generation_id)
@@ -93,20 +93,20 @@ def read_get(reply: Reply, generation_id: str) -> Answer:
         return answer
     if answer.generation.status in RUNNING:
         return replace(answer, verdict=Verdict.RUNNING, error="it is still being processed")
-    # A status we do not know might be one that must not be deleted.
+    # A generation with an unknown status may still be in use.
     error = "the API shows a status that this release does not know"
     return replace(answer, verdict=Verdict.RETRY, error=error, is_key_good=False)
 
 
 def read_delete(reply: Reply, generation_id: str) -> Answer:
-    """Say what the answer to the DELETE of a generation means: DONE when the API confirms it."""
+    """Interpret the answer to the DELETE of a generation: DONE if the API confirms it."""
     if reply.status == HTTPStatus.NO_CONTENT:
         return Answer(Verdict.DONE, reply.status, is_key_good=True)
     return _read_generation(reply, generation_id) if reply.status == HTTPStatus.OK else _read_error(reply)
 
 
 def _read_generation(reply: Reply, generation_id: str) -> Answer:
-    """Read the generation in a 200; it must be the one asked for."""
+    """Read the generation in a 200 and check its id."""
     if reply.body is None:
         return Answer(Verdict.RETRY, reply.status, error="the API's answer is longer than any generation")
     try:
@@ -114,14 +114,14 @@ def _read_generation(reply: Reply, generation_id: str) -> Answer:
     except MalformedError:
         return Answer(Verdict.RETRY, reply.status, error="the API answered 200 without a generation")
     if generation.id != generation_id:
-        # Never seen, and nothing to be clever about: a few tries, then it needs an operator.
+        # Never observed. After a few tries it needs an operator.
         return Answer(Verdict.REFUSED, reply.status, error="the API answered with another generation")
     meaning = MEANINGS[HTTPStatus.OK]
     return Answer(meaning.verdict, reply.status, generation, reply.body.decode(), is_key_good=meaning.is_key_good)
 
 
 def _read_error(reply: Reply) -> Answer:
-    """Say what any status but the one hoped for means."""
+    """Interpret any status that is not a success."""
     details = _parse_details(reply.body)
     meaning = _meaning(reply, details)
     code = (details or {}).get("errorCode")
@@ -144,13 +144,13 @@ def _read_error(reply: Reply) -> Answer:
 
 def _meaning(reply: Reply, details: dict[str, Any] | None) -> Meaning:
     meaning = MEANINGS.get(reply.status, _OTHER_4XX if 400 <= reply.status < 500 else _ALL_OTHERS)
-    # A page of some proxy or a route that is not there, as behind a mistyped SYNC_BASE_URL, proves nothing.
+    # A proxy's page or an unknown route, as with a wrong SYNC_BASE_URL, says nothing about the generation.
     is_theirs = reply.body == b"" or (details is not None and not str(details.get("message")).startswith("Cannot "))
     return meaning if meaning.verdict is not Verdict.GONE or is_theirs else _OTHER_4XX
 
 
 def _parse_details(body: bytes | None) -> dict[str, Any] | None:
-    """Read an error body: a JSON object, else None; HTML comes from proxies and guards in front of the API."""
+    """Parse an error body: a JSON object, else None; proxies in front of the API answer in HTML."""
     try:
         details = msgspec.json.decode(body or b"")
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
@@ -159,7 +159,7 @@ def _parse_details(body: bytes | None) -> dict[str, Any] | None:
 
 
 def parse_retry_after(text: str, *, now: datetime) -> timedelta | None:
-    """Read a Retry-After, seconds or an HTTP date; None for anything else. Clamping is the policy's business."""
+    """Parse a Retry-After, in seconds or as an HTTP date; None for anything else. It is not clamped."""
     text = text.strip().partition(".")[0]
     if _SECONDS.fullmatch(text):
         return timedelta(seconds=min(int(text), _MOST_SECONDS))
@@ -167,6 +167,6 @@ def parse_retry_after(text: str, *, now: datetime) -> timedelta | None:
         at = parsedate_to_datetime(text)
     except (ValueError, OverflowError):
         return None
-    # "-0000" makes a naive one; HTTP dates are GMT.
+    # "-0000" gives a naive datetime; HTTP dates are GMT.
     at = at if at.tzinfo else at.replace(tzinfo=UTC)
     return at - now
