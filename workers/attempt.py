@@ -1,6 +1,6 @@
-"""One attempt at a claimed record: look at the generation, keep a copy, delete it, write down how it went.
+"""One attempt at a claimed record: GET the generation, commit a copy, DELETE it, commit the outcome.
 
-The order is the promise. Nothing reaches the DELETE but a copy that is committed, under a lease that still holds.
+The order is a promise: a DELETE is sent only after the copy is committed, and only while the lease is valid.
 """
 
 import asyncio
@@ -30,28 +30,28 @@ log = structlog.get_logger()
 
 T = TypeVar("T")
 
-# A DELETE that might still be under way when the lease ends would meet its successor.
+# A DELETE must not be in progress when the lease ends and another attempt may start.
 _DELETE_MARGIN = timedelta(seconds=DELETE_SECONDS + 1)
 _ATTEMPT_MARGIN = _DELETE_MARGIN + timedelta(seconds=GET_SECONDS)
 DRY_RUN_AGAIN = timedelta(hours=1)
-# A commit that meets a locked or absent ledger is tried again for as long as the lease holds.
+# A commit that fails because the ledger is locked or unreachable is retried while the lease is valid.
 _COMMIT_AGAIN_SECONDS = 1.0
-# Copies that are durable and not followed by a DELETE, with what is said of it.
+# Results of a copy that no DELETE follows, with the record's last_error.
 _NOT_DELETED = {CopyResult.LIMITED: "MAYFLY_MAX_DELETES_PER_DAY is reached", CopyResult.PAUSED: "deletions were paused"}
 
 
 @dataclass(frozen=True, slots=True)
 class Cleaner:
-    """What an attempt takes: the API, the two commits (grouped with those of other records), the clock and the limits.
+    """The dependencies of an attempt: the API, two group commits, the clock and the limits.
 
-    *enqueue_next(key, attempt, at)* enqueues the job of the next attempt once this one is put off; it raises nothing.
+    *enqueue_next(key, attempt, at)* enqueues the job of the next attempt after a deferral; it raises nothing.
     """
 
     api: SyncApi
     copy: Callable[[Copy], Awaitable[CopyResult]]
     settle: Callable[[Settlement], Awaitable[bool]]
     enqueue_next: Callable[[Key, int, datetime], Awaitable[None]]
-    # For one call: waits for a place at the API, and tells whether it has one by the instant given.
+    # Waits for a place for one call to the API; yields False if there is none by the given instant.
     call_slot: Callable[[datetime], AbstractAsyncContextManager[bool]]
     now: Callable[[], datetime]
     give_up_after: timedelta
@@ -59,9 +59,9 @@ class Cleaner:
     metrics: Metrics
 
     async def clean(self, claim: Claim) -> Verdict | None:
-        """Make one attempt at a claimed record and return what ended it; None when the lease was lost on the way.
+        """Make one attempt at a claimed record and return the verdict that ended it; None if there was none.
 
-        Raises nothing: a ledger that is away leaves the record to the next attempt, once the lease ends.
+        Raises nothing. If the ledger does not answer, the lease ends and another attempt follows.
         """
         try:
             return await self._attempt(claim)
@@ -70,10 +70,10 @@ class Cleaner:
                 "cleanup.interrupted",
                 **_log_fields(claim),
                 error=str(error),
-                what_now="tried again after its lease",
+                what_now="retried when the lease has ended",
             )
         except Exception:
-            # A fault of ours in this one record must not take the others along.
+            # An internal error with one record must not stop the others.
             log.exception("cleanup.crashed", **_log_fields(claim))
             await self._settle_crash(claim)
         return None
@@ -82,7 +82,7 @@ class Cleaner:
         async with self.call_slot(claim.lease_until - _ATTEMPT_MARGIN) as is_in_time:
             found = await self.api.get(claim.key.id) if is_in_time else None
         if found is None:
-            return await self._give_back(claim, "the worker that had it could not begin in time")
+            return await self._give_back(claim, "its worker could not start in time")
         if found.verdict is not Verdict.DONE or found.generation is None or found.body is None:
             return await self._settle_answer(claim, found, "GET")
         if (later := self._reconsider(claim, found.generation)) is not None:
@@ -96,15 +96,15 @@ class Cleaner:
         )
 
     async def _apply_override(self, claim: Claim, later: Retention) -> Verdict | None:
-        """Put off, hold or keep a generation whose wish the API shows and the webhook did not."""
+        """Defer, hold or keep a generation because of an override that the API shows and the webhook did not have."""
         step = Step(Move.DEFER, claim.progress, retry_at=later.due_at or self.now())
         if not await self._settle(Settlement(claim, Verdict.DONE, step, is_key_good=True, retention=later)):
             return self._log_lost_lease(claim)
-        log.info("cleanup.spared", **_log_fields(claim), rule=later.rule, what_now="it is kept as its wish says")
+        log.info("cleanup.overridden", **_log_fields(claim), rule=later.rule, what_now="kept as its webhookUrl asks")
         return Verdict.DONE
 
     async def _delete_if_allowed(self, claim: Claim, copied: CopyResult) -> Verdict | None:
-        """Delete what is copied, unless the lease, the day's limit or the dry run is against it."""
+        """Delete the copied generation, unless the lease, the daily limit, a pause or the dry run forbids it."""
         if copied is CopyResult.LOST:
             return self._log_lost_lease(claim)
         if copied in _NOT_DELETED:
@@ -114,15 +114,15 @@ class Cleaner:
         return await self._delete(claim)
 
     async def _delete(self, claim: Claim) -> Verdict | None:
-        """Send the DELETE, now that the copy is durable, if the lease is still long enough for it."""
+        """Send the DELETE if the rest of the lease is long enough; the copy is committed."""
         async with self.call_slot(claim.lease_until - _DELETE_MARGIN) as is_in_time:
             deleted = await self.api.delete(claim.key.id) if is_in_time else None
         if deleted is None:
-            return await self._give_back(claim, "the worker that had it was too slow to delete", is_refund=True)
+            return await self._give_back(claim, "its worker was too slow to delete", is_refund=True)
         return await self._settle_answer(claim, deleted, "DELETE")
 
     async def _settle_answer(self, claim: Claim, answer: Answer, method: str) -> Verdict | None:
-        """Write down what the answer that ended the attempt leads to."""
+        """Commit what follows from the answer that ended the attempt."""
         now = self.now()
         step = after_attempt(
             answer.verdict,
@@ -151,22 +151,22 @@ class Cleaner:
 
     async def _settle_dry_run(self, claim: Claim) -> Verdict | None:
         step = Step(Move.DEFER, claim.progress, retry_at=self.now() + DRY_RUN_AGAIN)
-        error = "dry run: it would have been deleted"
+        error = "dry run: not deleted"
         if not await self._settle(Settlement(claim, Verdict.DONE, step, error=error, is_key_good=True)):
             return self._log_lost_lease(claim)
-        log.info("cleanup.rehearsed", **_log_fields(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
+        log.info("cleanup.simulated", **_log_fields(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
         return Verdict.DONE
 
     async def _give_back(self, claim: Claim, error: str, *, is_refund: bool = False) -> Verdict | None:
-        """Put a record back to where it was before the claim; its failures stay as they were."""
+        """Schedule the record again as before the claim, without counting a failure."""
         step = Step(Move.DEFER, claim.progress, retry_at=self.now())
         if not await self._settle(Settlement(claim, Verdict.RETRY, step, error=error, is_refund=is_refund)):
             return self._log_lost_lease(claim)
-        log.warning("cleanup.given_back", **_log_fields(claim), error=error)
+        log.warning("cleanup.returned", **_log_fields(claim), error=error, what_now="retried at once")
         return None
 
     async def _settle(self, settlement: Settlement) -> bool:
-        """Commit how the attempt ended, then enqueue the next one if there is to be one."""
+        """Commit the outcome of the attempt, then enqueue the next attempt if there is one."""
         claim = settlement.claim
         is_mine = await self._commit(claim, lambda: self.settle(settlement))
         if is_mine and (at := _next_attempt_at(settlement)) is not None:
@@ -174,9 +174,9 @@ class Cleaner:
         return is_mine
 
     async def _commit(self, claim: Claim, write: Callable[[], Awaitable[T]]) -> T:
-        """Commit, again while the ledger is away and the lease holds: nobody else has what the API said.
+        """Commit, and retry while the ledger does not answer and the lease is valid: only this attempt has the answer.
 
-        Raises: LedgerUnavailableError once the lease is over.
+        Raises: LedgerUnavailableError when the lease is over.
         """
         while True:
             try:
@@ -185,19 +185,19 @@ class Cleaner:
                 if self.now() + timedelta(seconds=_COMMIT_AGAIN_SECONDS) >= claim.lease_until:
                     raise
                 log.warning(
-                    "cleanup.waits", **_log_fields(claim), error=str(error), what_now="committed once it can be"
+                    "cleanup.not_committed", **_log_fields(claim), error=str(error), what_now="retrying"
                 )
                 await asyncio.sleep(_COMMIT_AGAIN_SECONDS)
 
     async def _settle_crash(self, claim: Claim) -> None:
-        fault = Answer(Verdict.REFUSED, error="a fault of Mayfly's own; its log tells more")
+        fault = Answer(Verdict.REFUSED, error="an internal error; see Mayfly's log")
         try:
             await self._settle_answer(claim, fault, "none")
-        except Exception:  # the lease ends by itself
+        except Exception:  # the record is retried when its lease has ended
             log.exception("cleanup.crashed_again", **_log_fields(claim))
 
     def _log_lost_lease(self, claim: Claim) -> Verdict | None:
-        log.warning("cleanup.lease_lost", **_log_fields(claim), what_now="whoever claimed it next decides")
+        log.warning("cleanup.lease_lost", **_log_fields(claim), what_now="the next claim decides")
         return None
 
 
@@ -208,7 +208,7 @@ def _next_attempt_at(settlement: Settlement) -> datetime | None:
 
 
 def _receipt_json(method: str, answer: Answer, now: datetime) -> str:
-    """Keep the answer that proves the deletion: which call, when, what the API said, word for word."""
+    """Return the receipt of a deletion as JSON: the call, the time, and the API's answer unchanged."""
     receipt = {"method": method, "status": answer.status, "at": now, "body": answer.body}
     return msgspec.json.encode(receipt).decode()
 
@@ -218,10 +218,10 @@ def _log_end(claim: Claim, answer: Answer, step: Step) -> None:
     if step.move is Move.CONFIRM:
         log.info("cleanup.confirmed", **names, outcome=step.outcome)
     elif answer.verdict is Verdict.UNAUTHORIZED:
-        what_now = "all deletions wait; one record a minute tries whether the key works again: check SYNC_API_KEY"
+        what_now = "all deletions are paused; one record a minute tests the key: check SYNC_API_KEY"
         log.error("deletions.paused", **names, error=answer.error, what_now=what_now)
     elif step.move is Move.GIVE_UP:
-        what_now = "nothing more is tried until an operator retries it"
+        what_now = "no further attempt until an operator retries the record"
         log.error("cleanup.given_up", **names, error=answer.error, what_now=what_now)
     else:
         log.info(

@@ -1,4 +1,4 @@
-"""The safety net: what the ledger says is due and no job has begun is enqueued again, or cleaned without Redis."""
+"""The safety net: it enqueues due records that no job has started, and cleans them without Redis if it must."""
 
 import asyncio
 import contextlib
@@ -20,9 +20,9 @@ from workers.cleanup import Attempts
 log = structlog.get_logger()
 
 EVERY: Final = timedelta(seconds=2)
-# A record that is due for so long has no job, or a late one.
+# A record overdue for longer than this has no job, or a late one.
 LATE: Final = timedelta(seconds=2)
-# A job for it was enqueued, several times, and does not begin: arq holds its id for a worker that was killed.
+# Its job was enqueued several times and does not start: arq blocks the id for a worker that was killed.
 STUCK: Final = timedelta(seconds=10)
 # How many records get a job in one round.
 AT_ONCE: Final = 2000
@@ -31,7 +31,7 @@ _FALLBACK_AGAIN: Final = timedelta(seconds=0.1)
 
 @dataclass(frozen=True, slots=True)
 class LedgerCalls:
-    """What the safety net asks of the ledger."""
+    """The ledger's calls that the safety net needs."""
 
     end_leases: Callable[[], Awaitable[int]]  # of workers that died
     peek: Callable[[], Awaitable[int]]  # how many records the pauses allow
@@ -40,7 +40,7 @@ class LedgerCalls:
 
 
 class Overdue:
-    """One loop over the ledger; *enqueue* returns whether Redis still has what was written to it before."""
+    """The loop over the ledger; *enqueue* returns whether Redis still has what was written before."""
 
     def __init__(
         self,
@@ -64,25 +64,25 @@ class Overdue:
         self._horizon = horizon
         self._metrics = metrics
         self._stopping = stopping
-        self._enqueued_until: datetime | None = None  # all that is due up to here had a job once
+        self._enqueued_until: datetime | None = None  # every record due until then has had a job
 
     async def run(self) -> None:
-        """Look at the ledger every two seconds until the worker stops."""
+        """Check the ledger every two seconds until the worker stops."""
         while not self._stopping.is_set():
             try:
                 self._beat()
                 await self._round()
             except LedgerUnavailableError as error:
                 self._metrics.loops_failed.labels("overdue").inc()
-                log.warning("overdue.failed", error=str(error), what_now="tried again in two seconds")
-            except Exception:  # the loop must outlive whatever it meets
+                log.warning("overdue.failed", error=str(error), what_now="retrying in two seconds")
+            except Exception:  # the loop must survive every error
                 self._metrics.loops_failed.labels("overdue").inc()
-                log.exception("overdue.crashed", what_now="tried again in two seconds")
+                log.exception("overdue.crashed", what_now="retrying in two seconds")
             await self._sleep(EVERY)
 
     async def _round(self) -> None:
         if lost := await self._ledger.end_leases():
-            log.warning("overdue.leases_ended", records=lost, what_now="they are tried again")
+            log.warning("overdue.leases_ended", records=lost, what_now="their records are retried")
         allowed = await self._ledger.peek()
         if not allowed:
             return
@@ -94,7 +94,7 @@ class Overdue:
             await self._clean_from_ledger(allowed)
 
     async def _enqueue_waiting(self, late: Sequence[tuple[Wanted, datetime]], now: datetime) -> bool:
-        """Enqueue what is late and what comes within the horizon; return whether Redis takes jobs."""
+        """Enqueue the late records and those due within the horizon; return whether Redis accepts jobs."""
         horizon = now + self._horizon
         near = await self._ledger.find_waiting(self._enqueued_until or now - LATE, horizon, AT_ONCE)
         jobs = [CleanupJob(wanted.key, wanted.attempt, at) for wanted, at in (*late, *near)]
@@ -103,17 +103,17 @@ class Overdue:
         except QUEUE_ERRORS as error:
             self._enqueued_until = None
             self._metrics.loops_failed.labels("enqueue").inc()
-            what_now = "what is due is cleaned from the ledger until Redis takes jobs"
+            what_now = "the ledger starts deletions until Redis accepts jobs"
             log.warning("overdue.not_enqueued", records=len(jobs), error=type(error).__name__, what_now=what_now)
             return False
         if not is_kept and self._enqueued_until is not None:
-            self._enqueued_until = None  # Redis was emptied: from the beginning, in the next round
+            self._enqueued_until = None  # Redis was emptied: the next round starts from the beginning
         else:
             self._enqueued_until = near[-1][1] if len(near) == AT_ONCE else horizon
         return True
 
     async def _clean_from_ledger(self, allowed: int) -> None:
-        """Begin attempts at what is due, within the same budget and limits, until the next round is due."""
+        """Start attempts at due records, within the same budget and limits, until the next round."""
         for _ in range(int(EVERY / _FALLBACK_AGAIN)):
             if self._stopping.is_set():
                 return
@@ -127,11 +127,11 @@ class Overdue:
             for claim in claims:
                 self._attempts.begin(claim)
             if granted and len(claims) < granted:
-                return  # no more is due
+                return  # nothing else is due
             await self._sleep(_FALLBACK_AGAIN)
 
     async def _sleep(self, duration: timedelta) -> None:
-        """Wait so long, or until the worker stops."""
+        """Wait for *duration*, or until the worker stops."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(duration.total_seconds()):
                 await self._stopping.wait()

@@ -1,4 +1,4 @@
-"""`mayfly doctor`: looks at everything a deletion needs and says of each part whether it is well, or what to do."""
+"""`mayfly doctor`: checks everything that a deletion needs, and says what to do about each part that fails."""
 
 import asyncio
 import os
@@ -37,14 +37,14 @@ from service.ledger.migrating import SchemaError
 from service.runtime.terminal import console
 from service.web.health import LATE
 
-# The date has whole seconds and the answer takes its time: less than this says nothing.
+# The Date header has whole seconds, and the answer takes time: a smaller difference says nothing.
 _SKEW_NOTED: Final = timedelta(seconds=30)
 _API_SECONDS: Final = 10.0
-_MARKS = {"ok": "[green]✓ ok[/]", "warning": "[yellow]! look[/]", "failing": "[bold red]✗ failing[/]"}
+_MARKS = {"ok": "[green]✓ ok[/]", "warning": "[yellow]! check[/]", "failing": "[bold red]✗ failing[/]"}
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """How one part is; *detail* says what to do where it is not ok."""
+    """The result for one part; *detail* says what to do if it is not ok."""
 
     part: str
     status: Literal["ok", "warning", "failing"]
@@ -52,7 +52,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """All that was looked at; *ok* is false when a part is failing."""
+    """All findings; *ok* is false if a part is failing."""
 
     ok: bool
     findings: list[Finding]
@@ -63,8 +63,8 @@ class Report(msgspec.Struct, frozen=True):
 def doctor(*, is_json: bool) -> None:
     """Check the settings, the ledger, Redis, the API key and the clock, and say what to do.
 
-    It changes nothing: the API is asked for one page of one generation. The exit code is 0 when nothing is failing,
-    1 when something is, 2 when the settings cannot be read.
+    It changes nothing. It asks the API for a page of one generation. The exit code is 0 if nothing is failing, 1 if
+    something is, 2 if the settings are invalid.
     """
     findings = run(examine(settings_or_exit()))
     report = Report(all(finding.status != "failing" for finding in findings), findings)
@@ -83,7 +83,7 @@ def _print_report(report: Report) -> None:
 
 
 async def examine(settings: Settings) -> list[Finding]:
-    """Look at each part; one that fails does not keep the others from being looked at."""
+    """Run all checks, also when some fail."""
     checks = (_check_webhook_secret, _check_data_dir, _check_ledger, _check_redis, _check_api, _check_dry_run)
     found = await asyncio.gather(*(check(settings) for check in checks))
     return [finding for findings in found for finding in findings]
@@ -102,23 +102,23 @@ def _check_required(part: str, require: Callable[[Settings], None], settings: Se
 
 
 def _nearest_existing(path: Path) -> tuple[Path, Path]:
-    """Return *path* as absolute, and itself or the nearest of its parents that is there."""
+    """Return the absolute *path*, and itself or its nearest parent that exists."""
     path = path.absolute()
     return path, next(one for one in (path, *path.parents) if one.exists())
 
 
 async def _check_data_dir(settings: Settings) -> list[Finding]:
-    """Ask whether the data directory can be written to, or made."""
+    """Check that the data directory is writable or can be made."""
     folder, nearest = _nearest_existing(settings.data_dir)
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return [Finding("data dir", "failing", f"{nearest} cannot be written to; see to MAYFLY_DATA_DIR")]
-    made = "" if nearest == folder else ", not there yet: the first start makes it"
+        return [Finding("data dir", "failing", f"{nearest} is not writable; check MAYFLY_DATA_DIR")]
+    made = "" if nearest == folder else ", does not exist yet: the first start makes it"
     return [Finding("data dir", "ok", f"{settings.data_dir}{made}")]
 
 
 async def _check_ledger(settings: Settings) -> list[Finding]:
     if is_ledger_missing(settings):
-        return [Finding("ledger", "ok", "SQLite, not there yet: the first start makes it")]
+        return [Finding("ledger", "ok", "SQLite, does not exist yet: the first start makes it")]
     try:
         async with open_ledger(settings) as database:
             pauses = await database.read(pausing.find_pauses)
@@ -126,25 +126,25 @@ async def _check_ledger(settings: Settings) -> list[Finding]:
     except SchemaError as error:
         return [Finding("ledger", "failing", str(error))]
     except LedgerUnavailableError as error:
-        return [Finding("ledger", "failing", f"{error}; see to MAYFLY_DATABASE_URL")]
+        return [Finding("ledger", "failing", f"{error}; check MAYFLY_DATABASE_URL")]
     kind = "PostgreSQL" if settings.ledger_url.get_backend_name() == "postgresql" else "SQLite"
     paused = [Finding("deletions", "warning", f"paused ({one.kind}): {one.reason}") for one in pauses]
     late = datetime.now(UTC) - next_wake if next_wake is not None and not pauses else timedelta(0)
     if late > LATE:
-        detail = f"the oldest is {late // timedelta(minutes=1)} min overdue: see that a worker runs"
+        detail = f"the oldest is {late // timedelta(minutes=1)} min overdue: check that a worker runs"
         paused.append(Finding("deletions", "failing", detail))
-    return [Finding("ledger", "ok", f"{kind}, its tables are as this release needs them"), *paused]
+    return [Finding("ledger", "ok", f"{kind}, its tables fit this release"), *paused]
 
 
 async def _check_redis(settings: Settings) -> list[Finding]:
-    """Look at the Redis that is set; without one, prove that the embedded one starts, in a folder of its own."""
+    """Check the Redis of MAYFLY_REDIS_URL; without one, start the embedded one in a temporary folder."""
     try:
         async with AsyncExitStack() as stack:
             if settings.redis_url is not None:
                 return await _check_redis_at(settings.redis_url, "")
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mayfly-doctor-"))
             url = await stack.enter_async_context(embedded_redis(Path(folder)))
-            return await _check_redis_at(url, ": the embedded one, tried out")
+            return await _check_redis_at(url, ": the embedded one, in a trial")
     except EmbeddedRedisError as error:
         return [Finding("redis", "failing", str(error))]
 
@@ -156,16 +156,16 @@ async def _check_redis_at(url: Secret, detail: str) -> list[Finding]:
     except QueueError as error:
         return [Finding("redis", "failing", str(error))]
     except connection.QUEUE_ERRORS as error:
-        return [Finding("redis", "failing", f"it does not answer ({type(error).__name__}); see to MAYFLY_REDIS_URL")]
+        return [Finding("redis", "failing", f"it does not answer ({type(error).__name__}); check MAYFLY_REDIS_URL")]
     finally:
         await pool.aclose(close_connection_pool=True)
     if warnings:
         return [Finding("redis", "warning", warning) for warning in warnings]
-    return [Finding("redis", "ok", f"it answers, drops no jobs and keeps them over a restart{detail}")]
+    return [Finding("redis", "ok", f"it answers, evicts no jobs and keeps them over a restart{detail}")]
 
 
 async def _check_api(settings: Settings) -> list[Finding]:
-    """Ask for one generation: the cheapest call that needs the key and changes nothing."""
+    """List one generation: the cheapest call that needs the key and changes nothing."""
     required = _check_required("API key", require_api_key, settings, "")
     if settings.api_key is None:
         return [required]
@@ -175,7 +175,7 @@ async def _check_api(settings: Settings) -> list[Finding]:
             answer = await client.get(f"{settings.base_url}/v2/generations", params={"limit": 1}, headers=headers)
             secret = await client.get(f"{settings.base_url}/v2/organizations/webhook/secret", headers=headers)
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-        detail = f"the API cannot be reached ({type(error).__name__}); see to SYNC_BASE_URL and the network"
+        detail = f"the API is unreachable ({type(error).__name__}); check SYNC_BASE_URL and the network"
         return [Finding("API key", "failing", detail)]
     return [
         _judge_answer(answer.status_code, answer.content),
@@ -186,18 +186,18 @@ async def _check_api(settings: Settings) -> list[Finding]:
 
 def _judge_answer(status: int, body: bytes) -> Finding:
     if status == 200 and body.lstrip().startswith(b"["):
-        return Finding("API key", "ok", "the API takes it")
+        return Finding("API key", "ok", "the API accepts it")
     if status == 200:
-        return Finding("API key", "failing", "what answers is not the Sync API; see to SYNC_BASE_URL")
+        return Finding("API key", "failing", "the answer is not the Sync API's; check SYNC_BASE_URL")
     if status in (401, 402, 403):
-        return Finding("API key", "failing", f"the API refuses it ({status}); see to SYNC_API_KEY and the account")
+        return Finding("API key", "failing", f"the API refuses it ({status}); check SYNC_API_KEY and the account")
     if 300 <= status < 400 or status == 404:
-        return Finding("API key", "failing", f"this is not the Sync API ({status}); see to SYNC_BASE_URL")
+        return Finding("API key", "failing", f"this is not the Sync API ({status}); check SYNC_BASE_URL")
     return Finding("API key", "warning", f"the API answered {status}; try again later")
 
 
 def _check_organisation(answer: httpx.Response, secrets: Sequence[Secret]) -> list[Finding]:
-    """Hold the secrets that are set against the organisation's own: with a key of another one all would seem gone."""
+    """Compare the webhook secrets with the key's organisation: with another one's key every generation seems gone."""
     try:
         theirs = msgspec.json.decode(answer.content, type=dict[str, str]).get("secret") if answer.is_success else None
     except msgspec.MsgspecError:
@@ -206,12 +206,12 @@ def _check_organisation(answer: httpx.Response, secrets: Sequence[Secret]) -> li
         return []
     if Secret(theirs) in secrets:
         return [Finding("organisation", "ok", "the API key and the webhook secret belong together")]
-    detail = "the API key's organisation signs with another secret; see to SYNC_WEBHOOK_SECRET and SYNC_API_KEY"
+    detail = "the API key's organisation has another webhook secret; check SYNC_WEBHOOK_SECRET and SYNC_API_KEY"
     return [Finding("organisation", "failing", detail)]
 
 
 def _check_clock(header: str, tolerance: timedelta) -> list[Finding]:
-    """Compare our clock to the API's: both sign and check times."""
+    """Compare this machine's clock with the API's: signatures contain the time."""
     try:
         theirs = parsedate_to_datetime(header)
     except ValueError:

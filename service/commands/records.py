@@ -1,4 +1,4 @@
-"""`mayfly records`: what the ledger keeps of each generation, read directly; no running service is needed."""
+"""`mayfly records`: the records of the ledger, read directly; no running service is needed."""
 
 from datetime import UTC, datetime
 from functools import partial
@@ -26,18 +26,16 @@ _WIDE = 100
 
 @click.group()
 def records() -> None:
-    """Look at the records of generations, and decide about single ones."""
+    """Show records of generations, and hold, release, keep or retry single ones."""
 
 
 @records.command("list")
 @click.option("--state", type=click.Choice(list(State), case_sensitive=False), help="Only records in this state.")
 @click.option("--status", help="Only generations with this sync.so status, such as FAILED.")
 @click.option("--project", help="Only generations of this project id.")
-@click.option(
-    "--find", "text", help="Only those with this text in the id or, once they are copied, in file name, model or error."
-)
+@click.option("--find", "text", help="Only those with this text in id, file name, model or error.")
 @click.option("--limit", type=click.IntRange(1, MAX_PAGE), default=50, show_default=True, help="How many.")
-@click.option("--cursor", help="The page behind this cursor, which the page before printed.")
+@click.option("--cursor", help="The page after this cursor, which the previous page printed.")
 @as_json
 def list_records(
     *,
@@ -51,7 +49,7 @@ def list_records(
 ) -> None:
     """List records, newest first.
 
-    With --json a page is printed as the API answers it, {"items": […], "nextCursor": …}.
+    With --json it prints a page as the API answers it, {"items": […], "nextCursor": …}.
     """
     wanted = Filter(state=state, status=status, project_id=project, text=text)
 
@@ -80,7 +78,7 @@ def _print_page(page: RecordPage) -> None:
         return
     output, now = console(), datetime.now(UTC)
     table = Table(box=None, pad_edge=False)
-    # An id is 36 characters: what a narrow terminal has no room for is left out rather than broken up.
+    # An id has 36 characters: a narrow terminal shows fewer columns rather than broken lines.
     headings = ["id", "status", "state", "what comes next", *(["received"] if output.width >= _WIDE else [])]
     for heading in headings:
         table.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=36 if heading == "id" else None)
@@ -100,16 +98,16 @@ def _print_page(page: RecordPage) -> None:
 
 
 def _describe_next(record: Record, now: datetime) -> str:
-    """Say in a few words what becomes of the record, or became of it."""
+    """Describe in a few words what happens next to the record, or what happened."""
     match record.state:
         case State.SCHEDULED if record.next_attempt_at is not None:
             retried = f", attempt {record.attempts + 1}: {record.last_error}" if record.last_error else ""
             return escape(f"{_format_relative(now, record.next_attempt_at)}{retried}")
         case State.DELETED if record.deleted_at is not None:
-            gone = "" if record.outcome == Outcome.DELETED else ", was gone"
+            gone = "" if record.outcome == Outcome.DELETED else ", was gone already"
             return f"{_format_relative(now, record.deleted_at)}{gone}"
         case State.FAILED:
-            return escape(f"needs a person: {record.last_error}")
+            return escape(f"needs an operator: {record.last_error}")
         case State.HELD if record.hold is not None:
             return escape(f"held: {record.hold.reason}")
         case State.KEPT:
@@ -119,7 +117,7 @@ def _describe_next(record: Record, now: datetime) -> str:
 
 
 def _format_relative(now: datetime, at: datetime) -> str:
-    """Say when *at* is, seen from *now*: ``in 3 h``, ``5 min ago``."""
+    """Format *at* relative to *now*: ``in 3 h``, ``5 min ago``."""
     seconds = int(abs(at - now).total_seconds())
     for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
         if seconds >= 2 * size:
@@ -138,7 +136,7 @@ def _format_time(at: datetime | None) -> str:
 def show(generation_id: str, *, is_json: bool) -> None:
     """Show the record of generation ID with its history.
 
-    Its URLs carry tokens that open the media: mind where the output goes.
+    The output has URLs with tokens that open the media.
     """
 
     async def work(settings: Settings) -> FullRecord | None:
@@ -155,11 +153,11 @@ def show(generation_id: str, *, is_json: bool) -> None:
 
 
 def _add_move_command(move: Move, explained: str) -> None:
-    """Make the command for a person's *move*."""
+    """Add the command for an operator's *move*."""
 
     @records.command(move.value, help=explained)
     @click.argument("generation_id", metavar="ID")
-    @click.option("--reason", help="Why; it stays in the record's history.")
+    @click.option("--reason", help="Why; it is stored in the record's history.")
     def command(generation_id: str, reason: str | None) -> None:
         wanted = partial(
             moving.move_record,
@@ -189,7 +187,7 @@ _add_move_command(Move.KEEP, "Never delete generation ID.")
 _add_move_command(Move.RETRY, "Try generation ID again, which was given up.")
 
 
-# The history has a table of its own, and what the bodies say stands under its own names.
+# The history has a table of its own, and the bodies repeat the other fields.
 _ONLY_IN_JSON = frozenset({"events", "notification", "copy"})
 
 

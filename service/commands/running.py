@@ -1,6 +1,6 @@
-"""How every command starts and how it fails: settings read, one line per problem, an exit code that tells.
+"""How commands start and fail: settings, one line per problem, exit codes.
 
-Exit codes: 0 fine, 2 settings that cannot be worked with, 1 anything else, 130 for Ctrl-C.
+Exit codes: 0 success, 2 invalid settings, 130 Ctrl-C, 1 anything else.
 """
 
 import asyncio
@@ -33,12 +33,12 @@ EXIT_FAILED: Final = 1
 EXIT_SETTINGS: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
-# One option, spelled the same everywhere.
+# The same option for all commands.
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON, for scripts.")
 
 
 def settings_or_exit(*requirements: Callable[[Settings], None]) -> Settings:
-    """Read the settings and see to what this command cannot do without; each problem is a line, exit code 2."""
+    """Read the settings and check *requirements*; print each problem on a line and exit with code 2."""
     try:
         settings = read_settings()
     except SettingsError as error:
@@ -64,7 +64,7 @@ def _exit_with(problems: list[str]) -> NoReturn:
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run *work* on the fastest loop there is and return its result; what goes wrong is one line and exit code 1."""
+    """Run *work*, on uvloop where there is one, and return its result; print an error in one line, exit with code 1."""
     try:
         import uvloop  # noqa: PLC0415 - not on Windows
     except ImportError:
@@ -76,14 +76,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
             return runner.run(work)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001 - the last place there is
+    except Exception as error:  # noqa: BLE001 - the outermost handler
         _fail_with(error)
 
 
 def on_stop(act: Callable[[], object]) -> None:
-    """Call *act* on the running loop at Ctrl-C or SIGTERM, also where a shell had Ctrl-C ignored or this is pid 1.
+    """Call *act* on the running loop at Ctrl-C or SIGTERM, also if the shell ignores Ctrl-C or this is pid 1.
 
-    It is called once: uvicorn raises a signal again when it has stopped, in the middle of an orderly end.
+    It is called once: uvicorn raises the signal again after it has stopped, during an orderly shutdown.
     """
     pending = [act]
 
@@ -97,7 +97,7 @@ def on_stop(act: Callable[[], object]) -> None:
 
 
 def fail(problem: str) -> NoReturn:
-    """Say in one line what is wrong and end with exit code 1."""
+    """Print *problem* in one line and exit with code 1."""
     click.echo(f"mayfly: {problem}", err=True)
     sys.exit(EXIT_FAILED)
 
@@ -106,26 +106,26 @@ def _fail_with(error: BaseException) -> NoReturn:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
     if isinstance(error, LedgerUnavailableError):
-        fail(f"the ledger cannot be opened: {error}; see to MAYFLY_DATABASE_URL")
+        fail(f"the ledger cannot be opened: {error}; check MAYFLY_DATABASE_URL")
     if isinstance(error, ExplainedError):
         fail(str(error))
     if isinstance(error, OSError):
-        fail(f"{error.strerror or error}: {error.filename or 'see to MAYFLY_HOST and MAYFLY_PORT'}")
+        fail(f"{error.strerror or error}: {error.filename or 'check MAYFLY_HOST and MAYFLY_PORT'}")
     log.error("mayfly.crashed", exc_info=error)
     sys.exit(EXIT_FAILED)
 
 
 def is_ledger_missing(settings: Settings) -> bool:
-    """Whether the ledger is an SQLite file that no start has made yet; opening it would make an empty one."""
+    """Whether the ledger is an SQLite file that does not exist yet; opening it would create an empty one."""
     url = settings.ledger_url
     return url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file()
 
 
 @asynccontextmanager
 async def open_ledger(settings: Settings) -> AsyncIterator[Database]:
-    """Open the ledger that is there, and make none.
+    """Open the existing ledger.
 
-    Raises: SchemaError when there is none of this release's form; LedgerUnavailableError.
+    Raises: SchemaError if there is none, or its tables do not fit this release; LedgerUnavailableError.
     """
     if is_ledger_missing(settings):
         where = settings.ledger_url.database
@@ -136,7 +136,7 @@ async def open_ledger(settings: Settings) -> AsyncIterator[Database]:
 
 
 def actor() -> str:
-    """Return who gives the command, for the audit trail."""
+    """Return the user of the command line, for the audit trail."""
     try:
         return f"{getpass.getuser()} (command line)"
     except (KeyError, OSError):  # a container's uid without a name
@@ -144,6 +144,6 @@ def actor() -> str:
 
 
 def print_json(value: object) -> None:
-    """Print *value* as JSON, indented where a person reads it."""
+    """Print *value* as JSON, indented on a terminal."""
     encoded = msgspec.json.encode(value)
     click.echo((msgspec.json.format(encoded, indent=2) if sys.stdout.isatty() else encoded).decode())

@@ -48,9 +48,7 @@ def check(connection: Connection) -> None:
     # Newer tables are fine: each migration keeps the code of the previous release running (expand, then contract).
     # But revisions 0002 and 0003 existed before the first release, and left this index.
     if revision > HEAD and inspect(connection).has_index("records", "records_state_seq"):
-        raise SchemaError(
-            "a version before the first release made this ledger; it cannot be upgraded: use a new one"
-        )
+        raise SchemaError("a version before the first release made this ledger; it cannot be upgraded: use a new one")
 
 
 def check_writable(connection: Connection) -> None:

@@ -1,7 +1,7 @@
-"""Bodies and statuses, true and faulty, as the Sync API sends them.
+"""Answers of the Sync API, regular and faulty.
 
 Source: sync.so API reference, error catalogue and captured answers. ``message`` may be a list, ``error`` and
-``errorCode`` may be missing, and what stands in front of the API answers in HTML.
+``errorCode`` may be missing, and proxies in front of the API answer in HTML.
 """
 
 from collections.abc import Callable
@@ -129,7 +129,7 @@ _BUILT: dict[FaultName, Callable[[Fault, Answer], Answer]] = {
 
 
 def faulty(fault: Fault, true: Answer) -> Answer:
-    """Return what *fault* makes of the *true* answer; faults of the connection leave it as it is."""
+    """Return the *true* answer as *fault* changes it; faults of the connection do not change it."""
     if build := _BUILT.get(fault.name):
         return build(fault, true)
     return _FIXED.get(fault.name, true)

@@ -1,6 +1,6 @@
-"""``/simulator/…``: what other processes drive the simulator with. The names are ours, not the API's.
+"""``/simulator/…``: the routes with which other processes control the simulator. The names are not the API's.
 
-From the loopback interface no key is asked for; from elsewhere the API key is.
+From the loopback interface they need no key, from elsewhere the API key.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from service.simulator.generation import Generation
 from service.simulator.organisation import Delivery, Organisation, Switches
 from service.simulator.wire import is_loopback
 
-# More at once would time out at the receiver rather than at the faults under test.
+# With more at once, the receiver would time out.
 WEBHOOKS_AT_ONCE = 50
 
 Simulated = NamedDependency[Organisation]
@@ -48,7 +48,7 @@ class AddRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Script(msgspec.Struct, forbid_unknown_fields=True):
-    """Faults for the next calls about one generation or, without an id, for the next calls at all."""
+    """Faults for the next calls about one generation or, without an id, about any."""
 
     operation: Operation
     faults: list[str]
@@ -171,7 +171,7 @@ async def show_webhook(
 
 @get("/calls")
 async def show_calls(simulated: Simulated, since: Annotated[int, QueryParameter()] = 0) -> CallPage:
-    """Return the calls from number *since* on; *next* is where the next page begins."""
+    """Return the calls from number *since* on; *next* is the number at which the next page begins."""
     return CallPage(next=len(simulated.calls), calls=simulated.calls[since:])
 
 
@@ -209,11 +209,11 @@ def _from_loopback_or_with_key(connection: ASGIConnection[Any, Any, Any, Any], _
         return
     organisation: Organisation = connection.app.state.organisation
     if connection.headers.get("x-api-key") != organisation.api_key:
-        raise NotAuthorizedException("from elsewhere than this machine the control routes need the x-api-key")
+        raise NotAuthorizedException("from other machines the control routes need the x-api-key")
 
 
 def _describe_error(_: Request[Any, Any, Any], exc: ValueError) -> Response[dict[str, str]]:
-    if isinstance(exc, NotFoundException):  # it is a ValueError, too
+    if isinstance(exc, NotFoundException):  # which is a ValueError, too
         return Response({"detail": exc.detail}, status_code=exc.status_code)
     return Response({"detail": str(exc)}, status_code=400)
 

@@ -1,4 +1,4 @@
-"""The web side: Litestar joined to the ledger and the queue."""
+"""The web side: the Litestar application, and its connection to the ledger and the queue."""
 
 import asyncio
 from collections.abc import Callable
@@ -39,7 +39,7 @@ def make_app(
     *,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Litestar:
-    """Build the ASGI application over resources that are open."""
+    """Build the ASGI application; the resources are open already."""
     enqueuer = Enqueuer(queue_pool, horizon=settings.queue_horizon, now=now, metrics=metrics)
     dependencies_by_name = {
         "database": database,
@@ -84,7 +84,7 @@ def _openapi() -> OpenAPIConfig:
         title="Mayfly",
         version=__version__,
         components=Components(security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer")}),
-        # No page with it: those that Litestar has load scripts of others, beside which nobody should type a token.
+        # JSON only: Litestar's pages load scripts from other hosts, and nobody should type a token beside those.
         render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
     )
 
@@ -97,7 +97,7 @@ def _provide(value: object) -> Provide:
 
 
 async def run_web(settings: Settings, resources: Resources, metrics: Metrics, stop: asyncio.Event) -> None:
-    """Serve until *stop* is set, then answer what is under way and return.
+    """Serve until *stop* is set, then answer the requests in progress and return.
 
     Raises: SettingsError without a webhook secret; QueueError for a Redis that would drop jobs; OSError when the
     address cannot be listened on.

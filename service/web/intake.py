@@ -1,4 +1,4 @@
-"""Receiving a webhook: verify it, store what it announces, answer, then enqueue. The answer comes after the commit."""
+"""Receiving a webhook: verify it, store it, answer after the commit, enqueue its job in the background."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -23,7 +23,7 @@ log = structlog.get_logger()
 
 
 class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_defaults=True):
-    """The 202 of a webhook: *state* is its record's, or ``ignored`` for one that leads to no deletion."""
+    """The 202 of a webhook: *state* is the record's, or ``ignored`` if there is none."""
 
     id: str
     state: str
@@ -31,7 +31,7 @@ class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_default
 
 
 class Intake:
-    """Takes webhooks; each one is durable before it is answered."""
+    """Stores webhooks; each one is committed before it is answered."""
 
     def __init__(
         self,
@@ -56,7 +56,7 @@ class Intake:
         self._group: GroupCommit[Arrival, Receipt] = GroupCommit(self._commit)
 
     def check_form(self, header: str) -> None:
-        """Return if *header* could sign a body that is still to come.
+        """Return if *header* could be a signature, before the body has been read.
 
         Raises: SignatureError.
         """
@@ -86,7 +86,7 @@ class Intake:
         receipt = await self._group.submit(arrival)
         if receipt.is_conflict:
             self._metrics.conflicts.inc()
-            log.warning("webhook.conflicted", generation=generation.id, what_now="the first announcement is kept")
+            log.warning("webhook.conflicted", generation=generation.id, what_now="the first body is kept")
         return Answer(generation.id, receipt.state, receipt.due_at)
 
     def _count_ignored(self, generation: Generation) -> None:
@@ -94,7 +94,7 @@ class Intake:
         if not generation.is_batch and generation.status not in RUNNING:
             self._metrics.statuses_unknown.inc()
             names = {"generation": generation.id, "status": ascii(generation.status)[1:-1]}
-            log.warning("webhook.status_unknown", **names, what_now="it is ignored, nothing is deleted")
+            log.warning("webhook.status_unknown", **names, what_now="the webhook is ignored, nothing is deleted")
 
     async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
         receipts = await self._database.write(partial(receiving.receive, arrivals=arrivals))
@@ -107,7 +107,7 @@ class Intake:
 
 
 def _jobs_to_enqueue(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[CleanupJob]:
-    """Return the jobs of the records that wait, and not as they did before."""
+    """Return the jobs of the scheduled records that are new or changed."""
     return [
         CleanupJob(arrival.key, receipt.attempts + 1, receipt.due_at)
         for arrival, receipt in zip(arrivals, receipts, strict=True)

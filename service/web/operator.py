@@ -1,4 +1,4 @@
-"""What an operator does, behind the bearer token: move a record, pause and resume all deletions, see the numbers."""
+"""The operator API, with the bearer token: move a record, pause and resume all deletions, read statistics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -26,14 +26,14 @@ ACTOR = "operator"
 
 
 class Reason(msgspec.Struct, frozen=True):
-    """Why; it is kept in the record's history, or with the pause."""
+    """Why; it is stored in the record's history, or with the pause."""
 
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
 
 
 @dataclass
 class _OptionalBodyOperation(Operation):
-    """Documents a body that may be left out; Litestar calls every body required."""
+    """Documents an optional body; Litestar documents every body as required."""
 
     def __post_init__(self) -> None:
         if isinstance(self.request_body, RequestBody):
@@ -41,7 +41,7 @@ class _OptionalBodyOperation(Operation):
 
 
 class OperatorController(Controller):
-    """Moves of a person."""
+    """Moves, pauses and statistics."""
 
     tags = ("operator",)
     security = ({"bearer": []},)
@@ -62,7 +62,7 @@ class OperatorController(Controller):
         data: JSONBody[Reason | None] = None,
         account: FromQuery[str] = "default",
     ) -> FullRecord:
-        """Answer the record after the move; 409 when its state does not have that move."""
+        """Answer the record after the move, or 409 if its state does not allow it."""
         reason = data.reason if data else None
         change = partial(_move_and_read, key=Key(account, generation_id), wanted=Move(move), now=now(), reason=reason)
         record = await database.write(change)
@@ -83,20 +83,20 @@ class OperatorController(Controller):
         now: NamedDependency[Callable[[], datetime]],
         data: JSONBody[Reason | None] = None,
     ) -> Stats:
-        """Pause until resume; webhooks are still taken. Those deletions under way end first."""
+        """Pause until resume. Webhooks are still stored; deletions in progress end first."""
         wanted = Pause(Kind.OPERATOR, now(), ACTOR, data.reason if data else "no reason given", None)
         await database.write(partial(pausing.pause, wanted=wanted))
         return await database.read(partial(read_stats, now=now()))
 
     @post("/resume", status_code=200, summary="Resume deletions", responses=documented(400, 401, 403, 503))
     async def resume(self, database: NamedDependency[Database], now: NamedDependency[Callable[[], datetime]]) -> Stats:
-        """End every pause, whatever its reason; one whose reason still holds comes back by itself."""
+        """End every pause, whatever its kind; one whose cause persists comes back by itself."""
         await database.write(partial(pausing.resume, kinds=list(Kind)))
         return await database.read(partial(read_stats, now=now()))
 
-    @get("/stats", summary="The ledger in numbers", responses=documented(400, 401, 403, 503))
+    @get("/stats", summary="Statistics of the ledger", responses=documented(400, 401, 403, 503))
     async def stats(self, database: NamedDependency[Database], now: NamedDependency[Callable[[], datetime]]) -> Stats:
-        """Answer the counts, the age of the oldest overdue record, and the pauses."""
+        """Answer the number of records in each state, the age of the most overdue deletion, and the pauses."""
         return await database.read(partial(read_stats, now=now()))
 
 

@@ -154,7 +154,7 @@ def played():
 
 def against(simulator, generation, record, forged, *, scene=SCENES[0], forged_status=401):
     findings = inspect(simulator, [Line(scene, generation, record)], forged, forged_status)
-    return [problem.partition(": ")[2] or problem for finding in findings for problem in finding.against]
+    return [problem.partition(": ")[2] or problem for finding in findings for problem in finding.violations]
 
 
 def test_nothing_speaks_against_a_play_that_went_right(played):
