@@ -42,7 +42,7 @@ OpenClient = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
 def pytest_configure() -> None:
-    """End in order when told to end, as on Ctrl-C: SIGTERM alone would leave the servers behind."""
+    """End at SIGTERM as at Ctrl-C, so that the servers are stopped."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 

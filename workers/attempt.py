@@ -184,9 +184,7 @@ class Cleaner:
             except LedgerUnavailableError as error:
                 if self.now() + timedelta(seconds=_COMMIT_AGAIN_SECONDS) >= claim.lease_until:
                     raise
-                log.warning(
-                    "cleanup.not_committed", **_log_fields(claim), error=str(error), what_now="retrying"
-                )
+                log.warning("cleanup.not_committed", **_log_fields(claim), error=str(error), what_now="retrying")
                 await asyncio.sleep(_COMMIT_AGAIN_SECONDS)
 
     async def _settle_crash(self, claim: Claim) -> None:

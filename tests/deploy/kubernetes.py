@@ -92,6 +92,6 @@ def is_selected(labels: Manifest, selector: Manifest) -> bool:
     if any(labels.get(name) != value for name, value in selector.get("matchLabels", {}).items()):
         return False
     expressions = selector.get("matchExpressions", [])
-    if any(wish["operator"] != "In" for wish in expressions):
+    if any(expression["operator"] != "In" for expression in expressions):
         raise ValueError("only the operator In is known here")
-    return all(labels.get(wish["key"]) in wish["values"] for wish in expressions)
+    return all(labels.get(expression["key"]) in expression["values"] for expression in expressions)

@@ -128,8 +128,13 @@ class _To127(httpx.BaseTransport):
 
 def head(length: int) -> bytes:
     """Return the head of a webhook whose body of *length* bytes is still to come."""
-    proof = webhook(b"x" * length).headers["Sync-Signature"]
-    lines = ("POST /webhooks/sync HTTP/1.1", f"Host: {HOST}", f"Content-Length: {length}", f"Sync-Signature: {proof}")
+    signature = webhook(b"x" * length).headers["Sync-Signature"]
+    lines = (
+        "POST /webhooks/sync HTTP/1.1",
+        f"Host: {HOST}",
+        f"Content-Length: {length}",
+        f"Sync-Signature: {signature}",
+    )
     return "\r\n".join([*lines, "", ""]).encode()
 
 

@@ -63,7 +63,7 @@ def test_a_restored_backup_deletes_nothing_that_was_held_since(stack: Stack, roo
     gone = stack.accept(3)
     stack.wait_until_deleted(gone, seconds=60)
     wait_until(lambda: [state for state, _ in _query(stack, COUNT)] == ["deleted"], seconds=60, what="all are deleted")
-    (held,) = stack.accept(1, wish="ttl=30s")
+    (held,) = stack.accept(1, query="ttl=30s")
     hold = line_with(root, "compose.single.yaml", "records hold").replace(" ID ", f" {held.id} ")
     backup = block_with(root, "compose.single.yaml", "cat backup.db")
 

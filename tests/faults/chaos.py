@@ -74,7 +74,7 @@ class Chaos:
         self.healing_seconds = time.monotonic() - begun
 
     async def _start(self, member: Member) -> None:
-        """Start *member* as a supervisor does: again, when it ends because the ledger is away at that moment."""
+        """Start *member* as a supervisor does: again if it ends because the ledger does not answer."""
         async with asyncio.timeout(30):
             while True:
                 with contextlib.suppress(ProcessError):

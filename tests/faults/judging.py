@@ -86,9 +86,9 @@ def judge(
     may_fail: frozenset[str] = frozenset(),
     unhealthy: Sequence[str] = (),
 ) -> Verdict:
-    """Judge a run after it was drained; *may_fail* are the ids that a person has to look at.
+    """Judge a run after it was drained; *may_fail* are the ids that may need an operator.
 
-    *unhealthy* are the late and wrong answers about health that the pulse met.
+    *unhealthy* are the late and wrong answers about health that the health_monitor met.
     """
     verdict = Verdict(unhealthy=list(unhealthy))
     _judge_rows(verdict, sent, rows, simulator, may_fail)

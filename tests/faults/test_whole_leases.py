@@ -14,7 +14,7 @@ _PATIENCE_SECONDS = 90
 
 
 @pytest.mark.timeout(_PATIENCE_SECONDS + 60)
-async def test_a_lease_whose_worker_is_gone_or_asleep_ends_by_itself_after_a_minute_and_no_sooner(system: System):
+async def test_the_lease_of_a_killed_or_frozen_worker_ends_after_exactly_a_minute(system: System):
     found = await play(system)
 
     # Whoever takes over looks every five seconds.

@@ -124,16 +124,16 @@ async def test_a_due_generation_is_copied_and_deleted_with_its_receipt(cleaner, 
 @pytest.mark.parametrize(
     "case",
     [
-        ("?ttl=forever", (State.KEPT, "wish: ttl")),
-        ("?ttl=9d", (State.SCHEDULED, "wish: ttl")),
-        ("?hold=legal", (State.HELD, "wish: hold")),
-        ("?Hold=legal", (State.HELD, "unreadable wish")),
+        ("?ttl=forever", (State.KEPT, "override: ttl")),
+        ("?ttl=9d", (State.SCHEDULED, "override: ttl")),
+        ("?hold=legal", (State.HELD, "override: hold")),
+        ("?Hold=legal", (State.HELD, "invalid override")),
     ],
 )
-async def test_a_wish_that_only_the_api_shows_keeps_the_generation(cleaner, database, simulator, announced, case):
-    wish, leads_to = case
+async def test_an_override_that_only_the_api_shows_keeps_the_generation(cleaner, database, simulator, announced, case):
+    query, leads_to = case
     key = await announced()
-    simulator.generations[key.id].webhook_url = f"https://hooks.example.com/webhooks/sync{wish}"
+    simulator.generations[key.id].webhook_url = f"https://hooks.example.com/webhooks/sync{query}"
     assert await cleaner.clean(await claim_one(database)) is Verdict.DONE
     row = await row_of(database, key)
 
@@ -145,11 +145,11 @@ async def test_a_wish_that_only_the_api_shows_keeps_the_generation(cleaner, data
     assert state != State.SCHEDULED or row.due_at > utc_now() + timedelta(days=8)
 
 
-async def test_what_was_held_for_a_wish_is_deleted_once_a_person_released_it(cleaner, database, simulator, announced):
+async def test_a_record_held_by_an_override_is_deleted_after_its_release(cleaner, database, simulator, announced):
     key = await announced()
     simulator.generations[key.id].webhook_url = "https://hooks.example.com/webhooks/sync?hold=legal"
     await cleaner.clean(await claim_one(database))
-    release = partial(moving.move_record, key=key, wanted=Move.RELEASE, now=utc_now(), actor="a person", reason=None)
+    release = partial(moving.move_record, key=key, wanted=Move.RELEASE, now=utc_now(), actor="an operator", reason=None)
     await database.write(release)
     await cleaner.clean(await claim_one(database))
 
@@ -159,7 +159,7 @@ async def test_what_was_held_for_a_wish_is_deleted_once_a_person_released_it(cle
     ]
 
 
-async def test_the_receipt_survives_a_ledger_that_was_away_for_a_moment(cleaner_of, api, database, announced):
+async def test_the_receipt_survives_a_short_outage_of_the_ledger(cleaner_of, api, database, announced):
     key = await announced()
     item = await claim_one(database)
     faults = [LedgerUnavailableError("database is locked")] * 2
@@ -175,7 +175,7 @@ async def test_the_receipt_survives_a_ledger_that_was_away_for_a_moment(cleaner_
     assert json.loads(row.receipt)["status"] == 200
 
 
-async def test_a_ledger_that_stays_away_is_waited_for_no_longer_than_the_lease(cleaner_of, api, database, announced):
+async def test_an_attempt_waits_for_the_ledger_no_longer_than_its_lease(cleaner_of, api, database, announced):
     key = await announced()
     item = await claim_one(database)
     clock = [utc_now()]
@@ -195,7 +195,7 @@ async def test_a_ledger_that_stays_away_is_waited_for_no_longer_than_the_lease(c
         *(("500", False), ("lost", False), ("wrong-id", False), ("202", False)),
     ],
 )
-async def test_a_delete_counts_against_the_days_limit_unless_the_api_says_that_it_made_none(
+async def test_a_delete_counts_against_the_daily_limit_unless_the_api_refused_it(
     cleaner, database, announced, fault, is_refund
 ):
     await announced(faults={"DELETE": [fault]})
@@ -254,24 +254,22 @@ async def test_without_a_copy_nothing_is_deleted(cleaner, database, simulator, a
     assert [call.method for call in simulator.calls] == ["GET"]
 
 
-async def test_a_ledger_that_takes_no_copy_keeps_the_delete_from_being_sent(
-    cleaner_of, api, database, simulator, announced
-):
+async def test_no_delete_is_sent_if_the_copy_cannot_be_committed(cleaner_of, api, database, simulator, announced):
     key = await announced()
     item = await claim_one(database)
     clock = [utc_now()]
 
-    async def away(_):
+    async def unavailable(_):
         clock[0] = item.lease_until  # until then it would be tried again
-        raise LedgerUnavailableError("away")
+        raise LedgerUnavailableError("unavailable")
 
-    assert await cleaner_of(api, copy=away, now=lambda: clock[0]).clean(item) is None
+    assert await cleaner_of(api, copy=unavailable, now=lambda: clock[0]).clean(item) is None
     assert calls_of(simulator) == [("GET", 200)]
     assert (await row_of(database, key)).state == State.DELETING
 
 
 @pytest.mark.parametrize("faults", [{"GET": ["404"]}, {"GET": ["410"]}, {"DELETE": ["404"]}, {"DELETE": ["410"]}])
-async def test_a_generation_that_is_gone_already_is_confirmed_as_such(cleaner, database, announced, faults):
+async def test_a_generation_that_is_gone_already_ends_as_already_gone(cleaner, database, announced, faults):
     key = await announced(faults=faults)
     await cleaner.clean(await claim_one(database))
     row = await row_of(database, key)
@@ -305,7 +303,7 @@ async def claim_one_later(database, key):
     return await claim_one(database)
 
 
-async def test_a_delete_whose_answer_was_lost_is_settled_by_the_next_look(cleaner, database, simulator, announced):
+async def test_a_delete_whose_answer_was_lost_is_confirmed_by_the_next_get(cleaner, database, simulator, announced):
     key = await announced(faults={"DELETE": ["lost"]})
 
     assert await cleaner.clean(await claim_one(database)) is Verdict.RETRY
@@ -317,7 +315,7 @@ async def test_a_delete_whose_answer_was_lost_is_settled_by_the_next_look(cleane
     assert [method for method, _ in calls_of(simulator)] == ["GET", "DELETE", "GET"]
 
 
-async def test_retry_after_is_kept_to(cleaner, database, announced):
+async def test_the_next_attempt_obeys_retry_after(cleaner, database, announced):
     key = await announced(faults={"DELETE": ["429:retry_after=600"]})
     before = utc_now()
     await cleaner.clean(await claim_one(database))
@@ -341,7 +339,7 @@ async def test_a_refused_record_is_given_up_after_a_few_tries_and_that_row_alone
     assert (await row_of(database, other)).state == State.SCHEDULED
 
 
-async def test_a_refused_key_pauses_all_and_no_row_has_used_anything_up(cleaner, database, simulator, announced):
+async def test_a_refused_key_pauses_deletions_and_counts_as_no_failure(cleaner, database, simulator, announced):
     key = await announced()
     simulator.switches.unauthorized = True
 
@@ -362,12 +360,10 @@ async def test_a_dry_run_copies_and_sends_no_delete(cleaner_of, api, database, s
     assert (row.state, row.outcome) == (State.SCHEDULED, None)
     assert row.copied_at is not None
     assert row.wake_at >= before + DRY_RUN_AGAIN
-    assert row.last_error == "dry run: it would have been deleted"
+    assert row.last_error == "dry run: not deleted"
 
 
-async def test_a_lease_that_was_lost_during_the_look_keeps_the_delete_from_being_sent(
-    cleaner, database, simulator, announced
-):
+async def test_no_delete_is_sent_if_the_lease_was_lost_during_the_get(cleaner, database, simulator, announced):
     key = await announced(faults={"GET": ["hold"]})
     asleep = asyncio.create_task(cleaner.clean(await claim_one(database)))
     await asyncio.wait_for(simulator.gates.reached(key.id), 10)
@@ -381,7 +377,7 @@ async def test_a_lease_that_was_lost_during_the_look_keeps_the_delete_from_being
     assert (row.state, row.copied_at) == (State.SCHEDULED, None)
 
 
-async def test_a_lease_that_was_lost_during_the_delete_is_the_successors_to_settle(
+async def test_after_a_lease_lost_during_the_delete_the_next_claim_settles_the_record(
     cleaner, database, simulator, announced
 ):
     key = await announced(faults={"DELETE": ["hold-after"]})
@@ -399,7 +395,7 @@ async def test_a_lease_that_was_lost_during_the_delete_is_the_successors_to_sett
 
 
 @pytest.mark.parametrize("seconds", [1, 35])
-async def test_with_too_little_of_the_lease_left_nothing_is_begun(cleaner, database, simulator, announced, seconds):
+async def test_no_call_is_made_if_too_little_of_the_lease_is_left(cleaner, database, simulator, announced, seconds):
     key = await announced()
     item = await claim_one(database, lease=timedelta(seconds=seconds))
     await cleaner.clean(item)
@@ -410,7 +406,7 @@ async def test_with_too_little_of_the_lease_left_nothing_is_begun(cleaner, datab
     assert row.wake_at <= utc_now()
 
 
-async def test_a_slow_commit_that_ate_the_lease_keeps_the_delete_from_being_sent(
+async def test_no_delete_is_sent_if_the_commit_took_too_much_of_the_lease(
     cleaner_of, api, database, simulator, announced
 ):
     key = await announced()
@@ -428,7 +424,9 @@ async def test_a_slow_commit_that_ate_the_lease_keeps_the_delete_from_being_sent
     assert (await row_of(database, key)).state == State.SCHEDULED
 
 
-async def test_at_the_days_limit_the_copy_is_kept_and_the_delete_waits(cleaner_of, api, database, simulator, announced):
+async def test_at_the_daily_limit_the_copy_is_stored_and_the_delete_waits(
+    cleaner_of, api, database, simulator, announced
+):
     async def copy(item):
         write = partial(settling.store_copies, copies=[item], now=utc_now(), limit=0, actor=ACTOR)
         return (await database.write(write))[0]
@@ -443,12 +441,10 @@ async def test_at_the_days_limit_the_copy_is_kept_and_the_delete_waits(cleaner_o
     assert [pause.kind for pause in await database.read(pausing.find_pauses)] == [pausing.Kind.DAILY_LIMIT]
 
 
-async def test_a_person_who_pauses_after_the_claim_still_keeps_the_delete_from_being_sent(
-    cleaner, database, simulator, announced
-):
+async def test_no_delete_is_sent_if_an_operator_pauses_after_the_claim(cleaner, database, simulator, announced):
     key = await announced()
     item = await claim_one(database)
-    wanted = pausing.Pause(pausing.Kind.OPERATOR, utc_now(), "a person", "a reason", None)
+    wanted = pausing.Pause(pausing.Kind.OPERATOR, utc_now(), "an operator", "a reason", None)
     await database.write(partial(pausing.pause, wanted=wanted))
     await cleaner.clean(item)
     row = await row_of(database, key)
@@ -458,9 +454,7 @@ async def test_a_person_who_pauses_after_the_claim_still_keeps_the_delete_from_b
     assert row.copied_at is not None
 
 
-async def test_a_fault_of_our_own_in_one_record_is_written_down_and_tried_again(
-    cleaner_of, api, database, simulator, announced
-):
+async def test_an_internal_error_in_one_record_is_stored_and_retried(cleaner_of, api, database, simulator, announced):
     async def broken(_):
         raise ZeroDivisionError
 
@@ -469,11 +463,11 @@ async def test_a_fault_of_our_own_in_one_record_is_written_down_and_tried_again(
     assert await cleaner_of(api, copy=broken).clean(await claim_one(database)) is None
     row = await row_of(database, key)
     assert (row.state, row.refusals) == (State.SCHEDULED, 1)
-    assert row.last_error == "a fault of Mayfly's own; its log tells more"
+    assert row.last_error == "an internal error; see Mayfly's log"
     assert [call.method for call in simulator.calls] == ["GET"]
 
 
-async def test_a_cleanup_that_cannot_even_write_down_its_fault_raises_nothing(cleaner_of, api, database, announced):
+async def test_an_attempt_that_cannot_store_its_error_raises_nothing(cleaner_of, api, database, announced):
     async def broken(_):
         raise ZeroDivisionError
 
@@ -487,9 +481,7 @@ async def test_a_cleanup_that_cannot_even_write_down_its_fault_raises_nothing(cl
     [{"GET": ["500"]}, {"DELETE": ["409"]}, {"DELETE": ["429:retry_after=600"]}, {"GET": ["processing"]}],
     ids=str,
 )
-async def test_an_attempt_that_is_put_off_enqueues_the_next_one_at_its_time(
-    cleaner_of, api, database, announced, faults
-):
+async def test_a_deferred_attempt_enqueues_the_next_one_at_its_time(cleaner_of, api, database, announced, faults):
     enqueued: list[tuple[Key, int, datetime]] = []
 
     async def enqueue_next(key: Key, attempt: int, at: datetime):
@@ -504,9 +496,7 @@ async def test_an_attempt_that_is_put_off_enqueues_the_next_one_at_its_time(
     assert enqueued == [(key, 2, row.wake_at)]
 
 
-async def test_an_attempt_that_gives_the_record_back_enqueues_the_next_one_at_once(
-    cleaner_of, api, database, announced
-):
+async def test_an_attempt_that_returns_its_record_enqueues_the_next_one_at_once(cleaner_of, api, database, announced):
     enqueued: list[tuple[Key, int, datetime]] = []
 
     async def enqueue_next(key: Key, attempt: int, at: datetime):
@@ -554,7 +544,7 @@ async def test_an_attempt_whose_lease_was_lost_enqueues_nothing(cleaner_of, api,
     assert enqueued == []
 
 
-async def test_what_the_webhook_said_stays_where_the_api_shows_nothing(cleaner, database, simulator):
+async def test_the_webhooks_values_stay_where_the_api_shows_nothing(cleaner, database, simulator):
     generation = simulator.add(model=None, outputUrl=None, outputDuration=None, outputFileName="take")
     item = arrival_of(id=generation.id, model="sync-3", outputDuration=4.5)
     await receive(database, item)

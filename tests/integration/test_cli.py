@@ -103,7 +103,7 @@ async def test_a_list_is_narrowed(mayfly, ledger, options):
     result = await mayfly("records", "list", *options)
 
     assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == [wanted]
-    assert "needs a person: the API answered 400" in result.stdout
+    assert "needs an operator: the API answered 400" in result.stdout
 
 
 async def test_an_empty_ledger_says_so(mayfly):
@@ -126,20 +126,20 @@ async def test_one_record_is_shown_with_its_history(mayfly, ledger):
 
 
 @pytest.mark.parametrize("name", ["show", "hold", "release", "keep", "retry"])
-async def test_a_record_that_is_not_there_is_one_line(mayfly, name):
+async def test_a_missing_record_is_reported_in_one_line(mayfly, name):
     result = await mayfly("records", name, "nobody")
 
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "mayfly: there is no record of generation nobody\n"
 
 
-async def test_a_cursor_that_no_page_gave_is_one_line(mayfly):
+async def test_an_invalid_cursor_is_reported_in_one_line(mayfly):
     result = await mayfly("records", "list", "--cursor", "zzz")
 
-    assert (result.exit_code, result.stderr) == (1, "mayfly: the cursor is not one that a page gave\n")
+    assert (result.exit_code, result.stderr) == (1, "mayfly: invalid cursor: use the nextCursor of a page\n")
 
 
-async def test_a_person_holds_releases_and_keeps_a_record(mayfly, ledger):
+async def test_hold_release_and_keep_move_a_record(mayfly, ledger):
     wanted = await ledger(arrive)
 
     held = await mayfly("records", "hold", wanted, "--reason", "legal")
@@ -155,7 +155,7 @@ async def test_a_person_holds_releases_and_keeps_a_record(mayfly, ledger):
     assert record["dueAt"] is None
 
 
-async def test_what_was_to_be_kept_for_ever_before_it_was_held_is_kept_once_released(mayfly, ledger):
+async def test_a_held_record_without_a_due_time_is_kept_after_its_release(mayfly, ledger):
     wanted = await ledger(arrive, webhookUrl="https://hooks.example.com/webhooks/sync?ttl=forever&hold=legal")
 
     before = json.loads((await mayfly("records", "show", wanted, "--json")).stdout)
@@ -167,7 +167,7 @@ async def test_what_was_to_be_kept_for_ever_before_it_was_held_is_kept_once_rele
     assert record["nextAttemptAt"] is None
 
 
-async def test_what_was_given_up_is_tried_again(mayfly, ledger):
+async def test_retry_schedules_a_failed_record(mayfly, ledger):
     wanted = await ledger(arrive, state=State.FAILED)
 
     result = await mayfly("records", "retry", wanted)
@@ -175,16 +175,16 @@ async def test_what_was_given_up_is_tried_again(mayfly, ledger):
     assert result.stdout == f"{wanted} is scheduled.\n"
 
 
-async def test_a_move_that_the_state_does_not_have_is_one_line(mayfly, ledger):
+async def test_an_illegal_move_is_reported_in_one_line(mayfly, ledger):
     wanted = await ledger(arrive, state=State.DELETED)
 
     result = await mayfly("records", "hold", wanted)
 
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "mayfly: a record that is deleted cannot hold\n"
+    assert result.stderr == "mayfly: cannot hold: the record is deleted\n"
 
 
-async def test_stats_count_each_state_and_tell_how_late_it_is(mayfly, ledger):
+async def test_stats_show_the_number_per_state_and_the_most_overdue_deletion(mayfly, ledger):
     await ledger(arrive)
     await ledger(arrive, state=State.FAILED)
     late = await ledger(arrive)
@@ -200,10 +200,10 @@ async def test_stats_count_each_state_and_tell_how_late_it_is(mayfly, ledger):
     assert 300 <= numbers["oldestOverdueSeconds"] < 400
     assert numbers["pauses"] == []
     assert "Due now: 1, the longest for 3" in text
-    assert "Deletions run." in text
+    assert "Deletions are running." in text
 
 
-async def test_a_pause_is_kept_with_its_first_reason_until_it_is_ended(mayfly):
+async def test_a_second_pause_keeps_the_first_reason(mayfly):
     first = await mayfly("pause", "--reason", "audit")
     second = await mayfly("pause", "--reason", "another")
     paused = json.loads((await mayfly("stats", "--json")).stdout)["pauses"]
@@ -215,7 +215,7 @@ async def test_a_pause_is_kept_with_its_first_reason_until_it_is_ended(mayfly):
     assert "already" in second.stdout
     assert [(one["kind"], one["reason"]) for one in paused] == [("operator", "audit")]
     assert "Deletions are paused:\n  operator since" in text
-    assert ended.stdout == "Deletions go on. Ended: operator.\n"
+    assert ended.stdout == "Deletions are resumed. Ended: operator.\n"
     assert again.stdout == "There was no pause to end.\n"
 
 
@@ -224,10 +224,10 @@ async def test_resume_ends_the_pause_of_a_refused_key_too(mayfly, ledger):
 
     result = await mayfly("resume")
 
-    assert result.stdout == "Deletions go on. Ended: unauthorized.\n"
+    assert result.stdout == "Deletions are resumed. Ended: unauthorized.\n"
 
 
-async def test_no_ledger_is_made_by_looking_at_it(mayfly, tmp_path):
+async def test_reading_commands_create_no_ledger(mayfly, tmp_path):
     result = await mayfly("stats", MAYFLY_DATABASE_URL="")
 
     assert result.exit_code == 1
@@ -235,15 +235,15 @@ async def test_no_ledger_is_made_by_looking_at_it(mayfly, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-async def test_tables_that_are_there_are_migrated_to_what_they_are(mayfly):
+async def test_migrate_leaves_current_tables_unchanged(mayfly):
     result = await mayfly("migrate")
 
     assert result.exit_code == 0
-    assert result.stdout.endswith(", as they were.\n")
+    assert result.stdout.endswith(" already.\n")
 
 
 @pytest.mark.parametrize("arguments", [("stats",), ("records", "list"), ("pause",), ("doctor",), ("migrate",), ("up",)])
-async def test_settings_that_cannot_be_used_are_a_line_each_and_never_shown(mayfly, arguments):
+async def test_invalid_settings_are_reported_in_a_line_each_without_their_values(mayfly, arguments):
     result = await mayfly(*arguments, MAYFLY_TTL=HIDDEN, MAYFLY_PORT=HIDDEN, SYNC_WEBHOOK_SECRET=HIDDEN)
 
     assert (result.exit_code, result.stdout) == (2, "")
@@ -252,7 +252,7 @@ async def test_settings_that_cannot_be_used_are_a_line_each_and_never_shown(mayf
     assert HIDDEN not in result.stderr
 
 
-async def test_a_database_that_is_away_is_a_line_without_its_password(mayfly):
+async def test_an_unreachable_database_is_reported_without_its_password(mayfly):
     url = f"postgresql://mayfly:{HIDDEN}@127.0.0.1:1/mayfly"
 
     result = await mayfly("stats", MAYFLY_DATABASE_URL=url)
@@ -277,7 +277,7 @@ def test_every_option_has_its_help():
             assert not isinstance(parameter, click.Option) or parameter.help, (path, parameter.name)
 
 
-def test_the_version_is_told():
+def test_the_version_option_prints_the_version():
     assert CliRunner().invoke(main, ["--version"]).output == f"mayfly, version {__version__}\n"
 
 

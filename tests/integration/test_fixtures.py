@@ -3,7 +3,7 @@
 from tests.support.webhooks import webhook
 
 
-async def test_a_signed_webhook_is_taken_on_both_databases(app_client):
+async def test_a_signed_webhook_is_stored_on_both_databases(app_client):
     sent = webhook()
     answer = await app_client.post("/webhooks/sync", content=sent.body, headers=sent.headers)
 

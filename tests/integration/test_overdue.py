@@ -123,9 +123,7 @@ async def rounds(net, number=2):
     await eventually(lambda: net.rounds >= wanted)
 
 
-async def test_what_is_due_and_what_comes_within_the_horizon_has_a_job_and_nothing_else(
-    net, sqlite_database, monkeypatch
-):
+async def test_exactly_the_records_due_within_the_horizon_get_a_job(net, sqlite_database, monkeypatch):
     late = await store(sqlite_database, due_in=-MINUTE)
     soon = await store(sqlite_database, due_in=HOUR)
     await store(sqlite_database, due_in=72 * HOUR)
@@ -137,7 +135,7 @@ async def test_what_is_due_and_what_comes_within_the_horizon_has_a_job_and_nothi
     assert await net.jobs() == {f"default:{late.id}:1", f"default:{soon.id}:1"}
 
 
-async def test_a_late_job_is_brought_forward_and_one_that_is_there_stays_as_it_is(net, sqlite_database, monkeypatch):
+async def test_a_late_job_is_brought_forward_and_any_other_is_unchanged(net, sqlite_database, monkeypatch):
     key = await store(sqlite_database, due_in=-MINUTE)
     job_id = f"default:{key.id}:1"
     for score, is_moved in ((int((utc_now() + HOUR).timestamp() * 1000), True), (1, False)):
@@ -159,7 +157,7 @@ async def test_a_record_that_has_just_become_due_is_left_to_its_job(net, sqlite_
         assert await net.jobs() == set()
 
 
-async def test_after_redis_was_emptied_what_comes_within_the_horizon_has_its_job_again(
+async def test_after_redis_was_emptied_records_within_the_horizon_get_their_jobs_again(
     net, sqlite_database, monkeypatch
 ):
     key = await store(sqlite_database, due_in=HOUR)
@@ -172,9 +170,7 @@ async def test_after_redis_was_emptied_what_comes_within_the_horizon_has_its_job
     assert await net.jobs() == {f"default:{key.id}:1"}
 
 
-async def test_leases_of_dead_workers_end_and_their_records_have_jobs_for_the_next_attempt(
-    net, sqlite_database, monkeypatch
-):
+async def test_records_of_dead_workers_get_a_job_for_the_next_attempt(net, sqlite_database, monkeypatch):
     key = await store(sqlite_database, due_in=-MINUTE)
     await claim(sqlite_database)
     await end_lease(sqlite_database, key)
@@ -212,7 +208,7 @@ async def test_a_refused_key_is_probed_by_one_job(net, sqlite_database, monkeypa
     assert len(await net.jobs()) == 1
 
 
-async def test_without_redis_what_is_due_is_cleaned_from_the_ledger(net, sqlite_database, monkeypatch):
+async def test_without_redis_the_safety_net_cleans_due_records_itself(net, sqlite_database, monkeypatch):
     keys = [await store(sqlite_database) for _ in range(25)]
     net.redis_faults = [ConnectionError()]
     async with running(net, monkeypatch, every=0.5):
@@ -222,9 +218,7 @@ async def test_without_redis_what_is_due_is_cleaned_from_the_ledger(net, sqlite_
     assert await net.jobs() == set()
 
 
-async def test_from_the_ledger_no_more_is_begun_than_the_budget_and_the_places_allow(
-    sqlite_database, pool, metrics, monkeypatch
-):
+async def test_the_safety_net_starts_no_more_than_budget_and_places_allow(sqlite_database, pool, metrics, monkeypatch):
     net = Net(sqlite_database, pool, metrics, rate=Rate(10, 3600))
     for _ in range(10):
         await store(sqlite_database)
@@ -236,20 +230,16 @@ async def test_from_the_ledger_no_more_is_begun_than_the_budget_and_the_places_a
         assert (await sqlite_database.read(reading.count_by_state))[State.DELETING] == 0
 
 
-async def test_a_record_that_is_stuck_is_cleaned_from_the_ledger_although_redis_answers(
-    net, sqlite_database, monkeypatch
-):
+async def test_the_safety_net_cleans_a_stuck_record_although_redis_answers(net, sqlite_database, monkeypatch):
     # No arq worker runs here, as if it held the id of a worker that was killed.
     stuck = await store(sqlite_database, due_in=-timedelta(seconds=11))
     async with running(net, monkeypatch, every=0.5):
         await eventually(lambda: net.cleaned == [stuck], seconds=5)
 
 
-async def test_it_works_on_after_a_ledger_that_did_not_answer_and_after_a_fault(
-    net, sqlite_database, metrics, monkeypatch
-):
+async def test_the_safety_net_continues_after_a_ledger_outage_and_an_error(net, sqlite_database, metrics, monkeypatch):
     await store(sqlite_database, due_in=-MINUTE)
-    net.faults = [LedgerUnavailableError("away"), ZeroDivisionError()]
+    net.faults = [LedgerUnavailableError("unavailable"), ZeroDivisionError()]
     with capture_logs() as logs:
         async with running(net, monkeypatch):
             await rounds(net, 5)
@@ -263,7 +253,7 @@ async def test_it_works_on_after_a_ledger_that_did_not_answer_and_after_a_fault(
     assert net.beats >= 5  # also while the ledger did not answer
 
 
-async def test_a_stop_ends_it_at_once(net, monkeypatch):
+async def test_a_stop_ends_the_safety_net_at_once(net, monkeypatch):
     async with running(net, monkeypatch, every=60):
         await eventually(lambda: net.rounds == 1)
         begun = time.monotonic()
@@ -271,7 +261,7 @@ async def test_a_stop_ends_it_at_once(net, monkeypatch):
     assert time.monotonic() - begun < 1
 
 
-def test_a_worker_is_alive_for_a_minute_after_its_last_beat(tmp_path):
+def test_a_worker_is_alive_for_a_minute_after_its_last_heartbeat(tmp_path):
     now = utc_now().timestamp()
     assert not is_alive(tmp_path, now_seconds=now)
     beat(tmp_path)
@@ -280,14 +270,14 @@ def test_a_worker_is_alive_for_a_minute_after_its_last_beat(tmp_path):
     assert not is_alive(tmp_path, now_seconds=now + 61)
 
 
-def test_a_heartbeat_that_cannot_be_written_keeps_nobody_from_work(tmp_path):
+def test_a_heartbeat_that_cannot_be_written_raises_nothing(tmp_path):
     with capture_logs() as logs:
         beat(tmp_path / "gone")
 
     assert [entry["event"] for entry in logs] == ["heartbeat.failed"]
 
 
-async def test_a_helper_that_loses_a_cancellation_is_cancelled_again():
+async def test_a_task_that_loses_a_cancellation_is_cancelled_again():
     lost: list[int] = []
 
     async def careless():

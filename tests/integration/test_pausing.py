@@ -27,7 +27,7 @@ SECOND = timedelta(seconds=1)
 
 
 async def pause(database, kind, *, until=None):
-    wanted = Pause(kind, utc_now(), "a person", "a reason", until)
+    wanted = Pause(kind, utc_now(), "an operator", "a reason", until)
     return await database.write(partial(pausing.pause, wanted=wanted))
 
 
@@ -41,7 +41,7 @@ async def test_without_a_pause_all_may_be_claimed(database):
     assert await database.write(partial(pausing.take_allowance, now=now)) == pausing.UNLIMITED
 
 
-async def test_while_an_operator_paused_nothing_is_claimed_and_everything_once_resumed(database):
+async def test_an_operators_pause_stops_claims_until_the_resume(database):
     key = await store(database)
     await pause(database, Kind.OPERATOR)
 
@@ -57,7 +57,7 @@ async def throttle(database, seconds, *, ago=0):
     await database.write(partial(pausing.throttle, wait=wait, now=now, actor="a worker"))
 
 
-async def test_after_a_429_nothing_is_claimed_until_its_time_is_over_and_then_all_at_once(database):
+async def test_after_a_429_nothing_is_claimed_until_its_time_is_over(database):
     await store(database)
     await store(database)
     await throttle(database, 60)
@@ -79,7 +79,7 @@ async def test_of_two_429s_the_longer_one_counts(database):
     assert timedelta(seconds=590) < one.until - utc_now() <= timedelta(seconds=600)
 
 
-async def test_a_probe_is_not_spent_while_another_pause_holds(database):
+async def test_no_probe_is_taken_while_another_pause_is_in_force(database):
     past = utc_now() - SECOND
     await store(database)
     await pause(database, Kind.UNAUTHORIZED, until=past)
@@ -92,7 +92,7 @@ async def test_a_probe_is_not_spent_while_another_pause_holds(database):
     assert len(await claim(database)) == 1
 
 
-async def test_a_worker_whose_clock_runs_ahead_puts_the_others_probe_no_further_off(postgres_url):
+async def test_a_worker_whose_clock_is_ahead_does_not_delay_the_next_probe(postgres_url):
     async with open_database(postgres_url) as database:
         await store(database)
         await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
@@ -114,7 +114,7 @@ async def test_a_pause_keeps_its_first_reason_and_ends_once(database):
     assert await database.write(partial(pausing.resume, kinds=list(Kind))) == []
 
 
-async def test_a_refused_key_pauses_all_deletions_and_uses_nothing_up(database):
+async def test_a_refused_key_pauses_deletions_and_counts_no_failure(database):
     await receive(database, arrival(), arrival())
     first = (await claim(database, limit=1))[0]
     await settle(database, deferred(first, verdict=Verdict.UNAUTHORIZED))
@@ -124,7 +124,7 @@ async def test_a_refused_key_pauses_all_deletions_and_uses_nothing_up(database):
     assert await claim(database) == []
 
 
-async def test_one_record_a_minute_tries_a_refused_key_again_and_one_worker_alone_takes_it(database_url):
+async def test_one_worker_a_minute_probes_a_refused_key(database_url):
     async with open_database(database_url) as one, open_database(database_url) as other:
         await receive(one, *(arrival() for _ in range(10)))
         await pause(one, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
@@ -136,7 +136,7 @@ async def test_one_record_a_minute_tries_a_refused_key_again_and_one_worker_alon
         assert timedelta(0) < found.until - utc_now() <= PROBE_EVERY
 
 
-async def test_a_probe_that_gets_through_ends_the_pause_of_the_key(database):
+async def test_a_successful_probe_ends_the_pause_of_the_key(database):
     await receive(database, arrival(), arrival())
     await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
     await settle(database, confirmed(await claim_one(database)))
@@ -145,7 +145,7 @@ async def test_a_probe_that_gets_through_ends_the_pause_of_the_key(database):
     assert len(await claim(database)) == 1
 
 
-async def test_an_answer_that_any_key_could_get_does_not_end_the_pause_of_the_key(database):
+async def test_an_answer_that_an_invalid_key_could_get_ends_no_pause(database):
     await store(database)
     await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
     await settle(database, deferred(await claim_one(database), verdict=Verdict.RETRY))
@@ -153,7 +153,7 @@ async def test_an_answer_that_any_key_could_get_does_not_end_the_pause_of_the_ke
     assert await kinds(database) == [Kind.UNAUTHORIZED]
 
 
-async def test_a_good_key_does_not_end_the_pause_of_a_person(database):
+async def test_a_valid_key_does_not_end_the_pause_of_an_operator(database):
     await store(database)
     item = await claim_one(database)
     await pause(database, Kind.OPERATOR)
@@ -162,7 +162,7 @@ async def test_a_good_key_does_not_end_the_pause_of_a_person(database):
     assert await kinds(database) == [Kind.OPERATOR]
 
 
-async def test_a_person_who_paused_stops_the_probes_too(database):
+async def test_an_operators_pause_also_stops_the_probes(database):
     await store(database)
     await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
     await pause(database, Kind.OPERATOR)
@@ -170,7 +170,7 @@ async def test_a_person_who_paused_stops_the_probes_too(database):
     assert await claim(database) == []
 
 
-async def test_the_days_limit_ends_by_itself(database):
+async def test_the_pause_of_the_daily_limit_ends_by_itself(database):
     await store(database)
     await pause(database, Kind.DAILY_LIMIT, until=utc_now() + timedelta(hours=1))
     assert await claim(database) == []
@@ -181,7 +181,7 @@ async def test_the_days_limit_ends_by_itself(database):
     assert await kinds(database) == []
 
 
-async def test_workers_that_are_refused_at_the_same_moment_all_write_down_their_attempts(database_url):
+async def test_workers_refused_at_the_same_moment_all_commit_their_attempts(database_url):
     async with open_database(database_url) as one, open_database(database_url) as other:
         await receive(one, *(arrival() for _ in range(8)))
         claims = await claim(one, limit=8)
@@ -204,7 +204,7 @@ async def test_pausing_twice_at_once_is_one_pause(database_url):
         assert await kinds(one) == [Kind.OPERATOR]
 
 
-async def test_resuming_while_workers_look_whether_they_may_claim_never_waits_for_them_for_ever(postgres_url):
+async def test_a_resume_never_deadlocks_with_workers_that_read_the_allowance(postgres_url):
     async with open_database(postgres_url) as one, open_database(postgres_url) as other:
         for _ in range(30):
             now = utc_now()

@@ -56,7 +56,7 @@ async def ids_of(client, **params):
 # Who may ask
 
 
-async def test_without_the_token_nothing_is_shown(sqlite_database, open_client):
+async def test_a_request_without_the_token_is_refused(sqlite_database, open_client):
     headers = [None, "", "Bearer", "Bearer wrong", f"Basic {API_TOKEN}", API_TOKEN, "Bearer \xff"]
     async with open_client(sqlite_database) as client:
         answers = [
@@ -70,7 +70,7 @@ async def test_without_the_token_nothing_is_shown(sqlite_database, open_client):
     assert {answer.headers["content-type"] for answer in answers} == {"application/problem+json"}
 
 
-async def test_with_no_token_set_the_operator_api_is_closed_to_all(sqlite_database, open_client):
+async def test_without_a_configured_token_the_operator_api_is_closed(sqlite_database, open_client):
     async with open_client(sqlite_database, MAYFLY_API_TOKEN="") as client:
         answers = [await client.get("/api/records", headers=headers) for headers in ({}, BEARER)]
 
@@ -106,7 +106,7 @@ async def test_pages_are_newest_first_and_each_record_is_on_one_of_them(client, 
     assert pages == [newest_first[:3], newest_first[3:6], newest_first[6:]]
 
 
-async def test_a_record_that_comes_between_two_pages_moves_none_of_the_others(client, database):
+async def test_a_record_that_arrives_between_two_pages_shifts_no_other(client, database):
     keys = [await store(database, due_in=HOUR) for _ in range(4)]
     first = (await client.get("/api/records", params={"limit": 2})).json()
     await store(database, due_in=HOUR)
@@ -125,7 +125,7 @@ async def statuses_of(client, paths):
     return {path: (await client.get(f"/api/records{path}")).status_code for path in paths}
 
 
-async def test_a_query_that_makes_no_sense_is_400(sqlite_client):
+async def test_an_invalid_query_is_400(sqlite_client):
     queries = [
         *("?limit=0", "?limit=501", "?limit=-1", "?limit=x", "?limit=1e9", "?state=gone", "?state=", "?from=yesterday"),
         *("?from=2026-01-01T00:00:00", "?to=2026-13-01T00:00:00Z", "?cursor=", "?cursor=x", "?cursor=%00"),
@@ -135,7 +135,7 @@ async def test_a_query_that_makes_no_sense_is_400(sqlite_client):
     assert await statuses_of(sqlite_client, queries) == dict.fromkeys(queries, 400)
 
 
-async def test_what_is_wrong_with_a_query_is_said_in_the_clients_own_words(sqlite_client):
+async def test_the_error_of_a_query_uses_the_clients_parameter_names(sqlite_client):
     answer = await sqlite_client.get("/api/records?limit=0&state=gone")
 
     assert answer.headers["content-type"] == "application/problem+json"
@@ -146,7 +146,7 @@ async def test_what_is_wrong_with_a_query_is_said_in_the_clients_own_words(sqlit
     assert "in_state" not in answer.text
 
 
-async def test_a_record_that_is_not_there_is_404_as_a_problem(sqlite_client):
+async def test_a_missing_record_is_404_as_a_problem(sqlite_client):
     answer = await sqlite_client.get("/api/records/nowhere")
 
     assert answer.json() == {"status": 404, "title": "Not Found", "detail": "No record of this generation"}
@@ -174,7 +174,7 @@ async def test_an_id_with_a_slash_is_listed_but_has_no_path_of_its_own(sqlite_cl
     assert [(item["id"], item["state"]) for item in page["items"]] == [(generation_id, "scheduled")]
 
 
-async def test_no_query_makes_it_fail(client):
+async def test_no_query_causes_an_internal_error(client):
     queries = [
         *("?q=%00", "?q=%25", "?q=%5C", "?q='", "?q=%ED%A0%80", "?status=%00", "?projectId=%00", "?status=%FF", "?x=1"),
         *("?from=9999-12-31T23:59:59-14:00", "?to=0001-01-01T00:00:00%2B14:00", "?cursor=f_________8"),
@@ -183,7 +183,7 @@ async def test_no_query_makes_it_fail(client):
     assert set((await statuses_of(client, queries)).values()) <= {200, 400}
 
 
-async def test_no_id_makes_it_fail(client):
+async def test_no_id_causes_an_internal_error(client):
     ids = ["/%00", "/%FF", "/..", "/a%2Fb", "/%F0%9F%AA%B0", "/" + "x" * 3000]
 
     assert set((await statuses_of(client, ids)).values()) <= {400, 404, 405}
@@ -231,7 +231,7 @@ async def test_records_are_found_by_the_time_of_their_receipt(client, database):
     assert await ids_of(client, to=(utc_now() - 48 * HOUR).isoformat()) == []
 
 
-async def test_a_search_looks_at_so_many_records_a_page_and_its_cursor_goes_on(client, database, monkeypatch):
+async def test_a_search_reads_a_limited_number_of_records_per_page_and_continues(client, database, monkeypatch):
     monkeypatch.setattr(reading, "SEARCHED", 10)
     wanted = [await store(database, id=f"needle-{number}") for number in range(3)]
     await receive(database, *(arrival() for _ in range(25)))
@@ -245,7 +245,7 @@ async def test_a_search_looks_at_so_many_records_a_page_and_its_cursor_goes_on(c
     assert pages == [[], [], [key.id for key in reversed(wanted)]]
 
 
-async def test_records_are_found_by_a_part_of_their_id_or_file_name_and_signs_of_patterns_are_plain(client, database):
+async def test_a_search_matches_parts_of_id_and_file_name_without_wildcards(client, database):
     named = await store(database, id="abc-100%-x")
     await copy(database, await claim_one(database), outputFileName="Take_07")
     other = await store(database, id="def-100-x")
@@ -258,14 +258,14 @@ async def test_records_are_found_by_a_part_of_their_id_or_file_name_and_signs_of
 
 
 @pytest.mark.parametrize("field", ["id", "outputFileName", "model", "error", "error_code"])
-async def test_a_search_finds_what_the_webhook_said_before_any_copy(client, database, field):
+async def test_a_search_finds_the_webhooks_values_before_the_copy(client, database, field):
     key = await store(database, due_in=HOUR, **{field: "half a Needle ✂"})
     await store(database, due_in=HOUR)
 
     assert await ids_of(client, q="needle") == [key.id]
 
 
-async def test_pages_are_in_the_order_of_receipt_even_if_written_in_another(client, database):
+async def test_pages_have_the_order_of_receipt_whatever_the_order_of_inserts(client, database):
     at = utc_now()
     late, early = [await store(database, received_at=at - minutes * HOUR / 60) for minutes in (1, 2)]
     first = (await client.get("/api/records", params={"limit": 1})).json()
@@ -290,7 +290,7 @@ async def test_records_received_at_the_same_instant_are_each_on_one_page(client,
 # One record
 
 
-async def test_the_bodies_are_shown_as_they_came_with_one_record_and_not_in_a_page(client, database):
+async def test_one_record_shows_the_bodies_as_received_and_a_page_does_not(client, database):
     item = arrival(id="g1", novelty={"a": [1.0]}, error="half \\ud83d")
     await receive(database, item)
     waiting = (await client.get("/api/records/g1")).json()
@@ -304,7 +304,7 @@ async def test_the_bodies_are_shown_as_they_came_with_one_record_and_not_in_a_pa
     assert not {"notification", "copy", "events"} & listed.keys()
 
 
-async def test_a_page_shows_each_record_as_it_is_shown_alone(client, database):
+async def test_a_page_and_a_single_record_show_the_same_fields(client, database):
     item = arrival(
         id="g1", due_in=HOUR, segments=[{"startTime": 0}], outputFileName="take", synthesizedAudioUrl="https://a"
     )
@@ -316,7 +316,7 @@ async def test_a_page_shows_each_record_as_it_is_shown_alone(client, database):
     assert (listed["segments"], listed["outputFileName"]) == ([{"startTime": 0}], "take")
 
 
-async def test_a_record_that_waits_is_shown_as_it_was_announced(client, database):
+async def test_a_scheduled_record_shows_the_webhooks_values(client, database):
     item = arrival(id="g1", due_in=HOUR, status="FAILED", error="no face", error_code="generation_no_face")
     await receive(database, item)
     record = (await client.get("/api/records/g1")).json()
@@ -355,7 +355,7 @@ async def test_a_deleted_record_shows_its_copy_its_receipt_and_its_history(clien
     assert record["events"][-1]["detail"] == {"attempt": 1, "verdict": "done", "outcome": "deleted"}
 
 
-async def test_what_the_api_did_not_show_is_shown_as_announced(sqlite_client, sqlite_database):
+async def test_where_the_api_showed_nothing_the_webhooks_value_is_shown(sqlite_client, sqlite_database):
     item = arrival(id="g1", model="sync-3", error="odd", outputUrl="https://a", options={"x": 1})
     await receive(sqlite_database, item)
     nothing = dict.fromkeys(["model", "error", "outputUrl", "outputDuration", "options", "input"])
@@ -367,9 +367,7 @@ async def test_what_the_api_did_not_show_is_shown_as_announced(sqlite_client, sq
     assert record["input"] == json.loads(item.body)["input"]
 
 
-async def test_a_part_with_a_number_that_no_float_can_be_is_shown_as_the_text_it_came_as(
-    sqlite_client, sqlite_database
-):
+async def test_a_part_with_a_number_beyond_float_is_shown_as_text(sqlite_client, sqlite_database):
     item = arrival(id="g1", options={"x": 17})
     body = item.body.replace("17", "1e999")
     await receive(sqlite_database, msgspec.structs.replace(item, body=body, generation=read_generation(body.encode())))
@@ -379,7 +377,7 @@ async def test_a_part_with_a_number_that_no_float_can_be_is_shown_as_the_text_it
     assert (await sqlite_client.get("/api/records")).status_code == 200
 
 
-async def test_a_put_off_record_shows_when_and_why(sqlite_client, sqlite_database):
+async def test_a_deferred_record_shows_the_next_attempt_and_the_error(sqlite_client, sqlite_database):
     key = await store(sqlite_database)
     retry_at = utc_now() + HOUR
     await settle(sqlite_database, deferred(await claim_one(sqlite_database), retry_at=retry_at))
@@ -398,14 +396,14 @@ async def test_a_held_record_shows_who_holds_it_and_why(sqlite_client, sqlite_da
     assert record["nextAttemptAt"] is None
 
 
-async def test_a_record_that_is_not_there_is_404(sqlite_client):
+async def test_a_missing_record_is_404(sqlite_client):
     answer = await sqlite_client.get("/api/records/nowhere")
 
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-async def test_a_record_of_another_account_is_shown_when_asked_for(sqlite_client, sqlite_database):
+async def test_a_record_of_another_account_is_shown_on_request(sqlite_client, sqlite_database):
     one = arrival(id="g1")
     await receive(sqlite_database, Arrival(Key("other", "g1"), one.generation, one.body, one.retention, utc_now()))
 
@@ -420,7 +418,7 @@ async def move(client, key, name, body=None):
     return await client.post(f"/api/records/{key.id}/{name}", json=body)
 
 
-async def test_a_person_holds_and_releases_a_record(client, database):
+async def test_hold_and_release_move_a_record(client, database):
     key = await store(database, due_in=HOUR)
     held = await move(client, key, "hold", {"reason": "legal case"})
     released = await move(client, key, "release")
@@ -440,7 +438,7 @@ async def test_a_released_record_whose_time_has_come_is_due_now(client, database
     assert (await claim_one(database)).key == key
 
 
-async def test_a_released_record_that_was_to_be_kept_for_ever_is_never_deleted(client, database):
+async def test_a_released_record_without_a_due_time_is_never_deleted(client, database):
     key = await store(database, due_in=None, hold="wait")
     answer = await move(client, key, "release")
 
@@ -458,7 +456,7 @@ async def test_a_kept_record_is_never_deleted(client, database):
 
 
 @pytest.mark.parametrize("name", ["release", "retry"])
-async def test_a_move_that_the_table_does_not_have_is_409_and_changes_nothing(client, database, name):
+async def test_an_illegal_move_is_409_and_changes_nothing(client, database, name):
     key = await store(database, due_in=HOUR)
     answer = await move(client, key, name)
 
@@ -468,7 +466,7 @@ async def test_a_move_that_the_table_does_not_have_is_409_and_changes_nothing(cl
 
 
 @pytest.mark.parametrize(("name", "state"), [("hold", "held"), ("keep", "kept")])
-async def test_a_worker_is_stopped_until_it_has_made_the_copy_and_not_after(client, database, name, state):
+async def test_a_hold_stops_a_worker_until_its_copy_and_not_after(client, database, name, state):
     key, other = await store(database), await store(database)
     items = {item.key: item for item in await claim(database)}
     await copy(database, items[other])
@@ -477,10 +475,10 @@ async def test_a_worker_is_stopped_until_it_has_made_the_copy_and_not_after(clie
     assert (stopped.status_code, stopped.json()["state"]) == (200, state)
     assert await copy(database, items[key]) is CopyResult.LOST
     assert refused.status_code == 409
-    assert "its DELETE may be under way" in refused.json()["detail"]
+    assert "its DELETE may be in progress" in refused.json()["detail"]
 
 
-async def test_a_move_that_nobody_knows_or_cannot_read_is_refused(sqlite_client, sqlite_database):
+async def test_an_unknown_move_or_an_invalid_body_is_refused(sqlite_client, sqlite_database):
     key = await store(sqlite_database, due_in=HOUR)
     reasons: list[object] = [{"reason": ""}, {"reason": "x" * 501}, {"reason": 5}, [], "x"]
     unknown = [(await move(sqlite_client, key, name)).status_code for name in ("vanish", "claim", "confirm")]
@@ -491,11 +489,11 @@ async def test_a_move_that_nobody_knows_or_cannot_read_is_refused(sqlite_client,
     assert (await row_of(sqlite_database, key)).state == "scheduled"
 
 
-async def test_a_move_of_a_record_that_is_not_there_is_404(sqlite_client):
+async def test_a_move_of_a_missing_record_is_404(sqlite_client):
     assert (await move(sqlite_client, Key("default", "nowhere"), "hold", {"reason": "x"})).status_code == 404
 
 
-async def test_a_person_pauses_and_resumes_all_deletions(client, database):
+async def test_pause_and_resume_apply_to_all_deletions(client, database):
     await store(database)
     paused = await client.post("/api/pause", json={"reason": "moving house"})
     assert await claim(database) == []
@@ -506,7 +504,7 @@ async def test_a_person_pauses_and_resumes_all_deletions(client, database):
     assert len(await claim(database)) == 1
 
 
-async def test_the_numbers_of_the_ledger_are_shown(client, database):
+async def test_stats_show_the_numbers_of_the_ledger(client, database):
     await store(database, due_in=-HOUR)
     await store(database, due_in=HOUR)
     await store(database, due_in=None)

@@ -35,7 +35,7 @@ def utc_now() -> datetime:
 def arrival(
     *, due_in: timedelta | None = -HOUR, hold: str | None = None, received_at: datetime | None = None, **fields: object
 ) -> Arrival:
-    """Return a proven webhook, due *due_in* from now (None: never); *fields* are the notification's."""
+    """Return a verified webhook, due *due_in* from now (None: never); *fields* are the notification's."""
     now = received_at or utc_now()
     body = json.dumps(notification(**fields), ensure_ascii=False)
     generation = read_generation(body.encode())

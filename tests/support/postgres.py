@@ -71,7 +71,7 @@ def postgres_server() -> Iterator[Postgres]:
     Raises: NoPostgresError.
     """
     # Short, for the socket's path, and not pytest's own folder, which only its user may enter: as root the server
-    # runs as somebody else.
+    # runs as another user.
     folder = Path(tempfile.mkdtemp(prefix="mayfly-pg-"))
     try:
         folder.chmod(0o755)

@@ -19,7 +19,7 @@ def signature(body: bytes, *, secret: str = SECRET, at: float | None = None) -> 
 
 @dataclass(frozen=True)
 class Webhook:
-    """A body with the headers that prove it."""
+    """A body with its signature header."""
 
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)

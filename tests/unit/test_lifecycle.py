@@ -34,8 +34,8 @@ def test_any_other_move_is_illegal_and_is_named_in_the_error(before, move):
         state_after(before, move)
 
     assert (refusal.value.state, refusal.value.move) == (before, move)
-    assert str(refusal.value).startswith(f"a record that is {before or 'unknown'} cannot {move}")
-    assert ("may be under way" in str(refusal.value)) == (before is State.DELETING)
+    assert str(refusal.value).startswith(f"cannot {move}: the record is {before or 'unknown'}")
+    assert ("may be in progress" in str(refusal.value)) == (before is State.DELETING)
 
 
 def test_the_table_has_the_legal_moves_and_no_other():
@@ -54,7 +54,7 @@ def test_a_record_becomes_deleted_from_deleting_alone():
 def test_several_moves_lead_where_each_leads_in_turn():
     assert state_after(State.DELETING, Move.LOSE_LEASE, Move.HOLD) is State.HELD
     assert state_after(State.HELD) is State.HELD
-    with pytest.raises(IllegalMoveError, match="a record that is held cannot claim"):
+    with pytest.raises(IllegalMoveError, match="cannot claim: the record is held"):
         state_after(State.SCHEDULED, Move.HOLD, Move.CLAIM)
     with pytest.raises(ValueError, match="no record"):
         state_after(None)
@@ -62,7 +62,7 @@ def test_several_moves_lead_where_each_leads_in_turn():
 
 @pytest.mark.parametrize("is_copied", [True, False])
 @pytest.mark.parametrize("state", State)
-def test_only_a_worker_that_has_no_copy_yet_is_interrupted(state, is_copied):
+def test_only_a_worker_without_a_copy_is_interrupted(state, is_copied):
     wanted = [Move.LOSE_LEASE] if state is State.DELETING and not is_copied else []
 
     assert interrupting_moves(state, is_copied=is_copied) == wanted

@@ -1,4 +1,4 @@
-"""Workers with one part left out or wrong, to prove what it is for; nothing in the product can be set to this."""
+"""Workers with one part left out or wrong, to show what it is for; no setting of Mayfly does this."""
 
 import asyncio
 import signal
@@ -26,17 +26,17 @@ class NoSafetyNet:
 
 
 async def no_copy(_copy: Copy) -> CopyResult:
-    """Say that a copy was kept, and keep none."""
+    """Report a stored copy without storing one."""
     return CopyResult.KEPT
 
 
-def careless(**parts: Any) -> Cleaner:  # noqa: ANN401
-    """Build a cleaner without its copy step."""
+def without_copy(**parts: Any) -> Cleaner:  # noqa: ANN401
+    """Return a cleaner without its copy step."""
     return Cleaner(**(parts | {"copy": no_copy}))
 
 
 def crashing_at(generation_id: str) -> Callable[..., Cleaner]:
-    """Build cleaners that have a fault of their own with one generation."""
+    """Return a factory of cleaners that raise an error for one generation."""
 
     def build(**parts: Any) -> Cleaner:  # noqa: ANN401
         async def copy(item: Copy) -> CopyResult:
@@ -59,7 +59,7 @@ class Clock:
         signal.signal(signal.SIGUSR2, lambda *_: self._jump(timedelta(hours=-1)))
 
     def now(self) -> datetime:
-        """Tell the time, rightly or wrongly."""
+        """Return the time of this clock."""
         return datetime.now(UTC) + self._off
 
     def _jump(self, difference: timedelta) -> None:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     if left_out == "safety net":
         parts.Overdue = NoSafetyNet
     elif left_out == "copy":
-        parts.Cleaner = careless
+        parts.Cleaner = without_copy
     elif left_out.startswith("crash"):
         parts.Cleaner = crashing_at(left_out.removeprefix("crash"))
     elif left_out == "a steady clock":
