@@ -1,10 +1,9 @@
-"""The README tells all of what can be set, called, measured and run, and nothing else."""
+"""The README and the reference name all of what can be set, called, measured and run, and nothing else."""
 
 import ast
 import re
 import shlex
 import tomllib
-from pathlib import Path
 
 import click
 import pytest
@@ -16,9 +15,7 @@ from service.jobs import connection
 from service.ledger.opening import open_database
 from service.runtime.metrics import Metrics
 from service.web.app import make_app
-
-ROOT = Path(__file__).parent.parent
-README = (ROOT / "README.md").read_text(encoding="utf-8")
+from tests.support.readme import PAGES, README, REFERENCE, ROOT, TOUR, anchors, code, part, rows
 
 # A value for each option that differs from its default.
 SAMPLES = {
@@ -44,18 +41,6 @@ SAMPLES = {
 }
 
 
-def _rows(heading: str) -> dict[str, list[str]]:
-    """Return the rows of the table under *heading*: the names in backticks of the first cell, with the other cells."""
-    _, found, rest = README.partition(f"\n## {heading}\n")
-    assert found, f"the README has no part {heading!r}"
-    rows: dict[str, list[str]] = {}
-    for line in rest.partition("\n## ")[0].splitlines():
-        cells = [cell.strip() for cell in line.strip("|").split(" | ")]
-        if line.startswith("| `"):
-            rows |= dict.fromkeys(re.findall(r"`([^`]+)`", cells[0]), cells[1:])
-    return rows
-
-
 def _commands(group: click.Group, path: str = "mayfly") -> set[str]:
     names = set()
     with click.Context(group) as context:
@@ -67,16 +52,16 @@ def _commands(group: click.Group, path: str = "mayfly") -> set[str]:
 
 
 def test_each_option_is_documented_with_its_default():
-    rows = _rows("Settings")
+    documented = rows(README, "Settings")
 
-    assert rows.keys() == {option.name for option in OPTIONS.values()}
+    assert documented.keys() == {option.name for option in OPTIONS.values()}
     for option in OPTIONS.values():
-        default = rows[option.name][0]
+        default = documented[option.name][0]
         assert default == f"`{option.default}`" if option.default is not None else "`" not in default, option.name
 
 
-def test_secrets_that_may_stand_in_a_file_are_named():
-    text = README.partition("\n## Settings\n")[2].partition("\n## ")[0]
+def test_the_secrets_that_can_be_read_from_files_are_named():
+    text = part(README, "Settings")
 
     for option in OPTIONS.values():
         assert (f"`{option.name}_FILE`" in text) == option.is_secret, option.name
@@ -120,12 +105,12 @@ async def test_each_route_is_documented(tmp_path, settings):
         }
         await pool.aclose(close_connection_pool=True)
 
-    assert {re.sub(r"\?.*", "", route) for route in _rows("Routes")} == routes | {"GET /schema"}
+    assert {re.sub(r"\?.*", "", route) for route in rows(REFERENCE, "Routes")} == routes | {"GET /schema"}
 
 
 def test_each_metric_is_documented_with_its_labels():
     metrics = Metrics()
-    documented = {name: set(re.findall(r"`([^`]+)`", cells[0])) for name, cells in _rows("Metrics").items()}
+    documented = {name: set(re.findall(r"`([^`]+)`", cells[0])) for name, cells in rows(REFERENCE, "Metrics").items()}
     collectors = [value for value in vars(metrics).values() if hasattr(value, "_labelnames")]
 
     assert documented == {
@@ -135,35 +120,89 @@ def test_each_metric_is_documented_with_its_labels():
 
 
 def test_each_command_is_documented():
-    assert {re.sub(r" [A-Z].*", "", row) for row in _rows("Commands")} == _commands(main)
+    assert {re.sub(r" [A-Z].*", "", row) for row in rows(REFERENCE, "Commands")} == _commands(main)
 
 
-def test_what_the_code_blocks_run_is_there():
-    blocks = re.findall(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_each_command_that_a_page_names_is_there(page):
+    text = page.read_text(encoding="utf-8")
     targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(encoding="utf-8"), re.MULTILINE))
-    made = {words[1] for words in lines if words[:1] == ["make"]}
-    run = [words for words in lines if words[:1] == ["mayfly"]]
+    made = set(re.findall(r"`make ([a-z-]+)", text))
+    run = [shlex.split(words) for words in re.findall(r"`(mayfly [a-z][^`…]*)`", text)]
+    for line in "".join(code(page, "sh")).splitlines():
+        words = shlex.split(line, comments=True)
+        made |= set(words[1:2]) if words[:1] == ["make"] else set()
+        run += [words] if words[:1] == ["mayfly"] else []
 
-    assert {"demo", "test", "up", "check"} <= made <= targets
-    assert run
+    assert made <= targets
     for words in run:
-        context = main.make_context("mayfly", list(words[1:]), resilient_parsing=True)
-        assert main.resolve_command(context, words[1:])[1] is not None
+        group: click.Command | None = main
+        rest = words[1:]
+        while isinstance(group, click.Group) and rest:
+            context = group.make_context("mayfly", list(rest), resilient_parsing=True)
+            _, group, rest = group.resolve_command(context, rest)
+        assert group is not None, words
 
 
-def test_the_first_commands_are_the_ones_that_set_themselves_up():
-    first = re.search(r"^```sh\n(.*?)^```", README, re.MULTILINE | re.DOTALL)
+def test_the_readme_names_the_commands_that_a_fresh_machine_can_begin_with():
+    made = set(re.findall(r"^make (\S+)", "".join(code(README, "sh")), re.MULTILINE))
+    makefile = (ROOT / "Makefile").read_text(encoding="utf-8")
+    needs = dict(re.findall(r"^([a-z-]+): ([a-z- ]+?)(?: ##.*)?$", makefile, re.MULTILINE))
 
-    assert first is not None
-    assert re.findall(r"^make (\S+)", first[1], re.MULTILINE) == ["demo", "test", "up", "check"]
+    assert made == {"demo", "up", "test", "check"}
+    for target in made:
+        needed = needs[target].split()
+        while needed != ["setup"]:
+            assert needed, f"make {target} does not set itself up"
+            needed = needs.get(needed[0], "").split()
 
 
-def test_the_files_that_the_readme_names_are_there():
-    links = re.findall(r"\]\(([^)#:]+)\)", README)
+def test_the_demo_comes_first():
+    assert code(README, "sh")[0] == "make demo\n"
 
-    assert links
-    assert [link for link in links if not (ROOT / link).exists()] == []
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_files_and_headings_that_a_page_links_to_are_there(page):
+    links = re.findall(r"\]\(([^):]+)\)", page.read_text(encoding="utf-8"))
+
+    for link in links:
+        path, _, anchor = link.partition("#")
+        target = (page.parent / path).resolve() if path else page
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target), link
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_the_tests_that_a_page_names_are_there(page):
+    named = re.findall(r"(?<![\w/.])tests/[\w./-]*\w", page.read_text(encoding="utf-8"))
+
+    assert [path for path in named if not (ROOT / path).exists()] == []
+
+
+@pytest.mark.parametrize(
+    "folder",
+    [*(f"service/{name}" for name in ("core", "config", "ledger", "sync", "jobs", "web", "runtime")), "workers"],
+)
+def test_the_tour_names_each_module_of_a_folder_and_no_other(folder):
+    (cells,) = [cells for name, cells in rows(TOUR, "The folders").items() if name == f"{folder}/"]
+    modules = {
+        f"{path.name}/" if path.is_dir() else path.stem
+        for path in (ROOT / folder).iterdir()
+        if not path.name.startswith("__")
+    }
+
+    assert set(re.findall(r"`([^`]+)`", cells[0])) == modules
+
+
+def test_the_files_that_the_tour_names_are_there():
+    text = TOUR.read_text(encoding="utf-8")
+    named = re.findall(r"`((?:service|workers|tests)/[\w./]+)`", text)
+
+    assert [path for path in named if not (ROOT / path).exists() and "0002" not in path] == []
+
+
+def test_the_readme_is_short_enough_to_be_read():
+    assert len(README.read_text(encoding="utf-8").splitlines()) <= 200
 
 
 def test_the_changelog_says_why_each_dependency_is_there():

@@ -23,7 +23,7 @@ from service.core.secret import Secret
 from service.jobs import connection, enqueue
 from service.jobs.enqueue import CleanupJob
 from service.ledger import claiming, pausing, settling
-from service.ledger.claiming import Claim, NotYet, Wanted
+from service.ledger.claiming import Claim, NotYet, Outlook, Wanted
 from service.ledger.database import Database
 from service.ledger.group_commit import GroupCommit
 from service.ledger.settling import CopyResult
@@ -35,7 +35,7 @@ from service.sync.rate_limit import Budget
 from workers.attempt import Cleaner
 from workers.cleanup import BUDGET_SECONDS, Attempts, CleanupJobs, cleanup
 from workers.heartbeat import beat
-from workers.overdue import LedgerCalls, Overdue
+from workers.overdue import AT_ONCE, LATE, LedgerCalls, Overdue
 
 log = structlog.get_logger()
 
@@ -109,7 +109,7 @@ async def _open_parts(
             stopping=stopping,
         )
         overdue = Overdue(
-            ledger=LedgerCalls(ledger.end_leases, ledger.peek, ledger.find_waiting, ledger.claim),
+            ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.claim),
             enqueue=lambda items: enqueue.enqueue_jobs(pool, items, now=_now()),
             budget=budget,
             attempts=attempts,
@@ -159,11 +159,10 @@ class _Ledger:
         """Return how many records the pauses allow."""
         return await self._database.read(partial(pausing.peek_allowance, now=_now()))
 
-    async def find_waiting(
-        self, since: datetime | None, until: datetime, limit: int
-    ) -> Sequence[tuple[Wanted, datetime]]:
-        """Return scheduled records, soonest first."""
-        return await self._database.read(partial(claiming.find_waiting, since=since, until=until, limit=limit))
+    async def read_outlook(self, since: datetime | None, until: datetime) -> Outlook:
+        """Read what the safety net needs to know."""
+        read = partial(claiming.read_outlook, now=_now(), late=LATE, since=since, until=until, limit=AT_ONCE)
+        return await self._database.read(read)
 
     async def end_leases(self) -> int:
         """End the leases of workers that died."""

@@ -11,7 +11,7 @@ import structlog
 
 from service.jobs.connection import QUEUE_ERRORS
 from service.jobs.enqueue import CleanupJob
-from service.ledger.claiming import Claim, Wanted
+from service.ledger.claiming import Claim, Outlook
 from service.ledger.database import LedgerUnavailableError
 from service.runtime.metrics import Metrics
 from service.sync.rate_limit import Budget
@@ -33,9 +33,8 @@ _FALLBACK_AGAIN: Final = timedelta(seconds=0.1)
 class LedgerCalls:
     """The ledger's calls that the safety net needs."""
 
+    read_outlook: Callable[[datetime | None, datetime], Awaitable[Outlook]]  # from and to which due time
     end_leases: Callable[[], Awaitable[int]]  # of workers that died
-    peek: Callable[[], Awaitable[int]]  # how many records the pauses allow
-    find_waiting: Callable[[datetime | None, datetime, int], Awaitable[Sequence[tuple[Wanted, datetime]]]]
     claim: Callable[[int], Awaitable[Sequence[Claim]]]
 
 
@@ -81,23 +80,22 @@ class Overdue:
             await self._sleep(EVERY)
 
     async def _round(self) -> None:
-        if lost := await self._ledger.end_leases():
-            log.warning("overdue.leases_ended", records=lost, what_now="their records are retried")
-        allowed = await self._ledger.peek()
-        if not allowed:
-            return
         now = self._now()
-        late = await self._ledger.find_waiting(None, now - LATE, min(allowed, AT_ONCE))
-        is_usable = await self._enqueue_waiting(late, now)
-        is_stuck = bool(late) and now - late[0][1] > STUCK and not self._budget.waiting
-        if not is_usable or is_stuck:
-            await self._clean_from_ledger(allowed)
-
-    async def _enqueue_waiting(self, late: Sequence[tuple[Wanted, datetime]], now: datetime) -> bool:
-        """Enqueue the late records and those due within the horizon; return whether Redis accepts jobs."""
         horizon = now + self._horizon
-        near = await self._ledger.find_waiting(self._enqueued_until or now - LATE, horizon, AT_ONCE)
-        jobs = [CleanupJob(wanted.key, wanted.attempt, at) for wanted, at in (*late, *near)]
+        outlook = await self._ledger.read_outlook(self._enqueued_until, horizon)
+        if outlook.has_expired_leases and (ended := await self._ledger.end_leases()):
+            log.warning("overdue.leases_ended", records=ended, what_now="their records are retried")
+        if not outlook.allowed:
+            return
+        is_usable = await self._enqueue_waiting(outlook, horizon)
+        is_stuck = bool(outlook.late) and now - outlook.late[0][1] > STUCK and not self._budget.waiting
+        if not is_usable or is_stuck:
+            await self._clean_from_ledger(outlook.allowed)
+
+    async def _enqueue_waiting(self, outlook: Outlook, horizon: datetime) -> bool:
+        """Enqueue the late records and those due within the horizon; return whether Redis accepts jobs."""
+        near = outlook.near
+        jobs = [CleanupJob(wanted.key, wanted.attempt, at) for wanted, at in (*outlook.late, *near)]
         try:
             is_kept = await self._enqueue(jobs)
         except QUEUE_ERRORS as error:

@@ -10,14 +10,14 @@ from datetime import datetime, timedelta
 from typing import Any
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, Interval, Row, Select, bindparam, func, select, update
+from sqlalchemy import ColumnElement, Connection, Interval, Row, bindparam, func, select, update
 
 from service.core.attempts import Progress, Step, after_lost_lease, exclude_wait
 from service.core.key import Key
 from service.core.lifecycle import Move, State, state_after
 from service.ledger import pausing
 from service.ledger.history import Entry, append_entries
-from service.ledger.schema import Instant, are_of, records
+from service.ledger.schema import KEYS_OF_ACCOUNT, Instant, group_by_account, records
 
 LOST_LEASE = "its worker did not finish"
 
@@ -60,20 +60,32 @@ class NotYet:
     wait: timedelta
 
 
+# The state is checked afterwards: with it in the WHERE, SQLite reads all scheduled rows instead.
+_select_wanted = (
+    select(*_CLAIM_COLUMNS, records.c.state)
+    .where(KEYS_OF_ACCOUNT)
+    .order_by(records.c.account, records.c.id)
+    .with_for_update()
+)
+_UNTIL = bindparam("b_until", type_=Instant)
+# The later end by the worker's clock and the database's: with a slow clock a lease keeps its length.
+_LATER_UNTIL = func.greatest(_UNTIL, func.statement_timestamp() + bindparam("b_lease", type_=Interval), type_=Instant)
+_expired = select(records.c.seq).where(records.c.wake_at <= _UNTIL, records.c.state == State.DELETING).limit(1)
+_set_claimed = {
+    dialect: update(records)
+    # The rows are locked. With the state in the WHERE, SQLite reads all scheduled rows instead.
+    .where(records.c.seq.in_(bindparam("b_seqs", expanding=True)))
+    .values(state=state_after(State.SCHEDULED, Move.CLAIM), attempts=records.c.attempts + 1, wake_at=until)
+    for dialect, until in (("sqlite", _UNTIL), ("postgresql", _LATER_UNTIL))
+}
+
+
 def _not_after(connection: Connection, now: datetime) -> ColumnElement[Any]:
     """Return the earlier of the worker's clock and the database's: a clock that is ahead deletes nothing early."""
     if connection.dialect.name == "sqlite":
         return bindparam("now", now, Instant)
     # Not clock_timestamp(): it is volatile, so PostgreSQL would read all scheduled rows instead of using the index.
     return func.least(bindparam("now", now, Instant), func.statement_timestamp(), type_=Instant)
-
-
-def _lease_end(connection: Connection, now: datetime, lease: timedelta) -> ColumnElement[Any]:
-    """Return the later end by the worker's clock and the database's: with a slow clock a lease keeps its length."""
-    end = bindparam("b_until", now + lease, Instant)
-    if connection.dialect.name == "sqlite":
-        return end
-    return func.greatest(end, func.statement_timestamp() + bindparam("b_lease", lease, Interval), type_=Instant)
 
 
 def claim_due(connection: Connection, *, now: datetime, lease: timedelta, limit: int, actor: str) -> list[Claim]:
@@ -103,7 +115,10 @@ def claim_wanted(
     None: the record is held, deleted, paused or at another attempt, and the job has nothing to do.
     """
     at = pausing.earlier_clock(connection, now)
-    rows = {Key(row.account, row.id): row for row in connection.execute(_select_wanted(wanted))}
+    asked = group_by_account(item.key for item in wanted)
+    rows: dict[Key, Any] = {
+        Key(row.account, row.id): row for mine in asked for row in connection.execute(_select_wanted, mine).all()
+    }
     found = [_check_wanted(rows.get(item.key), item.attempt, at) for item in wanted]
     due = {row.seq: row for row in found if isinstance(row, Row)}
     allowed = pausing.take_allowance(connection, now=now) if due else 0
@@ -121,17 +136,6 @@ def _check_wanted(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] 
     return row if wait <= timedelta(0) else NotYet(wait)
 
 
-def _select_wanted(wanted: Sequence[Wanted]) -> Select[Any]:
-    """Return the statement that locks the records of these keys."""
-    # The state is checked afterwards: with it in the WHERE, SQLite reads all scheduled rows instead.
-    return (
-        select(*_CLAIM_COLUMNS, records.c.state)
-        .where(are_of(item.key for item in wanted))
-        .order_by(records.c.account, records.c.id)
-        .with_for_update()
-    )
-
-
 def find_waiting(
     connection: Connection, *, since: datetime | None, until: datetime, limit: int
 ) -> list[tuple[Wanted, datetime]]:
@@ -146,22 +150,45 @@ def find_waiting(
     return [(Wanted(Key(row.account, row.id), row.attempts + 1), row.wake_at) for row in rows]
 
 
+@dataclass(frozen=True, slots=True)
+class Outlook:
+    """What the safety net needs to know: whether leases have ended, what the pauses allow, and which records wait."""
+
+    has_expired_leases: bool
+    allowed: int
+    late: Sequence[tuple[Wanted, datetime]]
+    near: Sequence[tuple[Wanted, datetime]]
+
+
+def read_outlook(
+    connection: Connection, *, now: datetime, late: timedelta, since: datetime | None, until: datetime, limit: int
+) -> Outlook:
+    """Read in one snapshot what is overdue by more than *late*, and what is due after *since* (or then) until *until*.
+
+    Each has *limit* records at most, and none while deletions are paused.
+    """
+    expired = connection.execute(_expired, {"b_until": now}).first()
+    allowed = pausing.peek_allowance(connection, now=now)
+    if not allowed:
+        return Outlook(expired is not None, 0, (), ())
+    late_at = now - late
+    return Outlook(
+        expired is not None,
+        allowed,
+        find_waiting(connection, since=None, until=late_at, limit=min(allowed, limit)),
+        find_waiting(connection, since=since or late_at, until=until, limit=limit),
+    )
+
+
 def _lease_rows(
     connection: Connection, rows: Sequence[Row[Any]], *, now: datetime, lease: timedelta, actor: str
 ) -> list[Claim]:
     """Claim *rows*, which are locked, scheduled and due."""
     if not rows:
         return []
-    connection.execute(
-        update(records)
-        # The rows are locked. With the state in the WHERE, SQLite reads all scheduled rows instead.
-        .where(records.c.seq.in_([row.seq for row in rows]))
-        .values(
-            state=state_after(State.SCHEDULED, Move.CLAIM),
-            attempts=records.c.attempts + 1,
-            wake_at=_lease_end(connection, now, lease),
-        )
-    )
+    values = {"b_seqs": [row.seq for row in rows], "b_until": now + lease}
+    clock = {} if connection.dialect.name == "sqlite" else {"b_lease": lease}
+    connection.execute(_set_claimed[connection.dialect.name], values | clock)
     append_entries(connection, [Entry(row.seq, now, Move.CLAIM, actor, {"attempt": row.attempts + 1}) for row in rows])
     return [_claim_from_row(row, now=now, until=now + lease) for row in rows]
 

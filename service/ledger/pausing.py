@@ -38,9 +38,12 @@ class Pause:
     until: datetime | None
 
 
+_select_pauses = select(pauses).where(pauses.c.account == ACCOUNT).order_by(pauses.c.since)
+
+
 def find_pauses(connection: Connection) -> list[Pause]:
     """Return the pauses in force, oldest first."""
-    rows = connection.execute(select(pauses).where(pauses.c.account == ACCOUNT).order_by(pauses.c.since))
+    rows = connection.execute(_select_pauses)
     return [Pause(Kind(row.kind), row.since, row.actor, row.reason, row.until) for row in rows]
 
 

@@ -15,7 +15,7 @@ from service.core.lifecycle import Move, State, interrupting_moves, state_after
 from service.core.retention import Retention
 from service.ledger.columns import generation_values
 from service.ledger.history import Entry, append_entries
-from service.ledger.schema import are_of, records
+from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, records
 
 ACTOR = "webhook"
 
@@ -55,6 +55,7 @@ _select_known = (
         records.c.hold_reason,
         records.c.notification,
     )
+    .where(KEYS_OF_ACCOUNT)
     .order_by(records.c.account, records.c.id)
     .with_for_update()
 )
@@ -130,7 +131,7 @@ def _lock_known(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[An
     """Lock the records of *keys*, which are sorted."""
     if not keys:
         return {}
-    rows: Sequence[Any] = connection.execute(_select_known.where(are_of(keys))).all()
+    rows: list[Any] = [row for mine in group_by_account(keys) for row in connection.execute(_select_known, mine).all()]
     return {Key(row.account, row.id): row for row in rows}
 
 

@@ -7,7 +7,6 @@ from typing import Any
 from sqlalchemy import (
     BigInteger,
     Column,
-    ColumnElement,
     Date,
     DateTime,
     Dialect,
@@ -19,8 +18,8 @@ from sqlalchemy import (
     Table,
     Text,
     and_,
+    bindparam,
     literal_column,
-    or_,
 )
 from sqlalchemy.types import TypeDecorator, TypeEngine
 
@@ -157,13 +156,16 @@ Index(
 )
 
 
-def are_of(keys: Iterable[Key]) -> ColumnElement[bool]:
-    """Return the condition for the records of *keys*."""
+# Some ids of one account. By account, because for pairs of account and id SQLite reads the whole index.
+KEYS_OF_ACCOUNT = and_(records.c.account == bindparam("account"), records.c.id.in_(bindparam("ids", expanding=True)))
+
+
+def group_by_account(keys: Iterable[Key]) -> list[dict[str, Any]]:
+    """Return the values for ARE_ASKED_FOR, one set for each account of *keys*."""
     ids: dict[str, list[str]] = {}
     for key in keys:
         ids.setdefault(key.account, []).append(key.id)
-    # By account: for pairs of account and id SQLite reads the whole index.
-    return or_(*(and_(records.c.account == account, records.c.id.in_(mine)) for account, mine in ids.items()))
+    return [{"account": account, "ids": mine} for account, mine in sorted(ids.items())]
 
 
 # The audit trail: one row per move, never changed; seq counts from 1 within the record.

@@ -74,7 +74,7 @@ def measure_drain(order: Order) -> list[Row]:
         latency: draining.bare_drain(order.folder / f"bare-{latency}", count=5000, latency_seconds=latency)
         for latency in results["mayfly"]
     }
-    return report.drain_rows(results, limits, systems.CONCURRENCY)
+    return report.drain_rows(results, limits)
 
 
 def measure_lag(order: Order) -> list[Row]:
@@ -91,6 +91,12 @@ def measure_lag(order: Order) -> list[Row]:
     }
     order.raw["lag"] = results
     return report.lag_rows(results)
+
+
+def measure_budget(order: Order) -> list[Row]:
+    """How much of a budget of calls is used while more is due, and that it is never exceeded."""
+    order.raw["budget"] = figures = draining.budget(order.folder, count=1000, seconds=60.0)
+    return report.budget_rows(figures)
 
 
 def measure_footprint(order: Order) -> list[Row]:
@@ -111,6 +117,7 @@ MEASUREMENTS: dict[str, Callable[[Order], list[Row]]] = {
     "growth": measure_growth,
     "drain": measure_drain,
     "lag": measure_lag,
+    "budget": measure_budget,
     "footprint": measure_footprint,
     "profile": measure_profile,
 }

@@ -1,5 +1,6 @@
 """The worker: how fast it deletes what is due, and how soon after the due time."""
 
+from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 from pathlib import Path
 from time import sleep
@@ -9,10 +10,10 @@ import redis
 
 from tests.bench.api import Api, api
 from tests.bench.processes import BenchError, cpu_seconds, python_module
-from tests.bench.systems import Place, System, place, web, worker, write_json
+from tests.bench.systems import Place, System, mayfly, place, web, worker, write_json
 
 _LEAD = timedelta(seconds=6)  # for the webhooks to be taken before the first is due
-_LAST_BELL_SECONDS = 0.5  # what is enqueued after the answers is in Redis by then
+_ENQUEUED_SECONDS = 0.5  # what is enqueued after the answers is in Redis by then
 
 
 def announce(where: Place, url: str, due: dict[str, datetime]) -> None:
@@ -26,7 +27,7 @@ def announce(where: Place, url: str, due: dict[str, datetime]) -> None:
 
 def redis_bytes(where: Place) -> int:
     """Return what Redis holds in memory once all that was answered is enqueued."""
-    sleep(_LAST_BELL_SECONDS)
+    sleep(_ENQUEUED_SECONDS)
     with redis.Redis(unix_socket_path=str(where.redis_socket)) as client:
         used: int = client.info("memory")["used_memory"]
         return used
@@ -50,6 +51,27 @@ def drain(system: System, folder: Path, *, count: int, latency_seconds: float) -
         "cpu_us": round(used_seconds / count * 1e6),
         "worker_after_load_mb": round(memory / 1e6, 1),
         "redis_bytes_per_record": round((used - empty) / count),
+    }
+
+
+def budget(folder: Path, *, count: int, seconds: float) -> dict[str, float]:
+    """Let *count* generations be due under a budget of 300 calls a minute, two for each, and watch so many seconds."""
+    system = replace(mayfly(), extra={"MAYFLY_API_RATE": "300/minute"})
+    with place(folder) as where, api(folder) as stand_in:
+        ids = stand_in.add(count)
+        with web(system, where, stand_in.url) as (url, _):
+            announce(where, url, dict.fromkeys(ids, datetime.now(UTC) + timedelta(seconds=1)))
+        with worker(system, where, stand_in.url):
+            stand_in.wait_for_first_delete(seconds=30)
+            sleep(seconds + 2)
+            times = sorted(stand_in.deletes().values())
+    minute, allowed = timedelta(minutes=1), 300
+    in_time = sum(at < times[0] + timedelta(seconds=seconds) for at in times)
+    return {
+        "used_percent": round(100 * 2 * in_time / (allowed * seconds / 60), 1),
+        "most_in_a_period": 2 * max(sum(start <= at < start + minute for at in times) for start in times),
+        # A DELETE comes a moment after its attempt was granted: one more can fall into the minute.
+        "allowed_in_a_period": allowed + 2,
     }
 
 

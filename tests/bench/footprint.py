@@ -11,8 +11,8 @@ import redis
 from tests.bench.draining import announce
 from tests.bench.intake import offer
 from tests.bench.load import exchange
-from tests.bench.processes import cpu_seconds, running
-from tests.bench.systems import NOWHERE, Place, mayfly, place, web, worker
+from tests.bench.processes import cpu_seconds, running, wait_for_port
+from tests.bench.systems import BIN, NOWHERE, Place, mayfly, place, web, worker
 from tests.bench.webhooks import fresh, request_of
 from tests.support.ports import free_port
 
@@ -31,12 +31,28 @@ def footprint(folder: Path) -> dict[str, Any]:
             figures["web_idle_cpu_percent"], figures["worker_idle_cpu_percent"] = _idle([serving, working])
             offer(url, serving, connections=256, seconds=5.0)
             figures["web_after_load_mb"] = _megabytes(serving)
+    figures |= _up(folder / "up")
     with place(folder / "far") as where, web(system, where) as (url, _):
         far = datetime.now(UTC) + timedelta(days=30)
         announce(where, url, {one.id: far for one in fresh(1000)})
         with redis.Redis(unix_socket_path=str(where.redis_socket)) as client:
             figures["redis_keys_beyond_horizon"] = client.dbsize()
     return figures
+
+
+def _up(folder: Path) -> dict[str, float]:
+    """Measure ``mayfly up`` with its embedded server, idle."""
+    folder.mkdir()
+    environment = Place(folder, folder / "none.sock", psutil.Process()).environment(NOWHERE)
+    environment = {name: value for name, value in environment.items() if name != "MAYFLY_REDIS_URL"}
+    port = free_port()
+    command = ["env", f"MAYFLY_PORT={port}", str(BIN / "mayfly"), "up"]
+    with running(command, log=folder / "up.log", environment=environment) as process:
+        wait_for_port(port, process)
+        time.sleep(_SETTLE_SECONDS)
+        processes = [process, *process.children(recursive=True)]
+        memory = sum(_megabytes(one) for one in processes)
+        return {"up_idle_mb": round(memory, 1), "up_idle_cpu_percent": round(sum(_idle(processes)), 2)}
 
 
 def first_202_ms(where: Place) -> float:

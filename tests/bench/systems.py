@@ -29,7 +29,7 @@ CONCURRENCY = 50
 # An API that is not there, for what makes no calls.
 NOWHERE = "http://127.0.0.1:9"
 _STACKS = Path(__file__).parent / "stacks"
-_BIN = Path(PYTHON).parent
+BIN = Path(PYTHON).parent
 _UVICORN_OPTIONS = ["--http", "httptools", "--loop", "uvloop", "--no-access-log", "--log-level", "warning"]
 # Node and npm would otherwise ask for the newest of themselves.
 _QUIET_NPM = ["--no-audit", "--no-fund", "--no-package-lock", "--loglevel", "error"]
@@ -103,7 +103,7 @@ def servers() -> list[System]:
 
 def mayfly() -> System:
     """Mayfly as in production: `mayfly api` and `mayfly worker` with a ledger and a Redis of their own."""
-    command = str(_BIN / "mayfly")
+    command = str(BIN / "mayfly")
     # uvicorn's port is a setting of Mayfly's.
     return System("mayfly", lambda port: ["env", f"MAYFLY_PORT={port}", command, "api"], [command, "worker"])
 
@@ -201,7 +201,7 @@ def _python_environment() -> Path:
     lock = Path(__file__).parent / "requirements.lock"
     folder, stamp = BUILD / "venv", BUILD / "venv" / "installed.lock"
     if not stamp.exists() or stamp.read_bytes() != lock.read_bytes():
-        uv = str(_BIN / "uv")
+        uv = str(BIN / "uv")
         _run([uv, "venv", "--quiet", "--clear", "--python", PYTHON, str(folder)], ROOT)
         python = str(folder / "bin" / "python")
         _run([uv, "pip", "sync", "--quiet", "--require-hashes", "--python", python, str(lock)], ROOT)

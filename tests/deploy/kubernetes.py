@@ -7,7 +7,7 @@ from typing import Any
 
 import msgspec
 
-OVERLAYS = ("minimal", "production", "keda", "example")
+OVERLAYS = ("dry-run", "minimal", "production", "keda", "example")
 # Kinds of add-ons whose schemas the validator does not carry.
 CUSTOM_KINDS = {"ScaledObject", "TriggerAuthentication", "ServiceMonitor", "PrometheusRule"}
 

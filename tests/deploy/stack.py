@@ -23,6 +23,7 @@ from tests.support.ports import free_port
 API_KEY = "sk-of-the-deployment-test"
 API_TOKEN = "token-of-the-deployment-test"
 WEBHOOK_SECRET = "whsec_0123456789abcdef0123456789abcdef"
+DRY_RUN = "MAYFLY_DRY_RUN=true\n"  # the line of .env.example that users remove
 _UP_SECONDS = 300
 # Runs `docker compose --file FILE …` as the tests' own project, with the simulator beside it.
 _DOCKER = """#!/usr/bin/env bash
@@ -157,10 +158,13 @@ class Stack:
 
 
 @contextmanager
-def running(engine: Engine, root: Path, work: Path, file: str, beside: Path, *, more: str = "") -> Iterator[Stack]:
+def running(
+    engine: Engine, root: Path, work: Path, file: str, beside: Path, *, more: str = "", is_dry_run: bool = False
+) -> Iterator[Stack]:
     """Bring up deploy/*file* with the compose file *beside* it, from a copy of the project in *work*.
 
-    *more* stands in deploy/.env after the two values that are to be filled in.
+    *more* stands in deploy/.env after the two values that are to be filled in; the dry run of the example only stays
+    if *is_dry_run*.
     """
     project, port, simulator_port = f"mayfly-test-{os.getpid()}", free_port(), free_port()
     copy = work / "project"
@@ -169,6 +173,8 @@ def running(engine: Engine, root: Path, work: Path, file: str, beside: Path, *, 
     example = (root / "deploy" / ".env.example").read_text(encoding="utf-8")
     filled = example.replace("SYNC_API_KEY=", f"SYNC_API_KEY={API_KEY}")
     filled = filled.replace("SYNC_WEBHOOK_SECRET=", f"SYNC_WEBHOOK_SECRET={WEBHOOK_SECRET}")
+    if not is_dry_run:
+        filled = filled.replace(DRY_RUN, "")
     (copy / "deploy" / ".env").write_text(filled + more, encoding="utf-8")
     programs = work / "bin"
     programs.mkdir()

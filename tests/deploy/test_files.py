@@ -13,6 +13,7 @@ import pytest
 
 from service.config.settings import OPTIONS
 from tests.deploy.probe import WORKER_IS_ALIVE
+from tests.support.readme import rows
 from workers.main import STOP_SECONDS
 
 
@@ -25,8 +26,47 @@ def _lines(path: Path) -> list[str]:
     return [line for line in lines if line and not line.startswith("#")]
 
 
-def test_the_example_environment_leaves_exactly_the_two_secrets_to_fill_in(root: Path) -> None:
-    assert _lines(root / "deploy" / ".env.example") == ["SYNC_API_KEY=", "SYNC_WEBHOOK_SECRET="]
+def test_the_example_environment_asks_for_two_secrets_and_deletes_nothing(root: Path) -> None:
+    lines = _lines(root / "deploy" / ".env.example")
+
+    assert lines == ["SYNC_API_KEY=", "SYNC_WEBHOOK_SECRET=", "MAYFLY_DRY_RUN=true"]
+
+
+@pytest.mark.parametrize(("file", "service"), [("compose.yaml", "worker"), ("compose.single.yaml", "mayfly")])
+def test_compose_hands_the_dry_run_to_what_deletes(root: Path, file: str, service: str) -> None:
+    found = _services(root, file)[service]
+
+    assert found["env_file"] == [".env"]
+    assert "MAYFLY_DRY_RUN" not in found["environment"]
+
+
+def _image_names(text: str) -> set[str]:
+    """Return what stands where a manifest, a compose file, a Dockerfile or a command names an image."""
+    marks = (
+        r"^\s*(?:- )?image: *[\"']?(\S+?)[\"']?$",
+        r"newName: *([^\s,}]+)",
+        r"^(?:FROM|ARG \w+_IMAGE=) *(\S+)",
+        r"(?:--tag|-t) +([a-z][\w./:-]+)",
+        r"(?:podman|docker) (?:pull|push) +(\S+)",
+    )
+    return {name for mark in marks for name in re.findall(mark, text, re.MULTILINE)}
+
+
+def test_no_file_names_an_image_that_nobody_can_have(root: Path) -> None:
+    folders = [root / "deploy", root / ".github"]
+    kinds = {".yaml", ".yml", ".md", ""}
+    files = [path for folder in folders for path in folder.rglob("*") if path.is_file() and path.suffix in kinds]
+    named = {name for path in [root / "README.md", *files] for name in _image_names(path.read_text(encoding="utf-8"))}
+    # What is built here has no registry before its name; a registry of one's own is an example that cannot exist.
+    ours = re.compile(
+        r"(registry\.example\.com/)?mayfly(:[\w.-]+)?|\$\{\{.*|\$\{IMAGE:-mayfly:local\}|\$\{PYTHON_IMAGE\}"
+    )
+    official = re.compile(r"(python|postgres|redis):[\w.-]+")
+
+    strangers = {name for name in named if not ours.fullmatch(name) and not official.fullmatch(name)}
+
+    assert {"mayfly", "postgres:16", "redis:7-alpine", "registry.example.com/mayfly"} <= named
+    assert strangers == set()
 
 
 def test_the_image_has_the_lowest_python_that_the_package_supports(root: Path) -> None:
@@ -120,3 +160,24 @@ def test_the_changelog_begins_with_what_is_to_come_and_goes_back_in_time(root: P
     assert headings[0] == "[Unreleased]"
     assert len(versions) == len(releases), "a heading is no version with a date"
     assert versions == sorted(versions, reverse=True)
+
+
+def test_the_systemd_unit_runs_up_with_known_settings_and_time_to_finish(root: Path) -> None:
+    lines = _lines(root / "deploy" / "systemd" / "mayfly.service")
+    unit = dict(line.split("=", 1) for line in lines if not line.startswith("["))
+    settings = dict(item.split("=", 1) for item in unit["Environment"].split())
+
+    assert unit["ExecStart"].endswith("/bin/mayfly up")
+    assert int(unit["TimeoutStopSec"]) >= STOP_SECONDS + 10
+    assert settings.keys() <= {option.name for option in OPTIONS.values()}
+    assert settings["MAYFLY_DATA_DIR"] == f"/var/lib/{unit['StateDirectory']}"
+
+
+def test_the_operations_page_says_what_to_do_about_each_alert(root: Path) -> None:
+    rules = root / "deploy" / "kubernetes" / "components" / "monitoring" / "prometheus-rule.yaml"
+    alerts = re.findall(r"- alert: (\w+)", rules.read_text(encoding="utf-8"))
+
+    advice = rows(root / "deploy" / "docs" / "operations.md", "Alerts")
+
+    assert alerts
+    assert sorted(advice) == sorted(alerts)

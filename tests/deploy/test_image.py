@@ -1,8 +1,10 @@
 """The image, built from the Dockerfile as it is: small, locked up, quick to start, quick to stop."""
 
 import contextlib
+import subprocess
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 import httpx
 import pytest
@@ -10,6 +12,7 @@ import pytest
 import service
 from tests.deploy.engine import Engine, Image, wait_until
 from tests.support.ports import free_port
+from tests.support.readme import README, code_with
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(700)]
 
@@ -84,6 +87,16 @@ def test_the_demo_misses_nothing_of_what_was_left_out(engine: Engine, image: Ima
 
     assert code == 0, out + error
     assert "Every record ended as it should." in out
+
+
+def test_the_readme_builds_the_image_and_plays_the_demo_in_it(image: Image, root: Path) -> None:
+    assert image.tag  # so that the layers are there
+    lines = code_with(README, "sh", "docker build").replace("docker ", "podman ")
+
+    ran = subprocess.run(["bash", "-euc", lines], cwd=root, capture_output=True, text=True, check=False, timeout=600)
+
+    assert ran.returncode == 0, ran.stdout[-2000:] + ran.stderr[-3000:]
+    assert "Every record ended as it should." in ran.stdout
 
 
 def test_only_the_data_and_the_temporary_folders_can_be_written_to(engine: Engine, image: Image) -> None:

@@ -295,7 +295,7 @@ def test_the_secret_of_the_readme_has_every_value_that_minimal_needs(render, too
 def test_the_readme_names_overlays_and_files_that_are_there(root: Path) -> None:
     page = (root / "deploy" / "README.md").read_text(encoding="utf-8")
 
-    overlays = set(re.findall(r"^\| `([a-z]+)` \| [^|]+ \|$", page, re.MULTILINE))
+    overlays = set(re.findall(r"^\| `([a-z-]+)` \| [^|]+ \|$", page, re.MULTILINE))
     paths = set(re.findall(r"(?<![\w/])deploy/[\w./-]+", page))
 
     assert set(OVERLAYS) <= overlays
@@ -308,6 +308,46 @@ def test_nothing_reaches_the_pods_but_what_a_policy_lets_in(overlay: list[Manife
     assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in policies
     worker = {"app.kubernetes.io/name": "mayfly", "app.kubernetes.io/component": "worker"}
     assert not any("ingress" in item and is_selected(worker, item["podSelector"]) for item in policies)
+
+
+def test_the_first_overlay_deletes_nothing_and_is_minimal_otherwise(render) -> None:
+    first, minimal = documents(render("dry-run")), documents(render("minimal"))
+    settings = of_kind(first, "ConfigMap")[0]
+    used = {source["configMapRef"]["name"] for _, item in containers(first) for source in item.get("envFrom", ())}
+    kinds = [
+        sorted((item["kind"], item["metadata"]["name"].rpartition("-")[0]) for item in of) for of in (first, minimal)
+    ]
+
+    assert settings["data"]["MAYFLY_DRY_RUN"] == "true"
+    assert used == {settings["metadata"]["name"]}
+    assert kinds[0] == kinds[1]
+
+
+def test_no_other_overlay_is_in_dry_run(render) -> None:
+    dry = [name for name in OVERLAYS if "MAYFLY_DRY_RUN" in of_kind(documents(render(name)), "ConfigMap")[0]["data"]]
+
+    assert dry == ["dry-run"]
+
+
+def test_production_starts_without_an_authority_of_its_own(render) -> None:
+    needed = {
+        volume["configMap"]["name"]
+        for overlay in ("minimal", "production", "keda")
+        for _, template in pod_templates(documents(render(overlay)))
+        for volume in template["spec"].get("volumes", ())
+        if "configMap" in volume
+    }
+
+    assert needed == set()
+
+
+def test_the_component_for_a_private_authority_reaches_every_pod_of_ours(render) -> None:
+    ours = [item for _, item in containers(documents(render("example")))]
+
+    assert {item["name"] for item in ours} == {"api", "worker", "migrate"}
+    for item in ours:
+        assert {"name": "PGSSLROOTCERT", "value": "/etc/mayfly/ca/ca.crt"} in item["env"]
+        assert {"name": "ca", "mountPath": "/etc/mayfly/ca", "readOnly": True} in item["volumeMounts"]
 
 
 @pytest.mark.deploy

@@ -10,11 +10,13 @@ import pytest
 from tests.deploy.documented import block_with, line_with
 from tests.deploy.engine import Engine, EngineMissingError, Image, wait_until
 from tests.deploy.stack import Stack, running
+from tests.support.readme import README, code_with
 
 pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]
 
 COUNT = "SELECT state, count(*) FROM records GROUP BY state"
 EVERYTHING = "SELECT * FROM records ORDER BY seq"
+REHEARSED = "dry run: it would have been deleted"
 LEDGER = "/data/mayfly/ledger.db"
 
 
@@ -26,12 +28,36 @@ def stack(engine: Engine, image: Image, root: Path, tmp_path_factory: pytest.Tem
     try:
         # The port is the compose file's own to decide.
         work, more = tmp_path_factory.mktemp("single"), "MAYFLY_HOST=127.0.0.1\nMAYFLY_PORT=9\n"
-        with running(engine, root, work, "compose.single.yaml", beside, more=more) as stack:
+        with running(engine, root, work, "compose.single.yaml", beside, more=more, is_dry_run=True) as stack:
             stack.wait_until_simulated()
             stack.wait_until_ready()
+            _assert_nothing_is_deleted_until_the_dry_run_ends(stack)
             yield stack
     except EngineMissingError as missing:
         pytest.skip(str(missing))
+
+
+def _assert_nothing_is_deleted_until_the_dry_run_ends(stack: Stack) -> None:
+    """Take the README's steps with Docker: look at the dry run, end it, and have what waited deleted."""
+    _, up, doctor = code_with(README, "sh", "compose.single.yaml").splitlines()
+    command = doctor.removesuffix("doctor")
+    accepted = stack.accept(1)
+
+    said = stack.run(doctor, seconds=60)
+    wait_until(
+        lambda: REHEARSED in stack.run(f"{command} records list", seconds=60), seconds=60, what="it is rehearsed"
+    )
+    deleted = stack.deleted()
+    # podman-compose does not notice a changed .env, as docker compose does.
+    stack.run(f"sed -i /^MAYFLY_DRY_RUN=/d deploy/.env\n{up} --force-recreate mayfly", seconds=300)
+    stack.wait_until_ready()
+    # What was rehearsed is tried again within the hour; a hold that ends has it tried at once.
+    for move in ("hold", "release"):
+        stack.run(f"{command} records {move} {accepted[0].id}", seconds=60)
+    stack.wait_until_deleted(accepted, seconds=60)
+
+    assert "MAYFLY_DRY_RUN is on" in said
+    assert deleted == {}
 
 
 def _query(stack: Stack, statement: str) -> list[list[object]]:

@@ -265,7 +265,7 @@ async def test_a_redis_that_is_unreachable_is_an_error_within_its_time(short_pat
 
 
 async def test_a_redis_that_hangs_is_an_error_within_its_time(monkeypatch):
-    monkeypatch.setattr(connection, "ENQUEUE_TIMEOUT_SECONDS", 0.3)
+    monkeypatch.setattr(enqueue, "ENQUEUE_TIMEOUT_SECONDS", 0.3)
 
     async def hang(reader, writer):
         await reader.read()  # until the client is gone

@@ -36,7 +36,7 @@ from tests.support.waiting import eventually
 from workers import overdue
 from workers.cleanup import Attempts
 from workers.heartbeat import beat, is_alive
-from workers.overdue import LedgerCalls, Overdue
+from workers.overdue import AT_ONCE, LATE, LedgerCalls, Overdue
 
 MINUTE = timedelta(minutes=1)
 UNLIMITED = Rate(100_000, 1)
@@ -58,7 +58,7 @@ class Net:
         self.budget = Budget(rate, pool, Secret("sk-1"), clock=clock, stopping=self.stopping)
         self.attempts = Attempts(self.clean, limit=10)
         self.overdue = Overdue(
-            ledger=LedgerCalls(self.end_leases, self.peek, self.find_waiting, self.claim),
+            ledger=LedgerCalls(self.read_outlook, self.end_leases, self.claim),
             enqueue=self.enqueue,
             budget=self.budget,
             attempts=self.attempts,
@@ -72,17 +72,15 @@ class Net:
     def beat(self):
         self.beats += 1
 
-    async def end_leases(self):
+    async def read_outlook(self, since, until):
         self.rounds += 1
         if self.faults:
             raise self.faults.pop()
+        read = partial(claiming.read_outlook, now=utc_now(), late=LATE, since=since, until=until, limit=AT_ONCE)
+        return await self.database.read(read)
+
+    async def end_leases(self):
         return await lose_leases(self.database)
-
-    async def peek(self):
-        return await self.database.read(partial(pausing.peek_allowance, now=utc_now()))
-
-    async def find_waiting(self, since, until, limit):
-        return await self.database.read(partial(claiming.find_waiting, since=since, until=until, limit=limit))
 
     async def claim(self, limit):
         return await claim(self.database, limit=limit)

@@ -1,6 +1,7 @@
 """While deletions are paused nothing is claimed; a refused key is tried by one record at a time, and ends its pause."""
 
 import asyncio
+from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
@@ -139,7 +140,7 @@ async def test_one_worker_a_minute_probes_a_refused_key(database_url):
 async def test_a_successful_probe_ends_the_pause_of_the_key(database):
     await receive(database, arrival(), arrival())
     await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
-    await settle(database, confirmed(await claim_one(database)))
+    await settle(database, replace(confirmed(await claim_one(database)), is_key_good=True))
 
     assert await kinds(database) == []
     assert len(await claim(database)) == 1
