@@ -1,4 +1,4 @@
-"""What import contracts cannot say: the core is pure, commands stay light, nothing is pickled, no time is naive."""
+"""Rules beyond the import contracts: the core is pure, commands are light, nothing is pickled, instants are aware."""
 
 import ast
 import fnmatch

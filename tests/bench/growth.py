@@ -1,4 +1,4 @@
-"""Growth: whether a ledger full of scheduled records makes anything slower, on both of its sides."""
+"""Growth: whether a ledger full of scheduled records slows down the web side or the worker."""
 
 from collections import defaultdict
 from contextlib import ExitStack

@@ -1,4 +1,4 @@
-"""Podman as the deployment tests use it: build, run, look, kill; every wait is bounded."""
+"""Podman for the deployment tests: build, run, inspect, kill; every wait has a timeout."""
 
 import json
 import os

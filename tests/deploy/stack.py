@@ -1,4 +1,4 @@
-"""A running compose stack with a stand-in for sync.so beside it, used from outside as its users do."""
+"""A running compose stack with a simulator of sync.so, used from outside."""
 
 import contextlib
 import hashlib

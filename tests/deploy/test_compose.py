@@ -1,4 +1,4 @@
-"""The compose stack, brought up as the README says: a webhook in, a deletion out, whatever is killed on the way."""
+"""The compose stack, started as the README says: each webhook leads to a deletion, whatever is killed meanwhile."""
 
 import json
 import threading

@@ -1,4 +1,4 @@
-"""The image, built from the Dockerfile as it is: small, locked up, quick to start, quick to stop."""
+"""The image, built from the Dockerfile: small, restricted, fast to start and to stop."""
 
 import contextlib
 import subprocess

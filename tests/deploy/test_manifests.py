@@ -1,4 +1,4 @@
-"""The Kubernetes manifests hold together: what no schema says, checked on each rendered overlay.
+"""The Kubernetes manifests are consistent: rules that no schema has, checked on each rendered overlay.
 
 Rendering takes kubectl alone, so that `make test` checks it too; the schemas are for `make test-deploy`.
 """

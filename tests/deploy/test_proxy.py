@@ -1,4 +1,4 @@
-"""The sample for nginx as it stands, with TLS, in front of a real web side: what the server lacks it makes up for.
+"""The sample configuration of nginx, with TLS, in front of a real web side: it limits what the web server cannot.
 
 Only the addresses and the files of the certificate are put in. nginx is Debian's: ``apt-get install nginx-light``.
 """

@@ -1,4 +1,4 @@
-"""Two api and three worker processes on one Redis and one PostgreSQL: they share the work, and this is what they carry.
+"""Two api and three worker processes on one Redis and one PostgreSQL share the work; measured.
 
 With ``-s`` the figures of deploy/README.md are printed. The processes are those of the image without the image, so that
 nothing but the processor is between them.

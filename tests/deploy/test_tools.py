@@ -1,4 +1,4 @@
-"""What the public check tools say of the Dockerfile, the workflows, the alarms and the list of parts."""
+"""The results of public check tools for the Dockerfile, the workflows, the alerts and the SBOM."""
 
 import json
 import os

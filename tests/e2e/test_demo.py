@@ -1,4 +1,4 @@
-"""The demo tells the whole story in under a minute, says whether all went right, and notices when it did not."""
+"""The demo ends within a minute, reports whether all checks passed, and detects each violation."""
 
 import asyncio
 import os

@@ -1,4 +1,4 @@
-"""The main job on real processes: a webhook comes in, whatever is killed in between, and the generation is deleted."""
+"""The main job on real processes: a webhook leads to a deletion, whatever is killed in between."""
 
 import asyncio
 import sqlite3

@@ -1,4 +1,4 @@
-"""After a run with every kind of trouble, no secret stands anywhere but where it belongs."""
+"""After a run with all kinds of failures, no secret is in logs, Redis, process titles or answers."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""A rolling upgrade: the newer release has migrated, and this one still runs beside it on the same tables."""
+"""A rolling upgrade: this release still runs on the tables that the next release has migrated."""
 
 import pytest
 from sqlalchemy import URL, text

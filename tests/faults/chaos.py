@@ -1,4 +1,4 @@
-"""Random faults against a whole system for a bounded time, then healing: what is left is for the judge."""
+"""Random faults against a whole system for a bounded time, then recovery."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""What the fault tests run on: processes that start fast, a ledger on either database, a system of their own."""
+"""The fixtures of the fault tests: processes that start fast, a ledger on either database, whole systems."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -34,7 +34,7 @@ def ledger(database_url: URL) -> Iterator[Ledger]:
 
 @pytest.fixture
 def sqlite_ledger(sqlite_url: URL) -> Iterator[Ledger]:
-    """The same on SQLite alone, for what does not depend on the kind."""
+    """The same on SQLite only, for tests that do not depend on the database."""
     found = _ledger(sqlite_url)
     yield found
     found.close()

@@ -1,4 +1,4 @@
-"""The judge: what went in against what came out, seen from outside alone (invariants I1 to I7)."""
+"""The verdict on a run: compares input and output, seen from outside only (invariants I1 to I7)."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -41,7 +41,7 @@ class WatchedCalls(list[Call]):
         super().append(call)
         if call.operation is not Operation.DELETE:
             return
-        self._look(call.generation_id)
+        self._check_copy(call.generation_id)
 
     async def keep_looking(self) -> None:
         """Ask, for ever, about what could not be seen: long before another attempt could make up for its copy."""
@@ -49,9 +49,9 @@ class WatchedCalls(list[Call]):
             await asyncio.sleep(0.05)
             unseen, self.unseen = self.unseen, []
             for generation_id in unseen:
-                self._look(generation_id)
+                self._check_copy(generation_id)
 
-    def _look(self, generation_id: str) -> None:
+    def _check_copy(self, generation_id: str) -> None:
         is_there = self._has_copy(generation_id)
         if is_there is None:
             self.unseen.append(generation_id)

@@ -1,4 +1,4 @@
-"""A TCP proxy that stalls, cuts or loses what passes it, at bytes the test names (gate G2)."""
+"""A TCP proxy that stalls, cuts or loses data at bytes that the test names (gate G2)."""
 
 import asyncio
 import contextlib

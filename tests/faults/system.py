@@ -1,4 +1,4 @@
-"""A whole Mayfly under test: simulator, Redis, ledger and processes, and the one way to send, drain and judge."""
+"""A whole system under test: simulator, Redis, ledger and processes; sending, draining and the verdict."""
 
 import asyncio
 import contextlib

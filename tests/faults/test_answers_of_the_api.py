@@ -1,4 +1,4 @@
-"""Rows 49 to 60: what each answer of the API leads to, over the whole of a running Mayfly."""
+"""Rows 49 to 60: what follows from each answer of the API, in a whole system."""
 
 import asyncio
 import contextlib

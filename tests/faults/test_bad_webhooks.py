@@ -1,4 +1,4 @@
-"""Rows 29 to 48: whatever a sender puts into headers, bodies and ids, at a real web side; see also tests/unit.
+"""Rows 29 to 48: bad headers, bodies and ids at a real web side; see also tests/unit.
 
 No input may cause a 5xx, a record without a valid signature, or a slow answer.
 """

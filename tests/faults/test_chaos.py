@@ -1,4 +1,4 @@
-"""Random faults against a whole system, and the same against systems with a part left out, which must be condemned."""
+"""Random faults against a whole system, and against systems without one part, which must fail the verdict."""
 
 import asyncio
 import os

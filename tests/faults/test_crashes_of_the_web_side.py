@@ -1,4 +1,4 @@
-"""Rows 1 to 4 and 28: a web side that dies while it takes a webhook, and senders that do not let go."""
+"""Rows 1 to 4 and 28: a web side that dies while it receives a webhook, and duplicate webhooks."""
 
 import asyncio
 

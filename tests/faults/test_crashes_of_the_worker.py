@@ -1,4 +1,4 @@
-"""Rows 14 to 20 and 27: a worker that dies, is stopped or sleeps at an exact step of a deletion."""
+"""Rows 14 to 20 and 27: a worker that is killed, stopped or frozen at an exact step of a deletion."""
 
 import asyncio
 import signal

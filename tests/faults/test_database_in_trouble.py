@@ -1,4 +1,4 @@
-"""Rows 5 and 21 to 25: a ledger that is locked, full, read-only, killed, cut off in its COMMIT, or put back."""
+"""Rows 5 and 21 to 25: a ledger that is locked, full, read-only, killed, cut off in COMMIT, or an old backup."""
 
 import asyncio
 import contextlib

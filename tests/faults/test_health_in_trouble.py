@@ -1,4 +1,4 @@
-"""Invariant 7: whatever hangs, each web side says how it is within a second, and says the truth."""
+"""Invariant 7: whatever hangs, each web side reports its health correctly within a second."""
 
 import asyncio
 import time

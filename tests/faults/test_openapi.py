@@ -1,4 +1,4 @@
-"""Rows 29 to 48 at every route: what the service's own OpenAPI promises, held against requests made from it.
+"""Rows 29 to 48 at every route: answers match the service's OpenAPI document, for requests generated from it.
 
 The ledger holds a record in each state, and most of the webhooks are signed: all kinds of answers occur.
 """

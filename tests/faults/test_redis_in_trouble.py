@@ -1,4 +1,4 @@
-"""Rows 6 to 13, 66 and 67: a Redis that is down, frozen, emptied, full, read-only, or holds bytes of others."""
+"""Rows 6 to 13, 66 and 67: a Redis that is down, frozen, emptied, full, read-only, or contains foreign bytes."""
 
 import asyncio
 import pickle

@@ -1,4 +1,4 @@
-"""Rows 41 and 42: slow, silent and greedy senders beside one good one, and bodies without end."""
+"""Rows 41 and 42: slow and stuck senders beside a good one, and endless bodies."""
 
 import contextlib
 import socket

@@ -1,4 +1,4 @@
-"""Row 19, on the web side: a SIGTERM while webhooks pour in cuts no answer, and each 202 has its record."""
+"""Row 19, on the web side: a SIGTERM under load interrupts no answer, and each 202 has its record."""
 
 import asyncio
 import re

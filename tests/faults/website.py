@@ -1,4 +1,4 @@
-"""One ``mayfly api`` alone, for tests of what comes in from outside."""
+"""One ``mayfly api`` without a worker, for tests of requests."""
 
 import contextlib
 import http.client

@@ -1,4 +1,4 @@
-"""An attempt keeps a copy, then deletes, in that order, and writes down whatever it ends with."""
+"""An attempt stores a copy, then deletes, in this order, and commits its outcome."""
 
 import asyncio
 import json

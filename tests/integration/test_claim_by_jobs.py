@@ -1,4 +1,4 @@
-"""A job claims the very attempt that it asks for, or is told why not; the ledger's row decides every race."""
+"""A job claims exactly the attempt that it asks for; the row in the ledger decides every race."""
 
 import asyncio
 from datetime import timedelta

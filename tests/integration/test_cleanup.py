@@ -1,4 +1,4 @@
-"""A job makes one attempt and ends with it; in a pause, at a stop or beyond the budget it begins nothing."""
+"""A job makes one attempt and ends with it; in a pause, at a stop or without budget it starts none."""
 
 import asyncio
 from contextlib import asynccontextmanager

@@ -1,4 +1,4 @@
-"""The commands that look at the ledger and move records: what they print, and how they end."""
+"""The commands that read the ledger and move records: output and exit codes."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The commands that try things out, on real sockets: send, simulate, doctor."""
+"""The commands send, simulate and doctor, on real sockets."""
 
 import asyncio
 import json

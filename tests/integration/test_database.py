@@ -1,4 +1,4 @@
-"""Writes take turns, each alone in its transaction, whoever else writes or stops waiting; a read sees one state."""
+"""Writes run one after another, each in its transaction, also beside other programs; a read sees one snapshot."""
 
 import asyncio
 import sqlite3

@@ -1,4 +1,4 @@
-"""The embedded Redis is private, belongs to one process at a time, and keeps its jobs over any end."""
+"""The embedded Redis is private, has one owner at a time, and keeps its jobs however it ends."""
 
 import asyncio
 import importlib.metadata

@@ -1,4 +1,4 @@
-"""Jobs are arq's own, in one form for web and worker; many are enqueued at once as arq enqueues one."""
+"""Web and worker enqueue the same arq jobs; many at once have the form that arq gives to one."""
 
 import asyncio
 import pickle

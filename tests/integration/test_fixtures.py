@@ -1,4 +1,4 @@
-"""The parts the tests run on work together: a signed webhook is taken by a real application over real resources."""
+"""The fixtures work together: a real application over real resources accepts a signed webhook."""
 
 from tests.support.webhooks import webhook
 

@@ -1,4 +1,4 @@
-"""What the outside sees: alive, ready with the parts that fail, numbers, and the description of the routes."""
+"""Health checks, metrics, and the OpenAPI document."""
 
 import asyncio
 import sqlite3

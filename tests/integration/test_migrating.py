@@ -1,4 +1,4 @@
-"""The migrations make the tables that the code believes in, once, whoever runs them and how often."""
+"""The migrations make the tables that the code expects, once, also when they run concurrently or again."""
 
 import asyncio
 from contextlib import asynccontextmanager

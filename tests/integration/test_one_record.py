@@ -1,4 +1,4 @@
-"""One record per generation, whichever processes announce it at the same time, and however their writes end."""
+"""One record per generation, also when several processes store its webhooks and some writes are rolled back."""
 
 import asyncio
 from collections import defaultdict

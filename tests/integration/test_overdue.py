@@ -1,4 +1,4 @@
-"""The safety net finds what has no job and gives it one, or cleans it from the ledger where Redis is of no use."""
+"""The safety net enqueues jobs that are missing, and cleans due records itself without Redis."""
 
 import asyncio
 import time

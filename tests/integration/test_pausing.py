@@ -1,4 +1,4 @@
-"""While deletions are paused nothing is claimed; a refused key is tried by one record at a time, and ends its pause."""
+"""While deletions are paused nothing is claimed; one record at a time probes a refused key."""
 
 import asyncio
 from dataclasses import replace

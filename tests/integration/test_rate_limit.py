@@ -1,4 +1,4 @@
-"""All workers together make no more calls than the budget has, and fewer when they cannot ask each other."""
+"""All workers together stay within the budget of calls, and use a fixed share each without Redis."""
 
 import asyncio
 import time

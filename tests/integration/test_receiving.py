@@ -1,4 +1,4 @@
-"""One record per generation, however often, in whatever order and from wherever it is announced."""
+"""One record per generation, whatever the number, order and sender of its webhooks."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""Reading records needs the token; pages and filters show what there is, newest first, in sync.so's own names."""
+"""The operator API: the token, pages and filters of records, moves, pauses."""
 
 import json
 from datetime import datetime, timedelta, timezone

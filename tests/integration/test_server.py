@@ -1,4 +1,4 @@
-"""The server as it comes: where it listens, what it refuses by itself, how it stops, and what it leaves to a proxy."""
+"""The web server: where it listens, what it refuses, how it stops, and what it leaves to a proxy."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""The stand-in for the Sync API does on the wire what the real one does, and each fault it promises."""
+"""The simulator answers like the Sync API, and has each documented fault."""
 
 import asyncio
 import contextlib

@@ -1,4 +1,4 @@
-"""Every answer of the Sync API has one meaning; whatever is odd never means that a generation is gone."""
+"""Every answer of the Sync API has one meaning; a faulty answer never means that a generation is gone."""
 
 import asyncio
 import contextlib

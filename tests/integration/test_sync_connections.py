@@ -1,4 +1,4 @@
-"""Each connection to the Sync API carries one call at a time, and whatever ends a call, none is lost."""
+"""Each connection to the Sync API carries one call at a time, and its place is freed however a call ends."""
 
 import asyncio
 import contextlib

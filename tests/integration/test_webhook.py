@@ -1,4 +1,4 @@
-"""What POST /webhooks/sync answers, and that the answer comes after the commit or says that there was none."""
+"""POST /webhooks/sync: what it answers, and that a 202 comes after the commit."""
 
 import asyncio
 import json

@@ -1,4 +1,4 @@
-"""The ledger from a test's point of view: records as webhooks would make them, claims as workers would."""
+"""Helpers on the ledger: records as webhooks make them, claims and outcomes as workers make them."""
 
 import json
 from collections.abc import Sequence

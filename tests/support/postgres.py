@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests: the wheel's, else the one that the system has installed."""
+"""A real PostgreSQL for the tests: from the wheel, else the installed one."""
 
 import os
 import shutil

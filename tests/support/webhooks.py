@@ -1,4 +1,4 @@
-"""Webhooks as sync.so would send them, built by hand: nothing here uses Mayfly's own signing."""
+"""Webhooks as sync.so sends them; the signature does not use Mayfly's code."""
 
 import hashlib
 import hmac

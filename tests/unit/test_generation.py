@@ -1,4 +1,4 @@
-"""A webhook is read leniently where nothing depends on it, and strictly where something does."""
+"""A generation is read leniently, except for the fields that decide."""
 
 import json
 

@@ -1,4 +1,4 @@
-"""Many callers share a commit, and each gets what became of its own part."""
+"""Many callers share a commit, and each gets the result of its own item."""
 
 import asyncio
 from collections.abc import Sequence

@@ -1,4 +1,4 @@
-"""The table of moves is the whole of a record's life."""
+"""The table of moves: which are legal, and where they lead."""
 
 from itertools import product
 

@@ -1,4 +1,4 @@
-"""What the API asks for in Retry-After is read whatever its form, and junk is nothing asked for."""
+"""Retry-After is read in each of its forms; anything else counts as absent."""
 
 from datetime import UTC, datetime, timedelta
 

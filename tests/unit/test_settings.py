@@ -1,4 +1,4 @@
-"""Each variable is read, each bad value is named, and no value is ever repeated."""
+"""Each variable is read, each invalid one is reported, and no value is repeated."""
 
 from datetime import timedelta
 from pathlib import Path

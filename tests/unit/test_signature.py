@@ -1,4 +1,4 @@
-"""Only what sync.so signed is taken, and whatever a header holds, the refusal has one type."""
+"""Only a valid signature verifies, and any other header raises a SignatureError."""
 
 import hashlib
 import hmac

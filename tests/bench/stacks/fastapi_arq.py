@@ -1,4 +1,4 @@
-"""What a user would write instead, to compare with: FastAPI, arq and httpx with the same contract and no ledger.
+"""An alternative stack, to compare with: FastAPI, arq and httpx with the same contract and no ledger.
 
 Runs in the suite's own environment (requirements.lock): ``uvicorn tests.bench.stacks.fastapi_arq:app`` and
 ``arq tests.bench.stacks.fastapi_arq.WorkerSettings``, both as their documentation shows them.
