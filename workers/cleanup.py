@@ -86,6 +86,7 @@ class CleanupJobs:
         self._attempts = attempts
         self._stopping = stopping
         self._is_paused = False
+        self._fault: str | None = None
         self._check_again_at = 0.0
         self._checking = asyncio.Lock()
 
@@ -115,12 +116,25 @@ class CleanupJobs:
             raise Retry from error
 
     async def _are_paused(self) -> bool:
-        """Whether deletions are paused; one read serves all jobs within half a second, which may be thousands."""
+        """Whether deletions are paused; one read serves all jobs within half a second.
+
+        Raises: LedgerUnavailableError.
+        """
         async with self._checking:
             if self._clock() >= self._check_again_at:
-                self._is_paused = not await self._peek()
-                self._check_again_at = self._clock() + _CHECK_AGAIN_SECONDS
+                await self._check_pauses()
+            if self._fault is not None:
+                raise LedgerUnavailableError(self._fault)
             return self._is_paused
+
+    async def _check_pauses(self) -> None:
+        self._fault = None
+        try:
+            self._is_paused = not await self._peek()
+        except LedgerUnavailableError as error:
+            # For all who wait: one by one they would wait for a ledger that hangs, ten seconds each, a stop with them.
+            self._fault = str(error)
+        self._check_again_at = self._clock() + _CHECK_AGAIN_SECONDS
 
     async def _claim_granted(self, wanted: Wanted) -> Claim | NotYet | None:
         """Claim the record, and return the attempt to the budget if there is no claim."""

@@ -39,13 +39,13 @@ class LedgerCalls:
 
 
 class Overdue:
-    """The loop over the ledger; *enqueue* returns whether Redis still has what was written before."""
+    """One loop over the ledger; *enqueue* returns the mark of Redis, another one once Redis was emptied."""
 
     def __init__(
         self,
         *,
         ledger: LedgerCalls,
-        enqueue: Callable[[Sequence[CleanupJob]], Awaitable[bool]],
+        enqueue: Callable[[Sequence[CleanupJob]], Awaitable[str]],
         budget: Budget,
         attempts: Attempts,
         beat: Callable[[], None],
@@ -63,7 +63,8 @@ class Overdue:
         self._horizon = horizon
         self._metrics = metrics
         self._stopping = stopping
-        self._enqueued_until: datetime | None = None  # every record due until then has had a job
+        self._enqueued_until: datetime | None = None  # all that is due up to here had a job once
+        self._mark: str | None = None
 
     async def run(self) -> None:
         """Check the ledger every two seconds until the worker stops."""
@@ -97,15 +98,16 @@ class Overdue:
         near = outlook.near
         jobs = [CleanupJob(wanted.key, wanted.attempt, at) for wanted, at in (*outlook.late, *near)]
         try:
-            is_kept = await self._enqueue(jobs)
+            mark = await self._enqueue(jobs)
         except QUEUE_ERRORS as error:
             self._enqueued_until = None
             self._metrics.loops_failed.labels("enqueue").inc()
             what_now = "the ledger starts deletions until Redis accepts jobs"
             log.warning("overdue.not_enqueued", records=len(jobs), error=type(error).__name__, what_now=what_now)
             return False
-        if not is_kept and self._enqueued_until is not None:
-            self._enqueued_until = None  # Redis was emptied: the next round starts from the beginning
+        is_emptied, self._mark = mark != self._mark, mark
+        if is_emptied and self._enqueued_until is not None:
+            self._enqueued_until = None  # Redis was emptied: from the beginning, in the next round
         else:
             self._enqueued_until = near[-1][1] if len(near) == AT_ONCE else horizon
         return True

@@ -8,6 +8,7 @@ import asyncio
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from typing import Final
+from uuid import uuid4
 
 import msgspec
 import structlog
@@ -29,8 +30,9 @@ _JOBS_AT_ONCE: Final = 1000
 # Jobs that may wait for a slow Redis; further ones are left to the safety net.
 _MAX_WAITING: Final = 10_000
 _GATHER_SECONDS: Final = 0.05
-# Written before any job: a Redis that refuses writes fails here, and an emptied one does not have it.
-_WRITTEN: Final = f"{QUEUE}:written"
+# Written before any job, so that a Redis that takes no writes shows it. Whoever writes first gives it its value, which
+# stays: all others see by another one that Redis was emptied.
+_MARK: Final = f"{QUEUE}:mark"
 
 
 class CleanupJob(msgspec.Struct, frozen=True, gc=False):
@@ -62,41 +64,43 @@ async def enqueue_job(pool: ArqRedis, job: CleanupJob, *, now: datetime) -> None
         await pool.enqueue_job(FUNCTION, *job.arguments, _job_id=job.id, _defer_by=wait)
 
 
-async def enqueue_jobs(pool: ArqRedis, jobs: Sequence[CleanupJob], *, now: datetime) -> bool:
-    """Enqueue many *jobs* in few round trips and return whether Redis still has what earlier calls wrote.
+async def enqueue_jobs(pool: ArqRedis, jobs: Sequence[CleanupJob], *, now: datetime) -> str:
+    """Enqueue many *jobs* in few round trips and return the mark of this Redis, another one once it was emptied.
 
     An existing job is brought forward if its time is later than the new one, which arq's enqueue_job() does not do,
     else it is unchanged. The keys are arq's; a test checks them with arq itself.
 
     Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS; some of the jobs may be enqueued.
     """
-    is_kept = True
+    mark = ""
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
         for start in range(0, len(jobs) or 1, _JOBS_AT_ONCE):
-            is_kept &= await _enqueue_batch(pool, jobs[start : start + _JOBS_AT_ONCE], now)
-    return is_kept
+            mark = await _enqueue_batch(pool, jobs[start : start + _JOBS_AT_ONCE], now)
+    return mark
 
 
 # A running job stays in the sorted set until arq removes it; LT does not postpone it.
 _ENQUEUE = """
-local written = redis.call('SET', KEYS[2], ARGV[2], 'GET')
+local mark = redis.call('GET', KEYS[2]) or ARGV[2]
+redis.call('SET', KEYS[2], mark)
 for i = 3, #ARGV, 4 do
   redis.call('SET', ARGV[1] .. ARGV[i], ARGV[i + 1], 'PX', ARGV[i + 2])
   redis.call('ZADD', KEYS[1], 'LT', ARGV[i + 3], ARGV[i])
 end
-return written and 1 or 0
+return mark
 """
 
 
-async def _enqueue_batch(pool: ArqRedis, jobs: Sequence[CleanupJob], now: datetime) -> bool:
+async def _enqueue_batch(pool: ArqRedis, jobs: Sequence[CleanupJob], now: datetime) -> str:
     now_ms = _milliseconds(now)
-    arguments: list[str | bytes | int] = [job_key_prefix, now_ms]
+    arguments: list[str | bytes | int] = [job_key_prefix, uuid4().hex]
     for job in jobs:
         payload = serialize_job(FUNCTION, job.arguments, {}, None, now_ms, serializer=pool.job_serializer)
         # Rounded up: within the due millisecond the record may not be due yet.
         at_ms = max(now_ms, _milliseconds(job.at) + 1)
         arguments += [job.id, payload, at_ms - now_ms + pool.expires_extra_ms, at_ms]
-    return bool(await pool.register_script(_ENQUEUE)(keys=[QUEUE, _WRITTEN], args=arguments))
+    mark: bytes = await pool.register_script(_ENQUEUE)(keys=[QUEUE, _MARK], args=arguments)
+    return mark.decode()
 
 
 async def remove_due_jobs(pool: ArqRedis, *, now: datetime) -> None:

@@ -4,7 +4,7 @@ A claim gives the row a lease and a new attempt number. Every later write carrie
 was frozen beyond its lease cannot overwrite its successor.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -55,18 +55,25 @@ class Wanted(msgspec.Struct, frozen=True, gc=False):
 
 @dataclass(frozen=True, slots=True)
 class NotYet:
-    """The record waits for this attempt, and is due after *wait* by the clock of the claim."""
+    """The record waits for this very attempt, and its time comes after *wait*, by the clock that counts.
+
+    Or another has it locked, and who asks again after *wait* is told more.
+    """
 
     wait: timedelta
 
 
-# The state is checked afterwards: with it in the WHERE, SQLite reads all scheduled rows instead.
+# What another has locked is asked for again after this. It may take long: a process that froze in the middle of its
+# transaction, or whose machine died, would hold up the claims of all records.
+_LOCKED_WAIT = timedelta(seconds=1)
+# Their state is looked at afterwards: with it in here, SQLite would rather read all that are scheduled.
 _select_wanted = (
     select(*_CLAIM_COLUMNS, records.c.state)
     .where(KEYS_OF_ACCOUNT)
     .order_by(records.c.account, records.c.id)
-    .with_for_update()
+    .with_for_update(skip_locked=True)
 )
+_select_keys = select(records.c.account, records.c.id).where(KEYS_OF_ACCOUNT)
 _UNTIL = bindparam("b_until", type_=Instant)
 # The later end by the worker's clock and the database's: with a slow clock a lease keeps its length.
 _LATER_UNTIL = func.greatest(_UNTIL, func.statement_timestamp() + bindparam("b_lease", type_=Interval), type_=Instant)
@@ -119,7 +126,11 @@ def claim_wanted(
     rows: dict[Key, Any] = {
         Key(row.account, row.id): row for mine in asked for row in connection.execute(_select_wanted, mine).all()
     }
-    found = [_check_wanted(rows.get(item.key), item.attempt, at) for item in wanted]
+    locked = _find_locked(connection, asked, rows)
+    found = [
+        NotYet(_LOCKED_WAIT) if item.key in locked else _check_wanted(rows.get(item.key), item.attempt, at)
+        for item in wanted
+    ]
     due = {row.seq: row for row in found if isinstance(row, Row)}
     allowed = pausing.take_allowance(connection, now=now) if due else 0
     leased = _lease_rows(connection, [*due.values()][:allowed], now=now, lease=lease, actor=actor)
@@ -128,8 +139,16 @@ def claim_wanted(
     return [claims.pop(row.seq, None) if isinstance(row, Row) else row for row in found]
 
 
+def _find_locked(connection: Connection, asked: Sequence[dict[str, Any]], rows: Mapping[Key, Row[Any]]) -> set[Key]:
+    """Return the keys of those records *asked* for that are there, and not among the *rows*."""
+    if sum(len(mine["ids"]) for mine in asked) == len(rows) or connection.dialect.name == "sqlite":
+        return set()
+    there = [Key(row.account, row.id) for mine in asked for row in connection.execute(_select_keys, mine)]
+    return {key for key in there if key not in rows}
+
+
 def _check_wanted(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] | NotYet | None:
-    """Return *row* if *attempt* is its next one and can start at the instant *at*."""
+    """Return the *row* if *attempt* at it can begin at the instant *at*."""
     if row is None or row.state != State.SCHEDULED or row.attempts + 1 != attempt:
         return None
     wait: timedelta = max(row.due_at, row.wake_at) - at

@@ -4,6 +4,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
+from operator import attrgetter
 from typing import Final
 
 from sqlalchemy import Connection, delete, func, insert, select, update
@@ -62,19 +63,22 @@ def pause(connection: Connection, wanted: Pause) -> bool:
 
 def resume(connection: Connection, kinds: Sequence[Kind]) -> list[Kind]:
     """End the pauses of *kinds* and return those that were in force."""
-    gone = [one.kind for one in find_pauses(connection) if one.kind in kinds]
-    # One by one, in the same order as take_allowance(), so that neither waits for the other.
+    gone = sorted(one.kind for one in find_pauses(connection) if one.kind in kinds)
+    # One by one, in the order of their kinds, as all do who take several: in another each could wait for the other.
     for kind in gone:
         connection.execute(delete(pauses).where(pauses.c.account == ACCOUNT, pauses.c.kind == kind))
     return gone
 
 
 def throttle(connection: Connection, wait: timedelta, *, now: datetime, actor: str) -> None:
-    """Pause claims for *wait*, or longer where an earlier 429 asked for more."""
+    """Let no record be claimed for so long, nor for less than was asked before."""
     until = earlier_clock(connection, now) + wait
-    if not pause(connection, Pause(Kind.THROTTLED, now, actor, "the API answered 429, too many requests", until)):
-        mine = (pauses.c.account == ACCOUNT, pauses.c.kind == Kind.THROTTLED, pauses.c.until < until)
-        connection.execute(update(pauses).where(*mine).values(until=until))
+    wanted = Pause(Kind.THROTTLED, now, actor, "the API answered 429, too many requests", until)
+    if pause(connection, wanted):
+        return
+    mine = (pauses.c.account == ACCOUNT, pauses.c.kind == Kind.THROTTLED, pauses.c.until < until)
+    if connection.execute(update(pauses).where(*mine).values(until=until)).rowcount == 0:
+        pause(connection, wanted)  # unless it is longer already: another has ended it meanwhile
 
 
 def take_allowance(connection: Connection, *, now: datetime) -> int:
@@ -90,9 +94,10 @@ def take_allowance(connection: Connection, *, now: datetime) -> int:
     if len(over) < len(found):
         return 0
     allowed = UNLIMITED
-    for one in over:  # in the same order as resume(), so that neither waits for the other
+    for one in sorted(over, key=attrgetter("kind")):  # as resume() takes them
         if one.kind is not Kind.UNAUTHORIZED:
-            resume(connection, [one.kind])
+            if not _end_pause(connection, one):
+                return take_allowance(connection, now=now)
         elif _take_probe(connection, one, at):
             allowed = 1
         else:
@@ -109,8 +114,14 @@ def peek_allowance(connection: Connection, *, now: datetime) -> int:
     return 1 if any(one.kind is Kind.UNAUTHORIZED for one in found) else UNLIMITED
 
 
+def _end_pause(connection: Connection, one: Pause) -> bool:
+    """End a pause that is over; False when another was first, or made it longer."""
+    mine = (pauses.c.account == ACCOUNT, pauses.c.kind == one.kind, pauses.c.until == one.until)
+    return connection.execute(delete(pauses).where(*mine)).rowcount == 1
+
+
 def _take_probe(connection: Connection, one: Pause, at: datetime) -> bool:
-    """Take the next probe for this worker; False when another worker was first."""
+    """Take the next probe for this worker alone; False when another was first."""
     taken = connection.execute(
         update(pauses)
         .where(pauses.c.account == ACCOUNT, pauses.c.kind == one.kind, pauses.c.until == one.until)

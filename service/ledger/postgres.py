@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from functools import partial
-from typing import TypeVar
+from typing import Final, TypeVar
 
 import asyncpg
 from sqlalchemy import URL, Connection
@@ -13,6 +13,10 @@ from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 from service.ledger.database import READ_TIMEOUT_SECONDS, WRITE_TIMEOUT_SECONDS, translate_error
 
 T = TypeVar("T")
+
+# How long a transaction keeps its locks whose process froze between two statements, or whose machine died: without it
+# as long as TCP takes to notice, which is two hours.
+ABANDONED_SECONDS: Final = 20
 
 
 class PostgresDatabase:
@@ -24,7 +28,7 @@ class PostgresDatabase:
         dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._engine = create_async_engine(
             "postgresql+asyncpg://",
-            async_creator=partial(asyncpg.connect, dsn, timeout=5, command_timeout=write_seconds),
+            async_creator=partial(_connect, dsn, write_seconds),
             pool_size=10,
             max_overflow=5,
             pool_timeout=WRITE_TIMEOUT_SECONDS,
@@ -52,3 +56,14 @@ class PostgresDatabase:
     async def close(self) -> None:
         """Close all connections."""
         await self._engine.dispose()
+
+
+async def _connect(dsn: str, command_seconds: float) -> asyncpg.Connection:
+    connection = await asyncpg.connect(dsn, timeout=5, command_timeout=command_seconds)
+    try:
+        # Not as a parameter of the connection, which poolers refuse.
+        await connection.execute(f"SET idle_in_transaction_session_timeout = '{ABANDONED_SECONDS}s'")
+    except BaseException:
+        connection.terminate()
+        raise
+    return connection

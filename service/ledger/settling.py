@@ -241,11 +241,12 @@ def _entries(item: Settlement, now: datetime, actor: str) -> list[Entry]:
 
 
 def _update_pauses(connection: Connection, settlements: Sequence[Settlement], now: datetime, actor: str) -> None:
-    """Pause deletions when the API refuses the key or throttles; end the pause of the key when the API accepts it."""
+    """Pause deletions when the API refuses our key or has had too many calls; end the first once it takes the key."""
+    # Throttled before unauthorized: in the order of their kinds, see resume().
+    if waits := [item.throttle for item in settlements if item.throttle is not None]:
+        pausing.throttle(connection, max(waits), now=now, actor=actor)
     if any(item.verdict is Verdict.UNAUTHORIZED for item in settlements):
         reason = "the API refuses the key"
         pausing.pause(connection, Pause(Kind.UNAUTHORIZED, now, actor, reason, now + pausing.PROBE_EVERY))
     elif any(item.is_key_good for item in settlements):
         pausing.resume(connection, [Kind.UNAUTHORIZED])
-    if waits := [item.throttle for item in settlements if item.throttle is not None]:
-        pausing.throttle(connection, max(waits), now=now, actor=actor)

@@ -99,6 +99,18 @@ def test_an_endless_body_is_answered_413_or_disconnected_without_using_memory(si
     assert site.count() == 0
 
 
+def test_long_paths_are_414_and_memory_stays_flat(site: Website):
+    assert site.client.get("/health/live").status_code == 200
+    before = site.process.resident_megabytes
+    # With one character that takes four bytes in memory, so do all others of its text.
+    target = b"/api/records/%F0%9F%98%80" + b"x" * 60_000
+    statuses = {site.raw(b"GET", target + b"%d" % number, b"", {}) for number in range(300)}
+
+    assert statuses == {414}
+    assert site.process.resident_megabytes - before < 10
+    assert site.client.get("/api/records/" + "x" * 3000).status_code == 401
+
+
 @pytest.fixture(scope="module")
 def bomb() -> bytes:
     """200 MB of zeros, packed: a body of a fifth of what a body may be."""

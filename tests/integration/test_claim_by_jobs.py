@@ -1,9 +1,12 @@
 """A job claims exactly the attempt that it asks for; the row in the ledger decides every race."""
 
 import asyncio
+import time
+from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
 
+import asyncpg
 from sqlalchemy import event
 
 from service.core.key import Key
@@ -32,6 +35,19 @@ async def claim_wanted(database, *wanted: Wanted, now=None):
     return await database.write(write)
 
 
+@asynccontextmanager
+async def locked_by_another(url, key):
+    """Keep the record of *key* locked, as a process does that froze in the middle of its transaction."""
+    dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
+    connection = await asyncpg.connect(dsn)
+    try:
+        async with connection.transaction():
+            await connection.fetch("SELECT seq FROM records WHERE id = $1 FOR UPDATE", key.id)
+            yield
+    finally:
+        await connection.close()
+
+
 async def find_waiting(database, **bounds):
     read = partial(claiming.find_waiting, **({"since": None, "until": utc_now(), "limit": 10} | bounds))
     return await database.read(read)
@@ -55,6 +71,20 @@ async def test_a_job_claims_its_record_at_its_attempt(database):
     assert (await row_of(database, key)).state == State.DELETING
     assert (await row_of(database, other)).state == State.SCHEDULED
     assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM]
+
+
+async def test_a_record_that_another_has_locked_holds_up_no_other(postgres_url):
+    async with open_database(postgres_url) as database:
+        locked, free, gone = await store(database), await store(database), Key("default", "gone")
+        async with locked_by_another(postgres_url, locked):
+            begun = time.monotonic()
+            waits, claimed, nothing = await claim_wanted(database, *(Wanted(key, 1) for key in (locked, free, gone)))
+            assert time.monotonic() - begun < 2
+        (afterwards,) = await claim_wanted(database, Wanted(locked, 1))
+
+    assert waits == NotYet(timedelta(seconds=1))
+    assert nothing is None
+    assert [one.key for one in (claimed, afterwards) if isinstance(one, Claim)] == [free, locked]
 
 
 async def test_a_claim_by_key_reads_no_record_but_those_asked_for(sqlite_database):
@@ -181,7 +211,7 @@ async def test_a_peek_ends_no_pause_and_takes_no_probe(database):
 async def test_twenty_jobs_at_once_claim_each_record_once(database):
     keys = [await store(database) for _ in range(5)]
     found = await asyncio.gather(*(claim_wanted(database, *(Wanted(key, 1) for key in keys)) for _ in range(20)))
-    claims = [one.key for answers in found for one in answers if one is not None]
+    claims = [one.key for answers in found for one in answers if isinstance(one, Claim)]
 
     assert len(claims) == 5
     assert set(claims) == set(keys)

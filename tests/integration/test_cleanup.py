@@ -1,6 +1,7 @@
 """A job makes one attempt and ends with it; in a pause, at a stop or without budget it starts none."""
 
 import asyncio
+import time
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
@@ -41,6 +42,8 @@ class Work:
         self.begun: list[Key] = []
         self.ended: list[Key] = []
         self.peeks = 0
+        self.peek_seconds = 0.0
+        self.peek_fault: Exception | None = None
         self.faults: list[Exception] = []
         self.budget = Budget(rate, pool, Secret("sk-1"), clock=asyncio.get_running_loop().time, stopping=self.stopping)
         self.attempts = Attempts(self.clean, limit=10)
@@ -55,6 +58,9 @@ class Work:
 
     async def peek(self):
         self.peeks += 1
+        await asyncio.sleep(self.peek_seconds)
+        if self.peek_fault is not None:
+            raise self.peek_fault
         return await self.database.read(partial(pausing.peek_allowance, now=utc_now()))
 
     async def claim(self, wanted):
@@ -183,6 +189,20 @@ async def test_a_job_is_retried_if_the_ledger_does_not_answer(work, sqlite_datab
     await work.run(key)
 
     assert work.ended == [key]
+
+
+async def test_jobs_wait_once_for_a_ledger_that_hangs(work, sqlite_database):
+    keys = [await store(sqlite_database) for _ in range(20)]
+    work.peek_seconds, work.peek_fault = 0.3, LedgerUnavailableError("it hangs")
+    begun = time.monotonic()
+    ends = await asyncio.gather(*(work.run(key) for key in keys), return_exceptions=True)
+
+    assert {type(end) for end in ends} == {Retry}
+    assert work.peeks == 1
+    assert time.monotonic() - begun < 3
+    work.peek_fault = None
+    await asyncio.gather(*(work.run(key) for key in keys))
+    assert len(work.ended) == 20
 
 
 async def test_a_cancelled_job_does_not_cancel_the_attempt(work, sqlite_database):

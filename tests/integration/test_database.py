@@ -11,7 +11,9 @@ from contextlib import closing
 
 import pytest
 from sqlalchemy import URL, delete, event, func, select, text
+from sqlalchemy.util import await_only
 
+from service.ledger import postgres
 from service.ledger.database import LedgerUnavailableError, RefusedDataError
 from service.ledger.opening import open_database
 from service.ledger.schema import records
@@ -49,6 +51,25 @@ def do_nothing(_connection):
 
 async def all_words(database):
     return list(await database.read(lambda connection: connection.scalars(ROWS).all()))
+
+
+async def test_a_postgresql_transaction_that_is_abandoned_gives_its_locks_back(postgres_url, monkeypatch):
+    monkeypatch.setattr(postgres, "ABANDONED_SECONDS", 1)
+    async with open_database(postgres_url) as database:
+        await store(database)
+        begun = time.monotonic()
+
+        def freeze(connection):
+            connection.execute(select(records.c.seq).with_for_update())
+            # As if the process stood still between two statements: the event loop has nothing more to do for it.
+            await_only(asyncio.sleep(5))
+
+        frozen = asyncio.create_task(database.write(freeze))
+        await asyncio.sleep(0.2)
+        await database.write(lambda connection: connection.execute(delete(records)))
+        assert time.monotonic() - begun < 4
+        with pytest.raises(LedgerUnavailableError):
+            await frozen
 
 
 async def test_a_write_waits_for_another_program_without_blocking_the_loop(words, other):

@@ -213,14 +213,14 @@ async def test_a_job_stays_in_redis_for_weeks_after_its_time(pool, is_one):
     assert left > timedelta(days=31)
 
 
-async def test_an_emptied_redis_is_detected_once(pool):
-    assert not await put(pool, job())
-    assert await put(pool)
-    assert await put(pool, job("g2"))
+async def test_a_redis_has_one_mark_until_it_is_emptied(pool):
+    mark = await put(pool, job())
+    assert [await put(pool), await put(pool, job("g2"))] == [mark, mark]
     await pool.flushall()
+    other = await put(pool)
 
-    assert not await put(pool)
-    assert await put(pool)
+    assert other != mark
+    assert await put(pool) == other
 
 
 async def test_a_full_redis_refuses_even_no_jobs(pool):

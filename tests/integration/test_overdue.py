@@ -15,6 +15,7 @@ from service.core.lifecycle import State
 from service.core.rate import Rate
 from service.core.secret import Secret
 from service.jobs import connection, enqueue
+from service.jobs.enqueue import CleanupJob
 from service.ledger import claiming, pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
@@ -153,6 +154,18 @@ async def test_a_record_that_has_just_become_due_is_left_to_its_job(net, sqlite_
         await rounds(net)
 
         assert await net.jobs() == set()
+
+
+async def test_an_emptied_redis_is_noticed_although_another_wrote_to_it_first(net, sqlite_database, monkeypatch):
+    key = await store(sqlite_database, due_in=HOUR)
+    async with running(net, monkeypatch, every=0.3):
+        await rounds(net)
+        await net.pool.flushall()
+        of_the_web_side = CleanupJob(Key("default", "new"), 1, utc_now() + HOUR)
+        await enqueue.enqueue_jobs(net.pool, [of_the_web_side], now=utc_now())
+        await rounds(net, 4)
+
+    assert await net.jobs() == {f"default:{key.id}:1", "default:new:1"}
 
 
 async def test_after_redis_was_emptied_records_within_the_horizon_get_their_jobs_again(

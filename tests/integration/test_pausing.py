@@ -5,9 +5,12 @@ from dataclasses import replace
 from datetime import timedelta
 from functools import partial
 
+import pytest
+from sqlalchemy import event
+
 from service.core.attempts import Verdict
 from service.core.lifecycle import State
-from service.ledger import pausing
+from service.ledger import pausing, settling
 from service.ledger.opening import open_database
 from service.ledger.pausing import PROBE_EVERY, Kind, Pause
 from tests.support.ledger import (
@@ -216,3 +219,37 @@ async def test_a_resume_never_deadlocks_with_workers_that_read_the_allowance(pos
             await asyncio.gather(look, one.write(partial(pausing.resume, kinds=list(Kind))))
 
             assert await kinds(one) == []
+
+
+def slowly(function):
+    """Have *function* wait after each change of a pause, so that two of them meet for sure."""
+
+    def wait(connection, _cursor, statement, _parameters, _context, _is_many):
+        if "pauses" in statement and statement.startswith(("DELETE", "UPDATE")):
+            connection.exec_driver_sql("SELECT pg_sleep(0.2)")
+
+    def run(connection):
+        event.listen(connection, "after_cursor_execute", wait)
+        return function(connection)
+
+    return run
+
+
+@pytest.mark.parametrize("is_look_first", [True, False])
+async def test_a_look_at_pauses_and_the_end_of_attempts_never_wait_for_ever(postgres_url, *, is_look_first):
+    async with open_database(postgres_url) as one, open_database(postgres_url) as other:
+        await receive(one, arrival(), arrival())
+        accepted, throttled = await claim(one, limit=2)
+        past = utc_now() - SECOND
+        for kind, since in ((Kind.THROTTLED, past - SECOND), (Kind.UNAUTHORIZED, past)):
+            await one.write(partial(pausing.pause, wanted=Pause(kind, since, "a worker", "a reason", past)))
+        ends = [replace(deferred(accepted), is_key_good=True), replace(deferred(throttled), throttle=60 * SECOND)]
+        writes = [
+            one.write(slowly(partial(settling.settle_attempts, settlements=ends, now=utc_now(), actor=ACTOR))),
+            other.write(slowly(partial(pausing.take_allowance, now=utc_now()))),
+        ]
+        results = await asyncio.gather(*(reversed(writes) if is_look_first else writes))
+        settled = results[1 if is_look_first else 0]
+
+        assert settled == [True, True]
+        assert await kinds(one) == [Kind.THROTTLED]  # the new one, and not ended with the old one
