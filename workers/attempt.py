@@ -101,6 +101,9 @@ class Cleaner:
         if not await self._settle(Settlement(claim, Verdict.DONE, step, is_key_good=True, retention=later)):
             return self._log_lost_lease(claim)
         log.info("cleanup.overridden", **_log_fields(claim), rule=later.rule, what_now="kept as its webhookUrl asks")
+        if (invalid := later.invalid) is not None:
+            names = {"generation": claim.key.id, "name": invalid.name, "value_length": invalid.value_length}
+            log.warning("webhook.override_invalid", **names, what_now="held until an operator releases it")
         return Verdict.DONE
 
     async def _delete_if_allowed(self, claim: Claim, copied: CopyResult) -> Verdict | None:

@@ -39,13 +39,16 @@ def format_duration(seconds: int) -> str:
 
 
 def parse_ttl(text: str) -> timedelta | None:
-    """Parse a duration, or ``forever`` as None.
+    """Parse a duration above zero, or ``forever`` as None.
 
     Raises: ValueError, which says what is accepted.
     """
     if text.strip() == "forever":
         return None
     try:
-        return parse_duration(text)
+        duration = parse_duration(text)
     except ValueError as error:
         raise ValueError(f"{error}, or forever") from None
+    if not duration:
+        raise ValueError("more than zero")
+    return duration

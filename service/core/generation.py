@@ -30,6 +30,7 @@ _LOOSE_TEXTS = frozenset(
     {
         *("model", "createdAt", "outputUrl", "outputMediaUrl", "segmentOutputUrl", "synthesizedAudioUrl"),
         *("outputFileName", "projectId", "error", "errorCode", "error_code"),
+        "webhookUrl",  # then it is no URL, so that the record is held
     }
 )
 
@@ -120,7 +121,7 @@ def _decode(body: bytes) -> Generation:
 
 
 def _coerce_texts(body: bytes) -> bytes:
-    """Convert values that should be texts and that no decision needs: a list as ``error`` must not lose the webhook."""
+    """Convert values that should be texts and that need not be: a list as ``error`` must not lose the webhook."""
     body = _LONE_SURROGATES.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], body)
     top = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     for name in _LOOSE_TEXTS & top.keys():

@@ -1,17 +1,27 @@
 """When a generation may be deleted: pure decisions that take the time as *now*."""
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
-from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
 from service.core.durations import parse_ttl
+from service.core.overrides import InvalidOverrideError, Overrides, read_overrides
+from service.core.typos import FALSE
 
-_OVERRIDES: Final = frozenset({"ttl", "expires", "hold"})
 # The rule of a generation without an override.
 DEFAULT_RULE: Final = "MAYFLY_TTL"
+# The rule of a hold by an invalid override, and what its reason begins with.
+INVALID_RULE: Final = "invalid override"
+
+# A URL without any of these has no override.
+_MARKS: Final = re.compile(r"[?#%&;=]")
+
+_TIME: Final = re.compile(r"(.*T[0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?) ([0-9]{2}:?[0-9]{2})", re.ASCII)
+_INSTANT_FORMS: Final = "an instant with its offset, such as 2026-12-31T00:00:00Z, or a date"
+_DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -22,6 +32,13 @@ class Policy:
     min_ttl: timedelta
 
 
+class InvalidOverride(msgspec.Struct, frozen=True, gc=False):
+    """An invalid override, for the log; its value may be secret."""
+
+    name: str
+    value_length: int
+
+
 class Retention(msgspec.Struct, frozen=True, gc=False):
     """How long one generation is kept: *rule* names what decided, *due_at* is None for one that is never deleted."""
 
@@ -29,20 +46,28 @@ class Retention(msgspec.Struct, frozen=True, gc=False):
     ttl: timedelta | None
     due_at: datetime | None
     hold_reason: str | None = None
+    invalid: "InvalidOverride | None" = None
 
     def is_later_than(self, due_at: datetime | None) -> bool:
         """Whether this keeps the generation longer than *due_at* does; None means forever."""
         return due_at is not None and (self.due_at is None or self.due_at > due_at)
 
 
-def decide_retention(policy: Policy, *, webhook_url: str | None, sent_at: datetime, now: datetime) -> Retention:
+def decide_retention(
+    policy: Policy, *, webhook_url: str | None, sent_at: datetime, now: datetime, request_url: str | None = None
+) -> Retention:
     """Decide how long a terminal generation is kept: by the override in its *webhook_url*, else by *policy*.
 
     An override is ``ttl``, ``expires`` or ``hold`` in the query of the signed body's *webhook_url*. An invalid one, or
-    a name that looks like a typo, puts the record on hold. The clock starts at *sent_at*, the signed send time, or at
+    what looks like one, puts the record on hold. In a URL that is not ours, and in *request_url*, which no signature
+    covers, an override can only keep the generation longer. The clock starts at *sent_at*, the signed send time, or at
     *now* if that is earlier. Nothing is due before *now* plus the policy's min_ttl.
     """
-    return _decide_from(policy.ttl, webhook_url, _Clock(min(sent_at, now), now + policy.min_ttl))
+    clock = _Clock(min(sent_at, now), now + policy.min_ttl)
+    found = _decide_from(policy.ttl, webhook_url, clock)
+    if not request_url or "?" not in request_url:
+        return found
+    return _keep_longer(found, _decide_from(found.ttl, request_url, clock, place="the URL of its request"))
 
 
 def reconsider_retention(
@@ -58,6 +83,15 @@ def reconsider_retention(
     return found if found.hold_reason is not None or found.is_later_than(due_at) else None
 
 
+def _keep_longer(first: Retention, second: Retention) -> Retention:
+    """Return what keeps the generation longer; a hold of either counts, the first one's before the second's."""
+    timed = second if second.is_later_than(first.due_at) else first
+    held = first if first.hold_reason is not None else second
+    if held.hold_reason is None:
+        return timed
+    return Retention(held.rule, timed.ttl, timed.due_at, held.hold_reason, held.invalid)
+
+
 class _Clock(msgspec.Struct, frozen=True, gc=False):
     """When the ttl starts to count, and the earliest due time that is allowed."""
 
@@ -65,60 +99,48 @@ class _Clock(msgspec.Struct, frozen=True, gc=False):
     earliest: datetime
 
 
-def _decide_from(ttl: timedelta | None, webhook_url: str | None, clock: _Clock) -> Retention:
-    """Apply the overrides in *webhook_url*, or else *ttl*."""
-    if not webhook_url or ("?" not in webhook_url and "#" not in webhook_url):
-        return _apply_ttl(ttl, clock, DEFAULT_RULE)
+def _decide_from(ttl: timedelta | None, url: str | None, clock: _Clock, *, place: str = "its webhookUrl") -> Retention:
+    """Apply the overrides in *url*, or else *ttl*; *place* says where that URL was."""
+    default = _apply_ttl(ttl, clock, DEFAULT_RULE)
+    if not url or url.isspace() or (url.startswith("https://") and _MARKS.search(url) is None):
+        return default
     try:
-        return _apply_overrides(ttl, _read_overrides(webhook_url), clock)
-    except ValueError:
-        fallback = _apply_ttl(ttl, clock, DEFAULT_RULE)
-        reason = "invalid override in its webhookUrl"
-        return Retention("invalid override", fallback.ttl, fallback.due_at, hold_reason=reason)
+        overrides = read_overrides(url)
+        timed = _apply_times(overrides, clock) or default
+    except InvalidOverrideError as error:
+        invalid = InvalidOverride(error.name, error.value_length)
+        return Retention(INVALID_RULE, default.ttl, default.due_at, f"{INVALID_RULE} in {place}: {error}", invalid)
+    # Another service may have put it into its own URL for itself.
+    if not overrides.is_ours and not timed.is_later_than(default.due_at):
+        timed = default
+    return _apply_hold(overrides, timed)
 
 
-def _read_overrides(webhook_url: str) -> dict[str, str]:
-    """Return the overrides by name.
+def _apply_times(overrides: Overrides, clock: _Clock) -> Retention | None:
+    """Apply ``ttl`` or ``expires``; None without either.
 
-    Raises: ValueError for a duplicate, for ``ttl`` together with ``expires``, and for a name that looks like a typo.
+    Raises: InvalidOverrideError.
     """
-    parts = urlsplit(webhook_url)
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
-    # sync.so never sends the fragment, so an override in it is a mistake.
-    typos = [name for name, _ in parse_qsl(parts.fragment.rpartition("?")[2], keep_blank_values=True)]
-    typos = [name for name in typos if name in _OVERRIDES or _is_typo(name)]
-    typos += [name for name, _ in pairs if name not in _OVERRIDES and _is_typo(name)]
-    overrides = {name: value for name, value in pairs if name in _OVERRIDES}
-    is_ambiguous = {"ttl", "expires"} <= overrides.keys()
-    if typos or len(overrides) != sum(name in _OVERRIDES for name, _ in pairs) or is_ambiguous:
-        raise ValueError("duplicate, contradictory or misspelt overrides")
-    return overrides
+    for name in ("ttl", "expires"):
+        if (text := overrides.values.get(name)) is None:
+            continue
+        try:
+            if name == "ttl":
+                return _apply_ttl(_parse_ttl(text), clock, "override: ttl")
+            due_at = max(_parse_instant(text), clock.earliest)
+        except (ValueError, OverflowError) as error:
+            raise InvalidOverrideError(name, text, str(error)) from None
+        return Retention("override: expires", due_at - clock.start, due_at)
+    return None
 
 
-def _is_typo(name: str) -> bool:
-    """Whether *name* looks like a misspelt override: other case, an escaped ``&``, or one letter off."""
-    plain = name.strip().lower().removeprefix("amp;")
-    return any(_shortened_by_one(plain) & _shortened_by_one(override) for override in _OVERRIDES)
-
-
-def _shortened_by_one(word: str) -> set[str]:
-    """Return *word* and *word* without any one letter; two words that differ by one letter share an element."""
-    return {word} | {word[:index] + word[index + 1 :] for index in range(min(len(word), 10))}
-
-
-def _apply_overrides(ttl: timedelta | None, overrides: dict[str, str], clock: _Clock) -> Retention:
-    """Apply *overrides*; a held record keeps the due time that a release brings back."""
-    if "ttl" in overrides:
-        timed = _apply_ttl(parse_ttl(overrides["ttl"]), clock, "override: ttl")
-    elif "expires" in overrides:
-        due_at = max(_parse_instant(overrides["expires"]), clock.earliest)
-        timed = Retention("override: expires", due_at - clock.start, due_at)
-    else:
-        timed = _apply_ttl(ttl, clock, DEFAULT_RULE)
-    if "hold" in overrides:
-        reason = overrides["hold"].replace("\0", "")[:500]  # NUL: PostgreSQL cannot store it
-        return Retention("override: hold", timed.ttl, timed.due_at, hold_reason=reason or "no reason given")
-    return timed
+def _apply_hold(overrides: Overrides, timed: Retention) -> Retention:
+    """Apply ``hold``; a held record keeps the due time that a release brings back."""
+    text = overrides.values.get("hold")
+    if text is None or text.lower() in FALSE:
+        return timed
+    reason = text.replace("\0", "")[:500]  # NUL: PostgreSQL cannot store it
+    return Retention("override: hold", timed.ttl, timed.due_at, hold_reason=reason or "no reason given")
 
 
 def _apply_ttl(ttl: timedelta | None, clock: _Clock, rule: str) -> Retention:
@@ -128,9 +150,24 @@ def _apply_ttl(ttl: timedelta | None, clock: _Clock, rule: str) -> Retention:
     return Retention(rule, due_at - clock.start, due_at)
 
 
+def _parse_ttl(text: str) -> timedelta | None:
+    """Parse a ttl in any case, except for ``M``: it could mean months."""
+    return parse_ttl(text if text.endswith("M") else text.lower())
+
+
 def _parse_instant(text: str) -> datetime:
-    """Parse an ISO 8601 instant with its offset; a time without one is refused as ambiguous."""
-    instant = datetime.fromisoformat(text)
+    """Parse an ISO 8601 instant with its offset, or a date as its end in UTC; a time without an offset is ambiguous.
+
+    A ``+`` that was not percent-encoded has become a blank.
+    """
+    text = text.upper()
+    if _DATE.fullmatch(text):
+        instant = datetime.fromisoformat(f"{text}T00:00:00Z") + timedelta(days=1)
+    else:
+        try:
+            instant = datetime.fromisoformat(_TIME.sub(r"\1+\2", text))
+        except ValueError:
+            raise ValueError(_INSTANT_FORMS) from None
     if instant.tzinfo is None or not 2000 <= instant.year <= 2200:
-        raise ValueError("an instant with its offset, such as 2026-12-31T00:00:00Z")
+        raise ValueError(_INSTANT_FORMS)
     return instant.astimezone(UTC)

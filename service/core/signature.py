@@ -28,9 +28,10 @@ Reason = Literal["missing", "malformed", "stale", "mismatch"]
 class SignatureError(Exception):
     """The signature of a webhook is missing or wrong; answered 401, never stored."""
 
-    def __init__(self, reason: Reason) -> None:
-        super().__init__(f"webhook signature rejected: {reason}")
+    def __init__(self, reason: Reason, details: str = "") -> None:
+        super().__init__(f"webhook signature rejected: {reason}" + (f", {details}" if details else ""))
         self.reason: Reason = reason  # a closed set, so it can label a metric
+        self.details = details  # numbers, no secret
 
 
 def verify(header: str, body: bytes, *, secrets: Sequence[bytes], now: datetime, tolerance: timedelta) -> datetime:
@@ -80,8 +81,12 @@ def sign(body: bytes, *, secret: bytes, at: datetime) -> str:
 
 
 def _check_time(timestamp: str, now: datetime, tolerance: timedelta) -> None:
-    if abs(int(timestamp) - now.timestamp()) > tolerance.total_seconds():
-        raise SignatureError("stale")
+    ahead = int(timestamp) - now.timestamp()
+    if abs(ahead) > tolerance.total_seconds():
+        side = "ahead of" if ahead > 0 else "behind"
+        raise SignatureError(
+            "stale", f"{abs(ahead):.0f} s {side} Mayfly's clock ({tolerance.total_seconds():.0f} s allowed)"
+        )
 
 
 def _parse_header(header: str) -> tuple[str, list[str]]:

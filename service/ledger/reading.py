@@ -6,13 +6,27 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum, auto
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, func, literal, literal_column, or_, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    case,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    tuple_,
+)
 
 from service.core.errors import ExplainedError
 from service.core.key import Key
 from service.core.lifecycle import State
+from service.core.retention import INVALID_RULE
 from service.ledger.schema import instant, microseconds, records
 
 MAX_PAGE = 500
@@ -126,6 +140,31 @@ def read_backlog(connection: Connection, *, now: datetime) -> Backlog:
     due = select(func.count()).where(records.c.state.in_(WATCHED), records.c.wake_at <= now)
     failed = select(func.count()).where(records.c.state == State.FAILED)
     return Backlog(overdue, connection.scalar(due) or 0, connection.scalar(failed) or 0)
+
+
+class HeldCause(StrEnum):
+    """What holds a record."""
+
+    OPERATOR = auto()
+    OVERRIDE = auto()
+    INVALID_OVERRIDE = auto()  # nobody asked for this hold, so an operator must look at it
+
+
+# Who puts an override's hold on a record: the webhook, or an attempt to which the API showed it.
+_BY_OVERRIDE = ("webhook", "override")
+
+
+def count_held(connection: Connection) -> dict[HeldCause, int]:
+    """Return how many records are held for each cause."""
+    is_override = records.c.hold_by.in_(_BY_OVERRIDE)
+    cause = case(
+        (and_(is_override, records.c.hold_reason.startswith(INVALID_RULE)), HeldCause.INVALID_OVERRIDE.value),
+        (is_override, HeldCause.OVERRIDE.value),
+        else_=HeldCause.OPERATOR.value,
+    ).label("cause")
+    rows = connection.execute(select(cause, func.count()).where(records.c.state == State.HELD).group_by(cause))
+    found = {HeldCause(name): number for name, number in rows}
+    return {one: found.get(one, 0) for one in HeldCause}
 
 
 def count_by_state(connection: Connection) -> dict[State, int]:

@@ -37,6 +37,7 @@ class Metrics:
         )
         self.due_records = self._gauge("due_records", "Records that are due, read from the ledger.")
         self.failed_records = self._gauge("failed_records", "Records given up, which need an operator.")
+        self.held_records = self._gauge("held_records", "Records on hold, by what holds them.", "cause")
         self.ledger_up = self._gauge("ledger_up", "1 if the ledger answered when these gauges were last read, else 0.")
         self.pauses = self._gauge("pauses", "1 while deletions are paused for this reason.", "kind")
 

@@ -130,10 +130,14 @@ async def show_metrics(
 async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> None:
     """Read the ledger's gauges; if it does not answer, they keep their values and mayfly_ledger_up is 0."""
     try:
-        backlog, pauses = await run_within(
+        backlog, held, pauses = await run_within(
             _CHECK_SECONDS,
             database.read(
-                lambda connection: (reading.read_backlog(connection, now=now), pausing.find_pauses(connection))
+                lambda connection: (
+                    reading.read_backlog(connection, now=now),
+                    reading.count_held(connection),
+                    pausing.find_pauses(connection),
+                )
             ),
         )
     except (LedgerUnavailableError, TimeoutError):
@@ -143,5 +147,7 @@ async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> N
     metrics.oldest_overdue_seconds.set(backlog.oldest_overdue.total_seconds())
     metrics.due_records.set(backlog.due)
     metrics.failed_records.set(backlog.failed)
+    for cause, number in held.items():
+        metrics.held_records.labels(cause).set(number)
     for kind in Kind:
         metrics.pauses.labels(kind).set(any(pause.kind is kind for pause in pauses))

@@ -10,6 +10,7 @@ import structlog
 from service.core.generation import RUNNING, Generation, read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
+from service.core.overrides import WEBHOOK_PATH
 from service.core.retention import Policy, decide_retention
 from service.core.signature import SignatureError, check_form, verify
 from service.jobs.enqueue import CleanupJob
@@ -66,8 +67,8 @@ class Intake:
             self._metrics.signatures_refused.labels(error.reason).inc()
             raise
 
-    async def accept(self, account: str, header: str, body: bytes) -> Answer:
-        """Verify, read and store one webhook.
+    async def accept(self, account: str, header: str, body: bytes, *, query: str = "") -> Answer:
+        """Verify, read and store one webhook; *query* is that of its request, which no signature covers.
 
         Raises: SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError; nothing is stored then.
         """
@@ -81,7 +82,13 @@ class Intake:
         if generation.is_batch or not generation.is_terminal:
             self._count_ignored(generation)
             return Answer(generation.id, "ignored")
-        retention = decide_retention(self._policy, webhook_url=generation.webhook_url, sent_at=sent_at, now=now)
+        retention = decide_retention(
+            self._policy,
+            webhook_url=generation.webhook_url,
+            request_url=f"https://mayfly{WEBHOOK_PATH}?{query}" if query else None,
+            sent_at=sent_at,
+            now=now,
+        )
         arrival = Arrival(Key(account, generation.id), generation, body.decode(), retention, now)
         receipt = await self._group.submit(arrival)
         if receipt.is_conflict:
@@ -103,7 +110,20 @@ class Intake:
         self._known.inc(len(receipts) - new)
         self._metrics.receive_seconds.observe((self._now() - arrivals[0].received_at).total_seconds())
         self._enqueue(_jobs_to_enqueue(arrivals, receipts))
+        for arrival, receipt in zip(arrivals, receipts, strict=True):
+            _log_receipt(arrival, receipt)
         return receipts
+
+
+def _log_receipt(arrival: Arrival, receipt: Receipt) -> None:
+    """Log a new record, and an invalid override that changed a record; a repeated webhook logs nothing."""
+    generation, invalid = arrival.key.id, arrival.retention.invalid
+    if receipt.is_new:
+        due_at = None if receipt.due_at is None else receipt.due_at.isoformat()
+        log.info("webhook.stored", generation=generation, due_at=due_at, state=str(receipt.state))
+    if receipt.is_moved and invalid is not None:
+        names = {"generation": generation, "name": invalid.name, "value_length": invalid.value_length}
+        log.warning("webhook.override_invalid", **names, what_now="held until an operator releases it")
 
 
 def _jobs_to_enqueue(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[CleanupJob]:

@@ -70,7 +70,7 @@ def _from_signature_error(error: SignatureError) -> ProblemDetailsException:
     advice = {
         "missing": "the Sync-Signature header is missing",
         "malformed": "the Sync-Signature header is not t=<unix seconds>,v1=<hex>",
-        "stale": "the signature's time differs too much from Mayfly's clock: check both clocks",
+        "stale": f"the signature's time is {error.details}: check both clocks",
         "mismatch": "no secret matches: check SYNC_WEBHOOK_SECRET, and that no proxy changes the body",
     }
     return problem(401, "Signature rejected", advice[error.reason], {"WWW-Authenticate": "Sync-Signature"})

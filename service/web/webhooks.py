@@ -14,6 +14,7 @@ from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, Requ
 from litestar.params import HeaderParameter
 
 from service.core.generation import MalformedError
+from service.core.overrides import WEBHOOK_PATH
 from service.core.signature import SignatureError
 from service.ledger.database import LedgerUnavailableError, RefusedDataError
 from service.runtime.metrics import Metrics
@@ -22,7 +23,6 @@ from service.web.problems import RETRY_AFTER_SECONDS, documented, problem
 
 log = structlog.get_logger()
 
-PATH = "/webhooks/sync"
 MAX_BODY_BYTES = 1024 * 1024
 # For the whole body; a webhook has a few kilobytes.
 BODY_SECONDS = 10.0
@@ -48,7 +48,7 @@ def webhook_handler(intake: Intake, metrics: Metrics) -> HTTPRouteHandler:
     bodies, refusals = _Bodies(), _Refusals(metrics)
 
     @post(
-        PATH,
+        WEBHOOK_PATH,
         status_code=HTTPStatus.ACCEPTED,
         request_max_body_size=MAX_BODY_BYTES,
         tags=["webhooks"],
@@ -66,7 +66,8 @@ def webhook_handler(intake: Intake, metrics: Metrics) -> HTTPRouteHandler:
             _check_content_type(request.headers.get("content-type", ""))
             intake.check_form(signature)
             body = await bodies.read(request)
-            return await intake.accept(_DEFAULT_ACCOUNT, signature, body)
+            query = request.scope["query_string"].decode("latin-1")
+            return await intake.accept(_DEFAULT_ACCOUNT, signature, body, query=query)
         except _REFUSALS as error:
             refusals.count(error)
             raise

@@ -123,7 +123,7 @@ class Stack:
 
     def generate(self, count: int = 1, query: str = "") -> list[str]:
         """Make finished generations at the simulator and return their ids; *query* is their webhookUrl's query."""
-        wanted = {"count": count, "webhook_url": f"https://hooks.example.com/sync?{query}"}
+        wanted = {"count": count, "webhook_url": f"https://hooks.example.com/webhooks/sync?{query}"}
         ids: list[str] = self.simulate("POST", "generations", json=[wanted])
         return ids
 

@@ -143,7 +143,7 @@ def _drain(stores: Stores, workers: int, count: int, **more: str) -> Drained:
     ids, start = stores.api.add(count), datetime.now(UTC)
     with _webs(stores, 2) as urls, _workers(stores, workers, **more), _most_connections(stores) as connections:
         due = datetime.now(UTC) + LEAD
-        webhook_url = f"https://hooks.example.com/sync?expires={due:%Y-%m-%dT%H:%M:%S.%f}Z"
+        webhook_url = f"https://hooks.example.com/webhooks/sync?expires={due:%Y-%m-%dT%H:%M:%S.%f}Z"
         with ThreadPoolExecutor() as threads:
             halves = [ids[number::2] for number in range(2)]
             files = [

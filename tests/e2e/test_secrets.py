@@ -127,7 +127,9 @@ async def test_no_secret_reaches_logs_redis_process_titles_errors_metrics_or_ope
         simulator.add(input=INPUT, faults={method: [fault]}) for fault in FAULTS for method in ("GET", "DELETE")
     ]
     trouble = {(fault, method) for fault in FAULTS for method in ("GET", "DELETE")}
-    waiting = simulator.add(input=INPUT, webhook_url=f"https://hooks.example.com/sync?token={INPUT_TOKEN}&ttl=1h")
+    waiting = simulator.add(
+        input=INPUT, webhook_url=f"https://hooks.example.com/webhooks/sync?token={INPUT_TOKEN}&ttl=1h"
+    )
     announced = [webhook(one.notification()) for one in (*troubled, waiting)]
     secrets = {"API key": API_KEY, "webhook secret": SECRET, "operator token": API_TOKEN}
     sent = {"script": SCRIPT, "input URL": INPUT_URL, "input token": INPUT_TOKEN}

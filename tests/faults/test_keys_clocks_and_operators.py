@@ -216,7 +216,7 @@ async def test_a_daylight_saving_switch_changes_no_due_time(system: System):
     for offset in (1, 2):
         expires = last_sunday(sent_at.year + 1, 10).astimezone(timezone(timedelta(hours=offset)))
         generation = system.generation(
-            webhook_url=f"https://hooks.example.com/sync?expires={quote(expires.isoformat())}"
+            webhook_url=f"https://hooks.example.com/webhooks/sync?expires={quote(expires.isoformat())}"
         )
 
         assert (await system.announce(generation)).due_at == expires

@@ -127,7 +127,8 @@ async def test_a_due_generation_is_copied_and_deleted_with_its_receipt(cleaner, 
         ("?ttl=forever", (State.KEPT, "override: ttl")),
         ("?ttl=9d", (State.SCHEDULED, "override: ttl")),
         ("?hold=legal", (State.HELD, "override: hold")),
-        ("?Hold=legal", (State.HELD, "invalid override")),
+        ("?Hold=legal", (State.HELD, "override: hold")),
+        ("?hodl=legal", (State.HELD, "invalid override")),
     ],
 )
 async def test_an_override_that_only_the_api_shows_keeps_the_generation(cleaner, database, simulator, announced, case):

@@ -18,7 +18,7 @@ from service.ledger.pausing import Kind, Pause
 from service.web.app import make_app
 from service.web.security_headers import SECURITY_HEADERS
 from service.web.server import serving
-from tests.conftest import http_client
+from tests.conftest import API_TOKEN, http_client
 from tests.support.ledger import HOUR, claim, confirmed, given_up, settle, store
 from tests.support.waiting import eventually
 from tests.support.webhooks import webhook
@@ -174,6 +174,20 @@ async def test_the_numbers_of_the_ledger_are_in_the_metrics(app_client, database
     assert numbers["mayfly_due_records",] == 1
     assert numbers["mayfly_failed_records",] == 1
     assert 3590 < numbers["mayfly_oldest_overdue_seconds",] < 3700
+
+
+async def test_held_records_are_counted_by_what_holds_them(app_client):
+    held = {"ttl=0s": 3, "hold=legal": 2, "ttl=9d": 1}
+    for query, number in held.items():
+        for _ in range(number):
+            sent = webhook(webhookUrl=f"https://hooks.example.com/webhooks/sync?{query}")
+            await app_client.post("/webhooks/sync", content=sent.body, headers=sent.headers)
+    token = {"Authorization": f"Bearer {API_TOKEN}"}
+    await app_client.post(f"/api/records/{sent.id}/hold", json={"reason": "invalid override"}, headers=token)
+    numbers = await numbers_of(app_client)
+
+    causes = {"invalid_override": 3.0, "override": 2.0, "operator": 1.0}
+    assert {one: numbers["mayfly_held_records", one] for one in causes} == causes
 
 
 async def test_a_claimed_record_is_not_overdue(sqlite_database, open_client):

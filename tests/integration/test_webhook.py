@@ -108,11 +108,64 @@ async def test_a_hold_is_stored_with_any_reason(app_client, database):
     assert (await row_of(database, Key("default", sent.id))).hold_reason == "\ufffd🪰"
 
 
-async def test_only_the_query_in_the_signed_body_is_an_override(client, sqlite_database):
-    sent = webhook()
-    await client.post("/webhooks/sync?ttl=1s", content=sent.body, headers=sent.headers)
+@pytest.mark.parametrize(
+    ("query", "state", "rule"),
+    [
+        ("ttl=1s", "scheduled", "MAYFLY_TTL"),
+        ("ttl=forever", "kept", "override: ttl"),
+        ("ttl=9d", "scheduled", "override: ttl"),
+        ("hold=legal", "held", "override: hold"),
+        ("keep=1", "held", "invalid override"),
+    ],
+)
+async def test_the_requests_own_query_can_lengthen_or_hold(client, sqlite_database, query, state, rule):
+    sent = webhook(webhookUrl=None)
+    answer = await client.post(f"/webhooks/sync?{query}", content=sent.body, headers=sent.headers)
 
-    assert (await row_of(sqlite_database, Key("default", sent.id))).rule == "MAYFLY_TTL"
+    assert (answer.status_code, answer.json()["state"]) == (202, state)
+    assert (await row_of(sqlite_database, Key("default", sent.id))).rule == rule
+
+
+@pytest.mark.parametrize("url", [{}, 7, ["https://hooks.example.com/"], {"url": "https://hooks.example.com/"}])
+async def test_a_webhook_url_that_is_no_text_is_202_and_held(app_client, database, url):
+    sent = webhook(webhookUrl=url)
+    answer = await send(app_client, sent)
+    row = await row_of(database, Key("default", sent.id))
+
+    assert (answer.status_code, answer.json()["state"]) == (202, "held")
+    assert "not a URL" in row.hold_reason
+    assert row.notification.encode() == sent.body
+
+
+def logged(capsys):
+    """Return the log events written since the last call."""
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+
+
+async def test_one_line_is_logged_for_each_stored_webhook_and_no_other(client, capsys):
+    logging.configure_logging("json")
+    sent = webhook()
+    answer = await send(client, sent)
+    await send(client, sent)
+    await client.post("/webhooks/sync", content=b"{}", headers=JSON)
+    stored = [event for event in logged(capsys) if event["event"] == "webhook.stored"]
+
+    assert [event.keys() for event in stored] == [{"event", "generation", "due_at", "state", "level", "timestamp"}]
+    assert (stored[0]["generation"], stored[0]["state"]) == (sent.id, "scheduled")
+    assert datetime.fromisoformat(stored[0]["due_at"]) == datetime.fromisoformat(answer.json()["dueAt"])
+
+
+async def test_an_invalid_override_is_logged_without_its_value(client, capsys):
+    logging.configure_logging("json")
+    sent = webhook(webhookUrl="https://hooks.example.com/webhooks/sync?token=t0ken5&keep=s3cret")
+    await send(client, sent)
+    await send(client, sent)
+    events = logged(capsys)
+    (event,) = [event for event in events if event["event"] == "webhook.override_invalid"]
+
+    assert (event["generation"], event["name"], event["value_length"]) == (sent.id, "keep", 6)
+    assert "s3cret" not in json.dumps(events)
+    assert "t0ken5" not in json.dumps(events)
 
 
 async def test_a_webhook_signed_with_the_previous_secret_is_accepted(sqlite_database, open_client):
@@ -177,7 +230,10 @@ async def test_a_webhook_without_a_valid_signature_is_401_and_not_stored(client,
 async def test_a_webhook_with_a_stale_signature_is_401(client, sqlite_database, minutes):
     at = datetime.now(UTC).timestamp() + 60 * minutes
 
-    assert_problem(await send(client, webhook(at=at)), 401)
+    answer = await send(client, webhook(at=at))
+
+    assert_problem(answer, 401)
+    assert f"{'ahead of' if minutes > 0 else 'behind'} Mayfly's clock (300 s allowed)" in answer.json()["detail"]
     assert await count(sqlite_database) == 0
 
 

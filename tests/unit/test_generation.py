@@ -109,7 +109,6 @@ def test_only_metrics_make_a_batch():
         b'{"id":"g1","status":5}',
         b'{"id":"g1","status":"COMPLETED"} trailing',
         b'{"id":"g1","status":"COMPLETED","outputDuration":1e999}',
-        b'{"id":"g1","status":"COMPLETED","webhookUrl":7}',
         b"\xff\xfe",
         b'\xef\xbb\xbf{"id":"g1","status":"COMPLETED"}',
         b'{"id":"g1","status":"COMPLETED","input":"\xff"}',
@@ -165,6 +164,13 @@ def test_an_id_that_could_not_be_one_segment_of_a_path_is_refused(generation_id)
 )
 def test_any_other_id_is_accepted_unchanged(generation_id):
     assert read_fields(id=generation_id).id == generation_id
+
+
+@pytest.mark.parametrize("value", ["{}", "7", "[]", "true", '{"url":"https://a.example/"}'])
+def test_a_webhook_url_of_another_type_becomes_its_json_text(value):
+    generation = read_generation(b'{"id":"g1","status":"COMPLETED","webhookUrl":%s}' % value.encode())
+
+    assert generation.webhook_url == value
 
 
 @pytest.mark.parametrize("key", ["id", "status", "webhookUrl", "metrics"])

@@ -90,7 +90,7 @@ def test_an_expires_override_is_converted_to_utc(text):
     assert retention.ttl == datetime(2026, 12, 31, tzinfo=UTC) - NOW
 
 
-@pytest.mark.parametrize("query", ["ttl=0s", "ttl=59s", "expires=2026-11-23T12:00:30Z", "expires=2001-01-01T00:00:00Z"])
+@pytest.mark.parametrize("query", ["ttl=1s", "ttl=59s", "expires=2026-11-23T12:00:30Z", "expires=2001-01-01T00:00:00Z"])
 def test_no_override_keeps_a_generation_for_less_than_min_ttl(query):
     retention = decided(query)
 
@@ -113,14 +113,16 @@ def test_a_hold_without_a_reason_is_a_hold():
 
 
 def test_the_reason_of_a_hold_is_cut_to_what_a_list_can_show():
-    assert len(decided("hold=" + "x" * 9000).hold_reason) == 500
+    assert len(decided("hold=" + "x" * 8000).hold_reason) == 500
 
 
 @pytest.mark.parametrize(
     "query",
     [
         *("ttl=24", "ttl=", "ttl", "ttl=soon", "ttl=-1h", "ttl=0", "ttl=1.5h", "ttl=99999999w"),
-        *("expires=", "expires=tomorrow", "expires=1761300005", "expires=2026-12-31T00:00:00", "expires=2026-12-31"),
+        *("ttl=0s", "ttl=0w", "ttl=15M", "ttl=1%20h"),
+        *("expires=", "expires=tomorrow", "expires=1761300005", "expires=2026-12-31T00:00:00", "expires=20261231"),
+        "expires=2026-12-31%2000:00",
         *("ttl=1h&ttl=forever", "ttl=1h&expires=2026-12-31T00:00:00Z", "hold=a&hold=b"),
         *("expires=9999-12-31T23:59:59-14:00", "expires=0001-01-01T00:00:00%2B14:00", "expires=2500-01-01T00:00:00Z"),
     ],
@@ -129,7 +131,7 @@ def test_an_invalid_override_puts_the_record_on_hold(query):
     retention = decided(query)
 
     assert retention.rule == "invalid override"
-    assert retention.hold_reason == "invalid override in its webhookUrl"
+    assert retention.hold_reason.startswith("invalid override in its webhookUrl: `")
     assert retention.due_at == NOW + DAY
 
 
@@ -142,7 +144,7 @@ def test_an_invalid_webhook_url_never_shortens_the_ttl(url):
     assert retention.due_at == NOW + DAY
 
 
-@pytest.mark.parametrize("query", ["x=ttl%3D1h", "utm=1", "title=x", "t=1", "token=x", "url=x", "expiry=x", "id=hold"])
+@pytest.mark.parametrize("query", ["utm=1", "title=x", "t=1", "token=x", "url=x", "expiry=x", "id=hold"])
 def test_other_query_parameters_are_no_overrides(query):
     assert decided(query).rule == "MAYFLY_TTL"
 
@@ -150,8 +152,8 @@ def test_other_query_parameters_are_no_overrides(query):
 @pytest.mark.parametrize(
     "query",
     [
-        *("TTL=forever", "Hold=legal", "ttl%20=forever", "ttl%0A=forever", "x=1&amp;ttl=forever"),
-        *("tll=forever", "tl=forever", "tttl=forever", "hodl=legal", "hol=legal", "expire=2027-01-01T00:00:00Z"),
+        *("x=ttl%3D1h", "tll=forever", "tl=forever", "tttl=forever", "hodl=legal", "hol=legal"),
+        "expire=2027-01-01T00:00:00Z",
         *("ttl=forever&Ttl=1h", "#ttl=forever", "#a?hold=legal"),
     ],
 )
@@ -175,7 +177,7 @@ def test_an_override_that_only_the_api_shows_extends_the_ttl():
     assert reconsidered("ttl=3d") == Retention("override: ttl", 3 * DAY, NOW + 3 * DAY)
     assert reconsidered("ttl=forever") == Retention("override: ttl", None, None)
     assert reconsidered("hold=legal").hold_reason == "legal"
-    assert reconsidered("Hold=legal").rule == "invalid override"
+    assert reconsidered("hodl=legal").rule == "invalid override"
 
 
 @pytest.mark.parametrize("query", ["", "ttl=1h", "ttl=1d", "expires=2026-11-23T13:00:00Z", "utm=1"])

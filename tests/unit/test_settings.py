@@ -122,6 +122,7 @@ def test_each_form_of_a_postgresql_url_is_accepted(scheme):
         ("api_key", "sk-1 234"),
         ("ttl", "24"),
         ("ttl", "0"),
+        ("ttl", "0s"),
         ("ttl", "24hours"),
         ("min_ttl", "0s"),
         ("min_ttl", "forever"),

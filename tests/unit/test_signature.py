@@ -91,6 +91,18 @@ def test_a_time_beyond_the_tolerance_is_refused_either_way(seconds):
     assert reason_of(f"t={T},v1={DIGEST_A}", now=NOW + timedelta(seconds=seconds)) == "stale"
 
 
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(400, "400 s behind Mayfly's clock (300 s allowed"), (-7200, "7200 s ahead of Mayfly's clock")],
+)
+def test_a_stale_signature_says_by_how_much_and_which_way(seconds, said):
+    with pytest.raises(SignatureError) as refusal:
+        check(f"t={T},v1={DIGEST_A}", now=NOW + timedelta(seconds=seconds))
+
+    assert said in refusal.value.details
+    assert said in str(refusal.value)
+
+
 def test_a_forged_signature_is_a_mismatch_whatever_its_time():
     assert reason_of(f"t=1,v1={STRANGER}") == "mismatch"
 
