@@ -102,7 +102,7 @@ class RequestAuth(requests.auth.AuthBase):
         if "/webhooks/" not in str(request.url):
             request.headers["Authorization"] = f"Bearer {TOKEN}"
         elif self._is_signed:
-            request.headers["Sync-RequestAuth"] = signature(body.encode() if isinstance(body, str) else body)
+            request.headers["Sync-Signature"] = signature(body.encode() if isinstance(body, str) else body)
         return request
 
 
