@@ -151,7 +151,7 @@ class Cleaner:
 
     async def _settle_dry_run(self, claim: Claim) -> Verdict | None:
         step = Step(Move.DEFER, claim.progress, retry_at=self.now() + DRY_RUN_AGAIN)
-        error = "dry run: not deleted"
+        error = "dry run: it would have been deleted"
         if not await self._settle(Settlement(claim, Verdict.DONE, step, error=error, is_key_good=True)):
             return self._log_lost_lease(claim)
         log.info("cleanup.simulated", **_log_fields(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")

@@ -250,7 +250,7 @@ async def is_stopped(gate: str, system: System) -> None:
     row = await system.row(generation)
     if gate == "deleting":
         assert (answer.status_code, row.state) == (409, "deleted")
-        assert "under way" in answer.json()["detail"]
+        assert "may be in progress" in answer.json()["detail"]
     else:
         assert (answer.status_code, row.state) == (200, "held")
         assert system.calls(generation) == []

@@ -95,7 +95,7 @@ async def test_after_any_failed_enqueue_the_ledger_starts_the_deletion(system: S
 
 async def flushed(system: System, *, without: str | None = None) -> None:
     """Empty Redis while a hundred records wait."""
-    await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker(without=without))
+    await asyncio.gather(system.api(MAYFLY_TTL="6s"), system.worker(without=without))
     generations = [system.generation() for _ in range(100)]
     await asyncio.gather(*map(system.accepted, generations))
     await system.enqueued(100)

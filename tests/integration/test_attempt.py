@@ -360,7 +360,7 @@ async def test_a_dry_run_copies_and_sends_no_delete(cleaner_of, api, database, s
     assert (row.state, row.outcome) == (State.SCHEDULED, None)
     assert row.copied_at is not None
     assert row.wake_at >= before + DRY_RUN_AGAIN
-    assert row.last_error == "dry run: not deleted"
+    assert row.last_error == "dry run: it would have been deleted"
 
 
 async def test_no_delete_is_sent_if_the_lease_was_lost_during_the_get(cleaner, database, simulator, announced):
