@@ -11,6 +11,7 @@ from typing import Any, Final
 import click
 
 from service import __version__
+from service.commands.suggesting import SuggestingGroup
 from service.config.settings import Settings, require_api_key, require_webhook_secret
 from service.runtime.metrics import Metrics
 
@@ -29,7 +30,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
 }
 
 
-class Commands(click.Group):
+class Commands(SuggestingGroup):
     """A group that loads the module of a command on demand."""
 
     def list_commands(self, ctx: click.Context) -> list[str]:  # noqa: ARG002 - click's signature

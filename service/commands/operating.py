@@ -12,7 +12,7 @@ from service.core.lifecycle import State
 from service.ledger import pausing
 from service.ledger.pausing import Kind, Pause
 from service.ledger.views import Stats, read_stats
-from service.runtime.terminal import console
+from service.runtime.terminal import console, format_time, plain
 
 MEANINGS = {
     State.SCHEDULED: "wait for their due time or the next attempt",
@@ -52,12 +52,9 @@ def _print_stats(found: Stats) -> None:
     click.echo(f"\nDue now: {found.due}{late}.")
     click.echo("Deletions are running." if not found.pauses else "Deletions are paused:")
     for pause in found.pauses:
-        until = f", until {_format_time(pause.until)}" if pause.until else ""
-        click.echo(f"  {pause.kind} since {_format_time(pause.since)}{until}, by {pause.actor}: {pause.reason}")
-
-
-def _format_time(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
+        until = f", until {format_time(pause.until)}" if pause.until else ""
+        since = f"since {format_time(pause.since)}{until}"
+        click.echo(f"  {pause.kind} {since}, by {plain(pause.actor)}: {plain(pause.reason)}")
 
 
 @click.command()

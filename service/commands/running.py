@@ -24,6 +24,7 @@ from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.ledger.opening import open_database
 from service.runtime.logging import configure_logging
+from service.runtime.terminal import plain, plain_json
 
 log = structlog.get_logger()
 
@@ -59,7 +60,7 @@ def _missing_settings(require: Callable[[Settings], None], settings: Settings) -
 
 def _exit_with(problems: list[str]) -> NoReturn:
     for problem in problems:
-        click.echo(f"mayfly: {problem}", err=True)
+        click.echo(f"mayfly: {plain(problem)}", err=True)
     sys.exit(EXIT_SETTINGS)
 
 
@@ -98,7 +99,7 @@ def on_stop(act: Callable[[], object]) -> None:
 
 def fail(problem: str) -> NoReturn:
     """Print *problem* in one line and exit with code 1."""
-    click.echo(f"mayfly: {problem}", err=True)
+    click.echo(f"mayfly: {plain(problem)}", err=True)
     sys.exit(EXIT_FAILED)
 
 
@@ -128,11 +129,18 @@ async def open_ledger(settings: Settings) -> AsyncIterator[Database]:
     Raises: SchemaError if there is none, or its tables do not fit this release; LedgerUnavailableError.
     """
     if is_ledger_missing(settings):
-        where = settings.ledger_url.database
-        raise SchemaError(f"there is no ledger at {where} yet: mayfly up or mayfly migrate makes it")
+        raise SchemaError(_no_ledger(settings))
     async with open_database(settings.ledger_url) as database:
         await database.read(migrating.check)
         yield database
+
+
+def _no_ledger(settings: Settings) -> str:
+    """Say where no ledger is, and that another current directory has another one: a second, empty one is no help."""
+    where = f"there is no ledger at {Path(settings.ledger_url.database or '').absolute()} yet"
+    if settings.database_url is None and not settings.data_dir.is_absolute():
+        where += f": MAYFLY_DATA_DIR, {settings.data_dir}, is relative to the current directory"
+    return f"{where}; mayfly up or mayfly migrate makes it"
 
 
 def actor() -> str:
@@ -144,6 +152,6 @@ def actor() -> str:
 
 
 def print_json(value: object) -> None:
-    """Print *value* as JSON, indented on a terminal."""
+    """Print *value* as JSON, indented on a terminal; control characters in its texts are escaped as JSON does."""
     encoded = msgspec.json.encode(value)
-    click.echo((msgspec.json.format(encoded, indent=2) if sys.stdout.isatty() else encoded).decode())
+    click.echo(plain_json((msgspec.json.format(encoded, indent=2) if sys.stdout.isatty() else encoded).decode()))

@@ -14,6 +14,7 @@ from service.commands.running import EXIT_FAILED, EXIT_INTERRUPTED, fail, on_sto
 from service.config.settings import Settings, require_webhook_secret
 from service.core.signature import sign
 from service.runtime.logging import configure_logging
+from service.runtime.terminal import plain
 from service.simulator import Generation, Simulator, serve_forever
 from service.simulator.generation import sample_input
 from service.simulator.wire import is_loopback
@@ -152,8 +153,8 @@ def send(status: str, generation_id: str | None, body_file: BinaryIO | None, url
         answer = httpx.post(target, content=body, headers=headers, timeout=_SEND_SECONDS, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
         fail(f"no answer from {target.partition('?')[0]} ({type(error).__name__}): check that mayfly up runs there")
-    click.echo(f"{answer.status_code} {answer.reason_phrase}", err=True)
-    click.echo(answer.text)
+    click.echo(f"{answer.status_code} {plain(answer.reason_phrase)}", err=True)
+    click.echo("\n".join(plain(line) for line in answer.text.split("\n")))
     sys.exit(0 if answer.is_success else EXIT_FAILED)
 
 

@@ -26,12 +26,12 @@ class Move(StrEnum):
     CLAIM = "claim"
     HOLD = "hold"
     RELEASE = "release"
-    SCHEDULE = "schedule"
     CONFIRM = "confirm"
     DEFER = "defer"
     LOSE_LEASE = "lose_lease"
     GIVE_UP = "give_up"
     RETRY = "retry"
+    REOPEN = "reopen"
 
 
 TABLE: Mapping[tuple[State | None, Move], State] = MappingProxyType(
@@ -41,14 +41,32 @@ TABLE: Mapping[tuple[State | None, Move], State] = MappingProxyType(
         (State.SCHEDULED, Move.CLAIM): State.DELETING,
         (State.SCHEDULED, Move.HOLD): State.HELD,
         (State.SCHEDULED, Move.KEEP): State.KEPT,
+        (State.HELD, Move.KEEP): State.KEPT,
         (State.HELD, Move.RELEASE): State.SCHEDULED,
-        (State.KEPT, Move.SCHEDULE): State.SCHEDULED,
+        (State.KEPT, Move.RELEASE): State.SCHEDULED,
         (State.DELETING, Move.CONFIRM): State.DELETED,
         (State.DELETING, Move.DEFER): State.SCHEDULED,
         (State.DELETING, Move.LOSE_LEASE): State.SCHEDULED,
         (State.DELETING, Move.GIVE_UP): State.FAILED,
         (State.FAILED, Move.RETRY): State.SCHEDULED,
+        (State.FAILED, Move.HOLD): State.HELD,
+        (State.FAILED, Move.KEEP): State.KEPT,
+        (State.DELETED, Move.REOPEN): State.SCHEDULED,
     }
+)
+
+# The moves of an operator, and where each leads. A record that is there already is not moved.
+TARGETS: Mapping[Move, State] = MappingProxyType(
+    {
+        Move.HOLD: State.HELD,
+        Move.RELEASE: State.SCHEDULED,
+        Move.KEEP: State.KEPT,
+        Move.RETRY: State.SCHEDULED,
+        Move.REOPEN: State.SCHEDULED,
+    }
+)
+_REASONS: Mapping[tuple[State | None, Move], str] = MappingProxyType(
+    {(State.DELETED, Move.REOPEN): ", and the API had shown its generation or confirmed the DELETE"}
 )
 
 
@@ -56,7 +74,7 @@ class IllegalMoveError(ExplainedError):
     """A move that is not in the table; the record is unchanged."""
 
     def __init__(self, state: State | None, move: Move) -> None:
-        why = ", and its DELETE may be in progress" if state is State.DELETING else ""
+        why = ", and its DELETE may be in progress" if state is State.DELETING else _REASONS.get((state, move), "")
         super().__init__(f"cannot {move}: the record is {state or 'unknown'}{why}")
         self.state = state
         self.move = move
@@ -68,6 +86,22 @@ def interrupting_moves(state: State, *, is_copied: bool) -> list[Move]:
     After the copy its DELETE may be in progress, and nothing can stop it.
     """
     return [Move.LOSE_LEASE] if state is State.DELETING and not is_copied else []
+
+
+def operator_moves(state: State, wanted: Move, *, is_copied: bool, is_unseen: bool) -> list[Move]:
+    """Return the operator's move *wanted* after those that it needs first; none for a record that is there already.
+
+    *is_copied*: this attempt has its copy. *is_unseen*: it is deleted because the API did not know it, and no copy
+    was ever made; only then the answer may have been about another organisation, and the record can be reopened.
+
+    Raises: IllegalMoveError for a record that must stay deleted.
+    """
+    if state is TARGETS[wanted]:
+        return []
+    if wanted is Move.REOPEN and state is State.DELETED and not is_unseen:
+        raise IllegalMoveError(state, wanted)
+    stops = wanted in (Move.HOLD, Move.KEEP)
+    return [*(interrupting_moves(state, is_copied=is_copied) if stops else ()), wanted]
 
 
 def state_after(state: State | None, *moves: Move) -> State:

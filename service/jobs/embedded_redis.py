@@ -39,8 +39,10 @@ class EmbeddedRedisError(ExplainedError):
 def prepare_data_dir(path: Path) -> None:
     """Make the data directory with mode 0700.
 
-    Raises: OSError, also for a folder with other files that others may read: mode 0700 would lock them out.
+    Raises: OSError, also for a folder with other files that others may read: mode 0700 would lock them out. It names
+    the absolute path.
     """
+    path = path.absolute()
     if path.is_dir() and path.stat().st_mode & 0o077 and any(one.name not in _OURS for one in path.iterdir()):
         reason = "MAYFLY_DATA_DIR has other files and is open to other users; name a folder for Mayfly alone"
         raise OSError(errno.EEXIST, reason, str(path))

@@ -44,7 +44,10 @@ class CursorError(ExplainedError):
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What a page is filtered by; None filters nothing. *since* and *until* bound the time of receipt."""
+    """What a page is filtered by; None filters nothing. *since* and *until* bound the time of receipt.
+
+    *status* is one of sync.so's, in any case.
+    """
 
     state: State | None = None
     status: str | None = None
@@ -175,13 +178,14 @@ def count_by_state(connection: Connection) -> dict[State, int]:
 
 
 def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
+    status = wanted.status and wanted.status.upper()
     equal = (
         (records.c.state, wanted.state),
-        (records.c.status, wanted.status),
+        (records.c.status, status),
         (records.c.project_id, wanted.project_id),
     )
     conditions: list[ColumnElement[bool]] = [column == value for column, value in equal if value is not None]
-    if wanted.status not in (None, "COMPLETED"):
+    if status not in (None, "COMPLETED"):
         conditions.append(records.c.status != literal_column("'COMPLETED'"))  # as in the partial index, to match it
     conditions += _bounds(wanted)
     if wanted.text is not None:

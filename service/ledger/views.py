@@ -36,8 +36,12 @@ class Stats(msgspec.Struct, rename="camel", frozen=True):
 def read_stats(connection: Connection, *, now: datetime) -> Stats:
     """Read the ledger's statistics."""
     backlog = reading.read_backlog(connection, now=now)
-    pauses = [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find_pauses(connection)]
-    return Stats(reading.count_by_state(connection), backlog.oldest_overdue.total_seconds(), backlog.due, pauses)
+    counts = reading.count_by_state(connection)
+    return Stats(counts, backlog.oldest_overdue.total_seconds(), backlog.due, _read_pauses(connection))
+
+
+def _read_pauses(connection: Connection) -> list[PauseShown]:
+    return [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find_pauses(connection)]
 
 
 class Event(msgspec.Struct, rename="camel", frozen=True):
@@ -100,11 +104,19 @@ class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_def
 
 
 class FullRecord(Record, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
-    """A record with its history and the bodies as received: the webhook's, and the API's after the copy."""
+    """A record with its history and the bodies as received: the webhook's, and the API's after the copy.
+
+    *blocked_by* are the pauses that stop its deletion now; none for a record that waits for no deletion.
+    """
 
     notification: Any
     copy: Any
     events: list[Event]
+    blocked_by: list[PauseShown]
+
+
+# The states of a record whose deletion a pause or the dry run blocks.
+BLOCKED = frozenset({State.SCHEDULED, State.DELETING})
 
 
 class RecordPage(msgspec.Struct, rename="camel", frozen=True):
@@ -129,6 +141,7 @@ def find_record(connection: Connection, *, key: Key) -> FullRecord | None:
         notification=_decode_json(row.notification),
         copy=_decode_json(row.copy),
         events=[Event(e.at, e.move, e.actor, e.detail) for e in history.read_entries(connection, row.seq)],
+        blocked_by=_read_pauses(connection) if row.state in BLOCKED else [],
     )
 
 

@@ -12,6 +12,8 @@ import structlog
 # What follows these marks is secret. Mayfly logs no such text, but a library might.
 _SECRETS: Final = re.compile(r"(token=|whsec_|x-api-key['\"]?:\s*['\"]?|://[^/\s:@]*:)[^\s&\"'<>@,]+", re.IGNORECASE)
 
+_OF_SEVERAL_LINES: Final = frozenset({"exception", "stack"})
+
 
 def configure_logging(log_format: Literal["console", "json"] | None) -> None:
     """Send all logs, ours and the libraries', to standard error: JSON lines, or text for a terminal."""
@@ -23,14 +25,14 @@ def configure_logging(log_format: Literal["console", "json"] | None) -> None:
         structlog.processors.format_exc_info,  # before the masking, which sees texts only
         redact,
     ]
-    renderer: Any = (
-        structlog.processors.JSONRenderer()
-        if is_json
-        else structlog.dev.ConsoleRenderer(
+    if is_json:
+        renderer: Any = structlog.processors.JSONRenderer()
+    else:
+        shared.append(escape_controls)
+        renderer = structlog.dev.ConsoleRenderer(
             pad_event_to=30,
             exception_formatter=structlog.dev.plain_traceback,  # the rich one shows local variables, secrets included
         )
-    )
     structlog.configure(
         processors=[*shared, renderer],
         wrapper_class=structlog.make_filtering_bound_logger(logging.INFO),
@@ -68,6 +70,18 @@ def redact(_logger: object, _method: str, event: MutableMapping[str, Any]) -> Mu
     """Mask whatever looks like a secret in a log event."""
     for name, value in event.items():
         event[name] = _mask(value)
+    return event
+
+
+def escape_controls(_logger: object, _method: str, event: MutableMapping[str, Any]) -> MutableMapping[str, Any]:
+    """Escape the control characters of all texts: the renderer for a terminal prints them as they are."""
+    # Imported on demand: it loads rich, which logs in JSON do not need.
+    from service.runtime.terminal import plain  # noqa: PLC0415
+
+    for name, value in event.items():
+        if isinstance(value, str):
+            lines = value.split("\n") if name in _OF_SEVERAL_LINES else [value]
+            event[name] = "\n".join(plain(line) for line in lines)
     return event
 
 

@@ -23,6 +23,7 @@ from service.web import health, problems
 from service.web.auth import OperatorToken
 from service.web.intake import Intake
 from service.web.operator import OperatorController
+from service.web.parameters import refuse_unknown_parameters
 from service.web.records import RecordsController
 from service.web.security_headers import SECURITY_HEADERS
 from service.web.server import serving
@@ -46,10 +47,13 @@ def make_app(
         "queue_pool": queue_pool,
         "metrics": metrics,
         "now": now,
+        "min_ttl": settings.min_ttl,
         "is_dry_run": settings.is_dry_run,
     }
     operator = Router(
-        "/api", route_handlers=[RecordsController, OperatorController], guards=[OperatorToken(settings.api_token)]
+        "/api",
+        route_handlers=[RecordsController, OperatorController],
+        guards=[OperatorToken(settings.api_token), refuse_unknown_parameters],
     )
     intake = _intake(settings, database, enqueuer, metrics, now)
     return Litestar(

@@ -2,7 +2,7 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Annotated, Literal
 
@@ -14,21 +14,31 @@ from litestar.openapi.spec import Operation, RequestBody
 from litestar.params import FromPath, FromQuery, JSONBody, PathParameter
 from sqlalchemy import Connection
 
+from service.core.durations import MAX_TTL
 from service.core.key import Key
 from service.core.lifecycle import Move
 from service.ledger import moving, pausing
 from service.ledger.database import Database
+from service.ledger.moving import Grace
 from service.ledger.pausing import Kind, Pause
 from service.ledger.views import FullRecord, Stats, find_record, read_stats
-from service.web.problems import documented
+from service.web.problems import documented, problem
 
 ACTOR = "operator"
+_MAX_GRACE_SECONDS = int(MAX_TTL.total_seconds())
 
 
 class Reason(msgspec.Struct, frozen=True):
     """Why; it is stored in the record's history, or with the pause."""
 
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
+
+
+class MoveBody(msgspec.Struct, rename="camel", frozen=True, forbid_unknown_fields=True):
+    """Why, and for release and reopen how long the record waits at least; MAYFLY_MIN_TTL unless given."""
+
+    reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)] | None = None
+    grace_seconds: Annotated[int, msgspec.Meta(ge=0, le=_MAX_GRACE_SECONDS)] | None = None
 
 
 @dataclass
@@ -49,7 +59,7 @@ class OperatorController(Controller):
     @post(
         "/records/{generation_id:str}/{move:str}",
         status_code=200,
-        summary="Hold, release, keep or retry a record",
+        summary="Hold, release, keep, retry or reopen a record",
         responses=documented(400, 401, 403, 404, 409, 503),
         operation_class=_OptionalBodyOperation,
     )
@@ -57,14 +67,24 @@ class OperatorController(Controller):
         self,
         database: NamedDependency[Database],
         now: NamedDependency[Callable[[], datetime]],
+        min_ttl: NamedDependency[timedelta],
         generation_id: FromPath[str],
-        move: Annotated[Literal["hold", "release", "keep", "retry"], PathParameter()],
-        data: JSONBody[Reason | None] = None,
+        move: Annotated[Literal["hold", "release", "keep", "retry", "reopen"], PathParameter()],
+        data: JSONBody[MoveBody | None] = None,
         account: FromQuery[str] = "default",
     ) -> FullRecord:
-        """Answer the record after the move, or 409 if its state does not allow it."""
-        reason = data.reason if data else None
-        change = partial(_move_and_read, key=Key(account, generation_id), wanted=Move(move), now=now(), reason=reason)
+        """Answer the record after the move, or 409 if its state does not allow it.
+
+        A record that is in that state already is answered as it is.
+        """
+        change = partial(
+            _move_and_read,
+            key=Key(account, generation_id),
+            wanted=Move(move),
+            now=now(),
+            reason=data.reason if data else None,
+            grace=_grace(Move(move), data.grace_seconds if data else None, min_ttl),
+        )
         record = await database.write(change)
         if record is None:
             raise NotFoundException("No record of this generation")
@@ -100,8 +120,15 @@ class OperatorController(Controller):
         return await database.read(partial(read_stats, now=now()))
 
 
+def _grace(move: Move, seconds: int | None, min_ttl: timedelta) -> Grace:
+    """Return what the record waits at least; without a word of the client nothing is deleted the same second."""
+    if seconds is not None and move not in (Move.RELEASE, Move.REOPEN):
+        raise problem(400, "Bad Request", "graceSeconds is for release and reopen alone")
+    return Grace.of(min_ttl if seconds is None else timedelta(seconds=seconds), min_ttl)
+
+
 def _move_and_read(
-    connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None
+    connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None, grace: Grace
 ) -> FullRecord | None:
-    row = moving.move_record(connection, key, wanted, now=now, actor=ACTOR, reason=reason)
+    row = moving.move_record(connection, key, wanted, now=now, actor=ACTOR, reason=reason, grace=grace)
     return None if row is None else find_record(connection, key=key)

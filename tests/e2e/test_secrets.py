@@ -110,7 +110,7 @@ async def errors_of_the_operator(url: str, generation_id: str) -> str:
         answers = [
             await client.get("/api/records/nobody", headers=OPERATOR),
             await client.get("/api/records", params={"cursor": "none", "limit": 5}, headers=OPERATOR),
-            await client.post(f"/api/records/{generation_id}/release", headers=OPERATOR),
+            await client.post(f"/api/records/{generation_id}/release", json={"graceSeconds": -1}, headers=OPERATOR),
             await client.post(f"/api/records/{generation_id}/explode", headers=OPERATOR),
             await client.post("/api/pause", json={"reason": 7}, headers=OPERATOR),
         ]

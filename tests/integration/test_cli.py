@@ -10,6 +10,7 @@ from click.testing import CliRunner
 
 from service import __version__
 from service.cli import main
+from service.commands import record_moves
 from service.core.generation import read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
@@ -58,6 +59,12 @@ def arrive(connection, *, state=State.SCHEDULED, **fields):
         }
         connection.execute(records.update().where(records.c.id == generation.id).values(change))
     return generation.id
+
+
+def make_due(connection, generation_id):
+    """Let the record have been due five minutes ago."""
+    past = datetime.now(UTC) - timedelta(minutes=5)
+    return connection.execute(records.update().where(records.c.id == generation_id).values(due_at=past)).rowcount
 
 
 @pytest.fixture
@@ -125,7 +132,7 @@ async def test_one_record_is_shown_with_its_history(mayfly, ledger):
     assert [event["move"] for event in record["events"]] == ["receive"]
 
 
-@pytest.mark.parametrize("name", ["show", "hold", "release", "keep", "retry"])
+@pytest.mark.parametrize("name", ["show", "hold", "release", "keep", "retry", "reopen"])
 async def test_a_missing_record_is_reported_in_one_line(mayfly, name):
     result = await mayfly("records", name, "nobody")
 
@@ -148,7 +155,8 @@ async def test_hold_release_and_keep_move_a_record(mayfly, ledger):
     record = json.loads((await mayfly("records", "show", wanted, "--json")).stdout)
 
     told = [result.stdout for result in (held, released, kept)]
-    assert told == [f"{wanted} is held.\n", f"{wanted} is scheduled.\n", f"{wanted} is kept.\n"]
+    assert (told[0], told[2]) == (f"{wanted} is held.\n", f"{wanted} is kept.\n")
+    assert told[1].startswith(f"{wanted} is scheduled. It is due in ")
     assert [event["move"] for event in record["events"]] == ["receive", "hold", "release", "keep"]
     assert record["events"][1]["detail"] == {"reason": "legal"}
     assert record["events"][1]["actor"].endswith("(command line)")
@@ -162,7 +170,10 @@ async def test_a_held_record_without_a_due_time_is_kept_after_its_release(mayfly
     released = await mayfly("records", "release", wanted)
     record = json.loads((await mayfly("records", "show", wanted, "--json")).stdout)
 
-    assert (before["state"], released.stdout) == ("held", f"{wanted} is kept.\n")
+    assert (before["state"], released.stdout) == (
+        "held",
+        f"{wanted} is kept. It has no due time; release it again to have it deleted.\n",
+    )
     assert [event["move"] for event in record["events"]] == ["receive", "hold", "release", "keep"]
     assert record["nextAttemptAt"] is None
 
@@ -181,7 +192,151 @@ async def test_an_illegal_move_is_reported_in_one_line(mayfly, ledger):
     result = await mayfly("records", "hold", wanted)
 
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "mayfly: cannot hold: the record is deleted\n"
+    assert result.stderr == f"mayfly: {wanted}: cannot hold: the record is deleted\n"
+
+
+async def test_each_of_several_records_is_reported_on_a_line(mayfly, ledger):
+    ids = [await ledger(arrive) for _ in range(3)]
+    deleted = await ledger(arrive, state=State.DELETED)
+
+    result = await mayfly("records", "hold", ids[0], deleted, "nobody", "-", stdin=f"{ids[1]}\n\n {ids[2]} \n".encode())
+    again = await mayfly("records", "hold", *ids)
+
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [f"{one} is held." for one in ids]
+    assert result.stderr.splitlines() == [
+        f"mayfly: {deleted}: cannot hold: the record is deleted",
+        "mayfly: there is no record of generation nobody",
+    ]
+    assert again.exit_code == 0
+    assert again.stdout.splitlines() == [f"{one} is held already." for one in ids]
+
+
+async def test_a_move_needs_an_id(mayfly):
+    result = await mayfly("records", "hold")
+
+    assert result.exit_code == 2
+
+
+async def test_an_overdue_record_is_not_released_without_a_word(mayfly, ledger):
+    overdue, waiting = [await ledger(arrive, state=State.HELD) for _ in range(2)]
+    await ledger(make_due, overdue)
+
+    refused = await mayfly("records", "release", overdue, waiting)
+    state = json.loads((await mayfly("records", "show", overdue, "--json")).stdout)["state"]
+    confirmed = await mayfly("records", "release", "--yes", overdue)
+
+    assert (refused.exit_code, state) == (1, "held")
+    assert refused.stderr == (
+        f"mayfly: {overdue} stays held: it was due 5 min ago and would be deleted now; "
+        "add --yes, or --grace 1h to let it wait\n"
+    )
+    assert refused.stdout.startswith(f"{waiting} is scheduled. It is due in ")
+    assert (confirmed.exit_code, confirmed.stdout) == (0, f"{overdue} is scheduled. It is due now.\n")
+
+
+async def test_a_grace_lets_an_overdue_record_wait(mayfly, ledger):
+    overdue = await ledger(arrive, state=State.HELD)
+    await ledger(make_due, overdue)
+
+    result = await mayfly("records", "release", overdue, "--grace", "3h")
+    invalid = await mayfly("records", "release", overdue, "--grace", "3")
+
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{overdue} is scheduled. It is due in 2 h, at ")
+    assert invalid.exit_code == 2
+    assert "it accepts a number with a unit" in invalid.stderr
+
+
+@pytest.mark.parametrize(("answer", "then"), [("y", (0, "scheduled")), ("n", (1, "held"))])
+async def test_a_terminal_is_asked_before_a_release_that_deletes_at_once(mayfly, ledger, monkeypatch, answer, then):
+    overdue = await ledger(arrive, state=State.HELD)
+    await ledger(make_due, overdue)
+    monkeypatch.setattr(record_moves, "is_terminal", lambda: True)
+
+    result = await mayfly("records", "release", overdue, stdin=f"{answer}\n".encode())
+    record = json.loads((await mayfly("records", "show", overdue, "--json")).stdout)
+
+    assert f"{overdue}: it was due 5 min ago and will be deleted now. Release it? [y/N]" in result.stdout
+    assert (result.exit_code, record["state"]) == then
+
+
+async def test_a_kept_record_is_released_after_the_minimum_ttl(mayfly, ledger):
+    kept = await ledger(arrive)
+    await mayfly("records", "keep", kept)
+
+    result = await mayfly("records", "release", kept, MAYFLY_MIN_TTL="3h")
+
+    assert result.stdout.startswith(f"{kept} is scheduled. It is due in 2 h, at ")
+
+
+async def test_reopen_schedules_a_record_that_was_deleted_unseen(mayfly, ledger):
+    unseen, deleted = [await ledger(arrive, state=State.DELETED) for _ in range(2)]
+    gone = records.update().where(records.c.id == unseen).values(outcome="already_gone", deleted_at=NOW)
+    await ledger(lambda connection: connection.execute(gone).rowcount)
+
+    result = await mayfly("records", "reopen", unseen, deleted, "--grace", "3h")
+    record = json.loads((await mayfly("records", "show", unseen, "--json")).stdout)
+
+    assert result.exit_code == 1
+    assert result.stdout.startswith(f"{unseen} is scheduled. It is due in 2 h, at ")
+    assert result.stderr.startswith(f"mayfly: {deleted}: cannot reopen: the record is deleted, and")
+    assert (record["outcome"], record["deletedAt"], record["receipt"]) == (None, None, None)
+
+
+@pytest.mark.parametrize("status", ["completed", "COMPLETED", "Completed"])
+async def test_the_case_of_a_status_does_not_matter(mayfly, ledger, status):
+    wanted = await ledger(arrive)
+
+    result = await mayfly("records", "list", "--status", status)
+
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == [wanted]
+
+
+async def test_a_record_shows_what_blocks_its_deletion(mayfly, ledger):
+    waiting, held = await ledger(arrive), await ledger(arrive, state=State.HELD)
+    before = await mayfly("records", "show", waiting)
+    await mayfly("pause", "--reason", "audit")
+
+    text = await mayfly("records", "show", waiting, MAYFLY_DRY_RUN="true")
+    record = json.loads((await mayfly("records", "show", waiting, "--json")).stdout)
+    other = await mayfly("records", "show", held, MAYFLY_DRY_RUN="true")
+
+    assert "Not deleted now" not in before.stdout
+    assert "Not deleted now: deletions are paused (operator) since" in text.stdout
+    assert ": audit. mayfly resume ends it." in text.stdout
+    assert "Not deleted now: MAYFLY_DRY_RUN is set here." in text.stdout
+    assert [(one["kind"], one["reason"]) for one in record["blockedBy"]] == [("operator", "audit")]
+    assert "Not deleted now" not in other.stdout
+
+
+async def test_a_missing_ledger_is_named_by_its_absolute_path(mayfly, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    relative = await mayfly("stats", MAYFLY_DATABASE_URL="", MAYFLY_DATA_DIR="./somewhere")
+    absolute = await mayfly("stats", MAYFLY_DATABASE_URL="", MAYFLY_DATA_DIR=str(tmp_path / "else"))
+
+    where = f"mayfly: there is no ledger at {tmp_path}/somewhere/ledger.db yet"
+    why = "MAYFLY_DATA_DIR, somewhere, is relative to the current directory"
+    assert relative.stderr == f"{where}: {why}; mayfly up or mayfly migrate makes it\n"
+    assert f"there is no ledger at {tmp_path}/else/ledger.db yet; mayfly up" in absolute.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (("record", "list"), "No such command 'record': did you mean records?"),
+        (("stat",), "No such command 'stat': did you mean stats?"),
+        (("up", "--port", "9000"), "No such option '--port': set MAYFLY_PORT in the environment."),
+        (("--host", "::", "api"), "No such option '--host': set MAYFLY_HOST in the environment."),
+        (("worker", "--api-key", "k"), "No such option '--api-key': set SYNC_API_KEY in the environment."),
+    ],
+)
+async def test_a_mistyped_command_or_a_setting_as_an_option_gets_advice(mayfly, arguments, advice):
+    result = await mayfly(*arguments)
+
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == f"Error: {advice}"
 
 
 async def test_stats_show_the_number_per_state_and_the_most_overdue_deletion(mayfly, ledger):

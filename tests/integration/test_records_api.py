@@ -7,6 +7,7 @@ from urllib.parse import quote
 import msgspec
 import pytest
 
+from service.core.attempts import Outcome
 from service.core.generation import read_generation
 from service.core.key import Key
 from service.ledger import reading
@@ -21,6 +22,8 @@ from tests.support.ledger import (
     confirmed,
     copy,
     deferred,
+    given_up,
+    gone_already,
     receive,
     row_of,
     settle,
@@ -86,6 +89,39 @@ async def test_the_scheme_of_the_token_is_read_in_any_case(sqlite_database, open
         ]
 
     assert [answer.json() for answer in answers] == [{"items": [], "nextCursor": None}] * 3
+
+
+# Query parameters
+
+
+@pytest.mark.parametrize(
+    ("path", "detail"),
+    [
+        ("/api/records?stat=deleted", "unknown query parameter 'stat': did you mean state?"),
+        ("/api/records?project_id=p", "unknown query parameter 'project_id': did you mean projectId?"),
+        ("/api/records?STATE=held", "unknown query parameter 'STATE': did you mean state?"),
+        ("/api/records/g1?acount=other", "unknown query parameter 'acount': did you mean account?"),
+        ("/api/stats?x=1", "unknown query parameter 'x': there are none here"),
+    ],
+)
+async def test_an_unknown_query_parameter_is_400_and_names_the_nearest_one(sqlite_client, path, detail):
+    answer = await sqlite_client.get(path)
+
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json() == {"status": 400, "title": "Bad Request", "detail": detail}
+
+
+async def test_an_unknown_query_parameter_that_is_like_no_other_is_400(sqlite_client):
+    answer = await sqlite_client.get("/api/records?zzz=1&limit=5")
+    moved = await sqlite_client.post("/api/records/g1/release?grace=60")
+
+    assert (answer.status_code, moved.status_code) == (400, 400)
+    assert "'zzz': there are cursor, from, limit," in answer.json()["detail"]
+
+
+async def test_without_the_token_no_parameter_is_named(sqlite_database, open_client):
+    async with open_client(sqlite_database) as client:
+        assert (await client.get("/api/records?stat=deleted")).status_code == 401
 
 
 # Pages
@@ -203,7 +239,9 @@ async def test_records_are_found_by_state_and_status(client, database):
     assert await ids_of(client, state="held") == [held.id]
     assert await ids_of(client, state="kept") == [kept.id]
     assert await ids_of(client, state="deleted") == [deleted.id]
-    assert await ids_of(client, status="FAILED") == [waiting.id]
+    for status in ("FAILED", "failed", "Failed"):
+        assert await ids_of(client, status=status) == [waiting.id]
+    assert await ids_of(client, status="completed") == [deleted.id, kept.id, held.id]
     assert await ids_of(client, state="held", status="FAILED") == []
 
 
@@ -414,6 +452,10 @@ async def test_a_record_of_another_account_is_shown_on_request(sqlite_client, sq
 # An operator's moves
 
 
+def seconds_until(text):
+    return (datetime.fromisoformat(text) - utc_now()).total_seconds()
+
+
 async def move(client, key, name, body=None):
     return await client.post(f"/api/records/{key.id}/{name}", json=body)
 
@@ -431,11 +473,175 @@ async def test_hold_and_release_move_a_record(client, database):
     assert [event["move"] for event in released.json()["events"]] == ["receive", "hold", "release"]
 
 
-async def test_a_released_record_whose_time_has_come_is_due_now(client, database):
+async def test_a_released_record_whose_time_has_come_waits_for_the_minimum_ttl(client, database):
     key = await store(database, hold="wait")
-    await move(client, key, "release")
+    answer = await move(client, key, "release")
+
+    assert 55 < seconds_until(answer.json()["dueAt"]) <= 60
+    assert answer.json()["dueAt"] == answer.json()["nextAttemptAt"]
+    assert answer.json()["retention"] == {"rule": "MAYFLY_TTL", "ttl": "-1h"}
+    assert await claim(database) == []
+
+
+@pytest.mark.parametrize(("seconds", "least", "most"), [(7200, 7190, 7200), (30, 25, 30)])
+async def test_a_release_gives_the_grace_that_it_asks_for(client, database, seconds, least, most):
+    key = await store(database, hold="wait")
+    answer = await move(client, key, "release", {"graceSeconds": seconds})
+
+    assert least < seconds_until(answer.json()["dueAt"]) <= most
+    assert answer.json()["events"][-1]["detail"] == {"dueAt": answer.json()["dueAt"]}
+
+
+async def test_a_grace_of_zero_lets_an_overdue_record_be_deleted_at_once(client, database):
+    key = await store(database, hold="wait")
+    await move(client, key, "release", {"graceSeconds": 0})
 
     assert (await claim_one(database)).key == key
+
+
+async def test_a_grace_makes_no_record_due_earlier(client, database):
+    key = await store(database, hold="wait", due_in=HOUR)
+    answer = await move(client, key, "release", {"graceSeconds": 1})
+
+    assert 3500 < seconds_until(answer.json()["dueAt"]) <= 3600
+
+
+@pytest.mark.parametrize("name", ["hold", "keep", "retry"])
+async def test_a_grace_for_another_move_is_refused(sqlite_client, sqlite_database, name):
+    key = await store(sqlite_database, due_in=HOUR)
+    answer = await move(sqlite_client, key, name, {"graceSeconds": 60})
+
+    assert (answer.status_code, answer.json()["detail"]) == (400, "graceSeconds is for release and reopen alone")
+
+
+@pytest.mark.parametrize("body", [{}, {"graceSeconds": 5}])
+async def test_a_kept_record_is_released_with_a_fresh_minimum_ttl(client, database, body):
+    key = await store(database, due_in=-HOUR)
+    await move(client, key, "keep")
+    answer = await move(client, key, "release", body)
+
+    assert (answer.json()["state"], answer.json()["retention"]) == (
+        "scheduled",
+        {"rule": "released by operator", "ttl": "1m"},
+    )
+    assert 55 < seconds_until(answer.json()["dueAt"]) <= 60
+    assert answer.json()["dueAt"] == answer.json()["nextAttemptAt"]
+    assert await claim(database) == []
+
+
+async def stored_in(database, state):
+    """Store a record in *state*, overdue unless it is kept."""
+    if state == "kept":
+        return await store(database, due_in=None)
+    key = await store(database, hold="wait" if state == "held" else None)
+    if state == "failed":
+        await settle(database, given_up(await claim_one(database)))
+    elif state == "deleted":
+        await settle(database, gone_already(await claim_one(database)))
+    return key
+
+
+MOVES = [
+    ("scheduled", "hold", "held"),
+    ("scheduled", "keep", "kept"),
+    ("held", "keep", "kept"),
+    ("held", "release", "scheduled"),
+    ("failed", "keep", "kept"),
+    ("failed", "hold", "held"),
+    ("failed", "retry", "scheduled"),
+    ("kept", "release", "scheduled"),
+    ("deleted", "reopen", "scheduled"),
+]
+DONE = [
+    ("scheduled", "release"),
+    ("scheduled", "retry"),
+    ("scheduled", "reopen"),
+    ("held", "hold"),
+    ("kept", "keep"),
+]
+NAMES = ("hold", "release", "keep", "retry", "reopen")
+LEGAL = {*DONE, *((before, name) for before, name, _ in MOVES)}
+REFUSED = [(s, n) for s in ("scheduled", "held", "kept", "failed", "deleted") for n in NAMES if (s, n) not in LEGAL]
+
+
+@pytest.mark.parametrize(("before", "name", "then"), MOVES)
+async def test_each_move_of_an_operator_leads_where_the_table_says(client, database, before, name, then):
+    key = await stored_in(database, before)
+    answer = await move(client, key, name, {"reason": "so"})
+
+    assert (answer.status_code, answer.json()["state"]) == (200, then)
+    assert answer.json()["events"][-1]["move"] == name
+    assert answer.json()["events"][-1]["detail"]["reason"] == "so"
+    assert (answer.json()["hold"] is not None) == (then == "held")
+
+
+@pytest.mark.parametrize(("state", "name"), DONE)
+async def test_a_move_to_the_state_it_is_in_succeeds_and_changes_nothing(client, database, state, name):
+    key = await stored_in(database, state)
+    before = (await client.get(f"/api/records/{key.id}")).json()
+    answer = await move(client, key, name, {"reason": "again"})
+
+    assert (answer.status_code, answer.json()) == (200, before)
+
+
+@pytest.mark.parametrize(("state", "name"), REFUSED)
+async def test_a_move_that_is_not_in_the_table_is_409_and_changes_nothing(client, database, state, name):
+    key = await stored_in(database, state)
+    before = (await client.get(f"/api/records/{key.id}")).json()
+    answer = await move(client, key, name)
+
+    assert answer.status_code == 409
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert (await client.get(f"/api/records/{key.id}")).json() == before
+
+
+async def test_a_hold_that_came_by_a_keep_is_over(client, database):
+    key = await store(database, hold="legal")
+    await move(client, key, "keep")
+    await move(client, key, "release")
+
+    row = await row_of(database, key)
+    assert (row.state, row.hold_by, row.hold_reason) == ("scheduled", None, None)
+
+
+async def test_a_reopened_record_is_called_deleted_no_longer(client, database):
+    key = await stored_in(database, "deleted")
+    deleted = (await client.get(f"/api/records/{key.id}")).json()
+    answer = (await move(client, key, "reopen", {"reason": "wrong key"})).json()
+
+    assert (deleted["outcome"], deleted["receipt"]["status"]) == ("already_gone", 404)
+    assert (answer["state"], answer["outcome"], answer["deletedAt"], answer["receipt"]) == ("scheduled", *[None] * 3)
+    assert 55 < seconds_until(answer["dueAt"]) <= 60
+    assert answer["events"][-1]["detail"] == {
+        "reason": "wrong key",
+        "dueAt": answer["dueAt"],
+        "outcome": "already_gone",
+        "deletedAt": deleted["deletedAt"],
+        "receipt": {"status": 404},
+    }
+    assert answer["nextAttemptAt"] == answer["dueAt"]
+    assert await claim(database) == []
+
+
+@pytest.mark.parametrize("outcome", [Outcome.DELETED, Outcome.ALREADY_GONE])
+async def test_a_record_with_a_copy_cannot_be_reopened(client, database, outcome):
+    key = await store(database)
+    item = await claim_one(database)
+    await copy(database, item)
+    await settle(database, gone_already(item) if outcome is Outcome.ALREADY_GONE else confirmed(item))
+    answer = await move(client, key, "reopen")
+
+    assert answer.status_code == 409
+    assert "the API had shown its generation" in answer.json()["detail"]
+    assert (await row_of(database, key)).outcome == outcome
+
+
+async def test_an_unknown_field_in_the_body_of_a_move_is_400(sqlite_client, sqlite_database):
+    key = await store(sqlite_database, hold="wait")
+    answers = [await move(sqlite_client, key, "release", body) for body in ({"grace": 60}, {"graceSeconds": -1})]
+
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert (await row_of(sqlite_database, key)).state == "held"
 
 
 async def test_a_released_record_without_a_due_time_is_never_deleted(client, database):
@@ -453,16 +659,6 @@ async def test_a_kept_record_is_never_deleted(client, database):
 
     assert (answer.json()["state"], answer.json()["dueAt"]) == ("kept", None)
     assert await claim(database) == []
-
-
-@pytest.mark.parametrize("name", ["release", "retry"])
-async def test_an_illegal_move_is_409_and_changes_nothing(client, database, name):
-    key = await store(database, due_in=HOUR)
-    answer = await move(client, key, name)
-
-    assert answer.status_code == 409
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert (await row_of(database, key)).state == "scheduled"
 
 
 @pytest.mark.parametrize(("name", "state"), [("hold", "held"), ("keep", "kept")])

@@ -91,6 +91,12 @@ def confirmed(item: Claim) -> Settlement:
     return Settlement(item, Verdict.DONE, step, receipt='{"status":200}')
 
 
+def gone_already(item: Claim) -> Settlement:
+    """Return the end of an attempt whose generation the API did not know."""
+    step = Step(Move.CONFIRM, item.progress, outcome=Outcome.ALREADY_GONE)
+    return Settlement(item, Verdict.DONE, step, receipt='{"status":404}')
+
+
 def deferred(item: Claim, *, verdict: Verdict = Verdict.RETRY, retry_at: datetime | None = None) -> Settlement:
     """Return the end of an attempt that is to be repeated."""
     progress = Progress(utc_now(), item.progress.failures + 1, 0)
