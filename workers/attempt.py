@@ -87,7 +87,7 @@ class Cleaner:
             return await self._settle_answer(claim, found, "GET")
         if (later := self._reconsider(claim, found.generation)) is not None:
             return await self._apply_override(claim, later)
-        copied = Copy(claim, found.generation, found.body)
+        copied = Copy(claim, found.generation, found.body, is_rehearsal=self.is_dry_run)
         return await self._delete_if_allowed(claim, await self._commit(claim, lambda: self.copy(copied)))
 
     def _reconsider(self, claim: Claim, generation: Generation) -> Retention | None:
@@ -131,8 +131,9 @@ class Cleaner:
             give_up_after=self.give_up_after,
             retry_after=answer.retry_after,
             jitter=random.random(),  # noqa: S311 - spreads retries, protects nothing
+            has_unanswered_delete=claim.has_unanswered_delete,
         )
-        receipt = _receipt_json(method, answer, now) if step.move is Move.CONFIRM else None
+        receipt = _receipt_json(method, answer, now, step.detail) if step.move is Move.CONFIRM else None
         settlement = Settlement(
             claim,
             answer.verdict,
@@ -205,9 +206,11 @@ def _next_attempt_at(settlement: Settlement) -> datetime | None:
     return None if is_stopped else settlement.step.retry_at
 
 
-def _receipt_json(method: str, answer: Answer, now: datetime) -> str:
+def _receipt_json(method: str, answer: Answer, now: datetime, detail: str | None) -> str:
     """Return the receipt of a deletion as JSON: the call, the time, and the API's answer unchanged."""
-    receipt = {"method": method, "status": answer.status, "at": now, "body": answer.body}
+    receipt: dict[str, object] = {"method": method, "status": answer.status, "at": now, "body": answer.body}
+    if detail:
+        receipt["detail"] = detail
     return msgspec.json.encode(receipt).decode()
 
 

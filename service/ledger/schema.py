@@ -112,6 +112,8 @@ records = Table(
     Column("attempts", Integer, nullable=False, server_default="0"),
     # The attempt that made the copy: after it the DELETE may be in progress, and it is too late to stop it.
     Column("copied_attempt", Integer),
+    # The attempt that may have sent a DELETE whose answer is not known: it explains a later generation_not_found.
+    Column("unanswered_attempt", Integer),
     # The UTC day on which it was counted against MAYFLY_MAX_DELETES_PER_DAY: once a day, however many attempts.
     Column("counted_on", Date),
     Column("failing_since", Instant),

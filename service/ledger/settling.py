@@ -28,6 +28,7 @@ class Copy:
     claim: Claim
     generation: Generation
     body: str
+    is_rehearsal: bool = False  # no DELETE follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,7 +40,7 @@ class Settlement:
     step: Step
     receipt: str | None = None
     error: str | None = None
-    is_refund: bool = False  # it was counted against the daily limit, and the API did not delete
+    is_refund: bool = False  # its DELETE was allowed, and certainly deleted nothing
     is_key_good: bool = False  # the API gives this answer only to a valid key
     throttle: timedelta | None = None  # for how long the API wants no calls
     retention: Retention | None = None  # from an override that only the API showed; with a DEFER
@@ -63,7 +64,6 @@ def store_copies(
     if not kept:
         return [CopyResult.LOST] * len(copies)
     today = daily_limit.day_of(now)
-    connection.execute(_copy, [_copy_values(item, now) for item in kept])
     if any(one.kind is Kind.OPERATOR for one in pausing.find_pauses(connection)):
         outcomes = {item.claim.seq: CopyResult.PAUSED for item in kept}
     else:
@@ -73,6 +73,7 @@ def store_copies(
             connection.execute(_set_counted, [{"b_seq": seq, "b_day": today} for seq in others[:reserved]])
         beyond = set(others[reserved:])
         outcomes = {i.claim.seq: CopyResult.LIMITED if i.claim.seq in beyond else CopyResult.KEPT for i in kept}
+    connection.execute(_copy, [_copy_values(item, now, outcomes[item.claim.seq]) for item in kept])
     return [outcomes.get(item.claim.seq, CopyResult.LOST) for item in copies]
 
 
@@ -86,7 +87,7 @@ def settle_attempts(
         (_confirm, [_confirm_values(item, now) for item in valid if item.step.move is Move.CONFIRM]),
         (_defer, [_defer_values(item) for item in valid if item.step.move is not Move.CONFIRM]),
         (_set_retention, [_retention_values(item, item.retention) for item in valid if item.retention is not None]),
-        (_clear_counted, [{"b_seq": item.claim.seq} for item in valid if item.is_refund]),
+        (_clear_delete, [{"b_seq": item.claim.seq} for item in valid if item.is_refund]),
     ):
         if values:
             connection.execute(statement, values)
@@ -118,6 +119,8 @@ _copy = (
         copy=bindparam("b_copy"),
         copied_at=bindparam("b_copied_at"),
         copied_attempt=bindparam("b_attempt"),
+        # The API still shows it, so no earlier DELETE did delete it.
+        unanswered_attempt=bindparam("b_unanswered_attempt"),
         # Where the API shows nothing, the webhook's value stays.
         **{
             name: func.coalesce(bindparam(f"b_{name}", type_=records.c[name].type), records.c[name])
@@ -140,7 +143,9 @@ _confirm = (
 _set_counted = (
     update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=bindparam("b_day", type_=Date))
 )
-_clear_counted = update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=None)
+_clear_delete = (
+    update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=None, unanswered_attempt=None)
+)
 _set_retention = (
     update(records)
     .where(records.c.seq == bindparam("b_seq"))
@@ -172,13 +177,14 @@ def _lock_claimed(connection: Connection, claims: Sequence[Claim]) -> dict[int, 
     return {row.seq: row for row in rows if attempts[row.seq] == row.attempts}
 
 
-def _copy_values(item: Copy, now: datetime) -> dict[str, Any]:
+def _copy_values(item: Copy, now: datetime, result: CopyResult) -> dict[str, Any]:
     columns = {f"b_{name}": value for name, value in generation_values(item.generation).items()}
     return columns | {
         "b_seq": item.claim.seq,
         "b_attempt": item.claim.attempt,
         "b_copy": item.body,
         "b_copied_at": now,
+        "b_unanswered_attempt": None if item.is_rehearsal or result is not CopyResult.KEPT else item.claim.attempt,
     }
 
 
@@ -231,6 +237,8 @@ def _entries(item: Settlement, now: datetime, actor: str) -> list[Entry]:
     detail: dict[str, Any] = {"attempt": item.claim.attempt, "verdict": item.verdict}
     if item.step.outcome:
         detail["outcome"] = item.step.outcome
+    if item.step.detail:
+        detail["detail"] = item.step.detail
     if item.step.retry_at:
         detail["retryAt"] = item.step.retry_at
     if item.error:

@@ -9,15 +9,16 @@ from functools import partial
 
 import pytest
 
-from service.core.attempts import Outcome, Verdict
+from service.core.attempts import ANSWER_LOST, Outcome, Verdict
 from service.core.key import Key
 from service.core.lifecycle import Move, State
 from service.core.secret import Secret
-from service.ledger import moving, pausing, settling
+from service.ledger import history, moving, pausing, settling
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.opening import open_database
 from service.ledger.pausing import Kind
 from service.ledger.settling import CopyResult, Settlement
+from service.simulator.faults import ABSENT_BODIES
 from service.sync.client import open_sync_api
 from tests.conftest import API_KEY
 from tests.support.ledger import (
@@ -310,9 +311,66 @@ async def test_a_delete_whose_answer_was_lost_is_confirmed_by_the_next_get(clean
     assert key.id in simulator.deleted
     assert await cleaner.clean(await claim_one_later(database, key)) is Verdict.GONE
     row = await row_of(database, key)
-    assert (row.state, row.outcome) == (State.DELETED, Outcome.ALREADY_GONE)
+    assert (row.state, row.outcome) == (State.DELETED, Outcome.DELETED)
+    assert json.loads(row.receipt)["detail"] == ANSWER_LOST
+    entries = await database.read(partial(history.read_entries, record=row.seq))
+    assert entries[-1].detail["detail"] == ANSWER_LOST
     assert row.copied_at is not None
     assert [method for method, _ in calls_of(simulator)] == ["GET", "DELETE", "GET"]
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        (["lost"], Outcome.DELETED),
+        (["500:effect=1"], Outcome.DELETED),
+        (["drop"], Outcome.DELETED),  # lost on its way to the API, which cannot be told apart
+        (["404:answer=gateway"], Outcome.DELETED),  # so is what a gateway did before it answered
+        (["409"], Outcome.ALREADY_GONE),
+        (["429:retry_after=1"], Outcome.ALREADY_GONE),
+        (["401"], Outcome.ALREADY_GONE),
+        (["lost:effect=0", "409"], Outcome.ALREADY_GONE),  # the GET in between still showed it
+    ],
+)
+async def test_only_a_delete_without_a_known_answer_explains_a_later_404(
+    cleaner, database, simulator, announced, script, outcome
+):
+    key = await announced(faults={"DELETE": script})
+    await cleaner.clean(await claim_one(database))
+    for _ in script[1:]:
+        await cleaner.clean(await claim_one_later(database, key))
+    simulator.remove(key.id)
+    await cleaner.clean(await claim_one_later(database, key))
+    row = await row_of(database, key)
+
+    assert (row.state, row.outcome) == (State.DELETED, outcome)
+    assert ("detail" in json.loads(row.receipt)) == (outcome is Outcome.DELETED)
+
+
+async def test_a_rehearsed_delete_explains_no_later_404(cleaner_of, api, database, simulator, announced):
+    key = await announced()
+    cleaner = cleaner_of(api, is_dry_run=True)
+    await cleaner.clean(await claim_one(database))
+    simulator.remove(key.id)
+    await cleaner.clean(await claim_one_later(database, key))
+
+    assert (await row_of(database, key)).outcome == Outcome.ALREADY_GONE
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("fault", [f"{n}:answer={body}" for n in (404, 410) for body in sorted(ABSENT_BODIES - {"own"})])
+async def test_a_404_without_the_apis_own_code_only_defers(cleaner, database, simulator, announced, method, fault):
+    key = await announced(faults={method: [f"{fault}*6"]})
+    await cleaner.clean(await claim_one(database))
+    for _ in range(5):
+        await cleaner.clean(await claim_one_later(database, key))
+    row = await row_of(database, key)
+
+    assert (row.state, row.failures, row.refusals) == (State.SCHEDULED, 6, 0)
+    assert row.last_error.startswith(f"the API answered {fault[:3]}")
+    assert key.id in simulator.generations
+
+    assert await cleaner.clean(await claim_one_later(database, key)) is Verdict.DONE
 
 
 async def test_the_next_attempt_obeys_retry_after(cleaner, database, announced):
@@ -391,7 +449,7 @@ async def test_after_a_lease_lost_during_the_delete_the_next_claim_settles_the_r
     assert await asleep is None
     assert (await row_of(database, key)).state == State.DELETING
     assert await cleaner.clean(successor) is Verdict.GONE
-    assert (await row_of(database, key)).outcome == Outcome.ALREADY_GONE
+    assert (await row_of(database, key)).outcome == Outcome.DELETED
 
 
 @pytest.mark.parametrize("seconds", [1, 35])

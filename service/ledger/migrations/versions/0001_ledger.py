@@ -61,6 +61,7 @@ def _records() -> None:
         sa.Column("wake_at", _INSTANT),
         sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
         sa.Column("copied_attempt", sa.Integer),
+        sa.Column("unanswered_attempt", sa.Integer),
         sa.Column("counted_on", sa.Date),
         sa.Column("failing_since", _INSTANT),
         sa.Column("failures", sa.Integer, nullable=False, server_default="0"),
