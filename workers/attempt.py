@@ -25,6 +25,7 @@ from service.ledger.settling import Copy, CopyResult, Settlement
 from service.runtime.metrics import Metrics
 from service.sync.answers import Answer
 from service.sync.client import DELETE_SECONDS, GET_SECONDS, SyncApi
+from workers.key_proof import KeyProof
 
 log = structlog.get_logger()
 
@@ -57,6 +58,7 @@ class Cleaner:
     give_up_after: timedelta
     is_dry_run: bool
     metrics: Metrics
+    key_proof: KeyProof
 
     async def clean(self, claim: Claim) -> Verdict | None:
         """Make one attempt at a claimed record and return the verdict that ended it; None if there was none.
@@ -123,6 +125,9 @@ class Cleaner:
 
     async def _settle_answer(self, claim: Claim, answer: Answer, method: str) -> Verdict | None:
         """Commit what follows from the answer that ended the attempt."""
+        if answer.is_key_doubtful:
+            is_in_budget = method == "GET"  # the call of the DELETE is left
+            answer = await self.key_proof.explain(answer, until=claim.lease_until, is_in_budget=is_in_budget)
         now = self.now()
         step = after_attempt(
             answer.verdict,

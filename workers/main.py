@@ -35,6 +35,7 @@ from service.sync.rate_limit import Budget
 from workers.attempt import Cleaner
 from workers.cleanup import BUDGET_SECONDS, Attempts, CleanupJobs, cleanup
 from workers.heartbeat import beat
+from workers.key_proof import KeyProof
 from workers.overdue import AT_ONCE, LATE, LedgerCalls, Overdue
 
 log = structlog.get_logger()
@@ -43,6 +44,8 @@ log = structlog.get_logger()
 # worker that died waits for its end.
 LEASE: Final = timedelta(seconds=60)
 STOP_SECONDS: Final = LEASE.total_seconds() + 5
+# How long a proof of the key waits for the budget; the attempt's GET and DELETE are used up.
+_PROOF_SECONDS: Final = 5.0
 _LEASES_AT_ONCE: Final = 500
 _ARQ_RESTART_SECONDS: Final = 2.0
 # The longest lag of a job while there is room; arq starts at most max_jobs jobs per poll. With 0.5, arq's default, the
@@ -134,16 +137,18 @@ async def _open_cleaner(
         # For existing claims. New claims wait for the pause in the ledger.
         on_throttled=lambda seconds: budget.close_for(min(seconds, LEASE.total_seconds())),
     ) as api:
+        call_slot = partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget)
         yield Cleaner(
             api=api,
             copy=GroupCommit(ledger.copy).submit,
             settle=GroupCommit(ledger.settle).submit,
             enqueue_next=partial(_enqueue_next, pool, metrics),
-            call_slot=partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget),
+            call_slot=call_slot,
             now=_now,
             give_up_after=settings.give_up_after,
             is_dry_run=settings.is_dry_run,
             metrics=metrics,
+            key_proof=KeyProof(api, call_slot=call_slot, acquire=partial(budget.acquire, _PROOF_SECONDS)),
         )
 
 

@@ -108,6 +108,34 @@ def read_delete(reply: Reply, generation_id: str) -> Answer:
     return _read_generation(reply, generation_id) if reply.status == HTTPStatus.OK else _read_error(reply)
 
 
+def read_list(reply: Reply) -> Answer:
+    """Interpret the answer to the list of generations, as a proof of the key: DONE, UNAUTHORIZED, or RETRY for neither.
+
+    A page of a proxy is no word on the key.
+    """
+    body = (reply.body or b"").strip()
+    if reply.status == HTTPStatus.OK and body.startswith(b"["):
+        return Answer(Verdict.DONE, reply.status, is_key_good=True)
+    answer = _read_error(reply)
+    is_theirs = reply.body == b"" or _parse_details(reply.body) is not None
+    return answer if answer.verdict is Verdict.UNAUTHORIZED and is_theirs else replace(answer, verdict=Verdict.RETRY)
+
+
+def explain_refusal(refusal: Answer, proof: Answer | None) -> Answer:
+    """Tell by *proof*, the answer of read_list(), what a 401 or 403 about one generation means; None is no answer.
+
+    A key that is accepted elsewhere makes it this record's own refusal. Without a word on the key it is neither.
+    """
+    if proof is not None and proof.verdict is Verdict.UNAUTHORIZED:
+        return refusal
+    if proof is not None and proof.verdict is Verdict.DONE:
+        error = f"{refusal.error} for this generation, and accepts the key"
+        return replace(refusal, verdict=Verdict.REFUSED, error=error, is_key_good=True)
+    error = f"{refusal.error}, and whether the key is accepted is not known"
+    throttle = None if proof is None else proof.throttle
+    return replace(refusal, verdict=Verdict.RETRY, error=error, throttle=throttle)
+
+
 def _read_generation(reply: Reply, generation_id: str) -> Answer:
     """Read the generation in a 200 and check its id."""
     if reply.body is None:

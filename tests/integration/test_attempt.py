@@ -18,11 +18,14 @@ from service.ledger.database import LedgerUnavailableError
 from service.ledger.opening import open_database
 from service.ledger.pausing import Kind
 from service.ledger.settling import CopyResult, Settlement
+from service.simulator import Operation
 from service.simulator.faults import ABSENT_BODIES
+from service.sync.answers import Reply, read_get
 from service.sync.client import open_sync_api
 from tests.conftest import API_KEY
 from tests.support.ledger import (
     ACTOR,
+    claim,
     claim_one,
     confirmed,
     end_lease,
@@ -36,6 +39,7 @@ from tests.support.ledger import (
 )
 from tests.support.ledger import arrival as arrival_of
 from workers.attempt import DRY_RUN_AGAIN, Cleaner
+from workers.key_proof import KeyProof
 
 WEEK = timedelta(days=7)
 
@@ -60,6 +64,9 @@ def cleaner_of(database, metrics):
         async def call_slot(until):
             yield now() <= until
 
+        async def acquire():
+            return True
+
         cleaner = Cleaner(
             api=api,
             copy=copy,
@@ -70,6 +77,7 @@ def cleaner_of(database, metrics):
             give_up_after=WEEK,
             is_dry_run=False,
             metrics=metrics,
+            key_proof=KeyProof(api, call_slot=call_slot, acquire=acquire),
         )
         return replace(cleaner, **changes)
 
@@ -404,6 +412,58 @@ async def test_a_refused_key_pauses_deletions_and_counts_as_no_failure(cleaner, 
     row = await row_of(database, key)
     assert (row.state, row.failures, row.refusals, row.failing_since) == (State.SCHEDULED, 0, 0, None)
     assert [pause.kind for pause in await database.read(pausing.find_pauses)] == [pausing.Kind.UNAUTHORIZED]
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("fault", ["401", "403", "403-html"])
+async def test_a_refusal_of_one_record_fails_it_and_pauses_nothing(
+    cleaner, database, simulator, announced, method, fault
+):
+    key = await announced(faults={method: [f"{fault}*"]})
+    await cleaner.clean(await claim_one(database))
+    for _ in range(4):
+        await cleaner.clean(await claim_one_later(database, key))
+    row = await row_of(database, key)
+
+    assert (row.state, row.refusals) == (State.FAILED, 5)
+    assert row.last_error == f"the API answered {fault[:3]} for this generation, and accepts the key"
+    assert await database.read(pausing.find_pauses) == []
+    assert [(call.raw_path, call.query) for call in simulator.calls if call.operation is Operation.LIST] == [
+        ("/v2/generations", "limit=1")
+    ] * 5
+
+
+@pytest.mark.parametrize("proof", ["403-html", "500", "drop", "429:retry_after=1", "html", "404:answer=empty"])
+async def test_a_refusal_without_a_word_on_the_key_only_defers(cleaner, database, simulator, announced, proof):
+    key = await announced(faults={"GET": ["403"]})
+    simulator.plan.stand("LIST", proof)
+
+    assert await cleaner.clean(await claim_one(database)) is Verdict.RETRY
+    row = await row_of(database, key)
+    assert (row.state, row.failures, row.refusals) == (State.SCHEDULED, 1, 0)
+    assert [one.kind for one in await database.read(pausing.find_pauses)] == [Kind.THROTTLED] * ("429" in proof)
+
+
+async def test_one_proof_of_the_key_serves_all_attempts_that_wait_for_it(cleaner, database, simulator, announced):
+    for _ in range(10):
+        await announced()
+    simulator.switches.unauthorized = True
+    simulator.switches.latency_seconds = 0.2
+    claims = await claim(database, limit=10)
+
+    assert set(await asyncio.gather(*map(cleaner.clean, claims))) == {Verdict.UNAUTHORIZED}
+    assert len([call for call in simulator.calls if call.operation is Operation.LIST]) < 5
+
+
+async def test_a_402_concerns_the_account_and_pauses_without_a_proof(cleaner_of, database, announced, simulator):
+    await announced()
+
+    class Api:
+        async def get(self, _):
+            return read_get(Reply(402, b"{}", None), "g1")
+
+    assert await cleaner_of(Api()).clean(await claim_one(database)) is Verdict.UNAUTHORIZED
+    assert [one.kind for one in await database.read(pausing.find_pauses)] == [Kind.UNAUTHORIZED]
 
 
 async def test_a_dry_run_copies_and_sends_no_delete(cleaner_of, api, database, simulator, announced):
