@@ -340,7 +340,7 @@ async def test_a_delete_whose_answer_was_lost_is_confirmed_by_the_next_get(clean
     ],
 )
 async def test_only_a_delete_without_a_known_answer_explains_a_later_404(
-    cleaner, database, simulator, announced, script, outcome
+    cleaner, database, simulator, announced, *, script, outcome
 ):
     key = await announced(faults={"DELETE": script})
     await cleaner.clean(await claim_one(database))
@@ -365,8 +365,10 @@ async def test_a_rehearsed_delete_explains_no_later_404(cleaner_of, api, databas
 
 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
-@pytest.mark.parametrize("fault", [f"{n}:answer={body}" for n in (404, 410) for body in sorted(ABSENT_BODIES - {"own"})])
-async def test_a_404_without_the_apis_own_code_only_defers(cleaner, database, simulator, announced, method, fault):
+@pytest.mark.parametrize(
+    "fault", [f"{n}:answer={body}" for n in (404, 410) for body in sorted(ABSENT_BODIES - {"own"})]
+)
+async def test_a_404_without_the_apis_own_code_only_defers(cleaner, database, simulator, announced, *, method, fault):
     key = await announced(faults={method: [f"{fault}*6"]})
     await cleaner.clean(await claim_one(database))
     for _ in range(5):
@@ -417,7 +419,7 @@ async def test_a_refused_key_pauses_deletions_and_counts_as_no_failure(cleaner, 
 @pytest.mark.parametrize("method", ["GET", "DELETE"])
 @pytest.mark.parametrize("fault", ["401", "403", "403-html"])
 async def test_a_refusal_of_one_record_fails_it_and_pauses_nothing(
-    cleaner, database, simulator, announced, method, fault
+    cleaner, database, simulator, announced, *, method, fault
 ):
     key = await announced(faults={method: [f"{fault}*"]})
     await cleaner.clean(await claim_one(database))
@@ -455,7 +457,7 @@ async def test_one_proof_of_the_key_serves_all_attempts_that_wait_for_it(cleaner
     assert len([call for call in simulator.calls if call.operation is Operation.LIST]) < 5
 
 
-async def test_a_402_concerns_the_account_and_pauses_without_a_proof(cleaner_of, database, announced, simulator):
+async def test_a_402_concerns_the_account_and_pauses_without_a_proof(cleaner_of, database, announced):
     await announced()
 
     class Api:
