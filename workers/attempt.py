@@ -100,7 +100,8 @@ class Cleaner:
     async def _apply_override(self, claim: Claim, later: Retention) -> Verdict | None:
         """Defer, hold or keep a generation because of an override that the API shows and the webhook did not have."""
         step = Step(Move.DEFER, claim.progress, retry_at=later.due_at or self.now())
-        if not await self._settle(Settlement(claim, Verdict.DONE, step, is_key_good=True, retention=later)):
+        settlement = Settlement(claim, Verdict.DONE, step, is_key_good=True, is_shown=True, retention=later)
+        if not await self._settle(settlement):
             return self._log_lost_lease(claim)
         log.info("cleanup.overridden", **_log_fields(claim), rule=later.rule, what_now="kept as its webhookUrl asks")
         return Verdict.DONE
@@ -147,6 +148,7 @@ class Cleaner:
             error=None if receipt else answer.error,
             is_refund=method == "DELETE" and answer.is_undeleted,
             is_key_good=answer.is_key_good,
+            is_shown=method == "DELETE" or answer.generation is not None,
             throttle=answer.throttle,
         )
         if not await self._settle(settlement):
@@ -158,7 +160,8 @@ class Cleaner:
     async def _settle_dry_run(self, claim: Claim) -> Verdict | None:
         step = Step(Move.DEFER, claim.progress, retry_at=self.now() + DRY_RUN_AGAIN)
         error = "dry run: not deleted"
-        if not await self._settle(Settlement(claim, Verdict.DONE, step, error=error, is_key_good=True)):
+        settlement = Settlement(claim, Verdict.DONE, step, error=error, is_key_good=True, is_shown=True)
+        if not await self._settle(settlement):
             return self._log_lost_lease(claim)
         log.info("cleanup.simulated", **_log_fields(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
         return Verdict.DONE

@@ -22,9 +22,9 @@ from service.core.key import Key
 from service.core.secret import Secret
 from service.jobs import connection, enqueue
 from service.jobs.enqueue import CleanupJob
-from service.ledger import claiming, pausing, settling
+from service.ledger import claiming, key_history, pausing, settling
 from service.ledger.claiming import Claim, NotYet, Outlook, Wanted
-from service.ledger.database import Database
+from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.group_commit import GroupCommit
 from service.ledger.settling import CopyResult
 from service.resources import Resources, open_queue
@@ -100,7 +100,9 @@ async def _open_parts(
     """Connect the job and the safety net to the ledger, the queue, the budget and the API with *key*."""
     budget = Budget(settings.api_rate, pool, key, clock=time.monotonic, stopping=stopping)
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
-    ledger = _Ledger(database, limit=limit, actor=f"worker {socket.gethostname()}:{os.getpid()}")
+    ledger = _Ledger(database, limit=limit, actor=f"worker {socket.gethostname()}:{os.getpid()}", key_id=key.identify())
+    with contextlib.suppress(LedgerUnavailableError):  # then the pause stays
+        await database.write(partial(key_history.resume_for_key, key_id=ledger.key_id))
     async with _open_cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
         attempts = Attempts(cleaner.clean, limit=_max_jobs(settings.concurrency))
         jobs = CleanupJobs(
@@ -155,7 +157,8 @@ async def _open_cleaner(
 class _Ledger:
     """The ledger's calls that jobs, attempts and the safety net need."""
 
-    def __init__(self, database: Database, *, limit: int | None, actor: str) -> None:
+    def __init__(self, database: Database, *, limit: int | None, actor: str, key_id: str) -> None:
+        self.key_id = key_id
         self._database = database
         self._limit = limit
         self._actor = actor
@@ -191,7 +194,7 @@ class _Ledger:
 
     async def settle(self, items: Sequence[settling.Settlement]) -> Sequence[bool]:
         """Commit the outcomes of attempts."""
-        write = partial(settling.settle_attempts, settlements=items, now=_now(), actor=self._actor)
+        write = partial(settling.settle_attempts, settlements=items, now=_now(), actor=self._actor, key_id=self.key_id)
         return await self._database.write(write)
 
 

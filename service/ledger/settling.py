@@ -1,7 +1,7 @@
 """Writes of a worker to the records it has claimed: the copy, and the outcome of the attempt. A fence guards each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -9,16 +9,18 @@ from typing import Any
 from sqlalchemy import Connection, Date, Row, bindparam, func, select, update
 from sqlalchemy import Text as TextType
 
-from service.core.attempts import Step, Verdict
+from service.core.attempts import Outcome, Step, Verdict
 from service.core.generation import Generation
 from service.core.lifecycle import Move, State, state_after
 from service.core.retention import Retention
-from service.ledger import daily_limit, pausing
+from service.ledger import daily_limit, key_history, pausing
 from service.ledger.claiming import Claim
 from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.history import Entry, append_entries
 from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import records
+
+_UNKNOWN_TO_KEY = "the API does not know it, nor any other generation yet; check SYNC_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,6 +44,7 @@ class Settlement:
     error: str | None = None
     is_refund: bool = False  # its DELETE was allowed, and certainly deleted nothing
     is_key_good: bool = False  # the API gives this answer only to a valid key
+    is_shown: bool = False  # the API showed the generation
     throttle: timedelta | None = None  # for how long the API wants no calls
     retention: Retention | None = None  # from an override that only the API showed; with a DEFER
 
@@ -78,11 +81,16 @@ def store_copies(
 
 
 def settle_attempts(
-    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str
+    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str, key_id: str
 ) -> list[bool]:
-    """Write the outcome of each attempt; False where the lease is over, and the next claim decides."""
+    """Write the outcome of each attempt; False where the lease is over or the key in doubt, and the next claim decides.
+
+    *key_id* identifies the API key that the attempts used.
+    """
     mine = _lock_claimed(connection, [item.claim for item in settlements])
     valid = [item for item in settlements if item.claim.seq in mine]
+    doubted = _doubt_unknown(connection, valid, now=now, actor=actor, key_id=key_id)
+    valid = [doubted.get(item.claim.seq, item) for item in valid]
     for statement, values in (
         (_confirm, [_confirm_values(item, now) for item in valid if item.step.move is Move.CONFIRM]),
         (_defer, [_defer_values(item) for item in valid if item.step.move is not Move.CONFIRM]),
@@ -95,7 +103,24 @@ def settle_attempts(
     counted = [mine[item.claim.seq].counted_on for item in valid if item.is_refund]
     daily_limit.refund_deletes(connection, [day for day in counted if day is not None])
     _update_pauses(connection, settlements, now, actor)
-    return [item.claim.seq in mine for item in settlements]
+    return [item.claim.seq in mine and item.claim.seq not in doubted for item in settlements]
+
+
+def _doubt_unknown(
+    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str, key_id: str
+) -> dict[int, Settlement]:
+    """Return deferrals, by record, instead of what is unknown to a key that may be another organisation's."""
+    unknown = [item for item in settlements if item.step.outcome is Outcome.ALREADY_GONE]
+    is_shown = any(item.is_shown for item in settlements)
+    believed = key_history.note_answers(
+        connection, key_id, is_shown=is_shown, unknown=len(unknown), now=now, actor=actor
+    )
+    return {
+        item.claim.seq: replace(
+            item, step=Step(Move.DEFER, item.claim.progress, retry_at=now), receipt=None, error=_UNKNOWN_TO_KEY
+        )
+        for item in unknown[believed:]
+    }
 
 
 _select_claimed = (

@@ -5,6 +5,7 @@ import asyncio
 from service.simulator import Operation
 from service.simulator.faults import ABSENT_BODIES, Plan
 from tests.faults.system import System, on_both
+from tests.support.waiting import eventually
 
 FOREIGN = [f"{status}:answer={body}" for status in (404, 410) for body in sorted(ABSENT_BODIES - {"own"})]
 LOST = "answer lost, confirmed by a later 404"
@@ -55,6 +56,41 @@ async def test_the_verdict_fails_for_a_deleted_record_whose_generation_exists(sy
 
     verdict = await system.judged()
     assert verdict.all == verdict.untrue == [f"I8 {untrue.id} is called deleted and still there (already_gone)"]
+
+
+@on_both
+async def test_generations_that_a_key_never_knew_pause_deletions(system: System):
+    worker, _ = await asyncio.gather(system.worker(), system.api())
+    system.simulator.switches.latency_seconds = 0.2
+    generations = [system.generation() for _ in range(60)]
+    system.simulator.plan.stand("GET", "404:answer=own")  # as to the key of another organisation
+    await asyncio.gather(*map(system.accepted, generations))
+
+    async def is_paused() -> bool:
+        return await system.metric('mayfly_pauses{kind="wrong_organisation"}') == 1
+
+    await eventually(is_paused, seconds=20)
+    await asyncio.sleep(2)  # what was under way at that moment ends
+    calls = len(system.simulator.calls)
+    await asyncio.sleep(2)
+    _, health = await system.health()
+
+    assert len(system.simulator.calls) == calls
+    assert "mayfly doctor" in health["parts"]["deletions"]["detail"]
+    assert sum(row.state == "deleted" for row in await system.ledger.rows()) == 5
+    assert await worker.stop() == 0
+
+    # Another key, which knows them: the pause was not its own.
+    system.simulator.plan.stand("GET", None)
+    system.simulator.api_key = "sk-right-0123456789"
+    await system.worker(SYNC_API_KEY="sk-right-0123456789")
+    await system.drain()
+
+    assert {row.state for row in await system.ledger.rows()} == {"deleted"}
+    assert await system.metric('mayfly_pauses{kind="wrong_organisation"}') == 0
+    assert len(system.simulator.generations) == 5  # the first few cannot be told from what is gone
+    verdict = await system.judged()
+    assert len(verdict.untrue) == len(verdict.all) == 5
 
 
 @on_both
