@@ -146,14 +146,14 @@ async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: boo
     """
     from service.commands.running import on_stop  # noqa: PLC0415
     from service.resources import open_resources  # noqa: PLC0415
-    from service.sync.organisation import check_organisation  # noqa: PLC0415
+    from service.sync.organisation import check_organisation, warn_if_not_compared  # noqa: PLC0415
 
     stop = asyncio.Event()
     on_stop(stop.set)
-    if is_deleting:
-        await check_organisation(settings)
+    uncompared = await check_organisation(settings) if is_deleting else None
     metrics = Metrics()
     async with open_resources(settings, is_migrating=is_migrating) as resources:
+        warn_if_not_compared(uncompared)
         # Not a TaskGroup: it would cancel the other side in the middle of its deletions.
         running = [_stop_after(side(settings, resources, metrics, stop), stop) for side in sides]
         ends = await asyncio.gather(*running, return_exceptions=True)

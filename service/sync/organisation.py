@@ -37,13 +37,13 @@ def is_same_organisation(status: int, body: bytes, secrets: Sequence[Secret]) ->
     return Secret(theirs) in secrets
 
 
-async def check_organisation(settings: Settings) -> None:
-    """Compare the key with the webhook secrets where both are set; an API that does not answer is only logged.
+async def check_organisation(settings: Settings) -> str | None:
+    """Compare the key with the webhook secrets where both are set; return why that was not possible.
 
     Raises: SettingsError if they belong to two organisations.
     """
     if settings.api_key is None or not settings.webhook_secrets:
-        return
+        return None
     headers = {"x-api-key": settings.api_key.reveal(), "accept": "application/json"}
     try:
         async with asyncio.timeout(_SECONDS), httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
@@ -51,8 +51,13 @@ async def check_organisation(settings: Settings) -> None:
         found, why = is_same_organisation(answer.status_code, answer.content, settings.webhook_secrets), "its answer"
     except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:  # TimeoutError is an OSError
         found, why = None, type(error).__name__
-    if found is None:
+    if found is False:
+        raise SettingsError([OTHER_ORGANISATION])
+    return why if found is None else None
+
+
+def warn_if_not_compared(why: str | None) -> None:
+    """Log that key and webhook secret were not compared at the start, once the rest of it has succeeded."""
+    if why is not None:
         what_now = "started without; mayfly doctor compares them again"
         log.warning("organisation.not_compared", error=why, what_now=what_now)
-    elif not found:
-        raise SettingsError([OTHER_ORGANISATION])

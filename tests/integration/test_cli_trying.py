@@ -18,7 +18,7 @@ from structlog.testing import capture_logs
 from service.commands.doctor import _check_clock, _judge_answer
 from service.config.settings import read_settings
 from service.core.secret import Secret
-from service.sync.organisation import OTHER_ORGANISATION, check_organisation, is_same_organisation
+from service.sync.organisation import OTHER_ORGANISATION, check_organisation, is_same_organisation, warn_if_not_compared
 from tests.conftest import API_TOKEN, http_client
 from tests.support.commands import command
 from tests.support.ledger import HOUR, store
@@ -308,7 +308,7 @@ async def test_an_api_that_does_not_answer_at_start_only_warns(tmp_path):
     )
 
     with capture_logs() as logs:
-        await check_organisation(settings)
+        warn_if_not_compared(await check_organisation(settings))
 
     assert [(line["event"], line["log_level"]) for line in logs] == [("organisation.not_compared", "warning")]
 
