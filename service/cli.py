@@ -64,7 +64,7 @@ def up() -> None:
     from service.web.app import run_web  # noqa: PLC0415 - each command loads what it runs
     from workers.main import run_worker  # noqa: PLC0415
 
-    _run_service([run_web, run_worker], require_webhook_secret, require_api_key, is_migrating=True)
+    _run_service([run_web, run_worker], require_webhook_secret, require_api_key, is_migrating=True, is_deleting=True)
 
 
 @main.command()
@@ -92,7 +92,7 @@ def worker(*, check: bool) -> None:
         sys.exit(0 if is_alive(settings_or_exit().data_dir, now_seconds=time.time()) else 1)
     from workers.main import run_worker  # noqa: PLC0415
 
-    _run_service([run_worker], require_api_key)
+    _run_service([run_worker], require_api_key, is_deleting=True)
 
 
 @main.command()
@@ -116,12 +116,17 @@ def migrate() -> None:
     run(work(settings_or_exit()))
 
 
-def _run_service(sides: list[Side], *requirements: Callable[[Settings], None], is_migrating: bool = False) -> None:
+def _run_service(
+    sides: list[Side],
+    *requirements: Callable[[Settings], None],
+    is_migrating: bool = False,
+    is_deleting: bool = False,
+) -> None:
     from service.commands.running import run, settings_or_exit  # noqa: PLC0415
 
     settings = settings_or_exit(*requirements)
     _collect_rarely()
-    run(_run_sides(settings, sides, is_migrating=is_migrating))
+    run(_run_sides(settings, sides, is_migrating=is_migrating, is_deleting=is_deleting))
 
 
 def _collect_rarely() -> None:
@@ -134,18 +139,22 @@ def _collect_rarely() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: bool) -> None:
+async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: bool, is_deleting: bool) -> None:
     """Run *sides* over one set of resources until a signal comes or one of them ends.
 
-    Raises: what the first of them raised, after the others have finished.
+    Raises: SettingsError where the key is another organisation's; else what the first of them raised, after the others
+    have finished.
     """
     from service.commands.running import on_stop  # noqa: PLC0415
     from service.resources import open_resources  # noqa: PLC0415
+    from service.sync.organisation import check_organisation, warn_if_not_compared  # noqa: PLC0415
 
     stop = asyncio.Event()
     on_stop(stop.set)
+    uncompared = await check_organisation(settings) if is_deleting else None
     metrics = Metrics()
     async with open_resources(settings, is_migrating=is_migrating) as resources:
+        warn_if_not_compared(uncompared)
         # Not a TaskGroup: it would cancel the other side in the middle of its deletions.
         running = [_stop_after(side(settings, resources, metrics, stop), stop) for side in sides]
         ends = await asyncio.gather(*running, return_exceptions=True)

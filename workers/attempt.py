@@ -25,6 +25,7 @@ from service.ledger.settling import Copy, CopyResult, Settlement
 from service.runtime.metrics import Metrics
 from service.sync.answers import Answer
 from service.sync.client import DELETE_SECONDS, GET_SECONDS, SyncApi
+from workers.key_proof import KeyProof
 
 log = structlog.get_logger()
 
@@ -57,6 +58,7 @@ class Cleaner:
     give_up_after: timedelta
     is_dry_run: bool
     metrics: Metrics
+    key_proof: KeyProof
 
     async def clean(self, claim: Claim) -> Verdict | None:
         """Make one attempt at a claimed record and return the verdict that ended it; None if there was none.
@@ -87,7 +89,7 @@ class Cleaner:
             return await self._settle_answer(claim, found, "GET")
         if (later := self._reconsider(claim, found.generation)) is not None:
             return await self._apply_override(claim, later)
-        copied = Copy(claim, found.generation, found.body)
+        copied = Copy(claim, found.generation, found.body, is_rehearsal=self.is_dry_run)
         return await self._delete_if_allowed(claim, await self._commit(claim, lambda: self.copy(copied)))
 
     def _reconsider(self, claim: Claim, generation: Generation) -> Retention | None:
@@ -98,7 +100,8 @@ class Cleaner:
     async def _apply_override(self, claim: Claim, later: Retention) -> Verdict | None:
         """Defer, hold or keep a generation because of an override that the API shows and the webhook did not have."""
         step = Step(Move.DEFER, claim.progress, retry_at=later.due_at or self.now())
-        if not await self._settle(Settlement(claim, Verdict.DONE, step, is_key_good=True, retention=later)):
+        settlement = Settlement(claim, Verdict.DONE, step, is_key_good=True, is_shown=True, retention=later)
+        if not await self._settle(settlement):
             return self._log_lost_lease(claim)
         log.info("cleanup.overridden", **_log_fields(claim), rule=later.rule, what_now="kept as its webhookUrl asks")
         if (invalid := later.invalid) is not None:
@@ -126,6 +129,9 @@ class Cleaner:
 
     async def _settle_answer(self, claim: Claim, answer: Answer, method: str) -> Verdict | None:
         """Commit what follows from the answer that ended the attempt."""
+        if answer.is_key_doubtful:
+            is_in_budget = method == "GET"  # the call of the DELETE is left
+            answer = await self.key_proof.explain(answer, until=claim.lease_until, is_in_budget=is_in_budget)
         now = self.now()
         step = after_attempt(
             answer.verdict,
@@ -134,8 +140,9 @@ class Cleaner:
             give_up_after=self.give_up_after,
             retry_after=answer.retry_after,
             jitter=random.random(),  # noqa: S311 - spreads retries, protects nothing
+            has_unanswered_delete=claim.has_unanswered_delete,
         )
-        receipt = _receipt_json(method, answer, now) if step.move is Move.CONFIRM else None
+        receipt = _receipt_json(method, answer, now, step.detail) if step.move is Move.CONFIRM else None
         settlement = Settlement(
             claim,
             answer.verdict,
@@ -144,6 +151,7 @@ class Cleaner:
             error=None if receipt else answer.error,
             is_refund=method == "DELETE" and answer.is_undeleted,
             is_key_good=answer.is_key_good,
+            is_shown=method == "DELETE" or answer.generation is not None,
             throttle=answer.throttle,
         )
         if not await self._settle(settlement):
@@ -155,7 +163,8 @@ class Cleaner:
     async def _settle_dry_run(self, claim: Claim) -> Verdict | None:
         step = Step(Move.DEFER, claim.progress, retry_at=self.now() + DRY_RUN_AGAIN)
         error = "dry run: it would have been deleted"
-        if not await self._settle(Settlement(claim, Verdict.DONE, step, error=error, is_key_good=True)):
+        settlement = Settlement(claim, Verdict.DONE, step, error=error, is_key_good=True, is_shown=True)
+        if not await self._settle(settlement):
             return self._log_lost_lease(claim)
         log.info("cleanup.simulated", **_log_fields(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
         return Verdict.DONE
@@ -208,9 +217,11 @@ def _next_attempt_at(settlement: Settlement) -> datetime | None:
     return None if is_stopped else settlement.step.retry_at
 
 
-def _receipt_json(method: str, answer: Answer, now: datetime) -> str:
+def _receipt_json(method: str, answer: Answer, now: datetime, detail: str | None) -> str:
     """Return the receipt of a deletion as JSON: the call, the time, and the API's answer unchanged."""
-    receipt = {"method": method, "status": answer.status, "at": now, "body": answer.body}
+    receipt: dict[str, object] = {"method": method, "status": answer.status, "at": now, "body": answer.body}
+    if detail:
+        receipt["detail"] = detail
     return msgspec.json.encode(receipt).decode()
 
 

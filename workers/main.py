@@ -22,9 +22,9 @@ from service.core.key import Key
 from service.core.secret import Secret
 from service.jobs import connection, enqueue
 from service.jobs.enqueue import CleanupJob
-from service.ledger import claiming, pausing, settling
+from service.ledger import claiming, key_history, pausing, settling
 from service.ledger.claiming import Claim, NotYet, Outlook, Wanted
-from service.ledger.database import Database
+from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.group_commit import GroupCommit
 from service.ledger.settling import CopyResult
 from service.resources import Resources, open_queue
@@ -35,6 +35,7 @@ from service.sync.rate_limit import Budget
 from workers.attempt import Cleaner
 from workers.cleanup import BUDGET_SECONDS, Attempts, CleanupJobs, cleanup
 from workers.heartbeat import beat
+from workers.key_proof import KeyProof
 from workers.overdue import AT_ONCE, LATE, LedgerCalls, Overdue
 
 log = structlog.get_logger()
@@ -43,6 +44,8 @@ log = structlog.get_logger()
 # worker that died waits for its end.
 LEASE: Final = timedelta(seconds=60)
 STOP_SECONDS: Final = LEASE.total_seconds() + 5
+# How long a proof of the key waits for the budget; the attempt's GET and DELETE are used up.
+_PROOF_SECONDS: Final = 5.0
 _LEASES_AT_ONCE: Final = 500
 _ARQ_RESTART_SECONDS: Final = 2.0
 # The longest lag of a job while there is room; arq starts at most max_jobs jobs per poll. With 0.5, arq's default, the
@@ -97,7 +100,9 @@ async def _open_parts(
     """Connect the job and the safety net to the ledger, the queue, the budget and the API with *key*."""
     budget = Budget(settings.api_rate, pool, key, clock=time.monotonic, stopping=stopping)
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
-    ledger = _Ledger(database, limit=limit, actor=f"worker {socket.gethostname()}:{os.getpid()}")
+    ledger = _Ledger(database, limit=limit, actor=f"worker {socket.gethostname()}:{os.getpid()}", key_id=key.identify())
+    with contextlib.suppress(LedgerUnavailableError):  # then the pause stays
+        await database.write(partial(key_history.resume_for_key, key_id=ledger.key_id))
     async with _open_cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
         attempts = Attempts(cleaner.clean, limit=_max_jobs(settings.concurrency))
         jobs = CleanupJobs(
@@ -134,23 +139,26 @@ async def _open_cleaner(
         # For existing claims. New claims wait for the pause in the ledger.
         on_throttled=lambda seconds: budget.close_for(min(seconds, LEASE.total_seconds())),
     ) as api:
+        call_slot = partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget)
         yield Cleaner(
             api=api,
             copy=GroupCommit(ledger.copy).submit,
             settle=GroupCommit(ledger.settle).submit,
             enqueue_next=partial(_enqueue_next, pool, metrics),
-            call_slot=partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget),
+            call_slot=call_slot,
             now=_now,
             give_up_after=settings.give_up_after,
             is_dry_run=settings.is_dry_run,
             metrics=metrics,
+            key_proof=KeyProof(api, call_slot=call_slot, acquire=partial(budget.acquire, _PROOF_SECONDS)),
         )
 
 
 class _Ledger:
     """The ledger's calls that jobs, attempts and the safety net need."""
 
-    def __init__(self, database: Database, *, limit: int | None, actor: str) -> None:
+    def __init__(self, database: Database, *, limit: int | None, actor: str, key_id: str) -> None:
+        self.key_id = key_id
         self._database = database
         self._limit = limit
         self._actor = actor
@@ -186,7 +194,7 @@ class _Ledger:
 
     async def settle(self, items: Sequence[settling.Settlement]) -> Sequence[bool]:
         """Commit the outcomes of attempts."""
-        write = partial(settling.settle_attempts, settlements=items, now=_now(), actor=self._actor)
+        write = partial(settling.settle_attempts, settlements=items, now=_now(), actor=self._actor, key_id=self.key_id)
         return await self._database.write(write)
 
 

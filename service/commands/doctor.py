@@ -35,6 +35,7 @@ from service.ledger import pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.runtime.terminal import console
+from service.sync.organisation import OTHER_ORGANISATION, SECRET_PATH, is_same_organisation
 from service.web.health import LATE
 
 # The Date header has whole seconds, and the answer takes time: a smaller difference says nothing.
@@ -173,7 +174,7 @@ async def _check_api(settings: Settings) -> list[Finding]:
     try:
         async with asyncio.timeout(_API_SECONDS), httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
             answer = await client.get(f"{settings.base_url}/v2/generations", params={"limit": 1}, headers=headers)
-            secret = await client.get(f"{settings.base_url}/v2/organizations/webhook/secret", headers=headers)
+            secret = await client.get(f"{settings.base_url}{SECRET_PATH}", headers=headers)
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
         detail = f"the API is unreachable ({type(error).__name__}); check SYNC_BASE_URL and the network"
         return [Finding("API key", "failing", detail)]
@@ -198,16 +199,12 @@ def _judge_answer(status: int, body: bytes) -> Finding:
 
 def _check_organisation(answer: httpx.Response, secrets: Sequence[Secret]) -> list[Finding]:
     """Compare the webhook secrets with the key's organisation: with another one's key every generation seems gone."""
-    try:
-        theirs = msgspec.json.decode(answer.content, type=dict[str, str]).get("secret") if answer.is_success else None
-    except msgspec.MsgspecError:
+    is_same = is_same_organisation(answer.status_code, answer.content, secrets)
+    if is_same is None:
         return []
-    if theirs is None or not secrets:
-        return []
-    if Secret(theirs) in secrets:
+    if is_same:
         return [Finding("organisation", "ok", "the API key and the webhook secret belong together")]
-    detail = "the API key's organisation has another webhook secret; check SYNC_WEBHOOK_SECRET and SYNC_API_KEY"
-    return [Finding("organisation", "failing", detail)]
+    return [Finding("organisation", "failing", OTHER_ORGANISATION)]
 
 
 def _check_clock(header: str, tolerance: timedelta) -> list[Finding]:

@@ -9,7 +9,7 @@ from rich.table import Table
 from service.commands.running import actor, as_json, open_ledger, print_json, run, settings_or_exit
 from service.config.settings import Settings
 from service.core.lifecycle import State
-from service.ledger import pausing
+from service.ledger import key_history, pausing
 from service.ledger.pausing import Kind, Pause
 from service.ledger.views import Stats, read_stats
 from service.runtime.terminal import console, format_time, plain
@@ -84,7 +84,7 @@ def resume() -> None:
 
     async def work(settings: Settings) -> list[Kind]:
         async with open_ledger(settings) as database:
-            return await database.write(partial(pausing.resume, kinds=list(Kind)))
+            return await database.write(key_history.resume_all)
 
     ended = run(work(settings_or_exit()))
     click.echo(f"Deletions are resumed. Ended: {', '.join(ended)}." if ended else "There was no pause to end.")

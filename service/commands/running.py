@@ -106,6 +106,8 @@ def fail(problem: str) -> NoReturn:
 def _fail_with(error: BaseException) -> NoReturn:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    if isinstance(error, SettingsError):
+        _exit_with(error.problems)
     if isinstance(error, LedgerUnavailableError):
         fail(f"the ledger cannot be opened: {error}; check MAYFLY_DATABASE_URL")
     if isinstance(error, ExplainedError):

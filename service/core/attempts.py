@@ -15,23 +15,24 @@ MAX_RETRY_AFTER: Final = timedelta(hours=24)
 MAX_REFUSALS: Final = 5
 # A record that crashes its worker each time must not crash all workers in a tight loop.
 MAX_FREE_LOSSES: Final = 3
+ANSWER_LOST: Final = "answer lost, confirmed by a later 404"
 
 
 class Verdict(StrEnum):
     """What one answer of the API means for the generation it was asked about."""
 
     DONE = "done"  # 2xx with the generation asked for
-    GONE = "gone"  # 404, 410: there is nothing left to delete
+    GONE = "gone"  # 404, 410 with the API's own generation_not_found: there is nothing left to delete
     RUNNING = "running"  # still processing: by its status, or a 409
-    RETRY = "retry"  # 429, 5xx, network, timeout, redirect, unreadable: says nothing about the generation
+    RETRY = "retry"  # 429, 5xx, any other 404, network, timeout, redirect, unreadable: says nothing about it
     REFUSED = "refused"  # another 4xx: concerns this record alone
-    UNAUTHORIZED = "unauthorized"  # 401, 403: concerns the key, not the record
+    UNAUTHORIZED = "unauthorized"  # 401, 402, 403: concerns the key, unless a call about no generation is accepted
 
 
 class Outcome(StrEnum):
     """How a record came to be deleted."""
 
-    DELETED = "deleted"  # the API confirmed our DELETE
+    DELETED = "deleted"  # the API confirmed our DELETE, or no longer knew it after a DELETE whose answer was lost
     ALREADY_GONE = "already_gone"  # the API no longer knew it
 
 
@@ -53,12 +54,13 @@ def exclude_wait(progress: Progress, delay: timedelta) -> Progress:
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What follows from one attempt; *retry_at* is set for a DEFER, *outcome* for a CONFIRM."""
+    """What follows from one attempt; *retry_at* is set for a DEFER, *outcome* for a CONFIRM, *detail* explains it."""
 
     move: Move
     progress: Progress
     retry_at: datetime | None = None
     outcome: Outcome | None = None
+    detail: str | None = None
 
 
 def after_attempt(
@@ -69,16 +71,20 @@ def after_attempt(
     give_up_after: timedelta,
     retry_after: timedelta | None,
     jitter: float,
+    has_unanswered_delete: bool = False,
 ) -> Step:
     """Decide what follows from the *verdict* that ended an attempt.
 
     *retry_after* is what the API asked for, *jitter* a random number from 0 to 1. A retryable failure is given up
     because of its age, never because of a count. A refusal is given up after MAX_REFUSALS. A refused key counts as
-    neither.
+    neither. *has_unanswered_delete*: an earlier attempt may have sent its DELETE, and the answer is not known.
     """
-    if verdict is Verdict.DONE or verdict is Verdict.GONE:
-        outcome = Outcome.DELETED if verdict is Verdict.DONE else Outcome.ALREADY_GONE
-        return Step(Move.CONFIRM, progress, outcome=outcome)
+    if verdict is Verdict.DONE:
+        return Step(Move.CONFIRM, progress, outcome=Outcome.DELETED)
+    if verdict is Verdict.GONE and has_unanswered_delete:
+        return Step(Move.CONFIRM, progress, outcome=Outcome.DELETED, detail=ANSWER_LOST)
+    if verdict is Verdict.GONE:
+        return Step(Move.CONFIRM, progress, outcome=Outcome.ALREADY_GONE)
     if verdict is Verdict.UNAUTHORIZED:
         wait = backoff(1, retry_after=retry_after, jitter=jitter)
         return Step(Move.DEFER, Progress(None, 0, progress.refusals), retry_at=now + wait)

@@ -1,5 +1,7 @@
 """A text that logs, errors and reprs do not show."""
 
+from hashlib import sha256
+
 
 class Secret:
     """A text that only reveal() shows."""
@@ -12,6 +14,10 @@ class Secret:
     def reveal(self) -> str:
         """Return the text, for the wire and nothing else."""
         return self._text
+
+    def identify(self) -> str:
+        """Return a short hash that tells one secret from another and does not show it."""
+        return sha256(self._text.encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:
         return "Secret(…)"

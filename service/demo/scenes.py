@@ -29,7 +29,7 @@ SCENES: Final = (
     Scene("still processing: 409", faults={"DELETE": ["409"]}),
     Scene("the API breaks: 500", is_spoken=True, faults={"GET": ["500"]}),
     Scene("too many calls: 429, 2 s", faults={"DELETE": ["429:retry_after=2"]}),
-    Scene("the answer gets lost", faults={"DELETE": ["lost"]}, outcome=Outcome.ALREADY_GONE),
+    Scene("the answer gets lost", faults={"DELETE": ["lost"]}, outcome=Outcome.DELETED),
     Scene("?ttl=forever", override="?ttl=forever", ends=State.KEPT, outcome=None),
     Scene("?hold=legal", override="?hold=legal", ends=State.HELD, outcome=None),
 )

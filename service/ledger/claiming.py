@@ -34,6 +34,7 @@ class Claim:
     progress: Progress
     rule: str
     ttl: timedelta | None
+    has_unanswered_delete: bool  # an earlier attempt may have sent its DELETE, and its answer is not known
 
 
 # Without the bodies: hundreds of rows of a megabyte each would need too much memory.
@@ -41,7 +42,7 @@ _CLAIM_COLUMNS = tuple(
     records.c[name]
     for name in (
         *("seq", "account", "id", "attempts", "due_at", "wake_at", "rule", "ttl_seconds"),
-        *("failing_since", "failures", "refusals"),
+        *("failing_since", "failures", "refusals", "unanswered_attempt"),
     )
 )
 
@@ -223,6 +224,7 @@ def _claim_from_row(row: Row[Any], *, now: datetime, until: datetime) -> Claim:
         exclude_wait(_progress_from_row(row), now - row.wake_at),
         row.rule,
         None if row.ttl_seconds is None else timedelta(seconds=row.ttl_seconds),
+        row.unanswered_attempt is not None,
     )
 
 

@@ -25,6 +25,7 @@ class Kind(StrEnum):
     OPERATOR = "operator"  # until an operator resumes
     UNAUTHORIZED = "unauthorized"  # the API refused the key; until a probe succeeds
     DAILY_LIMIT = "daily_limit"  # MAYFLY_MAX_DELETES_PER_DAY is reached; until midnight UTC
+    WRONG_ORGANISATION = "wrong_organisation"  # the key knows no generation; until it shows one or an operator resumes
     THROTTLED = "throttled"  # the API answered 429; for as long as it asked
 
 

@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Date,
     DateTime,
@@ -112,6 +113,8 @@ records = Table(
     Column("attempts", Integer, nullable=False, server_default="0"),
     # The attempt that made the copy: after it the DELETE may be in progress, and it is too late to stop it.
     Column("copied_attempt", Integer),
+    # The attempt that may have sent a DELETE whose answer is not known: it explains a later generation_not_found.
+    Column("unanswered_attempt", Integer),
     # The UTC day on which it was counted against MAYFLY_MAX_DELETES_PER_DAY: once a day, however many attempts.
     Column("counted_on", Date),
     Column("failing_since", Instant),
@@ -186,11 +189,22 @@ pauses = Table(
     "pauses",
     metadata,
     Column("account", String(64), primary_key=True),
-    Column("kind", String(16), primary_key=True),
+    Column("kind", String(32), primary_key=True),
     Column("since", Instant, nullable=False),
     Column("actor", Text, nullable=False),
     Column("reason", Text, nullable=False),
     Column("until", Instant),
+)
+
+# What the API keys in use have shown; key_id is the start of a hash of the key.
+keys = Table(
+    "keys",
+    metadata,
+    Column("account", String(64), primary_key=True),
+    Column("key_id", String(16), primary_key=True),
+    # The API showed it a generation, or an operator resumed.
+    Column("is_trusted", Boolean, nullable=False),
+    Column("unknown", Integer, nullable=False),
 )
 
 # The number of deletions on each UTC day, counted before the DELETE is sent.

@@ -1,7 +1,7 @@
 """Writes of a worker to the records it has claimed: the copy, and the outcome of the attempt. A fence guards each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -9,16 +9,18 @@ from typing import Any
 from sqlalchemy import Connection, Date, Row, bindparam, func, select, update
 from sqlalchemy import Text as TextType
 
-from service.core.attempts import Step, Verdict
+from service.core.attempts import Outcome, Step, Verdict
 from service.core.generation import Generation
 from service.core.lifecycle import Move, State, state_after
 from service.core.retention import Retention
-from service.ledger import daily_limit, pausing
+from service.ledger import daily_limit, key_history, pausing
 from service.ledger.claiming import Claim
 from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.history import Entry, append_entries
 from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import records
+
+_UNKNOWN_TO_KEY = "the API does not know it, nor any other generation yet; check SYNC_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
@@ -28,6 +30,7 @@ class Copy:
     claim: Claim
     generation: Generation
     body: str
+    is_rehearsal: bool = False  # no DELETE follows
 
 
 @dataclass(frozen=True, slots=True)
@@ -39,8 +42,9 @@ class Settlement:
     step: Step
     receipt: str | None = None
     error: str | None = None
-    is_refund: bool = False  # it was counted against the daily limit, and the API did not delete
+    is_refund: bool = False  # its DELETE was allowed, and certainly deleted nothing
     is_key_good: bool = False  # the API gives this answer only to a valid key
+    is_shown: bool = False  # the API showed the generation
     throttle: timedelta | None = None  # for how long the API wants no calls
     retention: Retention | None = None  # from an override that only the API showed; with a DEFER
 
@@ -63,7 +67,6 @@ def store_copies(
     if not kept:
         return [CopyResult.LOST] * len(copies)
     today = daily_limit.day_of(now)
-    connection.execute(_copy, [_copy_values(item, now) for item in kept])
     if any(one.kind is Kind.OPERATOR for one in pausing.find_pauses(connection)):
         outcomes = {item.claim.seq: CopyResult.PAUSED for item in kept}
     else:
@@ -73,20 +76,26 @@ def store_copies(
             connection.execute(_set_counted, [{"b_seq": seq, "b_day": today} for seq in others[:reserved]])
         beyond = set(others[reserved:])
         outcomes = {i.claim.seq: CopyResult.LIMITED if i.claim.seq in beyond else CopyResult.KEPT for i in kept}
+    connection.execute(_copy, [_copy_values(item, now, outcomes[item.claim.seq]) for item in kept])
     return [outcomes.get(item.claim.seq, CopyResult.LOST) for item in copies]
 
 
 def settle_attempts(
-    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str
+    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str, key_id: str
 ) -> list[bool]:
-    """Write the outcome of each attempt; False where the lease is over, and the next claim decides."""
+    """Write the outcome of each attempt; False where the lease is over or the key in doubt, and the next claim decides.
+
+    *key_id* identifies the API key that the attempts used.
+    """
     mine = _lock_claimed(connection, [item.claim for item in settlements])
     valid = [item for item in settlements if item.claim.seq in mine]
+    doubted = _doubt_unknown(connection, valid, now=now, actor=actor, key_id=key_id)
+    valid = [doubted.get(item.claim.seq, item) for item in valid]
     for statement, values in (
         (_confirm, [_confirm_values(item, now) for item in valid if item.step.move is Move.CONFIRM]),
         (_defer, [_defer_values(item) for item in valid if item.step.move is not Move.CONFIRM]),
         (_set_retention, [_retention_values(item, item.retention) for item in valid if item.retention is not None]),
-        (_clear_counted, [{"b_seq": item.claim.seq} for item in valid if item.is_refund]),
+        (_clear_delete, [{"b_seq": item.claim.seq} for item in valid if item.is_refund]),
     ):
         if values:
             connection.execute(statement, values)
@@ -94,7 +103,24 @@ def settle_attempts(
     counted = [mine[item.claim.seq].counted_on for item in valid if item.is_refund]
     daily_limit.refund_deletes(connection, [day for day in counted if day is not None])
     _update_pauses(connection, settlements, now, actor)
-    return [item.claim.seq in mine for item in settlements]
+    return [item.claim.seq in mine and item.claim.seq not in doubted for item in settlements]
+
+
+def _doubt_unknown(
+    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str, key_id: str
+) -> dict[int, Settlement]:
+    """Return deferrals, by record, instead of what is unknown to a key that may be another organisation's."""
+    unknown = [item for item in settlements if item.step.outcome is Outcome.ALREADY_GONE]
+    is_shown = any(item.is_shown for item in settlements)
+    believed = key_history.note_answers(
+        connection, key_id, is_shown=is_shown, unknown=len(unknown), now=now, actor=actor
+    )
+    return {
+        item.claim.seq: replace(
+            item, step=Step(Move.DEFER, item.claim.progress, retry_at=now), receipt=None, error=_UNKNOWN_TO_KEY
+        )
+        for item in unknown[believed:]
+    }
 
 
 _select_claimed = (
@@ -118,6 +144,8 @@ _copy = (
         copy=bindparam("b_copy"),
         copied_at=bindparam("b_copied_at"),
         copied_attempt=bindparam("b_attempt"),
+        # The API still shows it, so no earlier DELETE did delete it.
+        unanswered_attempt=bindparam("b_unanswered_attempt"),
         # Where the API shows nothing, the webhook's value stays.
         **{
             name: func.coalesce(bindparam(f"b_{name}", type_=records.c[name].type), records.c[name])
@@ -140,7 +168,9 @@ _confirm = (
 _set_counted = (
     update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=bindparam("b_day", type_=Date))
 )
-_clear_counted = update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=None)
+_clear_delete = (
+    update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=None, unanswered_attempt=None)
+)
 _set_retention = (
     update(records)
     .where(records.c.seq == bindparam("b_seq"))
@@ -172,13 +202,14 @@ def _lock_claimed(connection: Connection, claims: Sequence[Claim]) -> dict[int, 
     return {row.seq: row for row in rows if attempts[row.seq] == row.attempts}
 
 
-def _copy_values(item: Copy, now: datetime) -> dict[str, Any]:
+def _copy_values(item: Copy, now: datetime, result: CopyResult) -> dict[str, Any]:
     columns = {f"b_{name}": value for name, value in generation_values(item.generation).items()}
     return columns | {
         "b_seq": item.claim.seq,
         "b_attempt": item.claim.attempt,
         "b_copy": item.body,
         "b_copied_at": now,
+        "b_unanswered_attempt": None if item.is_rehearsal or result is not CopyResult.KEPT else item.claim.attempt,
     }
 
 
@@ -231,6 +262,8 @@ def _entries(item: Settlement, now: datetime, actor: str) -> list[Entry]:
     detail: dict[str, Any] = {"attempt": item.claim.attempt, "verdict": item.verdict}
     if item.step.outcome:
         detail["outcome"] = item.step.outcome
+    if item.step.detail:
+        detail["detail"] = item.step.detail
     if item.step.retry_at:
         detail["retryAt"] = item.step.retry_at
     if item.error:

@@ -24,9 +24,12 @@ PARAMETERS = frozenset(
         "location",  # 301, 302, 307, 308
         "interval",  # slow: seconds between two bytes
         "megabytes",  # huge
+        "answer",  # 404, 410: the body, one of ABSENT_BODIES; with it the operation has no effect
         "effect",  # any: 1 or 0, whether the operation takes effect despite the answer
     }
 )
+# Bodies of 404 and 410 that say nothing about the generation, and the API's own.
+ABSENT_BODIES = frozenset({"empty", "object", "gateway", "html", "route", "organization", "project", "own"})
 NUMBERS = frozenset({"date", "body", "interval", "megabytes"})
 
 
@@ -91,6 +94,8 @@ class Fault:
         parameters = {key: value for key, _, value in pairs}
         if unknown := parameters.keys() - PARAMETERS:
             raise ValueError(f"fault {text!r}: unknown parameter {min(unknown)!r}, known: {sorted(PARAMETERS)}")
+        if (body := parameters.get("answer")) is not None and body not in ABSENT_BODIES:
+            raise ValueError(f"fault {text!r}: answer is not one of: {', '.join(sorted(ABSENT_BODIES))}")
         for key in NUMBERS & parameters.keys():
             try:
                 float(parameters[key])
@@ -108,7 +113,7 @@ class Fault:
     def has_effect(self) -> bool:
         if (effect := self.parameters.get("effect")) is not None:
             return effect == "1"
-        return self.name in WITH_EFFECT
+        return self.name in WITH_EFFECT and "answer" not in self.parameters
 
     def __str__(self) -> str:
         rest = ",".join(f"{key}={value}" for key, value in self.parameters.items())

@@ -31,6 +31,7 @@ class Meaning:
     verdict: Verdict
     is_undeleted: bool = False  # a DELETE with this answer certainly deleted nothing
     is_key_good: bool = False  # the API gives this answer only to a valid key
+    is_key_doubtful: bool = False  # either the key is refused or this record: a call about no generation tells
     is_throttled: bool = False  # all calls stop for the time that the API asks for
 
 
@@ -38,19 +39,20 @@ MEANINGS: Mapping[int, Meaning] = MappingProxyType(
     {
         200: Meaning(Verdict.DONE, is_key_good=True),
         400: Meaning(Verdict.REFUSED, is_undeleted=True),
-        401: Meaning(Verdict.UNAUTHORIZED, is_undeleted=True),
+        401: Meaning(Verdict.UNAUTHORIZED, is_undeleted=True, is_key_doubtful=True),
         402: Meaning(Verdict.UNAUTHORIZED, is_undeleted=True),
-        403: Meaning(Verdict.UNAUTHORIZED, is_undeleted=True),
-        404: Meaning(Verdict.GONE, is_key_good=True),
+        403: Meaning(Verdict.UNAUTHORIZED, is_undeleted=True, is_key_doubtful=True),
+        404: Meaning(Verdict.RETRY),  # _GONE if proves_gone()
         405: Meaning(Verdict.REFUSED, is_undeleted=True),
         408: Meaning(Verdict.RETRY),
         409: Meaning(Verdict.RUNNING, is_undeleted=True, is_key_good=True),
-        410: Meaning(Verdict.GONE, is_key_good=True),
+        410: Meaning(Verdict.RETRY),  # as 404
         422: Meaning(Verdict.REFUSED, is_undeleted=True),
         425: Meaning(Verdict.RETRY),
         429: Meaning(Verdict.RETRY, is_undeleted=True, is_throttled=True),
     }
 )
+_GONE: Final = Meaning(Verdict.GONE, is_key_good=True)
 _OTHER_4XX: Final = Meaning(Verdict.REFUSED)
 # 5xx; 3xx, which are never followed; other 2xx, which confirm nothing.
 _ALL_OTHERS: Final = Meaning(Verdict.RETRY)
@@ -72,6 +74,7 @@ class Answer:
     retry_after: timedelta | None = None
     is_undeleted: bool = False
     is_key_good: bool = False
+    is_key_doubtful: bool = False
     throttle: timedelta | None = None
 
 
@@ -105,6 +108,34 @@ def read_delete(reply: Reply, generation_id: str) -> Answer:
     return _read_generation(reply, generation_id) if reply.status == HTTPStatus.OK else _read_error(reply)
 
 
+def read_list(reply: Reply) -> Answer:
+    """Interpret the answer to the list of generations, as a proof of the key: DONE, UNAUTHORIZED, or RETRY for neither.
+
+    A page of a proxy is no word on the key.
+    """
+    body = (reply.body or b"").strip()
+    if reply.status == HTTPStatus.OK and body.startswith(b"["):
+        return Answer(Verdict.DONE, reply.status, is_key_good=True)
+    answer = _read_error(reply)
+    is_theirs = reply.body == b"" or _parse_details(reply.body) is not None
+    return answer if answer.verdict is Verdict.UNAUTHORIZED and is_theirs else replace(answer, verdict=Verdict.RETRY)
+
+
+def explain_refusal(refusal: Answer, proof: Answer | None) -> Answer:
+    """Tell by *proof*, the answer of read_list(), what a 401 or 403 about one generation means; None is no answer.
+
+    A key that is accepted elsewhere makes it this record's own refusal. Without a word on the key it is neither.
+    """
+    if proof is not None and proof.verdict is Verdict.UNAUTHORIZED:
+        return refusal
+    if proof is not None and proof.verdict is Verdict.DONE:
+        error = f"{refusal.error} for this generation, and accepts the key"
+        return replace(refusal, verdict=Verdict.REFUSED, error=error, is_key_good=True)
+    error = f"{refusal.error}, and whether the key is accepted is not known"
+    throttle = None if proof is None else proof.throttle
+    return replace(refusal, verdict=Verdict.RETRY, error=error, throttle=throttle)
+
+
 def _read_generation(reply: Reply, generation_id: str) -> Answer:
     """Read the generation in a 200 and check its id."""
     if reply.body is None:
@@ -124,7 +155,7 @@ def _read_error(reply: Reply) -> Answer:
     """Interpret any status that is not a success."""
     details = _parse_details(reply.body)
     meaning = _meaning(reply, details)
-    code = (details or {}).get("errorCode")
+    code = _error_code(details)
     error = f"the API answered {reply.status}" + (f" {code}" if isinstance(code, str) and code.isidentifier() else "")
     now = datetime.now(UTC)
     retry_after = parse_retry_after(reply.retry_after or "", now=now)
@@ -138,15 +169,29 @@ def _read_error(reply: Reply) -> Answer:
         retry_after=retry_after,
         is_undeleted=meaning.is_undeleted,
         is_key_good=meaning.is_key_good,
+        is_key_doubtful=meaning.is_key_doubtful,
         throttle=throttle_duration(retry_after) if meaning.is_throttled else None,
     )
 
 
 def _meaning(reply: Reply, details: dict[str, Any] | None) -> Meaning:
-    meaning = MEANINGS.get(reply.status, _OTHER_4XX if 400 <= reply.status < 500 else _ALL_OTHERS)
-    # A proxy's page or an unknown route, as with a wrong SYNC_BASE_URL, says nothing about the generation.
-    is_theirs = reply.body == b"" or (details is not None and not str(details.get("message")).startswith("Cannot "))
-    return meaning if meaning.verdict is not Verdict.GONE or is_theirs else _OTHER_4XX
+    if proves_gone(reply.status, details):
+        return _GONE
+    return MEANINGS.get(reply.status, _OTHER_4XX if 400 <= reply.status < 500 else _ALL_OTHERS)
+
+
+def proves_gone(status: int, details: dict[str, Any] | None) -> bool:
+    """Whether an error answer proves that the generation does not exist: only the API's own code does.
+
+    Gateways answer 404 and 410 while routes reload, with any body or none; and another code is about something else.
+    """
+    return status in (HTTPStatus.NOT_FOUND, HTTPStatus.GONE) and _error_code(details) == "generation_not_found"
+
+
+def _error_code(details: dict[str, Any] | None) -> object:
+    """Return the error code of an error body; the API has spelled the name in two ways."""
+    found = details or {}
+    return found.get("error_code") if found.get("errorCode") is None else found["errorCode"]
 
 
 def _parse_details(body: bytes | None) -> dict[str, Any] | None:

@@ -1,4 +1,4 @@
-"""The Sync API as Mayfly uses it: GET and DELETE of a generation.
+"""The Sync API as Mayfly uses it: GET and DELETE of a generation, and a list to prove the key.
 
 Source: sync.so API v2 reference, "Get generation" and "Delete generation"; their paths differ.
 """
@@ -17,13 +17,16 @@ from service import __version__
 from service.core.attempts import Verdict
 from service.core.secret import Secret
 from service.runtime.metrics import Metrics
-from service.sync.answers import MAX_BYTES, Answer, Reply, read_delete, read_get
+from service.sync.answers import MAX_BYTES, Answer, Reply, read_delete, read_get, read_list
 from service.sync.connections import Connections
 
 # For the whole call, from connecting to the last byte: httpx's timeouts are per read, and a body that drips never
 # exceeds them.
 GET_SECONDS: Final = 10.0
 DELETE_SECONDS: Final = 30.0
+KEY_SECONDS: Final = 5.0
+# The cheapest call that needs the key and changes nothing.
+LIST_ONE: Final = "/v2/generations?limit=1"
 _CONNECT_SECONDS: Final = 5.0
 _IDLE_SECONDS: Final = 30.0
 _HEADERS: Final = {
@@ -60,6 +63,10 @@ class SyncApi:
         """Delete a generation: DONE if the API confirms it, GONE if there was none, or a failure."""
         path = f"/v2/generations/{quote(generation_id, safe='')}"
         return await self._call("DELETE", path, DELETE_SECONDS, partial(read_delete, generation_id=generation_id))
+
+    async def check_key(self) -> Answer:
+        """List one generation, which needs a valid key and concerns no generation: see read_list()."""
+        return await self._call("GET", LIST_ONE, KEY_SECONDS, read_list)
 
     async def _call(self, method: str, path: str, seconds: float, read: Callable[[Reply], Answer]) -> Answer:
         try:

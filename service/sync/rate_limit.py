@@ -6,7 +6,6 @@ Without Redis each worker uses a fixed share.
 import asyncio
 import contextlib
 from collections.abc import Callable
-from hashlib import sha256
 from typing import Any, Final, cast
 
 import structlog
@@ -72,7 +71,7 @@ class Budget:
         self._shared = _Limit(SlidingWindowCounterRateLimiter(storage), rate)
         alone = Rate(rate.calls, rate.seconds * ALONE_SHARE)
         self._alone = _Limit(SlidingWindowCounterRateLimiter(MemoryStorage()), alone)
-        self._name = sha256(key.reveal().encode()).hexdigest()[:16]
+        self._name = key.identify()
         self._clock = clock
         self._left = 0
         self._left_until = 0.0

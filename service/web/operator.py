@@ -17,7 +17,7 @@ from sqlalchemy import Connection
 from service.core.durations import MAX_TTL
 from service.core.key import Key
 from service.core.lifecycle import Move
-from service.ledger import moving, pausing
+from service.ledger import key_history, moving, pausing
 from service.ledger.database import Database
 from service.ledger.moving import Grace
 from service.ledger.pausing import Kind, Pause
@@ -111,7 +111,7 @@ class OperatorController(Controller):
     @post("/resume", status_code=200, summary="Resume deletions", responses=documented(400, 401, 403, 503))
     async def resume(self, database: NamedDependency[Database], now: NamedDependency[Callable[[], datetime]]) -> Stats:
         """End every pause, whatever its kind; one whose cause persists comes back by itself."""
-        await database.write(partial(pausing.resume, kinds=list(Kind)))
+        await database.write(key_history.resume_all)
         return await database.read(partial(read_stats, now=now()))
 
     @get("/stats", summary="Statistics of the ledger", responses=documented(400, 401, 403, 503))

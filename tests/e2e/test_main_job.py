@@ -101,7 +101,8 @@ async def test_a_service_killed_during_a_delete_finds_the_generation_gone(mayfly
     record = await record_once("deleted", service.url, generation)
 
     assert_complete(record, generation)
-    assert record["outcome"] == "already_gone"
+    assert record["outcome"] == "deleted"
+    assert record["receipt"]["detail"] == "answer lost, confirmed by a later 404"
     assert [event["move"] for event in record["events"]] == ["receive", "claim", "lose_lease", "claim", "confirm"]
 
 

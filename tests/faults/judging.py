@@ -1,4 +1,4 @@
-"""The verdict on a run: compares input and output, seen from outside only (invariants I1 to I7)."""
+"""The verdict on a run: compares input and output, seen from outside only (invariants I1 to I8)."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -69,11 +69,12 @@ class Verdict:
     uninvited: list[str] = field(default_factory=list)  # I5
     leaked: list[str] = field(default_factory=list)  # I6
     unhealthy: list[str] = field(default_factory=list)  # I7
+    untrue: list[str] = field(default_factory=list)  # I8
 
     @property
     def all(self) -> list[str]:
         """Every breach."""
-        return [*self.lost, *self.early, *self.unrecorded, *self.uninvited, *self.leaked, *self.unhealthy]
+        return [*self.lost, *self.early, *self.unrecorded, *self.uninvited, *self.leaked, *self.unhealthy, *self.untrue]
 
 
 def judge(
@@ -116,7 +117,7 @@ def _judge_rows(
         if row.state == "failed" and row.id not in may_fail:
             verdict.lost.append(f"I4 {row.id} was given up: {row.last_error}")
         if row.state == "deleted" and row.id in simulator.generations:
-            verdict.lost.append(f"I4 {row.id} is called deleted and still there")
+            verdict.untrue.append(f"I8 {row.id} is called deleted and still there ({row.outcome})")
         if row.outcome == "deleted" and not row.copy:
             verdict.unrecorded.append(f"I2 {row.id} was deleted and has no copy")
 

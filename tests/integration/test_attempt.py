@@ -9,19 +9,23 @@ from functools import partial
 
 import pytest
 
-from service.core.attempts import Outcome, Verdict
+from service.core.attempts import ANSWER_LOST, Outcome, Verdict
 from service.core.key import Key
 from service.core.lifecycle import Move, State
 from service.core.secret import Secret
-from service.ledger import moving, pausing, settling
+from service.ledger import history, moving, pausing, settling
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.opening import open_database
 from service.ledger.pausing import Kind
 from service.ledger.settling import CopyResult, Settlement
+from service.simulator import Operation
+from service.simulator.faults import ABSENT_BODIES
+from service.sync.answers import Reply, read_get
 from service.sync.client import open_sync_api
 from tests.conftest import API_KEY
 from tests.support.ledger import (
     ACTOR,
+    claim,
     claim_one,
     confirmed,
     end_lease,
@@ -35,6 +39,7 @@ from tests.support.ledger import (
 )
 from tests.support.ledger import arrival as arrival_of
 from workers.attempt import DRY_RUN_AGAIN, Cleaner
+from workers.key_proof import KeyProof
 
 WEEK = timedelta(days=7)
 
@@ -59,6 +64,9 @@ def cleaner_of(database, metrics):
         async def call_slot(until):
             yield now() <= until
 
+        async def acquire():
+            return True
+
         cleaner = Cleaner(
             api=api,
             copy=copy,
@@ -69,6 +77,7 @@ def cleaner_of(database, metrics):
             give_up_after=WEEK,
             is_dry_run=False,
             metrics=metrics,
+            key_proof=KeyProof(api, call_slot=call_slot, acquire=acquire),
         )
         return replace(cleaner, **changes)
 
@@ -252,7 +261,7 @@ async def test_without_a_copy_nothing_is_deleted(cleaner, database, simulator, a
     assert row.state == State.SCHEDULED
     assert row.copied_at is None
     assert row.last_error
-    assert [call.method for call in simulator.calls] == ["GET"]
+    assert {call.method for call in simulator.calls} == {"GET"}
 
 
 async def test_no_delete_is_sent_if_the_copy_cannot_be_committed(cleaner_of, api, database, simulator, announced):
@@ -311,9 +320,67 @@ async def test_a_delete_whose_answer_was_lost_is_confirmed_by_the_next_get(clean
     assert key.id in simulator.deleted
     assert await cleaner.clean(await claim_one_later(database, key)) is Verdict.GONE
     row = await row_of(database, key)
-    assert (row.state, row.outcome) == (State.DELETED, Outcome.ALREADY_GONE)
+    assert (row.state, row.outcome) == (State.DELETED, Outcome.DELETED)
+    assert json.loads(row.receipt)["detail"] == ANSWER_LOST
+    entries = await database.read(partial(history.read_entries, record=row.seq))
+    assert entries[-1].detail["detail"] == ANSWER_LOST
     assert row.copied_at is not None
     assert [method for method, _ in calls_of(simulator)] == ["GET", "DELETE", "GET"]
+
+
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        (["lost"], Outcome.DELETED),
+        (["500:effect=1"], Outcome.DELETED),
+        (["drop"], Outcome.DELETED),  # lost on its way to the API, which cannot be told apart
+        (["404:answer=gateway"], Outcome.DELETED),  # so is what a gateway did before it answered
+        (["409"], Outcome.ALREADY_GONE),
+        (["400"], Outcome.ALREADY_GONE),
+        (["lost:effect=0", "409"], Outcome.ALREADY_GONE),  # the GET in between still showed it
+    ],
+)
+async def test_only_a_delete_without_a_known_answer_explains_a_later_404(
+    cleaner, database, simulator, announced, *, script, outcome
+):
+    key = await announced(faults={"DELETE": script})
+    await cleaner.clean(await claim_one(database))
+    for _ in script[1:]:
+        await cleaner.clean(await claim_one_later(database, key))
+    simulator.remove(key.id)
+    await cleaner.clean(await claim_one_later(database, key))
+    row = await row_of(database, key)
+
+    assert (row.state, row.outcome) == (State.DELETED, outcome)
+    assert ("detail" in json.loads(row.receipt)) == (outcome is Outcome.DELETED)
+
+
+async def test_a_rehearsed_delete_explains_no_later_404(cleaner_of, api, database, simulator, announced):
+    key = await announced()
+    cleaner = cleaner_of(api, is_dry_run=True)
+    await cleaner.clean(await claim_one(database))
+    simulator.remove(key.id)
+    await cleaner.clean(await claim_one_later(database, key))
+
+    assert (await row_of(database, key)).outcome == Outcome.ALREADY_GONE
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize(
+    "fault", [f"{n}:answer={body}" for n in (404, 410) for body in sorted(ABSENT_BODIES - {"own"})]
+)
+async def test_a_404_without_the_apis_own_code_only_defers(cleaner, database, simulator, announced, *, method, fault):
+    key = await announced(faults={method: [f"{fault}*6"]})
+    await cleaner.clean(await claim_one(database))
+    for _ in range(5):
+        await cleaner.clean(await claim_one_later(database, key))
+    row = await row_of(database, key)
+
+    assert (row.state, row.failures, row.refusals) == (State.SCHEDULED, 6, 0)
+    assert row.last_error.startswith(f"the API answered {fault[:3]}")
+    assert key.id in simulator.generations
+
+    assert await cleaner.clean(await claim_one_later(database, key)) is Verdict.DONE
 
 
 async def test_the_next_attempt_obeys_retry_after(cleaner, database, announced):
@@ -348,6 +415,58 @@ async def test_a_refused_key_pauses_deletions_and_counts_as_no_failure(cleaner, 
     row = await row_of(database, key)
     assert (row.state, row.failures, row.refusals, row.failing_since) == (State.SCHEDULED, 0, 0, None)
     assert [pause.kind for pause in await database.read(pausing.find_pauses)] == [pausing.Kind.UNAUTHORIZED]
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("fault", ["401", "403", "403-html"])
+async def test_a_refusal_of_one_record_fails_it_and_pauses_nothing(
+    cleaner, database, simulator, announced, *, method, fault
+):
+    key = await announced(faults={method: [f"{fault}*"]})
+    await cleaner.clean(await claim_one(database))
+    for _ in range(4):
+        await cleaner.clean(await claim_one_later(database, key))
+    row = await row_of(database, key)
+
+    assert (row.state, row.refusals) == (State.FAILED, 5)
+    assert row.last_error == f"the API answered {fault[:3]} for this generation, and accepts the key"
+    assert await database.read(pausing.find_pauses) == []
+    assert [(call.raw_path, call.query) for call in simulator.calls if call.operation is Operation.LIST] == [
+        ("/v2/generations", "limit=1")
+    ] * 5
+
+
+@pytest.mark.parametrize("proof", ["403-html", "500", "drop", "429:retry_after=1", "html", "404:answer=empty"])
+async def test_a_refusal_without_a_word_on_the_key_only_defers(cleaner, database, simulator, announced, proof):
+    key = await announced(faults={"GET": ["403"]})
+    simulator.plan.stand("LIST", proof)
+
+    assert await cleaner.clean(await claim_one(database)) is Verdict.RETRY
+    row = await row_of(database, key)
+    assert (row.state, row.failures, row.refusals) == (State.SCHEDULED, 1, 0)
+    assert [one.kind for one in await database.read(pausing.find_pauses)] == [Kind.THROTTLED] * ("429" in proof)
+
+
+async def test_one_proof_of_the_key_serves_all_attempts_that_wait_for_it(cleaner, database, simulator, announced):
+    for _ in range(10):
+        await announced()
+    simulator.switches.unauthorized = True
+    simulator.switches.latency_seconds = 0.2
+    claims = await claim(database, limit=10)
+
+    assert set(await asyncio.gather(*map(cleaner.clean, claims))) == {Verdict.UNAUTHORIZED}
+    assert len([call for call in simulator.calls if call.operation is Operation.LIST]) < 5
+
+
+async def test_a_402_concerns_the_account_and_pauses_without_a_proof(cleaner_of, database, announced):
+    await announced()
+
+    class Api:
+        async def get(self, _):
+            return read_get(Reply(402, b"{}", None), "g1")
+
+    assert await cleaner_of(Api()).clean(await claim_one(database)) is Verdict.UNAUTHORIZED
+    assert [one.kind for one in await database.read(pausing.find_pauses)] == [Kind.UNAUTHORIZED]
 
 
 async def test_a_dry_run_copies_and_sends_no_delete(cleaner_of, api, database, simulator, announced):
@@ -392,7 +511,7 @@ async def test_after_a_lease_lost_during_the_delete_the_next_claim_settles_the_r
     assert await asleep is None
     assert (await row_of(database, key)).state == State.DELETING
     assert await cleaner.clean(successor) is Verdict.GONE
-    assert (await row_of(database, key)).outcome == Outcome.ALREADY_GONE
+    assert (await row_of(database, key)).outcome == Outcome.DELETED
 
 
 @pytest.mark.parametrize("seconds", [1, 35])

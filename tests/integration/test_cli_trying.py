@@ -2,7 +2,9 @@
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
 import sys
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -11,8 +13,12 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
 from service.commands.doctor import _check_clock, _judge_answer
+from service.config.settings import read_settings
+from service.core.secret import Secret
+from service.sync.organisation import OTHER_ORGANISATION, check_organisation, is_same_organisation, warn_if_not_compared
 from tests.conftest import API_TOKEN, http_client
 from tests.support.commands import command
 from tests.support.ledger import HOUR, store
@@ -241,6 +247,70 @@ async def test_doctor_names_the_variable_of_each_failure_and_continues(tmp_path,
     assert [name for name, finding in found.items() if finding["status"] == "failing"] == [part]
     assert named in found[part]["detail"]
     assert "hunter2" not in found[part]["detail"]
+
+
+@pytest.mark.parametrize("side", ["up", "worker"])
+async def test_a_key_of_another_organisation_refuses_to_start_in_one_sentence(tmp_path, simulator, side):
+    simulator.webhook_secret = "whsec_of_another_organisation"
+    environment = {
+        "SYNC_BASE_URL": simulator.url,
+        "SYNC_API_KEY": simulator.api_key,
+        "SYNC_WEBHOOK_SECRET": SECRET,
+        "MAYFLY_DATA_DIR": str(tmp_path / "data"),
+    }
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [*MAYFLY, side],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        check=False,
+    )
+
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"mayfly: {OTHER_ORGANISATION}\n"
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (200, b'{"secret":"whsec_a"}', True),
+        (200, b'{"secret":"whsec_b","createdAt":null}', True),
+        (200, b'{"secret":"whsec_c"}', False),
+        (200, b'{"secret":"whsec_c****"}', None),
+        (200, b'{"secret":null}', None),
+        (200, b"{}", None),
+        (200, b"[]", None),
+        (200, b"<html>", None),
+        (200, b"\xff", None),
+        (401, b'{"secret":"whsec_c"}', None),
+        (404, b"", None),
+        (500, b"{}", None),
+    ],
+)
+def test_only_a_whole_other_secret_shows_another_organisation(status, body, expected):
+    secrets = (Secret("whsec_a"), Secret("whsec_b"))
+
+    assert is_same_organisation(status, body, secrets) is expected
+    assert is_same_organisation(status, body, ()) is None
+
+
+async def test_an_api_that_does_not_answer_at_start_only_warns(tmp_path):
+    settings = read_settings(
+        {
+            "SYNC_BASE_URL": "http://127.0.0.1:9",
+            "SYNC_API_KEY": "sk-x",
+            "SYNC_WEBHOOK_SECRET": SECRET,
+            "MAYFLY_DATA_DIR": str(tmp_path),
+        }
+    )
+
+    with capture_logs() as logs:
+        warn_if_not_compared(await check_organisation(settings))
+
+    assert [(line["event"], line["log_level"]) for line in logs] == [("organisation.not_compared", "warning")]
 
 
 async def test_doctor_fails_with_a_secret_of_another_organisation(tmp_path, simulator):

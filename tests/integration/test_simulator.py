@@ -20,6 +20,7 @@ import pytest
 from service.simulator import Operation, Simulator, serve_forever
 from service.simulator.answers import OTHER_ID
 from service.simulator.control import control_app
+from service.simulator.faults import ABSENT_BODIES
 
 SECRET = "whsec_test_0123456789abcdef0123456789abcdef"
 PROJECT = "612bb64a-e7f4-40c1-977b-3e9797845637"
@@ -413,6 +414,24 @@ async def test_a_gone_fault_deletes_the_generation(simulator, client, fault):
 
     assert answer.status_code == int(fault)
     assert generation.id in simulator.deleted
+
+
+@pytest.mark.parametrize("operation", ["GET", "DELETE"])
+@pytest.mark.parametrize("status", [404, 410])
+@pytest.mark.parametrize("body", sorted(ABSENT_BODIES))
+async def test_a_404_or_410_with_any_body_leaves_the_generation(simulator, client, operation, status, body):
+    generation = simulator.add(faults={operation: [f"{status}:answer={body}"]})
+    answer = await (get if operation == "GET" else delete)(client, generation)
+
+    assert answer.status_code == status
+    assert (b"generation_not_found" in answer.content) == (body == "own")
+    assert (answer.content == b"") == (body == "empty")
+    assert generation.id in simulator.generations
+
+
+def test_an_unknown_body_of_a_404_is_refused(simulator):
+    with pytest.raises(ValueError, match="answer is not one of"):
+        simulator.add(faults={"GET": ["404:answer=nothing"]})
 
 
 @pytest.mark.parametrize(("fault", "has_body"), [("202", True), ("204", False)])

@@ -12,6 +12,7 @@ import pytest
 from service.core.attempts import Verdict
 from service.core.secret import Secret
 from service.simulator import Simulator
+from service.simulator.faults import ABSENT_BODIES
 from service.sync import answers, client
 from service.sync.client import SyncApi, open_sync_api
 from tests.conftest import API_KEY
@@ -37,6 +38,8 @@ TABLE = [
     ("409", RUNNING, RUNNING),
     ("409-conflict", RUNNING, RUNNING),
     ("410", GONE, GONE),
+    *((f"{status}:answer={body}", RETRY, RETRY) for status in (404, 410) for body in sorted(ABSENT_BODIES - {"own"})),
+    ("404:answer=own", GONE, GONE),
     ("422", REFUSED, REFUSED),
     ("429", RETRY, RETRY),
     ("500", RETRY, RETRY),
@@ -251,13 +254,32 @@ async def test_a_cookie_is_not_sent_back(raw_server, metrics):
 @pytest.mark.parametrize(
     ("status", "body", "verdict"),
     [
-        (404, b"<html>404</html>", REFUSED),
-        (410, b"<html>410</html>", REFUSED),
-        (404, b"not found", REFUSED),
-        (404, b"[]", REFUSED),
-        pytest.param(404, b"<" * (answers.MAX_BYTES + 1), REFUSED, id="404 and a page without end"),
-        (404, b"", GONE),
-        (404, b'{"statusCode":404}', GONE),
+        (404, b"<html>404</html>", RETRY),
+        (410, b"<html>410</html>", RETRY),
+        (404, b"not found", RETRY),
+        (404, b"[]", RETRY),
+        (404, b"null", RETRY),
+        (404, b'"generation_not_found"', RETRY),
+        (404, b'["generation_not_found"]', RETRY),
+        (404, b'{"errorCode":"generation_not_found"', RETRY),
+        (404, b'{"message":"generation_not_found"}', RETRY),
+        (404, b'{"error":{"errorCode":"generation_not_found"}}', RETRY),
+        (404, b'{"errorCode":["generation_not_found"]}', RETRY),
+        (404, b'{"errorCode":"GENERATION_NOT_FOUND"}', RETRY),
+        (404, b'{"errorCode":"organization_not_found"}', RETRY),
+        (404, b'{"errorCode":"organization_not_found","error_code":"generation_not_found"}', RETRY),
+        (404, b'{"error_code":"asset_not_found"}', RETRY),
+        pytest.param(404, b"<" * (answers.MAX_BYTES + 1), RETRY, id="404 and a page without end"),
+        (404, b"", RETRY),
+        (410, b"", RETRY),
+        (404, b"{}", RETRY),
+        (404, b'{"statusCode":404}', RETRY),
+        (404, b'{"errorCode":"generation_not_found"}', GONE),
+        (404, b'{"error_code":"generation_not_found"}', GONE),
+        (404, b'{"errorCode":null,"error_code":"generation_not_found"}', GONE),
+        (410, b'{"errorCode":"generation_not_found"}', GONE),
+        (400, b'{"errorCode":"generation_not_found"}', REFUSED),
+        (500, b'{"errorCode":"generation_not_found"}', RETRY),
         (402, b"{}", UNAUTHORIZED),
         (408, b"", RETRY),
         (425, b"", RETRY),
@@ -335,7 +357,7 @@ async def test_a_date_in_retry_after_is_read_as_the_time_until_then(simulator, a
 async def test_an_unknown_route_says_nothing_about_the_generation(raw_server, metrics, method, status):
     body = b'{"message":"Cannot %s /v2/v2/generate/g1","error":"Not Found","statusCode":404}' % method.encode()
 
-    assert (await raw_answer(raw_server, metrics, method, http(status, body))).verdict is REFUSED
+    assert (await raw_answer(raw_server, metrics, method, http(status, body))).verdict is RETRY
 
 
 async def test_a_call_that_times_out_closes_its_connection_and_frees_its_place(raw_server, metrics, monkeypatch):

@@ -22,6 +22,7 @@ from service.ledger.settling import Copy, CopyResult, Settlement
 from tests.support.webhooks import notification
 
 ACCOUNT = "default"
+KEY_ID = "a-key"
 ACTOR = "worker of a test"
 LEASE = timedelta(seconds=60)
 HOUR = timedelta(hours=1)
@@ -82,7 +83,8 @@ async def copy(
 
 async def settle(database: Database, *items: Settlement, now: datetime | None = None) -> list[bool]:
     """Write how attempts ended."""
-    return await database.write(partial(settling.settle_attempts, settlements=items, now=now or utc_now(), actor=ACTOR))
+    write = partial(settling.settle_attempts, settlements=items, now=now or utc_now(), actor=ACTOR, key_id=KEY_ID)
+    return await database.write(write)
 
 
 def confirmed(item: Claim) -> Settlement:

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from service.core.attempts import (
+    ANSWER_LOST,
     MAX_FREE_LOSSES,
     MAX_REFUSALS,
     Outcome,
@@ -34,6 +35,29 @@ def judged(verdict, progress=FRESH, *, retry_after=None, jitter=0.5):
 )
 def test_a_generation_that_is_gone_is_confirmed_at_any_age(verdict, outcome, progress):
     assert judged(verdict, progress) == Step(Move.CONFIRM, progress, outcome=outcome)
+
+
+@pytest.mark.parametrize(
+    ("verdict", "has_unanswered_delete", "outcome", "detail"),
+    [
+        (Verdict.DONE, False, Outcome.DELETED, None),
+        (Verdict.DONE, True, Outcome.DELETED, None),
+        (Verdict.GONE, False, Outcome.ALREADY_GONE, None),
+        (Verdict.GONE, True, Outcome.DELETED, ANSWER_LOST),
+    ],
+)
+def test_a_lost_answer_to_our_delete_explains_a_generation_not_found(verdict, has_unanswered_delete, outcome, detail):
+    step = after_attempt(
+        verdict,
+        FRESH,
+        now=NOW,
+        give_up_after=WEEK,
+        retry_after=None,
+        jitter=0.5,
+        has_unanswered_delete=has_unanswered_delete,
+    )
+
+    assert step == Step(Move.CONFIRM, FRESH, outcome=outcome, detail=detail)
 
 
 @pytest.mark.parametrize("verdict", [*RETRYABLE, Verdict.REFUSED])
