@@ -1,4 +1,4 @@
-"""What a process holds open for as long as it runs: the ledger and the queue, opened from the settings."""
+"""What a process keeps open while it runs: the ledger and the queue."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -21,7 +21,7 @@ log = structlog.get_logger()
 
 @dataclass(frozen=True, slots=True)
 class Resources:
-    """The open ledger, and where the queue is."""
+    """The open ledger, and the URL of the queue."""
 
     database: Database
     redis_url: Secret
@@ -29,10 +29,10 @@ class Resources:
 
 @asynccontextmanager
 async def open_resources(settings: Settings, *, is_migrating: bool = False) -> AsyncIterator[Resources]:
-    """Open what *settings* name and check that it can be worked with.
+    """Open what *settings* name and check that it is usable.
 
-    SQLite's tables are brought to this release's form; PostgreSQL's only when *is_migrating*, because there
-    processes of several releases share them.
+    SQLite's tables are migrated to this release. PostgreSQL's are migrated only when *is_migrating*, because
+    processes of several releases may share them.
 
     Raises: LedgerUnavailableError, SchemaError, QueueError, EmbeddedRedisError, OSError.
     """
@@ -51,24 +51,24 @@ async def open_resources(settings: Settings, *, is_migrating: bool = False) -> A
 
 @asynccontextmanager
 async def open_queue(url: Secret, *, retries: int) -> AsyncIterator[ArqRedis]:
-    """Connect to Redis and look at how it is set up; one that is away only delays wake-ups.
+    """Connect to Redis and check its configuration; one that is unreachable only delays jobs.
 
     Raises: QueueError for a Redis that would drop jobs.
     """
     pool = connection.connect(url, retries=retries)
     try:
         try:
-            for warning in await connection.check(pool):
+            for warning in await connection.check_config(pool):
                 log.warning("queue.checked", warning=warning)
         except connection.QUEUE_ERRORS as error:
             log.warning(
                 "queue.unreachable",
                 error=type(error).__name__,
-                what_now="deletions are started from the ledger instead",
+                what_now="the ledger starts deletions instead",
             )
         yield pool
     finally:
-        await pool.aclose(close_connection_pool=True)  # not done by itself for a pool that it was given
+        await pool.aclose(close_connection_pool=True)  # redis-py does not close a pool that it did not make
 
 
 async def _migrate(url: URL) -> None:

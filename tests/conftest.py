@@ -1,6 +1,6 @@
-"""What the tests run on: a real Redis, both databases, the web application on a socket, the stand-in for the Sync API.
+"""The fixtures: a real Redis, both databases, the web application on a socket, the simulator of the Sync API.
 
-The web framework is loaded by the fixtures that need it: the unit tests are done before it would be.
+Only the fixtures that need the web framework load it: the unit tests take less time than loading it.
 """
 
 import shutil
@@ -42,7 +42,7 @@ OpenClient = Callable[..., AbstractAsyncContextManager[httpx.AsyncClient]]
 
 
 def pytest_configure() -> None:
-    """End in order when told to end, as on Ctrl-C: SIGTERM alone would leave the servers behind."""
+    """End at SIGTERM as at Ctrl-C, so that the servers are stopped."""
     signal.signal(signal.SIGTERM, lambda *_: signal.raise_signal(signal.SIGINT))
 
 
@@ -120,7 +120,7 @@ async def database(database_url: URL) -> AsyncIterator[Database]:
 
 @pytest.fixture
 async def sqlite_database(sqlite_url: URL) -> AsyncIterator[Database]:
-    """The same on SQLite alone, for what does not depend on the kind."""
+    """The same on SQLite only, for tests that do not depend on the database."""
     async with open_database(sqlite_url) as database:
         yield database
 
@@ -143,7 +143,7 @@ def settings(tmp_path: Path) -> ReadSettings:
 
 @pytest.fixture
 async def simulator() -> AsyncIterator["Simulator"]:
-    """The stand-in for the Sync API, on a socket."""
+    """The simulator of the Sync API, on a socket."""
     from service.simulator import Simulator
 
     simulator = Simulator(api_key=API_KEY, webhook_secret=SECRET, seed=0)

@@ -1,4 +1,4 @@
-"""What import contracts cannot say: the core is pure, commands stay light, nothing is pickled, no time is naive."""
+"""Rules beyond the import contracts: the core is pure, commands are light, nothing is pickled, instants are aware."""
 
 import ast
 import fnmatch
@@ -45,7 +45,7 @@ def _imports(tree: ast.Module) -> Iterator[str]:
 
 
 @pytest.mark.parametrize("module", CORE)
-def test_the_core_knows_the_standard_library_msgspec_and_itself(module):
+def test_the_core_imports_only_the_standard_library_msgspec_and_itself(module):
     imported = set(_imports(MODULES[module]))
     strangers = {name.partition(".")[0] for name in imported} - sys.stdlib_module_names
 
@@ -53,7 +53,7 @@ def test_the_core_knows_the_standard_library_msgspec_and_itself(module):
 
 
 @pytest.mark.parametrize("module", CORE)
-def test_the_core_reads_no_clock_no_environment_and_no_chance(module):
+def test_the_core_reads_no_clock_environment_or_random_source(module):
     imported = set(_imports(MODULES[module]))
     called = {ast.unparse(node.func) for node in ast.walk(MODULES[module]) if isinstance(node, ast.Call)}
 
@@ -78,7 +78,7 @@ def test_nothing_is_pickled(module):
 
 
 @pytest.mark.parametrize("module", MODULES)
-def test_no_instant_is_without_its_zone(module):
+def test_no_instant_is_naive(module):
     naive = [
         ast.unparse(node)
         for node in ast.walk(MODULES[module])

@@ -1,1 +1,1 @@
-"""The side of Mayfly that deletes: an arq worker over the same ledger."""
+"""The worker, which deletes: arq jobs and a safety net over the ledger."""

@@ -1,4 +1,4 @@
-"""The arq job ``cleanup``: one attempt at one record, from the look at the pauses to the commit of its outcome."""
+"""The arq job ``cleanup``: one attempt at one record, from the check of the pauses to the commit of the outcome."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
@@ -16,27 +16,27 @@ from service.sync.rate_limit import Budget
 
 log = structlog.get_logger()
 
-# How long a job waits for its place in the budget before arq starts it anew.
+# How long a job waits for the budget before it raises Retry.
 BUDGET_SECONDS: Final = 20.0
 _LEDGER_AGAIN_SECONDS: Final = 1.0
-_LOOK_AGAIN_SECONDS: Final = 0.5
-# A wait longer than this is left to the ledger: the safety net enqueues what comes near.
+_CHECK_AGAIN_SECONDS: Final = 0.5
+# A record that is due later is left to the safety net, which enqueues it within the horizon.
 _MAX_WAIT: Final = timedelta(hours=48)
 
 
 async def cleanup(ctx: dict[str, Any], account: str, generation_id: str, attempt: int) -> None:
-    """Make the *attempt*, counted from 1, at the record of *account* and *generation_id*.
+    """Make attempt number *attempt*, from 1, at the record of *account* and *generation_id*.
 
-    Its end is the attempt's end. A duplicate or stale job does nothing.
+    The job ends with the attempt. A duplicate or stale job does nothing.
 
-    Raises: Retry, when nothing was begun and this same attempt has to be started later.
+    Raises: Retry, if nothing was started and the same attempt must start later.
     """
     jobs: CleanupJobs = ctx["jobs"]
     await jobs.run(Wanted(Key(account, generation_id), attempt))
 
 
 class Attempts:
-    """The attempts that are under way in this process, up to *limit*, whether a job began them or the safety net."""
+    """The attempts in progress in this process, at most *limit*, started by jobs or by the safety net."""
 
     def __init__(self, clean: Callable[[Claim], Coroutine[object, object, Verdict | None]], *, limit: int) -> None:
         self._clean = clean
@@ -45,28 +45,28 @@ class Attempts:
 
     @property
     def room(self) -> int:
-        """How many more may begin."""
+        """How many more may start."""
         return max(0, self._limit - len(self._tasks))
 
     def begin(self, claim: Claim) -> asyncio.Task[Verdict | None]:
-        """Begin the attempt at a claimed record. Whoever stops waiting for it does not stop it."""
-        # A task of its own: arq cancels its jobs at a stop, and leaves them running when it loses Redis.
+        """Start the attempt at a claimed record. Cancelling its caller does not cancel it."""
+        # A task of its own: arq cancels its jobs at a stop, and loses track of them when it loses Redis.
         task = asyncio.create_task(self._clean(claim))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
 
     async def wait(self, seconds: float) -> bool:
-        """Wait up to *seconds* until none is under way, and return whether that is so."""
+        """Wait up to *seconds* for all attempts in progress, and return whether all have ended."""
         if self._tasks:
             await asyncio.wait(self._tasks, timeout=seconds)
         return not self._tasks
 
 
 class CleanupJobs:
-    """What the job ``cleanup`` works with.
+    """The job ``cleanup`` and its dependencies.
 
-    *peek* tells how many records the pauses allow, *clock* is monotonic; once *stopping* is set nothing begins.
+    *peek* returns how many records the pauses allow. *clock* is monotonic. When *stopping* is set nothing starts.
     """
 
     def __init__(
@@ -87,57 +87,57 @@ class CleanupJobs:
         self._stopping = stopping
         self._is_paused = False
         self._fault: str | None = None
-        self._look_again_at = 0.0
-        self._looking = asyncio.Lock()
+        self._check_again_at = 0.0
+        self._checking = asyncio.Lock()
 
     async def run(self, wanted: Wanted) -> None:
         """See cleanup()."""
         claim = await self._begin(wanted)
         if isinstance(claim, NotYet):
-            # The clock that counts is behind ours, or the due time was moved.
+            # The database's clock is slower than the worker's, or the due time has changed.
             if claim.wait <= _MAX_WAIT:
                 raise Retry(defer=claim.wait)
         elif claim is not None:
             await asyncio.shield(self._attempts.begin(claim))
 
     async def _begin(self, wanted: Wanted) -> Claim | NotYet | None:
-        """Claim the record once nothing is in the way of its attempt."""
-        if self._stopping.is_set():  # arq starts what it has read already
+        """Claim the record if deletions are not paused and the budget allows an attempt."""
+        if self._stopping.is_set():  # after a stop arq still starts the jobs that it has read
             raise Retry
         try:
             if await self._are_paused():
-                return None  # to try again each second would be work for nothing: the safety net looks for the end
-            if not await self._budget.take(BUDGET_SECONDS):
+                return None  # no Retry: the safety net enqueues the job again after the pause
+            if not await self._budget.acquire(BUDGET_SECONDS):
                 raise Retry
             return await self._claim_granted(wanted)
         except LedgerUnavailableError as error:
-            log.warning("cleanup.not_begun", generation=wanted.key.id, error=str(error), what_now="tried again")
+            log.warning("cleanup.not_started", generation=wanted.key.id, error=str(error), what_now="retrying")
             await asyncio.sleep(_LEDGER_AGAIN_SECONDS)
             raise Retry from error
 
     async def _are_paused(self) -> bool:
-        """Whether deletions are paused; a look serves all jobs of half a second, of which a pause may end thousands.
+        """Whether deletions are paused; one read serves all jobs within half a second.
 
         Raises: LedgerUnavailableError.
         """
-        async with self._looking:
-            if self._clock() >= self._look_again_at:
-                await self._look()
+        async with self._checking:
+            if self._clock() >= self._check_again_at:
+                await self._check_pauses()
             if self._fault is not None:
                 raise LedgerUnavailableError(self._fault)
             return self._is_paused
 
-    async def _look(self) -> None:
+    async def _check_pauses(self) -> None:
         self._fault = None
         try:
             self._is_paused = not await self._peek()
         except LedgerUnavailableError as error:
             # For all who wait: one by one they would wait for a ledger that hangs, ten seconds each, a stop with them.
             self._fault = str(error)
-        self._look_again_at = self._clock() + _LOOK_AGAIN_SECONDS
+        self._check_again_at = self._clock() + _CHECK_AGAIN_SECONDS
 
     async def _claim_granted(self, wanted: Wanted) -> Claim | NotYet | None:
-        """Claim the record, and put the place in the budget back if it is not needed."""
+        """Claim the record, and return the attempt to the budget if there is no claim."""
         claim: Claim | NotYet | None = None
         try:
             claim = await self._claim(wanted)

@@ -1,4 +1,4 @@
-"""The sign of life of a worker: a file that its dispatcher touches, for those who watch the process."""
+"""The heartbeat of a worker: a file that it touches, for health checks."""
 
 from pathlib import Path
 from typing import Final
@@ -7,13 +7,13 @@ import structlog
 
 log = structlog.get_logger()
 
-# A worker that completed no round for this long is of no use any more; a round may wait for the ledger and the budget.
+# A worker without a round for so long does not work any more; a round may wait for the ledger and the budget.
 ALIVE_WITHIN_SECONDS: Final = 60.0
 _FILE: Final = "worker.alive"
 
 
 def beat(data_dir: Path) -> None:
-    """Show that the worker lives; a disk that takes no file must not keep it from its work."""
+    """Touch the file; a full disk must not stop the worker."""
     try:
         (data_dir / _FILE).touch()
     except OSError as error:
@@ -21,7 +21,7 @@ def beat(data_dir: Path) -> None:
 
 
 def is_alive(data_dir: Path, *, now_seconds: float) -> bool:
-    """Whether a worker with this data directory completed a round lately; *now_seconds* since 1970."""
+    """Whether the worker with this data directory touched the file recently; *now_seconds* since 1970."""
     try:
         seen = (data_dir / _FILE).stat().st_mtime
     except OSError:

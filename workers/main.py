@@ -1,4 +1,4 @@
-"""The worker: an arq worker that runs the cleanup jobs, and the safety net that finds what has none."""
+"""The worker process: arq runs the cleanup jobs, and the safety net finds due records without a job."""
 
 import asyncio
 import contextlib
@@ -22,36 +22,39 @@ from service.core.key import Key
 from service.core.secret import Secret
 from service.jobs import connection, enqueue
 from service.jobs.enqueue import CleanupJob
-from service.ledger import claiming, pausing, settling
+from service.ledger import claiming, key_history, pausing, settling
 from service.ledger.claiming import Claim, NotYet, Outlook, Wanted
-from service.ledger.database import Database
+from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.group_commit import GroupCommit
-from service.ledger.settling import Copied
+from service.ledger.settling import CopyResult
 from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
-from service.runtime.tasks import end
+from service.runtime.tasks import cancel_and_wait
 from service.sync.client import open_sync_api
 from service.sync.rate_limit import Budget
 from workers.attempt import Cleaner
 from workers.cleanup import BUDGET_SECONDS, Attempts, CleanupJobs, cleanup
 from workers.heartbeat import beat
+from workers.key_proof import KeyProof
 from workers.overdue import AT_ONCE, LATE, LedgerCalls, Overdue
 
 log = structlog.get_logger()
 
-# Longer than the longest attempt (a GET of 10 s, a DELETE of 30 s, three commits), shorter than anyone wants to wait
-# for the record of a worker that died.
+# Longer than the longest attempt (a GET of 10 s, a DELETE of 30 s, three commits), and short, because the record of a
+# worker that died waits for its end.
 LEASE: Final = timedelta(seconds=60)
 STOP_SECONDS: Final = LEASE.total_seconds() + 5
+# How long a proof of the key waits for the budget; the attempt's GET and DELETE are used up.
+_PROOF_SECONDS: Final = 5.0
 _LEASES_AT_ONCE: Final = 500
 _ARQ_RESTART_SECONDS: Final = 2.0
-# arq starts at most max_jobs jobs between two polls, and this is how late a job is at most when there is room. At 0.5,
-# arq's own default, the median lag was 310 ms and at 0.1 it is 88 ms; an idle worker takes 0.6 % of a core.
+# The longest lag of a job while there is room; arq starts at most max_jobs jobs per poll. With 0.5, arq's default, the
+# median lag was 310 ms, with 0.1 it is 88 ms; an idle worker takes 0.6 % of a core.
 _POLL_SECONDS: Final = 0.1
 
 
 async def run_worker(settings: Settings, resources: Resources, metrics: Metrics, stop: asyncio.Event) -> None:
-    """Work until *stop* is set, then finish what is under way and return.
+    """Work until *stop* is set, then finish the attempts in progress and return.
 
     Raises: SettingsError without an API key; QueueError for a Redis that would drop jobs.
     """
@@ -60,30 +63,30 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
     stopping = asyncio.Event()
     async with (
         open_queue(resources.redis_url, retries=2) as pool,
-        _parts(
+        _open_parts(
             settings, settings.api_key, database=resources.database, pool=pool, metrics=metrics, stopping=stopping
         ) as parts,
     ):
         running = asyncio.create_task(_run_jobs(pool, parts.jobs, settings.concurrency, metrics, stopping))
-        looking = asyncio.create_task(parts.overdue.run())
+        watching = asyncio.create_task(parts.overdue.run())
         waiting = asyncio.create_task(stop.wait())
         log.info("worker.started", concurrency=settings.concurrency, dry_run=settings.is_dry_run)
         try:
-            # None of them ends by itself; should one, then half a worker would look like a whole one.
-            ended, _ = await asyncio.wait([running, looking, waiting], return_when=asyncio.FIRST_COMPLETED)
+            # None of them ends by itself. If one does, stop: half a worker would look healthy.
+            ended, _ = await asyncio.wait([running, watching, waiting], return_when=asyncio.FIRST_COMPLETED)
             if not stop.is_set():
                 raise RuntimeError(f"a part of the worker has ended: {ended}")
         finally:
             stopping.set()
-            await end([waiting])
-            # First nothing more is begun; then what was begun comes to its end.
-            await asyncio.wait([running, looking], timeout=STOP_SECONDS)
+            await cancel_and_wait([waiting])
+            # First stop starting attempts, then wait for those in progress.
+            await asyncio.wait([running, watching], timeout=STOP_SECONDS)
             log.info("worker.stopped", is_drained=await parts.attempts.wait(STOP_SECONDS))
 
 
 @dataclass(frozen=True, slots=True)
-class _Parts:
-    """The parts of a worker, joined."""
+class WorkerParts:
+    """The parts of a worker."""
 
     jobs: CleanupJobs
     attempts: Attempts
@@ -91,14 +94,16 @@ class _Parts:
 
 
 @asynccontextmanager
-async def _parts(
+async def _open_parts(
     settings: Settings, key: Secret, *, database: Database, pool: ArqRedis, metrics: Metrics, stopping: asyncio.Event
-) -> AsyncIterator[_Parts]:
-    """Join the job and the safety net to the ledger, the queue, the budget and the API, which *key* opens."""
+) -> AsyncIterator[WorkerParts]:
+    """Connect the job and the safety net to the ledger, the queue, the budget and the API with *key*."""
     budget = Budget(settings.api_rate, pool, key, clock=time.monotonic, stopping=stopping)
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
-    ledger = _Ledger(database, limit=limit, actor=f"worker {socket.gethostname()}:{os.getpid()}")
-    async with _cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
+    ledger = _Ledger(database, limit=limit, actor=f"worker {socket.gethostname()}:{os.getpid()}", key_id=key.identify())
+    with contextlib.suppress(LedgerUnavailableError):  # then the pause stays
+        await database.write(partial(key_history.resume_for_key, key_id=ledger.key_id))
+    async with _open_cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
         attempts = Attempts(cleaner.clean, limit=_max_jobs(settings.concurrency))
         jobs = CleanupJobs(
             peek=ledger.peek,
@@ -109,7 +114,7 @@ async def _parts(
             stopping=stopping,
         )
         overdue = Overdue(
-            ledger=LedgerCalls(ledger.look_ahead, ledger.end_leases, ledger.claim),
+            ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.claim),
             enqueue=lambda items: enqueue.enqueue_jobs(pool, items, now=_now()),
             budget=budget,
             attempts=attempts,
@@ -119,11 +124,11 @@ async def _parts(
             metrics=metrics,
             stopping=stopping,
         )
-        yield _Parts(jobs, attempts, overdue)
+        yield WorkerParts(jobs, attempts, overdue)
 
 
 @asynccontextmanager
-async def _cleaner(
+async def _open_cleaner(
     settings: Settings, key: Secret, *, ledger: "_Ledger", budget: Budget, pool: ArqRedis, metrics: Metrics
 ) -> AsyncIterator[Cleaner]:
     async with open_sync_api(
@@ -131,86 +136,89 @@ async def _cleaner(
         key,
         connections=settings.concurrency,
         metrics=metrics,
-        # The claims that are there already wait as long; for those after them the ledger's pause decides.
+        # For existing claims. New claims wait for the pause in the ledger.
         on_throttled=lambda seconds: budget.close_for(min(seconds, LEASE.total_seconds())),
     ) as api:
+        call_slot = partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget)
         yield Cleaner(
             api=api,
             copy=GroupCommit(ledger.copy).submit,
             settle=GroupCommit(ledger.settle).submit,
             enqueue_next=partial(_enqueue_next, pool, metrics),
-            turn=partial(_turn, asyncio.Semaphore(settings.concurrency), budget),
+            call_slot=call_slot,
             now=_now,
             give_up_after=settings.give_up_after,
             is_dry_run=settings.is_dry_run,
             metrics=metrics,
+            key_proof=KeyProof(api, call_slot=call_slot, acquire=partial(budget.acquire, _PROOF_SECONDS)),
         )
 
 
 class _Ledger:
-    """The ledger as jobs, attempts and safety net ask for it."""
+    """The ledger's calls that jobs, attempts and the safety net need."""
 
-    def __init__(self, database: Database, *, limit: int | None, actor: str) -> None:
+    def __init__(self, database: Database, *, limit: int | None, actor: str, key_id: str) -> None:
+        self.key_id = key_id
         self._database = database
         self._limit = limit
         self._actor = actor
 
     async def peek(self) -> int:
         """Return how many records the pauses allow."""
-        return await self._database.read(partial(pausing.peek, now=_now()))
+        return await self._database.read(partial(pausing.peek_allowance, now=_now()))
 
-    async def look_ahead(self, since: datetime | None, until: datetime) -> Outlook:
-        """Return what the safety net has to know."""
-        read = partial(claiming.look_ahead, now=_now(), late=LATE, since=since, until=until, limit=AT_ONCE)
+    async def read_outlook(self, since: datetime | None, until: datetime) -> Outlook:
+        """Read what the safety net needs to know."""
+        read = partial(claiming.read_outlook, now=_now(), late=LATE, since=since, until=until, limit=AT_ONCE)
         return await self._database.read(read)
 
     async def end_leases(self) -> int:
         """End the leases of workers that died."""
-        write = partial(claiming.lose_leases, now=_now(), limit=_LEASES_AT_ONCE, actor=self._actor)
+        write = partial(claiming.end_expired_leases, now=_now(), limit=_LEASES_AT_ONCE, actor=self._actor)
         return await self._database.write(write)
 
     async def claim(self, limit: int) -> Sequence[Claim]:
-        """Claim what is due, whichever it is."""
-        write = partial(claiming.claim, now=_now(), lease=LEASE, limit=limit, actor=self._actor)
+        """Claim due records."""
+        write = partial(claiming.claim_due, now=_now(), lease=LEASE, limit=limit, actor=self._actor)
         return await self._database.write(write)
 
     async def claim_wanted(self, wanted: Sequence[Wanted]) -> Sequence[Claim | NotYet | None]:
-        """Claim what jobs ask for."""
+        """Claim the records that jobs ask for."""
         write = partial(claiming.claim_wanted, wanted=wanted, now=_now(), lease=LEASE, actor=self._actor)
         return await self._database.write(write)
 
-    async def copy(self, items: Sequence[settling.Copy]) -> Sequence[Copied]:
+    async def copy(self, items: Sequence[settling.Copy]) -> Sequence[CopyResult]:
         """Commit copies."""
-        write = partial(settling.copy, copies=items, now=_now(), limit=self._limit, actor=self._actor)
+        write = partial(settling.store_copies, copies=items, now=_now(), limit=self._limit, actor=self._actor)
         return await self._database.write(write)
 
     async def settle(self, items: Sequence[settling.Settlement]) -> Sequence[bool]:
-        """Commit how attempts ended."""
-        write = partial(settling.settle, settlements=items, now=_now(), actor=self._actor)
+        """Commit the outcomes of attempts."""
+        write = partial(settling.settle_attempts, settlements=items, now=_now(), actor=self._actor, key_id=self.key_id)
         return await self._database.write(write)
 
 
 @asynccontextmanager
-async def _turn(places: asyncio.Semaphore, budget: Budget, until: datetime) -> AsyncIterator[bool]:
-    """Wait for a place at the API and yield whether there is one by *until*."""
+async def _call_slot(places: asyncio.Semaphore, budget: Budget, until: datetime) -> AsyncIterator[bool]:
+    """Wait for a place at the API, and yield whether calls are allowed by *until*."""
     async with places:
         yield await budget.is_open_within((until - _now()).total_seconds())
 
 
 async def _enqueue_next(pool: ArqRedis, metrics: Metrics, key: Key, attempt: int, at: datetime) -> None:
-    """Enqueue the job of the next attempt; what Redis does not take the safety net finds once it is due."""
+    """Enqueue the job of the next attempt; if that fails, the safety net finds the record when it is due."""
     try:
         await enqueue.enqueue_job(pool, CleanupJob(key, attempt, at), now=_now())
     except connection.QUEUE_ERRORS as error:
         metrics.enqueue_failures.inc()
-        what_now = "it is found in the ledger once it is due"
+        what_now = "the worker will find the record in the ledger when it is due"
         log.warning("enqueue.failed", generation=key.id, error=type(error).__name__, what_now=what_now)
 
 
 async def _run_jobs(
     pool: ArqRedis, jobs: CleanupJobs, concurrency: int, metrics: Metrics, stopping: asyncio.Event
 ) -> None:
-    """Run the arq worker until *stopping*, again whenever Redis or an unreadable job ended it."""
+    """Run the arq worker until *stopping*; restart it when Redis or an unreadable job has ended it."""
     until_stop = asyncio.create_task(stopping.wait())
     try:
         while not stopping.is_set():
@@ -220,42 +228,42 @@ async def _run_jobs(
             if not running.done():
                 await _stop_arq(worker, running)
                 return
-            # Jobs under way go on: arq's handle_sig() and close() would cancel them.
+            # Running jobs go on: arq's handle_sig() and close() would cancel them.
             await _after_failure(pool, running.exception())
             metrics.loops_failed.labels("jobs").inc()
             await asyncio.wait([until_stop], timeout=_ARQ_RESTART_SECONDS)
     finally:
-        await end([until_stop])
+        await cancel_and_wait([until_stop])
 
 
 async def _stop_arq(worker: Worker, running: asyncio.Task[None]) -> None:
-    """Have arq begin nothing more, wait for its jobs, and end it."""
+    """Stop arq from starting jobs, wait for those that run, and end it."""
     waited = asyncio.Event()
     worker.on_stop = lambda _signal: waited.set()
     worker.handle_sig_wait_for_completion(signal.SIGTERM)
     ended = asyncio.create_task(waited.wait())
     await asyncio.wait([running, ended], return_when=asyncio.FIRST_COMPLETED)
-    # arq has cancelled its loop once, and that can get lost: see end().
-    await end([running, ended])
+    # arq has cancelled its loop once, which is not reliable: see cancel_and_wait().
+    await cancel_and_wait([running, ended])
     if not running.cancelled():
-        running.exception()  # Redis went away meanwhile: the jobs are found in the ledger
+        running.exception()  # Redis failed meanwhile; the ledger still has the records
 
 
 async def _after_failure(pool: ArqRedis, error: BaseException | None) -> None:
-    """Log why arq ended, and remove what it cannot read."""
-    if isinstance(error, connection.QUEUE_ERRORS) and not connection.is_of_odd_key(error):
-        what_now = "deletions start from the ledger meanwhile"
+    """Log why arq ended, and remove jobs that it cannot read."""
+    if isinstance(error, connection.QUEUE_ERRORS) and not connection.is_wrong_type(error):
+        what_now = "the ledger starts deletions meanwhile"
         log.warning("jobs.interrupted", error=type(error).__name__, what_now=what_now)
         return
-    what_now = "the jobs that are due are removed from Redis; those of records are enqueued again"
+    what_now = "due jobs are removed from Redis; the safety net enqueues those of records again"
     log.error("jobs.crashed", exc_info=error, what_now=what_now)
-    # Left where it is, it would end the next arq worker as well, and no job behind it would be started.
+    # Otherwise it would end the next arq worker, too, and no later job would start.
     with contextlib.suppress(*connection.QUEUE_ERRORS):
         await enqueue.remove_due_jobs(pool, now=_now())
 
 
 def _max_jobs(concurrency: int) -> int:
-    """Return twice the places at the API: one half waits for commits or for arq's next poll while the other calls."""
+    """Return twice the places at the API: half of the jobs wait for commits or arq's next poll, the others call."""
     return 2 * concurrency
 
 
@@ -268,14 +276,14 @@ def _arq_worker(pool: ArqRedis, jobs: CleanupJobs, concurrency: int) -> Worker:
         ctx={"jobs": jobs},
         handle_signals=False,
         job_completion_wait=int(STOP_SECONDS),
-        # arq refuses an id while its result lives, and the same attempt may have to be enqueued again.
+        # arq refuses an id while its result exists, and an attempt may have to be enqueued again.
         keep_result=0,
-        # A drop after some tries has no hook to tell of it.
+        # Beyond reach: arq drops a job after max_tries without any hook.
         max_tries=10**6,
-        # Never before the attempt's own end; it is also for how long arq holds the id of a worker that was killed.
+        # Longer than an attempt. It is also how long arq blocks the id of a job whose worker was killed.
         job_timeout=BUDGET_SECONDS + LEASE.total_seconds() + 5,
         max_jobs=max_jobs,
-        # Jobs under way are read as well: fewer than those of all workers would hide the jobs behind them.
+        # arq reads running jobs, too. A limit below the max_jobs of all workers would hide the jobs after those.
         queue_read_limit=max(1000, 20 * max_jobs),
         poll_delay=_POLL_SECONDS,
         allow_abort_jobs=False,

@@ -1,4 +1,4 @@
-"""The safety net: what the ledger says is due and no job has begun is enqueued again, or cleaned without Redis."""
+"""The safety net: it enqueues due records that no job has started, and cleans them without Redis if it must."""
 
 import asyncio
 import contextlib
@@ -20,9 +20,9 @@ from workers.cleanup import Attempts
 log = structlog.get_logger()
 
 EVERY: Final = timedelta(seconds=2)
-# A record that is due for so long has no job, or a late one.
+# A record overdue for longer than this has no job, or a late one.
 LATE: Final = timedelta(seconds=2)
-# A job for it was enqueued, several times, and does not begin: arq holds its id for a worker that was killed.
+# Its job was enqueued several times and does not start: arq blocks the id for a worker that was killed.
 STUCK: Final = timedelta(seconds=10)
 # How many records get a job in one round.
 AT_ONCE: Final = 2000
@@ -31,9 +31,9 @@ _FALLBACK_AGAIN: Final = timedelta(seconds=0.1)
 
 @dataclass(frozen=True, slots=True)
 class LedgerCalls:
-    """What the safety net asks of the ledger."""
+    """The ledger's calls that the safety net needs."""
 
-    look_ahead: Callable[[datetime | None, datetime], Awaitable[Outlook]]  # from and to which due time
+    read_outlook: Callable[[datetime | None, datetime], Awaitable[Outlook]]  # from and to which due time
     end_leases: Callable[[], Awaitable[int]]  # of workers that died
     claim: Callable[[int], Awaitable[Sequence[Claim]]]
 
@@ -67,25 +67,25 @@ class Overdue:
         self._mark: str | None = None
 
     async def run(self) -> None:
-        """Look at the ledger every two seconds until the worker stops."""
+        """Check the ledger every two seconds until the worker stops."""
         while not self._stopping.is_set():
             try:
                 self._beat()
                 await self._round()
             except LedgerUnavailableError as error:
                 self._metrics.loops_failed.labels("overdue").inc()
-                log.warning("overdue.failed", error=str(error), what_now="tried again in two seconds")
-            except Exception:  # the loop must outlive whatever it meets
+                log.warning("overdue.failed", error=str(error), what_now="retrying in two seconds")
+            except Exception:  # the loop must survive every error
                 self._metrics.loops_failed.labels("overdue").inc()
-                log.exception("overdue.crashed", what_now="tried again in two seconds")
+                log.exception("overdue.crashed", what_now="retrying in two seconds")
             await self._sleep(EVERY)
 
     async def _round(self) -> None:
         now = self._now()
         horizon = now + self._horizon
-        outlook = await self._ledger.look_ahead(self._enqueued_until, horizon)
+        outlook = await self._ledger.read_outlook(self._enqueued_until, horizon)
         if outlook.has_expired_leases and (ended := await self._ledger.end_leases()):
-            log.warning("overdue.leases_ended", records=ended, what_now="they are tried again")
+            log.warning("overdue.leases_ended", records=ended, what_now="their records are retried")
         if not outlook.allowed:
             return
         is_usable = await self._enqueue_waiting(outlook, horizon)
@@ -94,7 +94,7 @@ class Overdue:
             await self._clean_from_ledger(outlook.allowed)
 
     async def _enqueue_waiting(self, outlook: Outlook, horizon: datetime) -> bool:
-        """Enqueue what is late and what comes within the horizon; return whether Redis takes jobs."""
+        """Enqueue the late records and those due within the horizon; return whether Redis accepts jobs."""
         near = outlook.near
         jobs = [CleanupJob(wanted.key, wanted.attempt, at) for wanted, at in (*outlook.late, *near)]
         try:
@@ -102,7 +102,7 @@ class Overdue:
         except QUEUE_ERRORS as error:
             self._enqueued_until = None
             self._metrics.loops_failed.labels("enqueue").inc()
-            what_now = "what is due is cleaned from the ledger until Redis takes jobs"
+            what_now = "the ledger starts deletions until Redis accepts jobs"
             log.warning("overdue.not_enqueued", records=len(jobs), error=type(error).__name__, what_now=what_now)
             return False
         is_emptied, self._mark = mark != self._mark, mark
@@ -113,7 +113,7 @@ class Overdue:
         return True
 
     async def _clean_from_ledger(self, allowed: int) -> None:
-        """Begin attempts at what is due, within the same budget and limits, until the next round is due."""
+        """Start attempts at due records, within the same budget and limits, until the next round."""
         for _ in range(int(EVERY / _FALLBACK_AGAIN)):
             if self._stopping.is_set():
                 return
@@ -127,11 +127,11 @@ class Overdue:
             for claim in claims:
                 self._attempts.begin(claim)
             if granted and len(claims) < granted:
-                return  # no more is due
+                return  # nothing else is due
             await self._sleep(_FALLBACK_AGAIN)
 
     async def _sleep(self, duration: timedelta) -> None:
-        """Wait so long, or until the worker stops."""
+        """Wait for *duration*, or until the worker stops."""
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(duration.total_seconds()):
                 await self._stopping.wait()

@@ -1,1 +1,1 @@
-"""What the commands of `mayfly` do, one module per kind; service.cli names them and loads only the one that runs."""
+"""The commands of `mayfly`, one module per kind; service.cli loads the one that runs."""

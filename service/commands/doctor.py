@@ -1,4 +1,4 @@
-"""`mayfly doctor`: looks at everything a deletion needs and says of each part whether it is well, or what to do."""
+"""`mayfly doctor`: checks everything that a deletion needs, and says what to do about each part that fails."""
 
 import asyncio
 import os
@@ -35,16 +35,17 @@ from service.ledger import pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.runtime.terminal import console
+from service.sync.organisation import OTHER_ORGANISATION, SECRET_PATH, is_same_organisation
 from service.web.health import LATE
 
-# The date has whole seconds and the answer takes its time: less than this says nothing.
+# The Date header has whole seconds, and the answer takes time: a smaller difference says nothing.
 _SKEW_NOTED: Final = timedelta(seconds=30)
 _API_SECONDS: Final = 10.0
-_MARKS = {"ok": "[green]✓ ok[/]", "warning": "[yellow]! look[/]", "failing": "[bold red]✗ failing[/]"}
+_MARKS = {"ok": "[green]✓ ok[/]", "warning": "[yellow]! check[/]", "failing": "[bold red]✗ failing[/]"}
 
 
 class Finding(msgspec.Struct, frozen=True):
-    """How one part is; *detail* says what to do where it is not ok."""
+    """The result for one part; *detail* says what to do if it is not ok."""
 
     part: str
     status: Literal["ok", "warning", "failing"]
@@ -52,7 +53,7 @@ class Finding(msgspec.Struct, frozen=True):
 
 
 class Report(msgspec.Struct, frozen=True):
-    """All that was looked at; *ok* is false when a part is failing."""
+    """All findings; *ok* is false if a part is failing."""
 
     ok: bool
     findings: list[Finding]
@@ -63,19 +64,19 @@ class Report(msgspec.Struct, frozen=True):
 def doctor(*, is_json: bool) -> None:
     """Check the settings, the ledger, Redis, the API key and the clock, and say what to do.
 
-    It changes nothing: the API is asked for one page of one generation. The exit code is 0 when nothing is failing,
-    1 when something is, 2 when the settings cannot be read.
+    It changes nothing. It asks the API for a page of one generation. The exit code is 0 if nothing is failing, 1 if
+    something is, 2 if the settings are invalid.
     """
     findings = run(examine(settings_or_exit()))
     report = Report(all(finding.status != "failing" for finding in findings), findings)
     if is_json:
         print_json(report)
     else:
-        _show(report)
+        _print_report(report)
     sys.exit(0 if report.ok else EXIT_FAILED)
 
 
-def _show(report: Report) -> None:
+def _print_report(report: Report) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     for finding in report.findings:
         table.add_row(finding.part, _MARKS[finding.status], escape(finding.detail))
@@ -83,17 +84,17 @@ def _show(report: Report) -> None:
 
 
 async def examine(settings: Settings) -> list[Finding]:
-    """Look at each part; one that fails does not keep the others from being looked at."""
-    checks = (_webhook_secret, _data_dir, _ledger, _redis, _api, _dry_run)
+    """Run all checks, also when some fail."""
+    checks = (_check_webhook_secret, _check_data_dir, _check_ledger, _check_redis, _check_api, _check_dry_run)
     found = await asyncio.gather(*(check(settings) for check in checks))
     return [finding for findings in found for finding in findings]
 
 
-async def _webhook_secret(settings: Settings) -> list[Finding]:
-    return [_required("webhook secret", require_webhook_secret, settings, f"{len(settings.webhook_secrets)} set")]
+async def _check_webhook_secret(settings: Settings) -> list[Finding]:
+    return [_check_required("webhook secret", require_webhook_secret, settings, f"{len(settings.webhook_secrets)} set")]
 
 
-def _required(part: str, require: Callable[[Settings], None], settings: Settings, detail: str) -> Finding:
+def _check_required(part: str, require: Callable[[Settings], None], settings: Settings, detail: str) -> Finding:
     try:
         require(settings)
     except SettingsError as error:
@@ -101,117 +102,113 @@ def _required(part: str, require: Callable[[Settings], None], settings: Settings
     return Finding(part, "ok", detail)
 
 
-def _nearest(path: Path) -> tuple[Path, Path]:
-    """Return *path* as absolute, and itself or the nearest of its parents that is there."""
+def _nearest_existing(path: Path) -> tuple[Path, Path]:
+    """Return the absolute *path*, and itself or its nearest parent that exists."""
     path = path.absolute()
     return path, next(one for one in (path, *path.parents) if one.exists())
 
 
-async def _data_dir(settings: Settings) -> list[Finding]:
-    """Ask whether the data directory can be written to, or made."""
-    folder, nearest = _nearest(settings.data_dir)
+async def _check_data_dir(settings: Settings) -> list[Finding]:
+    """Check that the data directory is writable or can be made."""
+    folder, nearest = _nearest_existing(settings.data_dir)
     if not os.access(nearest, os.W_OK | os.X_OK):
-        return [Finding("data dir", "failing", f"{nearest} cannot be written to; see to MAYFLY_DATA_DIR")]
-    made = "" if nearest == folder else ", not there yet: the first start makes it"
+        return [Finding("data dir", "failing", f"{nearest} is not writable; check MAYFLY_DATA_DIR")]
+    made = "" if nearest == folder else ", does not exist yet: the first start makes it"
     return [Finding("data dir", "ok", f"{settings.data_dir}{made}")]
 
 
-async def _ledger(settings: Settings) -> list[Finding]:
+async def _check_ledger(settings: Settings) -> list[Finding]:
     if is_ledger_missing(settings):
-        return [Finding("ledger", "ok", "SQLite, not there yet: the first start makes it")]
+        return [Finding("ledger", "ok", "SQLite, does not exist yet: the first start makes it")]
     try:
         async with open_ledger(settings) as database:
-            pauses = await database.read(pausing.find)
+            pauses = await database.read(pausing.find_pauses)
             next_wake = await database.read(reading.next_wake)
     except SchemaError as error:
         return [Finding("ledger", "failing", str(error))]
     except LedgerUnavailableError as error:
-        return [Finding("ledger", "failing", f"{error}; see to MAYFLY_DATABASE_URL")]
+        return [Finding("ledger", "failing", f"{error}; check MAYFLY_DATABASE_URL")]
     kind = "PostgreSQL" if settings.ledger_url.get_backend_name() == "postgresql" else "SQLite"
     paused = [Finding("deletions", "warning", f"paused ({one.kind}): {one.reason}") for one in pauses]
     late = datetime.now(UTC) - next_wake if next_wake is not None and not pauses else timedelta(0)
     if late > LATE:
-        detail = f"the oldest is {late // timedelta(minutes=1)} min overdue: see that a worker runs"
+        detail = f"the oldest is {late // timedelta(minutes=1)} min overdue: check that a worker runs"
         paused.append(Finding("deletions", "failing", detail))
-    return [Finding("ledger", "ok", f"{kind}, its tables are as this release needs them"), *paused]
+    return [Finding("ledger", "ok", f"{kind}, its tables fit this release"), *paused]
 
 
-async def _redis(settings: Settings) -> list[Finding]:
-    """Look at the Redis that is set; without one, prove that the embedded one starts, in a folder of its own."""
+async def _check_redis(settings: Settings) -> list[Finding]:
+    """Check the Redis of MAYFLY_REDIS_URL; without one, start the embedded one in a temporary folder."""
     try:
         async with AsyncExitStack() as stack:
             if settings.redis_url is not None:
-                return await _look_at(settings.redis_url, "")
+                return await _check_redis_at(settings.redis_url, "")
             folder = stack.enter_context(tempfile.TemporaryDirectory(prefix="mayfly-doctor-"))
             url = await stack.enter_async_context(embedded_redis(Path(folder)))
-            return await _look_at(url, ": the embedded one, tried out")
+            return await _check_redis_at(url, ": the embedded one, in a trial")
     except EmbeddedRedisError as error:
         return [Finding("redis", "failing", str(error))]
 
 
-async def _look_at(url: Secret, detail: str) -> list[Finding]:
+async def _check_redis_at(url: Secret, detail: str) -> list[Finding]:
     pool = connection.connect(url, retries=0)
     try:
-        warnings = await connection.check(pool)
+        warnings = await connection.check_config(pool)
     except QueueError as error:
         return [Finding("redis", "failing", str(error))]
     except connection.QUEUE_ERRORS as error:
-        return [Finding("redis", "failing", f"it does not answer ({type(error).__name__}); see to MAYFLY_REDIS_URL")]
+        return [Finding("redis", "failing", f"it does not answer ({type(error).__name__}); check MAYFLY_REDIS_URL")]
     finally:
         await pool.aclose(close_connection_pool=True)
     if warnings:
         return [Finding("redis", "warning", warning) for warning in warnings]
-    return [Finding("redis", "ok", f"it answers, drops no jobs and keeps them over a restart{detail}")]
+    return [Finding("redis", "ok", f"it answers, evicts no jobs and keeps them over a restart{detail}")]
 
 
-async def _api(settings: Settings) -> list[Finding]:
-    """Ask for one generation: the cheapest call that needs the key and changes nothing."""
-    required = _required("API key", require_api_key, settings, "")
+async def _check_api(settings: Settings) -> list[Finding]:
+    """List one generation: the cheapest call that needs the key and changes nothing."""
+    required = _check_required("API key", require_api_key, settings, "")
     if settings.api_key is None:
         return [required]
     headers = {"x-api-key": settings.api_key.reveal(), "accept": "application/json"}
     try:
         async with asyncio.timeout(_API_SECONDS), httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
             answer = await client.get(f"{settings.base_url}/v2/generations", params={"limit": 1}, headers=headers)
-            secret = await client.get(f"{settings.base_url}/v2/organizations/webhook/secret", headers=headers)
+            secret = await client.get(f"{settings.base_url}{SECRET_PATH}", headers=headers)
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-        detail = f"the API cannot be reached ({type(error).__name__}); see to SYNC_BASE_URL and the network"
+        detail = f"the API is unreachable ({type(error).__name__}); check SYNC_BASE_URL and the network"
         return [Finding("API key", "failing", detail)]
     return [
-        _judged(answer.status_code, answer.content),
-        *_owner(secret, settings.webhook_secrets),
-        *_clock(answer.headers.get("date", ""), settings.webhook_tolerance),
+        _judge_answer(answer.status_code, answer.content),
+        *_check_organisation(secret, settings.webhook_secrets),
+        *_check_clock(answer.headers.get("date", ""), settings.webhook_tolerance),
     ]
 
 
-def _judged(status: int, body: bytes) -> Finding:
+def _judge_answer(status: int, body: bytes) -> Finding:
     if status == 200 and body.lstrip().startswith(b"["):
-        return Finding("API key", "ok", "the API takes it")
+        return Finding("API key", "ok", "the API accepts it")
     if status == 200:
-        return Finding("API key", "failing", "what answers is not the Sync API; see to SYNC_BASE_URL")
+        return Finding("API key", "failing", "the answer is not the Sync API's; check SYNC_BASE_URL")
     if status in (401, 402, 403):
-        return Finding("API key", "failing", f"the API refuses it ({status}); see to SYNC_API_KEY and the account")
+        return Finding("API key", "failing", f"the API refuses it ({status}); check SYNC_API_KEY and the account")
     if 300 <= status < 400 or status == 404:
-        return Finding("API key", "failing", f"this is not the Sync API ({status}); see to SYNC_BASE_URL")
+        return Finding("API key", "failing", f"this is not the Sync API ({status}); check SYNC_BASE_URL")
     return Finding("API key", "warning", f"the API answered {status}; try again later")
 
 
-def _owner(answer: httpx.Response, secrets: Sequence[Secret]) -> list[Finding]:
-    """Hold the secrets that are set against the organisation's own: with a key of another one all would seem gone."""
-    try:
-        theirs = msgspec.json.decode(answer.content, type=dict[str, str]).get("secret") if answer.is_success else None
-    except msgspec.MsgspecError:
+def _check_organisation(answer: httpx.Response, secrets: Sequence[Secret]) -> list[Finding]:
+    """Compare the webhook secrets with the key's organisation: with another one's key every generation seems gone."""
+    is_same = is_same_organisation(answer.status_code, answer.content, secrets)
+    if is_same is None:
         return []
-    if theirs is None or not secrets:
-        return []
-    if Secret(theirs) in secrets:
+    if is_same:
         return [Finding("organisation", "ok", "the API key and the webhook secret belong together")]
-    detail = "the API key's organisation signs with another secret; see to SYNC_WEBHOOK_SECRET and SYNC_API_KEY"
-    return [Finding("organisation", "failing", detail)]
+    return [Finding("organisation", "failing", OTHER_ORGANISATION)]
 
 
-def _clock(header: str, tolerance: timedelta) -> list[Finding]:
-    """Compare our clock to the API's: both sign and check times."""
+def _check_clock(header: str, tolerance: timedelta) -> list[Finding]:
+    """Compare this machine's clock with the API's: signatures contain the time."""
     try:
         theirs = parsedate_to_datetime(header)
     except ValueError:
@@ -225,7 +222,7 @@ def _clock(header: str, tolerance: timedelta) -> list[Finding]:
     return [Finding("clock", "ok", "it agrees with the API's")]
 
 
-async def _dry_run(settings: Settings) -> list[Finding]:
+async def _check_dry_run(settings: Settings) -> list[Finding]:
     if not settings.is_dry_run:
         return []
     return [Finding("dry run", "warning", "MAYFLY_DRY_RUN is on: nothing is deleted")]

@@ -1,4 +1,4 @@
-"""`mayfly stats`, `pause` and `resume`: how the ledger stands, and stopping the deletions of all workers."""
+"""`mayfly stats`, `pause` and `resume`: statistics of the ledger, and pausing the deletions of all workers."""
 
 from datetime import UTC, datetime
 from functools import partial
@@ -9,25 +9,25 @@ from rich.table import Table
 from service.commands.running import actor, as_json, open_ledger, print_json, run, settings_or_exit
 from service.config.settings import Settings
 from service.core.lifecycle import State
-from service.ledger import pausing
+from service.ledger import key_history, pausing
 from service.ledger.pausing import Kind, Pause
 from service.ledger.views import Stats, read_stats
-from service.runtime.terminal import console
+from service.runtime.terminal import console, format_time, plain
 
 MEANINGS = {
     State.SCHEDULED: "wait for their due time or the next attempt",
-    State.DELETING: "being deleted right now",
-    State.DELETED: "gone at sync.so; the record stays",
-    State.FAILED: "given up, wait for a person",
-    State.HELD: "stopped by a person or a wish",
-    State.KEPT: "never to be deleted",
+    State.DELETING: "are being deleted now",
+    State.DELETED: "are gone at sync.so; the records stay",
+    State.FAILED: "were given up; each needs an operator",
+    State.HELD: "are on hold, by an operator or an override",
+    State.KEPT: "are never deleted",
 }
 
 
 @click.command()
 @as_json
 def stats(*, is_json: bool) -> None:
-    """Count the records in each state, and tell how late the deletions are and whether they are paused."""
+    """Show the records in each state, the age of the most overdue deletion, and the pauses."""
 
     async def work(settings: Settings) -> Stats:
         async with open_ledger(settings) as database:
@@ -37,10 +37,10 @@ def stats(*, is_json: bool) -> None:
     if is_json:
         print_json(found)
     else:
-        _show(found)
+        _print_stats(found)
 
 
-def _show(found: Stats) -> None:
+def _print_stats(found: Stats) -> None:
     table = Table(box=None, pad_edge=False)
     table.add_column("state")
     table.add_column("records", justify="right")
@@ -50,22 +50,19 @@ def _show(found: Stats) -> None:
     console().print(table)
     late = f", the longest for {found.oldest_overdue_seconds:.0f} s" if found.due else ""
     click.echo(f"\nDue now: {found.due}{late}.")
-    click.echo("Deletions run." if not found.pauses else "Deletions are paused:")
+    click.echo("Deletions are running." if not found.pauses else "Deletions are paused:")
     for pause in found.pauses:
-        until = f", until {_time(pause.until)}" if pause.until else ""
-        click.echo(f"  {pause.kind} since {_time(pause.since)}{until}, by {pause.actor}: {pause.reason}")
-
-
-def _time(at: datetime) -> str:
-    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
+        until = f", until {format_time(pause.until)}" if pause.until else ""
+        since = f"since {format_time(pause.since)}{until}"
+        click.echo(f"  {pause.kind} {since}, by {plain(pause.actor)}: {plain(pause.reason)}")
 
 
 @click.command()
-@click.option("--reason", default="no reason given", help="Why, for those who find the deletions paused.")
+@click.option("--reason", default="no reason given", help="Why, for other operators.")
 def pause(reason: str) -> None:
-    """Stop deleting: no worker begins a new deletion until `mayfly resume`, over restarts too.
+    """Pause all deletions: no worker starts one until `mayfly resume`, also after restarts.
 
-    Webhooks are still taken and stored. A deletion that is under way ends.
+    Webhooks are still stored. Deletions in progress end first.
     """
 
     async def work(settings: Settings) -> bool:
@@ -74,20 +71,20 @@ def pause(reason: str) -> None:
             return await database.write(partial(pausing.pause, wanted=wanted))
 
     is_new = run(work(settings_or_exit()))
-    click.echo("Deletions are paused." if is_new else "Deletions were paused already; the first reason stands.")
+    click.echo("Deletions are paused." if is_new else "Deletions were paused already; the first reason is kept.")
 
 
 @click.command()
 def resume() -> None:
-    """Go on deleting: end every pause, whatever its reason.
+    """Resume deletions: end every pause, whatever its kind.
 
-    Those that Mayfly began end by themselves, too: for a refused key once a probe finds that it works, for the daily
-    limit at midnight UTC. A pause whose reason still holds comes back.
+    Pauses by Mayfly itself also end without it: for a refused key when a probe succeeds, for the daily limit at
+    midnight UTC. A pause whose cause persists comes back.
     """
 
     async def work(settings: Settings) -> list[Kind]:
         async with open_ledger(settings) as database:
-            return await database.write(partial(pausing.resume, kinds=list(Kind)))
+            return await database.write(key_history.resume_all)
 
     ended = run(work(settings_or_exit()))
-    click.echo(f"Deletions go on. Ended: {', '.join(ended)}." if ended else "There was no pause to end.")
+    click.echo(f"Deletions are resumed. Ended: {', '.join(ended)}." if ended else "There was no pause to end.")

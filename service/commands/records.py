@@ -1,4 +1,4 @@
-"""`mayfly records`: what the ledger keeps of each generation, read directly; no running service is needed."""
+"""`mayfly records`: the records of the ledger, read directly; no running service is needed."""
 
 from datetime import UTC, datetime
 from functools import partial
@@ -6,38 +6,36 @@ from typing import Any
 
 import click
 import msgspec
-from rich.markup import escape
 from rich.table import Table
 from sqlalchemy import Row
 
-from service.commands.running import actor, as_json, fail, open_ledger, print_json, run, settings_or_exit
+from service.commands.record_moves import move_commands
+from service.commands.running import as_json, fail, open_ledger, print_json, run, settings_or_exit
 from service.config.settings import Settings
 from service.core.attempts import Outcome
 from service.core.key import Key
-from service.core.lifecycle import Move, State
-from service.ledger import moving, reading
+from service.core.lifecycle import State
+from service.ledger import reading
 from service.ledger.pausing import ACCOUNT
 from service.ledger.reading import MAX_PAGE, Filter
-from service.ledger.views import FullRecord, Record, RecordPage, find_record, present
-from service.runtime.terminal import STATE_STYLES, console
+from service.ledger.views import BLOCKED, FullRecord, Record, RecordPage, find_record, present_record
+from service.runtime.terminal import STATE_STYLES, cell, console, format_relative, format_time, plain
 
 _WIDE = 100
 
 
 @click.group()
 def records() -> None:
-    """Look at the records of generations, and decide about single ones."""
+    """Show records of generations, and hold, release, keep, retry or reopen them."""
 
 
 @records.command("list")
 @click.option("--state", type=click.Choice(list(State), case_sensitive=False), help="Only records in this state.")
-@click.option("--status", help="Only generations with this sync.so status, such as FAILED.")
+@click.option("--status", help="Only generations with this sync.so status, such as FAILED, in any case.")
 @click.option("--project", help="Only generations of this project id.")
-@click.option(
-    "--find", "text", help="Only those with this text in the id or, once they are copied, in file name, model or error."
-)
+@click.option("--find", "text", help="Only those with this text in id, file name, model or error.")
 @click.option("--limit", type=click.IntRange(1, MAX_PAGE), default=50, show_default=True, help="How many.")
-@click.option("--cursor", help="The page behind this cursor, which the page before printed.")
+@click.option("--cursor", help="The page after this cursor, which the previous page printed.")
 @as_json
 def list_records(
     *,
@@ -51,21 +49,21 @@ def list_records(
 ) -> None:
     """List records, newest first.
 
-    With --json a page is printed as the API answers it, {"items": […], "nextCursor": …}.
+    With --json it prints a page as the API answers it, {"items": […], "nextCursor": …}.
     """
     wanted = Filter(state=state, status=status, project_id=project, text=text)
 
     async def work(settings: Settings) -> RecordPage:
         async with open_ledger(settings) as database:
             rows: list[Row[Any]] = []
-            behind = cursor
+            after = cursor
             while True:  # a page of a search may be short
-                look = partial(reading.page, wanted=wanted, limit=limit - len(rows), cursor=behind)
-                page = await database.read(look)
+                read = partial(reading.read_page, wanted=wanted, limit=limit - len(rows), cursor=after)
+                page = await database.read(read)
                 rows += page.rows
-                behind = page.next_cursor
-                if behind is None or len(rows) == limit:
-                    return RecordPage([present(row) for row in rows], behind)
+                after = page.next_cursor
+                if after is None or len(rows) == limit:
+                    return RecordPage([present_record(row) for row in rows], after)
 
     page = run(work(settings_or_exit()))
     if is_json:
@@ -80,50 +78,42 @@ def _print_page(page: RecordPage) -> None:
         return
     output, now = console(), datetime.now(UTC)
     table = Table(box=None, pad_edge=False)
-    # An id is 36 characters: what a narrow terminal has no room for is left out rather than broken up.
+    # An id has 36 characters: a narrow terminal shows fewer columns rather than broken lines.
     headings = ["id", "status", "state", "what comes next", *(["received"] if output.width >= _WIDE else [])]
     for heading in headings:
         table.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=36 if heading == "id" else None)
     for record in page.items:
         state = f"[{STATE_STYLES[record.state]}]{record.state}[/]"
-        cells = (escape(record.id), escape(record.status), state, _next(record, now), _time(record.received_at))
+        cells = (
+            cell(record.id),
+            cell(record.status),
+            state,
+            cell(_describe_next(record, now)),
+            format_time(record.received_at),
+        )
         table.add_row(*cells[: len(headings)])
     output.print(table)
     if page.next_cursor:
         click.echo(f"\nMore: --cursor {page.next_cursor}")
 
 
-def _next(record: Record, now: datetime) -> str:
-    """Say in a few words what becomes of the record, or became of it."""
+def _describe_next(record: Record, now: datetime) -> str:
+    """Describe in a few words what happens next to the record, or what happened."""
     match record.state:
         case State.SCHEDULED if record.next_attempt_at is not None:
             retried = f", attempt {record.attempts + 1}: {record.last_error}" if record.last_error else ""
-            return escape(f"{_from(now, record.next_attempt_at)}{retried}")
+            return f"{format_relative(now, record.next_attempt_at)}{retried}"
         case State.DELETED if record.deleted_at is not None:
-            gone = "" if record.outcome == Outcome.DELETED else ", was gone"
-            return f"{_from(now, record.deleted_at)}{gone}"
+            gone = "" if record.outcome == Outcome.DELETED else ", was gone already"
+            return f"{format_relative(now, record.deleted_at)}{gone}"
         case State.FAILED:
-            return escape(f"needs a person: {record.last_error}")
+            return f"needs an operator: {record.last_error}"
         case State.HELD if record.hold is not None:
-            return escape(f"held: {record.hold.reason}")
+            return f"held: {record.hold.reason}"
         case State.KEPT:
-            return escape(record.retention.rule)
+            return record.retention.rule
         case _:
             return "now"
-
-
-def _from(now: datetime, at: datetime) -> str:
-    """Say when *at* is, seen from *now*: ``in 3 h``, ``5 min ago``."""
-    seconds = int(abs(at - now).total_seconds())
-    for unit, size in (("days", 86_400), ("h", 3_600), ("min", 60), ("s", 1)):
-        if seconds >= 2 * size:
-            span = f"{seconds // size} {unit}"
-            return f"in {span}" if at > now else f"{span} ago"
-    return "now"
-
-
-def _time(at: datetime | None) -> str:
-    return "" if at is None else f"{at:%Y-%m-%d %H:%M:%S} UTC"
 
 
 @records.command()
@@ -132,57 +122,41 @@ def _time(at: datetime | None) -> str:
 def show(generation_id: str, *, is_json: bool) -> None:
     """Show the record of generation ID with its history.
 
-    Its URLs carry tokens that open the media: mind where the output goes.
+    The output has URLs with tokens that open the media.
     """
 
-    async def work(settings: Settings) -> FullRecord | None:
+    settings = settings_or_exit()
+
+    async def work() -> FullRecord | None:
         async with open_ledger(settings) as database:
             return await database.read(partial(find_record, key=Key(ACCOUNT, generation_id)))
 
-    record = run(work(settings_or_exit())) if generation_id.isprintable() else None
+    record = run(work()) if generation_id.isprintable() else None
     if record is None:
         fail(f"there is no record of generation {generation_id}")
     if is_json:
         print_json(record)
     else:
         _print_record(record)
+        _print_obstacles(record, is_dry_run=settings.is_dry_run)
 
 
-def _mover(move: Move, explained: str) -> None:
-    """Make the command for a person's *move*."""
-
-    @records.command(move.value, help=explained)
-    @click.argument("generation_id", metavar="ID")
-    @click.option("--reason", help="Why; it stays in the record's history.")
-    def command(generation_id: str, reason: str | None) -> None:
-        wanted = partial(
-            moving.move,
-            key=Key(ACCOUNT, generation_id),
-            wanted=move,
-            now=datetime.now(UTC),
-            actor=actor(),
-            reason=reason,
-        )
-
-        async def work(settings: Settings) -> State | None:
-            async with open_ledger(settings) as database:
-                row = await database.write(wanted)
-                return None if row is None else State(row.state)
-
-        state = run(work(settings_or_exit())) if generation_id.isprintable() else None
-        if state is None:
-            fail(f"there is no record of generation {generation_id}")
-        click.echo(f"{generation_id} is {state}.")
+def _print_obstacles(record: FullRecord, *, is_dry_run: bool) -> None:
+    """Say what blocks the deletion of a record that waits for one."""
+    for pause in record.blocked_by:
+        until = f", until {format_time(pause.until)}" if pause.until else ""
+        why = f"({pause.kind}) since {format_time(pause.since)}{until}, by {plain(pause.actor)}: {plain(pause.reason)}"
+        click.echo(f"\nNot deleted now: deletions are paused {why}. mayfly resume ends it.")
+    if is_dry_run and record.state in BLOCKED:
+        click.echo("\nNot deleted now: MAYFLY_DRY_RUN is set here.")
 
 
-_mover(Move.HOLD, "Stop the deletion of generation ID until it is released.")
-_mover(Move.RELEASE, "Let generation ID, which is held, be deleted when it is due; at once where that is past.")
-_mover(Move.KEEP, "Never delete generation ID.")
-_mover(Move.RETRY, "Try generation ID again, which was given up.")
+for _command in move_commands():
+    records.add_command(_command)
 
 
-# The history has a table of its own, and what the bodies say stands under its own names.
-_ONLY_IN_JSON = frozenset({"events", "notification", "copy"})
+# The history and what blocks a deletion are printed after the table, and the bodies repeat the other fields.
+_ONLY_IN_JSON = frozenset({"events", "notification", "copy", "blockedBy"})
 
 
 def _print_record(record: FullRecord) -> None:
@@ -191,18 +165,18 @@ def _print_record(record: FullRecord) -> None:
     table.add_column(overflow="fold")
     for name, value in msgspec.to_builtins(record, builtin_types=(datetime,)).items():
         if name not in _ONLY_IN_JSON and value not in (None, [], {}):
-            table.add_row(name, escape(_text(value)))
+            table.add_row(name, cell(_format_value(value)))
     console().print(table)
     history = Table(box=None, pad_edge=False, title="\nHistory", title_justify="left")
     for heading in ("at", "move", "by", "detail"):
         history.add_column(heading, overflow="fold")
     for event in record.events:
-        detail = "  ".join(f"{name}={_text(value)}" for name, value in (event.detail or {}).items())
-        history.add_row(_time(event.at), event.move, escape(event.actor), escape(detail))
+        detail = "  ".join(f"{name}={_format_value(value)}" for name, value in (event.detail or {}).items())
+        history.add_row(format_time(event.at), event.move, cell(event.actor), cell(detail))
     console().print(history)
 
 
-def _text(value: object) -> str:
+def _format_value(value: object) -> str:
     if isinstance(value, datetime):
-        return _time(value)
+        return format_time(value)
     return value if isinstance(value, str) else msgspec.json.encode(value).decode()

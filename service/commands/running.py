@@ -1,6 +1,6 @@
-"""How every command starts and how it fails: settings read, one line per problem, an exit code that tells.
+"""How commands start and fail: settings, one line per problem, exit codes.
 
-Exit codes: 0 fine, 2 settings that cannot be worked with, 1 anything else, 130 for Ctrl-C.
+Exit codes: 0 success, 2 invalid settings, 130 Ctrl-C, 1 anything else.
 """
 
 import asyncio
@@ -24,6 +24,7 @@ from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.ledger.opening import open_database
 from service.runtime.logging import configure_logging
+from service.runtime.terminal import plain, plain_json
 
 log = structlog.get_logger()
 
@@ -33,23 +34,23 @@ EXIT_FAILED: Final = 1
 EXIT_SETTINGS: Final = 2
 EXIT_INTERRUPTED: Final = 130
 
-# One option, spelled the same everywhere.
+# The same option for all commands.
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON, for scripts.")
 
 
 def settings_or_exit(*requirements: Callable[[Settings], None]) -> Settings:
-    """Read the settings and see to what this command cannot do without; each problem is a line, exit code 2."""
+    """Read the settings and check *requirements*; print each problem on a line and exit with code 2."""
     try:
         settings = read_settings()
     except SettingsError as error:
         _exit_with(error.problems)
-    if problems := [problem for require in requirements for problem in _missing(require, settings)]:
+    if problems := [problem for require in requirements for problem in _missing_settings(require, settings)]:
         _exit_with(problems)
     configure_logging(settings.log_format)
     return settings
 
 
-def _missing(require: Callable[[Settings], None], settings: Settings) -> list[str]:
+def _missing_settings(require: Callable[[Settings], None], settings: Settings) -> list[str]:
     try:
         require(settings)
     except SettingsError as error:
@@ -59,12 +60,12 @@ def _missing(require: Callable[[Settings], None], settings: Settings) -> list[st
 
 def _exit_with(problems: list[str]) -> NoReturn:
     for problem in problems:
-        click.echo(f"mayfly: {problem}", err=True)
+        click.echo(f"mayfly: {plain(problem)}", err=True)
     sys.exit(EXIT_SETTINGS)
 
 
 def run(work: Coroutine[Any, Any, T]) -> T:
-    """Run *work* on the fastest loop there is and return its result; what goes wrong is one line and exit code 1."""
+    """Run *work*, on uvloop where there is one, and return its result; print an error in one line, exit with code 1."""
     try:
         import uvloop  # noqa: PLC0415 - not on Windows
     except ImportError:
@@ -76,14 +77,14 @@ def run(work: Coroutine[Any, Any, T]) -> T:
             return runner.run(work)
     except KeyboardInterrupt:
         sys.exit(EXIT_INTERRUPTED)
-    except Exception as error:  # noqa: BLE001 - the last place there is
-        _fail(error)
+    except Exception as error:  # noqa: BLE001 - the outermost handler
+        _fail_with(error)
 
 
 def on_stop(act: Callable[[], object]) -> None:
-    """Call *act* on the running loop at Ctrl-C or SIGTERM, also where a shell had Ctrl-C ignored or this is pid 1.
+    """Call *act* on the running loop at Ctrl-C or SIGTERM, also if the shell ignores Ctrl-C or this is pid 1.
 
-    It is called once: uvicorn raises a signal again when it has stopped, in the middle of an orderly end.
+    It is called once: uvicorn raises the signal again after it has stopped, during an orderly shutdown.
     """
     pending = [act]
 
@@ -97,46 +98,55 @@ def on_stop(act: Callable[[], object]) -> None:
 
 
 def fail(problem: str) -> NoReturn:
-    """Say in one line what is wrong and end with exit code 1."""
-    click.echo(f"mayfly: {problem}", err=True)
+    """Print *problem* in one line and exit with code 1."""
+    click.echo(f"mayfly: {plain(problem)}", err=True)
     sys.exit(EXIT_FAILED)
 
 
-def _fail(error: BaseException) -> NoReturn:
+def _fail_with(error: BaseException) -> NoReturn:
     while isinstance(error, BaseExceptionGroup):
         error = error.exceptions[0]
+    if isinstance(error, SettingsError):
+        _exit_with(error.problems)
     if isinstance(error, LedgerUnavailableError):
-        fail(f"the ledger cannot be opened: {error}; see to MAYFLY_DATABASE_URL")
+        fail(f"the ledger cannot be opened: {error}; check MAYFLY_DATABASE_URL")
     if isinstance(error, ExplainedError):
         fail(str(error))
     if isinstance(error, OSError):
-        fail(f"{error.strerror or error}: {error.filename or 'see to MAYFLY_HOST and MAYFLY_PORT'}")
+        fail(f"{error.strerror or error}: {error.filename or 'check MAYFLY_HOST and MAYFLY_PORT'}")
     log.error("mayfly.crashed", exc_info=error)
     sys.exit(EXIT_FAILED)
 
 
 def is_ledger_missing(settings: Settings) -> bool:
-    """Whether the ledger is an SQLite file that no start has made yet; opening it would make an empty one."""
+    """Whether the ledger is an SQLite file that does not exist yet; opening it would create an empty one."""
     url = settings.ledger_url
     return url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file()
 
 
 @asynccontextmanager
 async def open_ledger(settings: Settings) -> AsyncIterator[Database]:
-    """Open the ledger that is there, and make none.
+    """Open the existing ledger.
 
-    Raises: SchemaError when there is none of this release's form; LedgerUnavailableError.
+    Raises: SchemaError if there is none, or its tables do not fit this release; LedgerUnavailableError.
     """
     if is_ledger_missing(settings):
-        where = settings.ledger_url.database
-        raise SchemaError(f"there is no ledger at {where} yet: mayfly up or mayfly migrate makes it")
+        raise SchemaError(_no_ledger(settings))
     async with open_database(settings.ledger_url) as database:
         await database.read(migrating.check)
         yield database
 
 
+def _no_ledger(settings: Settings) -> str:
+    """Say where no ledger is, and that another current directory has another one: a second, empty one is no help."""
+    where = f"there is no ledger at {Path(settings.ledger_url.database or '').absolute()} yet"
+    if settings.database_url is None and not settings.data_dir.is_absolute():
+        where += f": MAYFLY_DATA_DIR, {settings.data_dir}, is relative to the current directory"
+    return f"{where}; mayfly up or mayfly migrate makes it"
+
+
 def actor() -> str:
-    """Return who gives the command, for the audit trail."""
+    """Return the user of the command line, for the audit trail."""
     try:
         return f"{getpass.getuser()} (command line)"
     except (KeyError, OSError):  # a container's uid without a name
@@ -144,6 +154,6 @@ def actor() -> str:
 
 
 def print_json(value: object) -> None:
-    """Print *value* as JSON, indented where a person reads it."""
+    """Print *value* as JSON, indented on a terminal; control characters in its texts are escaped as JSON does."""
     encoded = msgspec.json.encode(value)
-    click.echo((msgspec.json.format(encoded, indent=2) if sys.stdout.isatty() else encoded).decode())
+    click.echo(plain_json((msgspec.json.format(encoded, indent=2) if sys.stdout.isatty() else encoded).decode()))

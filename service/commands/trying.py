@@ -1,4 +1,4 @@
-"""`mayfly demo`, `simulate` and `send`: trying Mayfly out, without a sync.so account or with one."""
+"""`mayfly demo`, `simulate` and `send`: trying Mayfly out, with or without a sync.so account."""
 
 import asyncio
 import sys
@@ -14,12 +14,12 @@ from service.commands.running import EXIT_FAILED, EXIT_INTERRUPTED, fail, on_sto
 from service.config.settings import Settings, require_webhook_secret
 from service.core.signature import sign
 from service.runtime.logging import configure_logging
+from service.runtime.terminal import plain
 from service.simulator import Generation, Simulator, serve_forever
 from service.simulator.generation import sample_input
 from service.simulator.wire import is_loopback
 
-# Longer than the simulator's own: Mayfly refuses secrets that could be guessed.
-SIMULATOR_SECRET: Final = "whsec_simulator_only"  # noqa: S105 - proves nothing to anybody
+SIMULATOR_SECRET: Final = "whsec_simulator_only"  # noqa: S105 - of the simulator, protects nothing
 _SEND_SECONDS: Final = 30.0
 _SECONDS: Final = click.FloatRange(0.01, 86_400)
 _STATUSES: Final = ("COMPLETED", "FAILED", "REJECTED", "PROCESSING")
@@ -27,24 +27,24 @@ _STATUSES: Final = ("COMPLETED", "FAILED", "REJECTED", "PROCESSING")
 
 @click.command()
 @click.option(
-    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Also save the table that shows most as SVG."
+    "--picture", type=click.Path(dir_okay=False, path_type=Path), help="Also save the most varied table as SVG."
 )
 def demo(picture: Path | None) -> None:
-    """Show the whole story in under a minute, without keys or servers.
+    """Show what Mayfly does, in under a minute, without keys or servers.
 
-    A stand-in for the Sync API and the whole of Mayfly run in this process, on real sockets, a real Redis and a
-    ledger in a temporary folder. Generations complete, fail, meet errors, are copied and deleted; at the end it is
-    checked what was copied and deleted, and the exit code is 0 when all went right.
+    A simulator of the Sync API and all of Mayfly run in this process, on real sockets, a real Redis and a ledger in a
+    temporary folder. Generations complete or fail, the API answers with errors, and Mayfly copies and deletes. At the
+    end the demo checks what was copied and deleted; the exit code is 0 if all of it is right.
     """
-    from service.demo import perform  # noqa: PLC0415 - all of Mayfly, which simulate and send do without
+    from service.demo import run_demo  # noqa: PLC0415 - all of Mayfly, which simulate and send do not need
 
-    async def play() -> bool:
-        if (playing := asyncio.current_task()) is not None:
-            on_stop(playing.cancel)
-        return await perform(picture)
+    async def work() -> bool:
+        if (running := asyncio.current_task()) is not None:
+            on_stop(running.cancel)
+        return await run_demo(picture)
 
     try:
-        sys.exit(0 if run(play()) else EXIT_FAILED)
+        sys.exit(0 if run(work()) else EXIT_FAILED)
     except asyncio.CancelledError:
         sys.exit(EXIT_INTERRUPTED)
 
@@ -58,13 +58,13 @@ def demo(picture: Path | None) -> None:
     show_default=True,
     help="Port to listen on; 0 lets the system choose.",
 )
-@click.option("--api-key", default="sk-simulator", show_default=True, help="The key it takes.")
-@click.option("--webhook-secret", default=SIMULATOR_SECRET, show_default=True, help="The secret it signs with.")
-@click.option("--webhook-url", help="Make a sample generation now and then, and send its webhook there.")
+@click.option("--api-key", default="sk-simulator", show_default=True, help="The key that it accepts.")
+@click.option("--webhook-secret", default=SIMULATOR_SECRET, show_default=True, help="The secret that it signs with.")
+@click.option("--webhook-url", help="Make sample generations, and send their webhooks there.")
 @click.option("--every", type=_SECONDS, default=5.0, show_default=True, help="Seconds between two samples.")
-@click.option("--processing", type=_SECONDS, default=2.0, show_default=True, help="Seconds a sample takes.")
-@click.option("--count", type=click.IntRange(1), help="Stop making samples after so many.")
-@click.option("--allow-remote", is_flag=True, help="Listen on an address that other machines reach.")
+@click.option("--processing", type=_SECONDS, default=2.0, show_default=True, help="Seconds that a sample takes.")
+@click.option("--count", type=click.IntRange(1), help="How many samples to make; unlimited unless given.")
+@click.option("--allow-remote", is_flag=True, help="Allow an address that other machines can reach.")
 def simulate(
     *,
     host: str,
@@ -77,17 +77,17 @@ def simulate(
     count: int | None,
     allow_remote: bool,
 ) -> None:
-    """Run a stand-in for the Sync API, to develop and test against.
+    """Run a simulator of the Sync API, for development and tests.
 
-    It creates, shows, lists and deletes generations and sends signed webhooks. Nothing in it is real. Faults are
-    scripted through its /simulator/ routes.
+    It creates, shows, lists and deletes generations in memory, and sends signed webhooks. Its /simulator/ routes
+    script faults.
     """
 
     if not allow_remote and not is_loopback(host):
         fail(f"the simulator is for this machine alone; --allow-remote lets it listen on {host}")
     configure_logging(None)
     run(
-        _serve(
+        _run_simulator(
             host=host,
             port=port,
             api_key=api_key,
@@ -101,14 +101,14 @@ def simulate(
     )
 
 
-async def _serve(*, host: str, port: int, **options: Any) -> None:  # noqa: ANN401 - serve_forever() has their types
-    def tell(simulator: Simulator) -> None:
+async def _run_simulator(*, host: str, port: int, **options: Any) -> None:  # noqa: ANN401 - serve_forever() has their types
+    def print_directions(simulator: Simulator) -> None:
         if (serving := asyncio.current_task()) is not None:
             on_stop(serving.cancel)
         click.echo(_directions(simulator.url, options["api_key"], options["webhook_secret"], options["webhook_url"]))
 
     try:
-        await serve_forever(host=host, port=port, on_ready=tell, **options)
+        await serve_forever(host=host, port=port, on_ready=print_directions, **options)
     except asyncio.CancelledError:
         return
     except OSError as error:
@@ -117,9 +117,9 @@ async def _serve(*, host: str, port: int, **options: Any) -> None:  # noqa: ANN4
 
 def _directions(url: str, api_key: str, webhook_secret: str, webhook_url: str | None) -> str:
     samples = (
-        f"Sample generations are announced to {webhook_url}."
+        f"It sends the webhooks of sample generations to {webhook_url}."
         if webhook_url
-        else "With --webhook-url 'http://127.0.0.1:8080/webhooks/sync?ttl=1m' it also makes samples and announces them."
+        else "With --webhook-url 'http://127.0.0.1:8080/webhooks/sync?ttl=1m' it also makes samples and sends webhooks."
     )
     return f"""The simulator of the Sync API listens at {url}. Point Mayfly at it, in another terminal:
 
@@ -132,27 +132,29 @@ def _directions(url: str, api_key: str, webhook_secret: str, webhook_url: str | 
 
 
 @click.command()
-@click.option("--status", type=click.Choice(_STATUSES), default="COMPLETED", show_default=True, help="Of the sample.")
-@click.option("--id", "generation_id", help="The sample's generation id; a fresh one unless given.")
+@click.option(
+    "--status", type=click.Choice(_STATUSES), default="COMPLETED", show_default=True, help="The sample's status."
+)
+@click.option("--id", "generation_id", help="The sample's generation id; a new one unless given.")
 @click.option("--file", "body_file", type=click.File("rb"), help="Send this body instead of a sample; - is stdin.")
-@click.option("--url", help="Where to; unless given, to MAYFLY_HOST and MAYFLY_PORT. Wishes in its query count.")
+@click.option("--url", help="Where to; MAYFLY_HOST and MAYFLY_PORT unless given. Its query may have overrides.")
 @click.option("--at", help="The send time to sign, such as 2026-12-31T00:00:00Z; now unless given.")
 def send(status: str, generation_id: str | None, body_file: BinaryIO | None, url: str | None, at: str | None) -> None:
     """Sign a webhook with SYNC_WEBHOOK_SECRET, post it, and print the answer.
 
-    The exit code is 0 for an answer of 2xx, 1 for any other or none.
+    The exit code is 0 for an answer of 2xx, 1 for any other answer or none.
     """
     settings = settings_or_exit(require_webhook_secret)
     target = url or _own_url(settings)
-    body = body_file.read() if body_file else _sample(settings, status, generation_id or str(uuid.uuid4()), target)
+    body = body_file.read() if body_file else _sample_body(settings, status, generation_id or str(uuid.uuid4()), target)
     secret = settings.webhook_secrets[0].reveal().encode()
-    headers = {"content-type": "application/json", "sync-signature": sign(body, secret=secret, at=_instant(at))}
+    headers = {"content-type": "application/json", "sync-signature": sign(body, secret=secret, at=_parse_instant(at))}
     try:
         answer = httpx.post(target, content=body, headers=headers, timeout=_SEND_SECONDS, trust_env=False)
     except (httpx.HTTPError, httpx.InvalidURL) as error:
-        fail(f"no answer from {target.partition('?')[0]} ({type(error).__name__}): does mayfly up run there?")
-    click.echo(f"{answer.status_code} {answer.reason_phrase}", err=True)
-    click.echo(answer.text)
+        fail(f"no answer from {target.partition('?')[0]} ({type(error).__name__}): check that mayfly up runs there")
+    click.echo(f"{answer.status_code} {plain(answer.reason_phrase)}", err=True)
+    click.echo("\n".join(plain(line) for line in answer.text.split("\n")))
     sys.exit(0 if answer.is_success else EXIT_FAILED)
 
 
@@ -161,7 +163,7 @@ def _own_url(settings: Settings) -> str:
     return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/webhooks/sync"
 
 
-def _sample(settings: Settings, status: str, generation_id: str, url: str) -> bytes:
+def _sample_body(settings: Settings, status: str, generation_id: str, url: str) -> bytes:
     sample = Generation(
         id=generation_id,
         status=status,
@@ -174,7 +176,7 @@ def _sample(settings: Settings, status: str, generation_id: str, url: str) -> by
     return sample.notification()
 
 
-def _instant(text: str | None) -> datetime:
+def _parse_instant(text: str | None) -> datetime:
     if text is None:
         return datetime.now(UTC)
     try:
@@ -182,5 +184,5 @@ def _instant(text: str | None) -> datetime:
     except ValueError:
         raise click.BadParameter("an instant such as 2026-12-31T00:00:00Z", param_hint="--at") from None
     if instant.tzinfo is None:
-        raise click.BadParameter("it needs its zone, such as 2026-12-31T00:00:00Z", param_hint="--at")
+        raise click.BadParameter("it needs a time zone, such as 2026-12-31T00:00:00Z", param_hint="--at")
     return instant

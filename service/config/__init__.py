@@ -1,1 +1,1 @@
-"""The environment read into settings."""
+"""Settings from the environment."""

@@ -1,6 +1,6 @@
-"""The values that settings may have: each reader takes the text of one variable.
+"""Parsers of settings: each takes the text of one variable.
 
-Readers raise ValueError for what they do not accept; what they say repeats nothing of the text, which may be a secret.
+They raise ValueError for a text that they do not accept, and never repeat it, because it may be a secret.
 """
 
 import ipaddress
@@ -21,30 +21,30 @@ LogFormat = Literal["console", "json"]
 
 
 def read_secrets(text: str) -> tuple[Secret, ...]:
-    """Read one or several webhook secrets, with commas between."""
+    """Read one or several webhook secrets, separated by commas."""
     parts = [part.strip() for part in text.split(",")]
-    # A short key could be guessed; whsec_ is how all of theirs begin, and a key without it never verifies.
+    # A short secret could be guessed. All of sync.so's begin with whsec_; without it none verifies.
     if any(not part.startswith("whsec_") or len(part) < 16 for part in parts):
         raise ValueError
     return tuple(Secret(part) for part in parts)
 
 
 def read_token(text: str) -> Secret:
-    """Read a bearer token that cannot be guessed."""
+    """Read a bearer token that is long enough not to be guessed."""
     if len(text) < 16:
         raise ValueError
     return read_header_value(text)
 
 
 def read_header_value(text: str) -> Secret:
-    """Read what travels in a header: one pasted with its mask, as in ``sk-…``, would fail each record by itself."""
+    """Read a header value. A key pasted with its mask, such as ``sk-…``, must not fail each record."""
     if not text.isascii() or not text.isprintable() or " " in text:
         raise ValueError
     return Secret(text)
 
 
 def read_base_url(text: str) -> str:
-    """Read where the Sync API is."""
+    """Read the base URL of the Sync API."""
     parts = urlsplit(text)
     is_complete = parts.scheme in ("http", "https") and parts.hostname and parts.port != 0
     if not is_complete or parts.username or "?" in text or "#" in text:
@@ -52,14 +52,14 @@ def read_base_url(text: str) -> str:
     # The API key travels with every call.
     if parts.scheme == "http" and not _is_near(parts.hostname or ""):
         raise ValueError
-    # With it in the path twice every generation would be unknown.
+    # With /v2 twice in the path, every generation would be unknown.
     if parts.path.rstrip("/").endswith("/v2"):
         raise ValueError
     return text.rstrip("/")
 
 
 def _is_near(host: str) -> bool:
-    """Whether *host* is within one's own network: a private address, or a name without a domain."""
+    """Whether *host* is in a private network: a private address, or a name without a domain."""
     try:
         return ipaddress.ip_address(host).is_private
     except ValueError:
@@ -67,7 +67,7 @@ def _is_near(host: str) -> bool:
 
 
 def read_database_url(text: str) -> URL:
-    """Read where the ledger is."""
+    """Read the URL of the ledger's database."""
     try:
         url = make_url(text)
     except ArgumentError:
@@ -78,12 +78,12 @@ def read_database_url(text: str) -> URL:
         return URL.create("sqlite", database=url.database)
     if url.drivername not in ("postgres", "postgresql", "postgresql+asyncpg"):
         raise ValueError
-    # The driver reads libpq's parameters, but not these two, which hosters put into their URLs.
+    # asyncpg knows libpq's parameters except these two, which hosting services put into their URLs.
     return url.difference_update_query(["channel_binding", "connect_timeout"]).set(drivername="postgresql")
 
 
 def read_redis_url(text: str) -> Secret:
-    """Read where the queue is; see redis_url.py."""
+    """Read the URL of Redis; see redis_url.py."""
 
     if not text.startswith(("redis://", "rediss://", "unix://", "sentinel://")):
         raise ValueError
@@ -92,7 +92,7 @@ def read_redis_url(text: str) -> Secret:
 
 
 def read_flag(text: str) -> bool:
-    """Read yes or no, in the usual words."""
+    """Read a boolean."""
     flags = {
         "true": True,
         "1": True,
@@ -110,7 +110,7 @@ def read_flag(text: str) -> bool:
 
 
 def number_reader(low: int, high: int) -> Callable[[str], int]:
-    """Return the reader of a whole number from *low* to *high*."""
+    """Return a parser of whole numbers from *low* to *high*."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit() and low <= int(text) <= high):
@@ -121,7 +121,7 @@ def number_reader(low: int, high: int) -> Callable[[str], int]:
 
 
 def duration_reader(low: timedelta) -> Callable[[str], timedelta]:
-    """Return the reader of a duration of at least *low*."""
+    """Return a parser of durations of at least *low*."""
 
     def read(text: str) -> timedelta:
         duration = parse_duration(text)
@@ -133,7 +133,7 @@ def duration_reader(low: timedelta) -> Callable[[str], timedelta]:
 
 
 def read_rate(text: str) -> Rate:
-    """Read so many calls in a period."""
+    """Read a number of calls per second, minute or hour."""
     calls, _, unit = text.partition("/")
     periods = {"second": 1, "minute": 60, "hour": 3600}
     if unit not in periods:
@@ -142,7 +142,7 @@ def read_rate(text: str) -> Rate:
 
 
 def read_log_format(text: str) -> LogFormat:
-    """Read how logs are written."""
+    """Read the format of logs."""
     if text == "console":
         return "console"
     if text == "json":

@@ -1,11 +1,11 @@
-"""The forms that a Redis URL may have: read and checked without connecting."""
+"""Parsing and checking Redis URLs, without connecting."""
 
 from dataclasses import dataclass, field
 from typing import Final
 from urllib.parse import parse_qsl, unquote, urlsplit
 
 _SENTINEL_PORT: Final = 26379
-# What redis-py takes for a connection, of what is of use here.
+# The connection options of redis-py that are useful here.
 _OPTIONS: Final = frozenset(
     {
         *("db", "username", "password", "client_name", "protocol", "socket_keepalive"),
@@ -35,7 +35,7 @@ class SentinelUrl:
 def check_url(text: str) -> None:
     """Return if *text* is a URL of a Redis: ``redis://``, ``rediss://``, ``unix://`` or ``sentinel://``.
 
-    The first three are as redis-py has them; for the last see read_sentinel_url().
+    The first three have redis-py's form; for the last see read_sentinel_url().
 
     Raises: ValueError, which repeats nothing of *text*.
     """
@@ -51,7 +51,7 @@ def check_url(text: str) -> None:
             raise ValueError("0 is not a port of a Redis")
     elif parts.scheme != "unix" or not database:
         raise ValueError("not a URL of a Redis")
-    query = _query(parts.query)
+    query = _parse_query(parts.query)
     if query.keys() - _OPTIONS or query.get("ssl_cert_reqs", "required") not in _CERTIFICATE_CHECKS:
         raise ValueError("an option of the Redis URL is not known")
 
@@ -59,8 +59,8 @@ def check_url(text: str) -> None:
 def read_sentinel_url(text: str) -> SentinelUrl:
     """Read ``sentinel://user:password@host:port,host:port/service/db``.
 
-    It takes ``?sentinel_username=`` and ``&sentinel_password=`` where the Sentinels want a login, and for TLS with both
-    ``&ssl=true``, ``&ssl_ca_certs=/path`` and ``&ssl_check_hostname=false``.
+    Options: ``sentinel_username`` and ``sentinel_password`` for the Sentinels' own login; ``ssl=true``,
+    ``ssl_ca_certs=/path`` and ``ssl_check_hostname=false`` for TLS to Sentinels and master.
 
     Raises: ValueError, which repeats nothing of *text*.
     """
@@ -68,11 +68,11 @@ def read_sentinel_url(text: str) -> SentinelUrl:
     login, _, places = parts.netloc.rpartition("@")
     username, _, password = login.partition(":")
     service, _, database = parts.path.strip("/").partition("/")
-    query = _query(parts.query)
+    query = _parse_query(parts.query)
     url = SentinelUrl(
-        hosts=tuple(_host(place) for place in places.split(",")),
+        hosts=tuple(_parse_host(place) for place in places.split(",")),
         service=service or "mymaster",
-        database=_number(database or "0"),
+        database=_parse_number(database or "0"),
         username=unquote(username) or None,
         password=unquote(password) or None,
         sentinel_username=query.pop("sentinel_username", None),
@@ -82,26 +82,26 @@ def read_sentinel_url(text: str) -> SentinelUrl:
         is_host_checked=query.pop("ssl_check_hostname", "true") == "true",
     )
     if query or ((url.ca_file or not url.is_host_checked) and not url.is_tls):
-        raise ValueError("a Sentinel URL does not take all of that")
+        raise ValueError("an option of the Sentinel URL is not known")
     return url
 
 
-def _host(place: str) -> tuple[str, int]:
+def _parse_host(place: str) -> tuple[str, int]:
     host, _, port = place.rpartition(":")
-    found = (host, _number(port)) if host else (port, _SENTINEL_PORT)
+    found = (host, _parse_number(port)) if host else (port, _SENTINEL_PORT)
     if not found[0]:
         raise ValueError("a Sentinel has no host")
     return found
 
 
-def _number(text: str) -> int:
+def _parse_number(text: str) -> int:
     if not (text.isascii() and text.isdecimal()):
         raise ValueError("a port and a database are numbers")
     return int(text)
 
 
-def _query(text: str) -> dict[str, str]:
+def _parse_query(text: str) -> dict[str, str]:
     try:
         return dict(parse_qsl(text, strict_parsing=bool(text)))
     except ValueError:
-        raise ValueError("the query of the Redis URL is not one") from None
+        raise ValueError("the query of the Redis URL is malformed") from None

@@ -1,6 +1,6 @@
-"""What an operator can set: read once from the environment, every value checked, no secret ever shown.
+"""The settings: read once from the environment and checked; secrets are never shown.
 
-``OPTIONS`` is the whole list; the README's table is held to it by a test.
+``OPTIONS`` is the whole list; a test checks the README's table against it.
 """
 
 import difflib
@@ -37,7 +37,7 @@ from service.core.secret import Secret
 
 
 class SettingsError(ExplainedError):
-    """The environment is not one to start with; each of *problems* names a variable and what it accepts."""
+    """The settings are missing or invalid; each of *problems* names a variable and what it accepts."""
 
     def __init__(self, problems: list[str]) -> None:
         super().__init__("; ".join(problems))
@@ -46,18 +46,18 @@ class SettingsError(ExplainedError):
 
 @dataclass(frozen=True, slots=True)
 class Option:
-    """One environment variable: *default* is the text it has when not set; None there means no value at all."""
+    """One environment variable; *default* is the text that an unset one has, None for no value."""
 
     name: str
     read: Callable[[str], Any]
     default: str | None
     accepts: str
-    is_secret: bool = False  # then NAME_FILE may name a file that holds it
+    is_secret: bool = False  # then NAME_FILE may name a file that contains it
 
 
 @dataclass(frozen=True, slots=True)
 class Settings:
-    """The settings as read; durations are timedeltas, None is what is not set."""
+    """The parsed settings; None is an option that is not set."""
 
     api_key: Secret | None
     webhook_secrets: tuple[Secret, ...]
@@ -81,12 +81,12 @@ class Settings:
 
     @property
     def policy(self) -> Policy:
-        """How long generations are kept."""
+        """The retention policy."""
         return Policy(self.ttl, self.min_ttl)
 
     @property
     def ledger_url(self) -> URL:
-        """Where the ledger is: as set, else SQLite in the data directory."""
+        """The URL of the ledger: MAYFLY_DATABASE_URL, else SQLite in the data directory."""
         return self.database_url or URL.create("sqlite", database=str(self.data_dir / "ledger.db"))
 
 
@@ -95,14 +95,14 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 
     Raises: SettingsError with all problems at once.
     """
-    problems = _unknown(environment)
+    problems = _unknown_variables(environment)
     values: dict[str, Any] = {}
     for field, option in OPTIONS.items():
         try:
-            text = _text(option, environment)
+            text = _option_text(option, environment)
             values[field] = None if text is None else option.read(text)
         except ValueError:
-            problems.append(f"{option.name} is not usable: it accepts {option.accepts}")
+            problems.append(f"{option.name} is invalid: it accepts {option.accepts}")
         except OSError as error:
             problems.append(f"{option.name}_FILE cannot be read: {error.strerror}")
     values["webhook_secrets"] = values.get("webhook_secrets") or ()
@@ -112,7 +112,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 
 
 def require_webhook_secret(settings: Settings) -> None:
-    """Raise SettingsError unless there is a secret to prove webhooks with."""
+    """Raise SettingsError unless there is a secret to verify webhooks with."""
     if not settings.webhook_secrets:
         raise SettingsError(
             ["SYNC_WEBHOOK_SECRET is not set: copy the whsec_… secret from sync.so/settings/webhooks into it"]
@@ -123,12 +123,12 @@ NO_API_KEY: Final = "SYNC_API_KEY is not set: put an API key of your sync.so org
 
 
 def require_api_key(settings: Settings) -> None:
-    """Raise SettingsError unless there is a key to delete with."""
+    """Raise SettingsError unless there is an API key to delete with."""
     if settings.api_key is None:
         raise SettingsError([NO_API_KEY])
 
 
-def _text(option: Option, environment: Mapping[str, str]) -> str | None:
+def _option_text(option: Option, environment: Mapping[str, str]) -> str | None:
     text = environment.get(option.name, "").strip()
     path = environment.get(f"{option.name}_FILE", "").strip() if option.is_secret else ""
     if not text and path:
@@ -138,8 +138,8 @@ def _text(option: Option, environment: Mapping[str, str]) -> str | None:
     return text or option.default
 
 
-def _unknown(environment: Mapping[str, str]) -> list[str]:
-    """Name variables that nothing reads: MAYFLY_DRY ignored in silence would delete for real."""
+def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
+    """Name variables that look like settings and are not: with MAYFLY_DRY ignored, Mayfly would really delete."""
     known = {option.name for option in OPTIONS.values()}
     known |= {f"{option.name}_FILE" for option in OPTIONS.values() if option.is_secret}
     problems = []
@@ -155,9 +155,9 @@ def _unknown(environment: Mapping[str, str]) -> list[str]:
 
 
 _DURATION = "a duration such as 90s, 15m, 24h, 7d, 2w"
-# Named in the design, read by a later release: to ignore one of these in silence could delete what it was to keep.
+# Planned for a later release. Ignoring one of these could delete what it is meant to keep.
 NOT_SUPPORTED: Final = frozenset({"MAYFLY_CONFIG", "MAYFLY_ARCHIVE_URL"})
-# Named there as well, and harmless where nothing reads it.
+# Planned as well, and harmless to ignore.
 TOLERATED: Final = frozenset({"MAYFLY_PUBLIC_URL"})
 # What Kubernetes and container links set for a service called mayfly-something.
 _LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_[0-9]+_(TCP|UDP).*)?$|_ENV_|_NAME$")
@@ -168,7 +168,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
         "SYNC_WEBHOOK_SECRET",
         read_secrets,
         None,
-        "the whole whsec_… secret, several with commas between",
+        "the whole whsec_… secret, several separated by commas",
         is_secret=True,
     ),
     "base_url": Option(

@@ -1,4 +1,4 @@
-"""What an attempt to delete leads to, when to try again, and when to give up: pure decisions that take *now*."""
+"""What follows from an attempt to delete: done, retry and when, or give up. Pure decisions that take *now*."""
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
@@ -11,54 +11,56 @@ MIN_BACKOFF: Final = timedelta(seconds=5)
 MAX_BACKOFF: Final = timedelta(hours=1)
 MIN_RETRY_AFTER: Final = timedelta(seconds=1)
 MAX_RETRY_AFTER: Final = timedelta(hours=24)
-# A 4xx that is about the request itself will not change by waiting; a few tries tell it from a deploy gone wrong.
+# Waiting does not change a 4xx about the request itself. A few tries tell it from a faulty deploy of the API.
 MAX_REFUSALS: Final = 5
-# A record that takes its worker down each time must not take down every worker in a tight loop.
+# A record that crashes its worker each time must not crash all workers in a tight loop.
 MAX_FREE_LOSSES: Final = 3
+ANSWER_LOST: Final = "answer lost, confirmed by a later 404"
 
 
 class Verdict(StrEnum):
     """What one answer of the API means for the generation it was asked about."""
 
     DONE = "done"  # 2xx with the generation asked for
-    GONE = "gone"  # 404, 410: there is nothing left to delete
+    GONE = "gone"  # 404, 410 with the API's own generation_not_found: there is nothing left to delete
     RUNNING = "running"  # still processing: by its status, or a 409
-    RETRY = "retry"  # 429, 5xx, network, timeout, redirect, unreadable: says nothing of the generation
-    REFUSED = "refused"  # another 4xx: this row's own trouble
-    UNAUTHORIZED = "unauthorized"  # 401, 403: the key's trouble, not the row's
+    RETRY = "retry"  # 429, 5xx, any other 404, network, timeout, redirect, unreadable: says nothing about it
+    REFUSED = "refused"  # another 4xx: concerns this record alone
+    UNAUTHORIZED = "unauthorized"  # 401, 402, 403: concerns the key, unless a call about no generation is accepted
 
 
 class Outcome(StrEnum):
     """How a record came to be deleted."""
 
-    DELETED = "deleted"  # the API confirmed our DELETE
+    DELETED = "deleted"  # the API confirmed our DELETE, or no longer knew it after a DELETE whose answer was lost
     ALREADY_GONE = "already_gone"  # the API no longer knew it
 
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """How the attempts at one record went so far."""
+    """The failures of one record so far."""
 
-    failing_since: datetime | None  # the first of the failures in a row; None after none
+    failing_since: datetime | None  # the first failure of the current series; None without one
     failures: int
     refusals: int
 
 
-def waited(progress: Progress, late: timedelta) -> Progress:
-    """Return *progress* for an attempt that begins *late*: that it could not be made is no time of failing."""
-    if progress.failing_since is None or late <= timedelta(0):
+def exclude_wait(progress: Progress, delay: timedelta) -> Progress:
+    """Return *progress* for an attempt that starts after *delay*: time paused or without a worker does not count."""
+    if progress.failing_since is None or delay <= timedelta(0):
         return progress
-    return Progress(progress.failing_since + late, progress.failures, progress.refusals)
+    return Progress(progress.failing_since + delay, progress.failures, progress.refusals)
 
 
 @dataclass(frozen=True, slots=True)
 class Step:
-    """What one attempt leads to; *retry_at* is set for a DEFER, *outcome* for a CONFIRM."""
+    """What follows from one attempt; *retry_at* is set for a DEFER, *outcome* for a CONFIRM, *detail* explains it."""
 
     move: Move
     progress: Progress
     retry_at: datetime | None = None
     outcome: Outcome | None = None
+    detail: str | None = None
 
 
 def after_attempt(
@@ -69,15 +71,20 @@ def after_attempt(
     give_up_after: timedelta,
     retry_after: timedelta | None,
     jitter: float,
+    has_unanswered_delete: bool = False,
 ) -> Step:
-    """Decide what the *verdict* that ended an attempt leads to.
+    """Decide what follows from the *verdict* that ended an attempt.
 
-    *retry_after* is what the API asked for, *jitter* a random number from 0 to 1. A retryable failure is given up by
-    age alone, never by count; a refusal after a few; trouble with the key uses nothing up.
+    *retry_after* is what the API asked for, *jitter* a random number from 0 to 1. A retryable failure is given up
+    because of its age, never because of a count. A refusal is given up after MAX_REFUSALS. A refused key counts as
+    neither. *has_unanswered_delete*: an earlier attempt may have sent its DELETE, and the answer is not known.
     """
-    if verdict is Verdict.DONE or verdict is Verdict.GONE:
-        outcome = Outcome.DELETED if verdict is Verdict.DONE else Outcome.ALREADY_GONE
-        return Step(Move.CONFIRM, progress, outcome=outcome)
+    if verdict is Verdict.DONE:
+        return Step(Move.CONFIRM, progress, outcome=Outcome.DELETED)
+    if verdict is Verdict.GONE and has_unanswered_delete:
+        return Step(Move.CONFIRM, progress, outcome=Outcome.DELETED, detail=ANSWER_LOST)
+    if verdict is Verdict.GONE:
+        return Step(Move.CONFIRM, progress, outcome=Outcome.ALREADY_GONE)
     if verdict is Verdict.UNAUTHORIZED:
         wait = backoff(1, retry_after=retry_after, jitter=jitter)
         return Step(Move.DEFER, Progress(None, 0, progress.refusals), retry_at=now + wait)
@@ -90,29 +97,29 @@ def after_attempt(
 
 
 def backoff(failures: int, *, retry_after: timedelta | None, jitter: float) -> timedelta:
-    """Return how long to wait after the *failures*-th failure in a row, which counts from 1.
+    """Return how long to wait after *failures* failures in a row, 1 or more.
 
-    Exponential from 5 s to 1 h with full jitter, but never under 2.5 s; what the API asked for, clamped to
-    1 s … 24 h, is never undercut.
+    Exponential from 5 s to 1 h with full jitter, but at least 2.5 s. A *retry_after* is clamped to 1 s … 24 h, and
+    the wait is never shorter than that.
     """
     ceiling = min(MAX_BACKOFF, MIN_BACKOFF * (1 << min(failures - 1, 20)))
     wait = MIN_BACKOFF / 2 + (ceiling - MIN_BACKOFF / 2) * jitter
     if retry_after is None:
         return wait
-    asked = throttle(retry_after)
-    # A tenth on top spreads the rows that were all told the same moment.
+    asked = throttle_duration(retry_after)
+    # A tenth on top spreads the records that were given the same time.
     return asked + min(asked / 10, timedelta(seconds=30)) * jitter
 
 
-def throttle(retry_after: timedelta | None) -> timedelta:
-    """Return how long all calls wait after a 429 that asked for *retry_after*."""
+def throttle_duration(retry_after: timedelta | None) -> timedelta:
+    """Return how long all calls stop after a 429 that asked for *retry_after*."""
     return MIN_BACKOFF if retry_after is None else min(max(retry_after, MIN_RETRY_AFTER), MAX_RETRY_AFTER)
 
 
 def after_lost_lease(progress: Progress, *, now: datetime) -> Step:
-    """Decide when a record is tried again whose worker died: at once, and slower only if that keeps happening.
+    """Decide when to retry a record whose worker died: at once, and later if that keeps happening.
 
-    It is never given up for it: restarts of ours are not the generation's fault.
+    It is never given up for this reason: a restart of a worker says nothing about the generation.
     """
     failures = progress.failures + 1
     wait = (

@@ -1,4 +1,4 @@
-"""Durations with units, as settings and overrides have them: read and written."""
+"""Durations with units, as in settings and overrides: parsed and formatted."""
 
 import re
 from datetime import timedelta
@@ -8,12 +8,12 @@ _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w":
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])", re.ASCII)
 DURATION_FORMS: Final = "a number with a unit: 90s, 15m, 24h, 7d, 2w"
 
-# Beyond it an instant might not fit a database column; nobody means it either.
+# Later instants might not fit a database column, and a longer ttl is a mistake.
 MAX_TTL: Final = timedelta(days=36500)
 
 
 def parse_duration(text: str) -> timedelta:
-    """Read ``90s``, ``15m``, ``24h``, ``7d`` or ``2w``; a bare number is refused, for its unit would be a guess.
+    """Parse ``90s``, ``15m``, ``24h``, ``7d`` or ``2w``; a number without a unit is refused as ambiguous.
 
     Raises: ValueError, which says what is accepted and does not repeat *text*.
     """
@@ -31,7 +31,7 @@ def parse_duration(text: str) -> timedelta:
 
 
 def format_duration(seconds: int) -> str:
-    """Write whole *seconds* in their largest fitting unit: the inverse of parse_duration."""
+    """Format whole *seconds* in the largest unit that fits: the inverse of parse_duration."""
     for unit, size in (("w", 604_800), ("d", 86_400), ("h", 3_600), ("m", 60)):
         if seconds and seconds % size == 0:
             return f"{seconds // size}{unit}"
@@ -39,13 +39,16 @@ def format_duration(seconds: int) -> str:
 
 
 def parse_ttl(text: str) -> timedelta | None:
-    """Read a duration, or ``forever`` as None.
+    """Parse a duration above zero, or ``forever`` as None.
 
     Raises: ValueError, which says what is accepted.
     """
     if text.strip() == "forever":
         return None
     try:
-        return parse_duration(text)
+        duration = parse_duration(text)
     except ValueError as error:
         raise ValueError(f"{error}, or forever") from None
+    if not duration:
+        raise ValueError("more than zero")
+    return duration

@@ -1,5 +1,5 @@
-"""Errors that are told to people as they are."""
+"""Errors whose text is shown to the operator."""
 
 
 class ExplainedError(Exception):
-    """An error whose text is a sentence for the operator: what is wrong, and what to do about it."""
+    """An error whose text tells the operator what is wrong and what to do."""

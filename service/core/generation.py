@@ -1,7 +1,7 @@
-"""What sync.so says of a generation: the wire types and how leniently they are read.
+"""A generation as sync.so sends it: the wire type, and a lenient reader.
 
-Both the webhook and the polled generation are open: null, missing and extra keys are normal, models, statuses and
-input types are open sets, and the failure code has two spellings. Only the id and the status must be there.
+Webhooks and polled generations vary: null, missing and extra keys are normal; models, statuses and input types are
+open sets; the failure code has two spellings. Only the id and the status are required.
 Source: sync.so API v2 reference, "Generation status update" webhook and "Get generation".
 """
 
@@ -17,12 +17,12 @@ RUNNING: Final = frozenset({"PENDING", "PROCESSING"})
 MAX_ID_LENGTH = 255
 MAX_DEPTH = 64
 _TOO_DEEP = "not a generation: nested too deeply"
-# Strings are tokens of their own, so that a bracket in a text is none. The quantifiers give nothing back: what is no
-# string to its end is looked at once and not from each of its quotes again.
+# Strings are tokens of their own, so that brackets inside strings do not count. The quantifiers are possessive: an
+# unterminated string is scanned once, not again from each of its quotes.
 _BRACKETS = re.compile(rb'"(?:[^"\\]++|\\.)*+"?|[\[\]{}]', re.DOTALL)
 _BACKSLASH = ord("\\")
-# One half of a character, as a text has it that was cut within an emoji: JSON to some, and no character to most.
-_HALVES = re.compile(
+# A lone surrogate, as in a text that was cut within an emoji. Some JSON readers accept it, most do not.
+_LONE_SURROGATES = re.compile(
     rb"\\(?:u[dD][89abAB][0-9a-fA-F]{2}\\u[dD][c-fC-F][0-9a-fA-F]{2}|(u[dD][89a-fA-F][0-9a-fA-F]{2})|.)", re.DOTALL
 )
 _NUMBER = re.compile(rb"[-+.0-9eE]+|null")
@@ -30,19 +30,20 @@ _LOOSE_TEXTS = frozenset(
     {
         *("model", "createdAt", "outputUrl", "outputMediaUrl", "segmentOutputUrl", "synthesizedAudioUrl"),
         *("outputFileName", "projectId", "error", "errorCode", "error_code"),
+        "webhookUrl",  # then it is no URL, so that the record is held
     }
 )
 
-# What must mean the same to every reader of the body: with a key twice, two JSON readers may differ.
+# JSON readers differ on duplicate keys, and these keys decide what happens.
 _DECISIVE_KEYS = ("id", "status", "metrics", "webhookUrl")
 
 
 class MalformedError(ValueError):
-    """A body that is not the documented shape; answered 400, nothing is stored."""
+    """A body that does not have the documented shape; answered 400, nothing is stored."""
 
 
 class Generation(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
-    """A generation as the webhook or the API tells of it; the parts nobody decides on stay raw JSON."""
+    """A generation as the webhook or the API sends it; parts that no decision needs stay raw JSON."""
 
     id: str
     status: Annotated[str, msgspec.Meta(min_length=1, max_length=64)]
@@ -66,12 +67,12 @@ class Generation(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
 
     @property
     def is_batch(self) -> bool:
-        """Whether this is a batch notification, which alone carries metrics."""
+        """Whether this is a batch notification; only those have metrics."""
         return self.metrics is not msgspec.UNSET and bytes(self.metrics) != b"null"
 
     @property
     def is_terminal(self) -> bool:
-        """Whether the generation will not change any more."""
+        """Whether the generation has ended."""
         return self.status in TERMINAL
 
     @property
@@ -88,13 +89,13 @@ class Generation(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
 _decoder = msgspec.json.Decoder(Generation)
 
 
-def read(body: bytes) -> Generation:
+def read_generation(body: bytes) -> Generation:
     """Decode the raw *body* of a webhook or of an API answer.
 
-    Raises: MalformedError with a sentence for the sender, and nothing else, whatever the bytes hold.
+    Raises: MalformedError with a sentence for the sender, and nothing else, whatever the bytes are.
     """
     try:
-        body.decode()  # the decoder passes over the parts that stay raw without reading their text
+        body.decode()  # the decoder does not check the text of the parts that stay raw
         _check_depth(body)
         generation = _decode(body)
     except (msgspec.MsgspecError, UnicodeDecodeError) as error:
@@ -102,8 +103,8 @@ def read(body: bytes) -> Generation:
     except RecursionError:
         raise MalformedError(_TOO_DEEP) from None
     _check_id(generation.id)
-    _check_keys(generation, body)
-    _check_text(generation, body)
+    _check_duplicate_keys(generation, body)
+    _check_no_nul(generation, body)
     return generation
 
 
@@ -111,17 +112,17 @@ def _decode(body: bytes) -> Generation:
     try:
         return _decoder.decode(body)
     except msgspec.DecodeError:
-        generation = _decoder.decode(_with_texts(body))
+        generation = _decoder.decode(_coerce_texts(body))
     if any(
         "\N{REPLACEMENT CHARACTER}" in text for text in (generation.id, generation.status, generation.webhook_url or "")
     ):
-        raise MalformedError("not a generation: it has half a character in its id, status or webhookUrl")
+        raise MalformedError("not a generation: a lone surrogate in its id, status or webhookUrl")
     return generation
 
 
-def _with_texts(body: bytes) -> bytes:
-    """Make a text of what should be one and nobody decides on: a list as the error must not lose the generation."""
-    body = _HALVES.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], body)
+def _coerce_texts(body: bytes) -> bytes:
+    """Convert values that should be texts and that need not be: a list as ``error`` must not lose the webhook."""
+    body = _LONE_SURROGATES.sub(lambda escape: rb"\ufffd" if escape[1] else escape[0], body)
     top = msgspec.json.decode(body, type=dict[str, msgspec.Raw])
     for name in _LOOSE_TEXTS & top.keys():
         value = bytes(top[name])
@@ -133,8 +134,8 @@ def _with_texts(body: bytes) -> bytes:
 
 
 def _check_depth(body: bytes) -> None:
-    """Refuse what is nested deeper than MAX_DEPTH: how deep a reader gets depends on where it is called."""
-    if len(body) - len(body.translate(None, b"[{")) <= MAX_DEPTH:  # one look instead of two counts
+    """Refuse nesting deeper than MAX_DEPTH: the depth at which a JSON reader fails depends on its call stack."""
+    if len(body) - len(body.translate(None, b"[{")) <= MAX_DEPTH:  # one pass instead of two counts
         return
     depth = 0
     for token in _BRACKETS.finditer(body):
@@ -144,17 +145,17 @@ def _check_depth(body: bytes) -> None:
 
 
 def _check_id(generation_id: str) -> None:
-    """Refuse what cannot be one segment of a URL path: empty, a step to another folder, control characters."""
+    """Refuse an id that cannot be one segment of a URL path: empty, ``.`` or ``..``, control characters."""
     if not generation_id or len(generation_id) > MAX_ID_LENGTH:
         raise MalformedError(f"not a generation: the id must have 1 to {MAX_ID_LENGTH} characters")
     if generation_id in (".", "..") or not generation_id.isprintable():
-        raise MalformedError("not a generation: the id holds characters that no id has")
+        raise MalformedError("not a generation: the id has characters that are not allowed")
 
 
-def _check_keys(generation: Generation, body: bytes) -> None:
-    """Refuse a decisive key that stands twice at the top level."""
-    # The slow second reading is only for bodies where it could find something: a name seen twice, or written
-    # with escapes, which no known sender does for keys. One byte is looked for in a fifth of the time of two.
+def _check_duplicate_keys(generation: Generation, body: bytes) -> None:
+    """Refuse a decisive key that occurs twice at the top level."""
+    # The slow second pass is only for bodies in which it could find something: a key that occurs twice or is written
+    # with escapes, which no known sender does. Searching one byte takes a fifth of the time of two.
     count = body.count
     if (
         (_BACKSLASH not in body or b"\\u" not in body)
@@ -167,16 +168,16 @@ def _check_keys(generation: Generation, body: bytes) -> None:
     try:
         top: list[tuple[str, Any]] = json.JSONDecoder(object_pairs_hook=list).decode(body.decode())
     except (ValueError, RecursionError):
-        raise MalformedError("not a generation: two JSON readers would differ on it") from None
+        raise MalformedError("not a generation: JSON readers differ on it") from None
     keys = [key for key, _ in top]
     for key in _DECISIVE_KEYS:
         if keys.count(key) > 1:
-            raise MalformedError(f"not a generation: the key {key} stands twice")
+            raise MalformedError(f"not a generation: duplicate key {key}")
 
 
-def _check_text(generation: Generation, body: bytes) -> None:
-    """Refuse a NUL character in a field that becomes a text column: PostgreSQL cannot hold it."""
+def _check_no_nul(generation: Generation, body: bytes) -> None:
+    """Refuse a NUL character in a field that becomes a text column: PostgreSQL cannot store it."""
     if _BACKSLASH not in body or b"\\u0000" not in body:
         return
     if any("\0" in text for text in msgspec.structs.astuple(generation) if isinstance(text, str)):
-        raise MalformedError("not a generation: it holds a NUL character")
+        raise MalformedError("not a generation: it has a NUL character")

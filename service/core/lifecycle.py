@@ -1,4 +1,4 @@
-"""The states of a record and the moves between them: one table, and nothing outside it is legal."""
+"""The states of a record, and the table of the moves between them. A move that is not in the table is illegal."""
 
 from collections.abc import Mapping
 from enum import StrEnum
@@ -11,27 +11,27 @@ class State(StrEnum):
     """Where a record is in its life."""
 
     SCHEDULED = "scheduled"  # waits for its due time, or for the next attempt
-    DELETING = "deleting"  # one worker holds its lease and talks to the API
+    DELETING = "deleting"  # a worker has the lease and calls the API
     DELETED = "deleted"  # gone at the API; the record stays
-    FAILED = "failed"  # given up; a person decides
-    HELD = "held"  # a person stopped it for now
-    KEPT = "kept"  # never to be deleted, by policy or by a person
+    FAILED = "failed"  # given up; needs an operator
+    HELD = "held"  # on hold until an operator releases it
+    KEPT = "kept"  # never deleted, by policy or by an operator
 
 
 class Move(StrEnum):
-    """What can happen to a record; each one appends a row to its history."""
+    """What can happen to a record; each move appends a row to the record's history."""
 
     RECEIVE = "receive"
     KEEP = "keep"
     CLAIM = "claim"
     HOLD = "hold"
     RELEASE = "release"
-    SCHEDULE = "schedule"
     CONFIRM = "confirm"
     DEFER = "defer"
     LOSE_LEASE = "lose_lease"
     GIVE_UP = "give_up"
     RETRY = "retry"
+    REOPEN = "reopen"
 
 
 TABLE: Mapping[tuple[State | None, Move], State] = MappingProxyType(
@@ -41,37 +41,71 @@ TABLE: Mapping[tuple[State | None, Move], State] = MappingProxyType(
         (State.SCHEDULED, Move.CLAIM): State.DELETING,
         (State.SCHEDULED, Move.HOLD): State.HELD,
         (State.SCHEDULED, Move.KEEP): State.KEPT,
+        (State.HELD, Move.KEEP): State.KEPT,
         (State.HELD, Move.RELEASE): State.SCHEDULED,
-        (State.KEPT, Move.SCHEDULE): State.SCHEDULED,
+        (State.KEPT, Move.RELEASE): State.SCHEDULED,
         (State.DELETING, Move.CONFIRM): State.DELETED,
         (State.DELETING, Move.DEFER): State.SCHEDULED,
         (State.DELETING, Move.LOSE_LEASE): State.SCHEDULED,
         (State.DELETING, Move.GIVE_UP): State.FAILED,
         (State.FAILED, Move.RETRY): State.SCHEDULED,
+        (State.FAILED, Move.HOLD): State.HELD,
+        (State.FAILED, Move.KEEP): State.KEPT,
+        (State.DELETED, Move.REOPEN): State.SCHEDULED,
     }
+)
+
+# The moves of an operator, and where each leads. A record that is there already is not moved.
+TARGETS: Mapping[Move, State] = MappingProxyType(
+    {
+        Move.HOLD: State.HELD,
+        Move.RELEASE: State.SCHEDULED,
+        Move.KEEP: State.KEPT,
+        Move.RETRY: State.SCHEDULED,
+        Move.REOPEN: State.SCHEDULED,
+    }
+)
+_REASONS: Mapping[tuple[State | None, Move], str] = MappingProxyType(
+    {(State.DELETED, Move.REOPEN): ", and the API had shown its generation or confirmed the DELETE"}
 )
 
 
 class IllegalMoveError(ExplainedError):
-    """A move that the table does not have; the record stays as it was."""
+    """A move that is not in the table; the record is unchanged."""
 
     def __init__(self, state: State | None, move: Move) -> None:
-        why = ": it is copied and its DELETE may be under way" if state is State.DELETING else ""
-        super().__init__(f"a record that is {state or 'unknown'} cannot {move}{why}")
+        why = ", and its DELETE may be in progress" if state is State.DELETING else _REASONS.get((state, move), "")
+        super().__init__(f"cannot {move}: the record is {state or 'unknown'}{why}")
         self.state = state
         self.move = move
 
 
-def interrupted(state: State, *, is_copied: bool) -> list[Move]:
-    """Return what must come before a move that stops a record: a worker at it loses its lease, until the copy is made.
+def interrupting_moves(state: State, *, is_copied: bool) -> list[Move]:
+    """Return the moves that come before one that stops a record: a worker without a copy yet loses its lease.
 
-    From then on its DELETE may be under way, and nothing can stop it.
+    After the copy its DELETE may be in progress, and nothing can stop it.
     """
     return [Move.LOSE_LEASE] if state is State.DELETING and not is_copied else []
 
 
-def after(state: State | None, *moves: Move) -> State:
-    """Return the state that *moves* lead to from *state*; None stands for a record that is not there yet.
+def operator_moves(state: State, wanted: Move, *, is_copied: bool, is_unseen: bool) -> list[Move]:
+    """Return the operator's move *wanted* after those that it needs first; none for a record that is there already.
+
+    *is_copied*: this attempt has its copy. *is_unseen*: it is deleted because the API did not know it, and no copy
+    was ever made; only then the answer may have been about another organisation, and the record can be reopened.
+
+    Raises: IllegalMoveError for a record that must stay deleted.
+    """
+    if state is TARGETS[wanted]:
+        return []
+    if wanted is Move.REOPEN and state is State.DELETED and not is_unseen:
+        raise IllegalMoveError(state, wanted)
+    stops = wanted in (Move.HOLD, Move.KEEP)
+    return [*(interrupting_moves(state, is_copied=is_copied) if stops else ()), wanted]
+
+
+def state_after(state: State | None, *moves: Move) -> State:
+    """Return the state after *moves* from *state*; None is a record that does not exist yet.
 
     Raises: IllegalMoveError; ValueError for no moves from nowhere.
     """

@@ -1,11 +1,11 @@
-"""How many calls in how much time."""
+"""A rate of calls."""
 
 from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
 class Rate:
-    """So many calls in so many seconds."""
+    """*calls* in each period of *seconds*."""
 
     calls: int
     seconds: int

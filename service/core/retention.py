@@ -1,134 +1,173 @@
 """When a generation may be deleted: pure decisions that take the time as *now*."""
 
+import re
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from typing import Final
-from urllib.parse import parse_qsl, urlsplit
 
 import msgspec
 
 from service.core.durations import parse_ttl
+from service.core.overrides import InvalidOverrideError, Overrides, read_overrides
+from service.core.typos import FALSE
 
-_WISHES: Final = frozenset({"ttl", "expires", "hold"})
-# The rule of what has no wish of its own.
-WITHOUT_WISH: Final = "MAYFLY_TTL"
+# The rule of a generation without an override.
+DEFAULT_RULE: Final = "MAYFLY_TTL"
+# The rule of a hold by an invalid override, and what its reason begins with.
+INVALID_RULE: Final = "invalid override"
+
+# A URL without any of these has no override.
+_MARKS: Final = re.compile(r"[?#%&;=]")
+
+_TIME: Final = re.compile(r"(.*T[0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?) ([0-9]{2}:?[0-9]{2})", re.ASCII)
+_INSTANT_FORMS: Final = "an instant with its offset, such as 2026-12-31T00:00:00Z, or a date"
+_DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How long terminal generations are kept: *ttl* (None: forever) without a wish, never under *min_ttl*."""
+    """How long terminal generations are kept: *ttl* (None: forever) by default, *min_ttl* at least."""
 
     ttl: timedelta | None
     min_ttl: timedelta
 
 
+class InvalidOverride(msgspec.Struct, frozen=True, gc=False):
+    """An invalid override, for the log; its value may be secret."""
+
+    name: str
+    value_length: int
+
+
 class Retention(msgspec.Struct, frozen=True, gc=False):
-    """What the policy makes of one generation: *due_at* None means it is kept; *rule* names what decided."""
+    """How long one generation is kept: *rule* names what decided, *due_at* is None for one that is never deleted."""
 
     rule: str
     ttl: timedelta | None
     due_at: datetime | None
     hold_reason: str | None = None
+    invalid: "InvalidOverride | None" = None
 
     def is_later_than(self, due_at: datetime | None) -> bool:
-        """Whether this keeps the generation longer than *due_at* does; None is for ever."""
+        """Whether this keeps the generation longer than *due_at* does; None means forever."""
         return due_at is not None and (self.due_at is None or self.due_at > due_at)
 
 
-def decide(policy: Policy, *, webhook_url: str | None, sent_at: datetime, now: datetime) -> Retention:
-    """Decide how long a terminal generation is kept, by its own wish or else by *policy*.
+def decide_retention(
+    policy: Policy, *, webhook_url: str | None, sent_at: datetime, now: datetime, request_url: str | None = None
+) -> Retention:
+    """Decide how long a terminal generation is kept: by the override in its *webhook_url*, else by *policy*.
 
-    The wish stands in the query of the signed body's *webhook_url*: ``ttl``, ``expires`` or ``hold``. A wish that
-    cannot be read, or looks like a slip of the pen, keeps the generation on hold, for a person to look at. The clock
-    starts at *sent_at*, the signed send time, or at *now* if that is earlier; nothing is due before the policy's
-    min_ttl from now.
+    An override is ``ttl``, ``expires`` or ``hold`` in the query of the signed body's *webhook_url*. An invalid one, or
+    what looks like one, puts the record on hold. In a URL that is not ours, and in *request_url*, which no signature
+    covers, an override can only keep the generation longer. The clock starts at *sent_at*, the signed send time, or at
+    *now* if that is earlier. Nothing is due before *now* plus the policy's min_ttl.
     """
-    return _decide(policy.ttl, webhook_url, _Clock(min(sent_at, now), now + policy.min_ttl))
+    clock = _Clock(min(sent_at, now), now + policy.min_ttl)
+    found = _decide_from(policy.ttl, webhook_url, clock)
+    if not request_url or "?" not in request_url:
+        return found
+    return _keep_longer(found, _decide_from(found.ttl, request_url, clock, place="the URL of its request"))
 
 
-def reconsider(*, rule: str, due_at: datetime, ttl: timedelta | None, webhook_url: str | None) -> Retention | None:
-    """Decide again once the API shows the *webhook_url* of a generation whose webhook had none, or none with a wish.
+def reconsider_retention(
+    *, rule: str, due_at: datetime, ttl: timedelta | None, webhook_url: str | None
+) -> Retention | None:
+    """Decide again when the API shows an override in *webhook_url* that the webhook did not have.
 
-    *rule*, *due_at* and *ttl* are the record's. None: it stays due; what the wish says can only keep it longer.
+    *rule*, *due_at* and *ttl* are the record's. Such an override can only keep the generation longer. None: no change.
     """
-    if rule != WITHOUT_WISH or ttl is None:
+    if rule != DEFAULT_RULE or ttl is None:
         return None
-    found = _decide(ttl, webhook_url, _Clock(due_at - ttl, due_at))
+    found = _decide_from(ttl, webhook_url, _Clock(due_at - ttl, due_at))
     return found if found.hold_reason is not None or found.is_later_than(due_at) else None
 
 
+def _keep_longer(first: Retention, second: Retention) -> Retention:
+    """Return what keeps the generation longer; a hold of either counts, the first one's before the second's."""
+    timed = second if second.is_later_than(first.due_at) else first
+    held = first if first.hold_reason is not None else second
+    if held.hold_reason is None:
+        return timed
+    return Retention(held.rule, timed.ttl, timed.due_at, held.hold_reason, held.invalid)
+
+
 class _Clock(msgspec.Struct, frozen=True, gc=False):
-    """When the time began to run, and the earliest instant at which anything may be due."""
+    """When the ttl starts to count, and the earliest due time that is allowed."""
 
     start: datetime
     earliest: datetime
 
 
-def _decide(ttl: timedelta | None, webhook_url: str | None, clock: _Clock) -> Retention:
-    """Apply the wish in *webhook_url*, or else *ttl*."""
-    if not webhook_url or ("?" not in webhook_url and "#" not in webhook_url):
-        return _by_ttl(ttl, clock, WITHOUT_WISH)
+def _decide_from(ttl: timedelta | None, url: str | None, clock: _Clock, *, place: str = "its webhookUrl") -> Retention:
+    """Apply the overrides in *url*, or else *ttl*; *place* says where that URL was."""
+    default = _apply_ttl(ttl, clock, DEFAULT_RULE)
+    if not url or url.isspace() or (url.startswith("https://") and _MARKS.search(url) is None):
+        return default
     try:
-        return _by_wish(ttl, _wishes(webhook_url), clock)
-    except ValueError:
-        fallback = _by_ttl(ttl, clock, WITHOUT_WISH)
-        reason = "the wish in its webhookUrl cannot be read"
-        return Retention("unreadable wish", fallback.ttl, fallback.due_at, hold_reason=reason)
+        overrides = read_overrides(url)
+        timed = _apply_times(overrides, clock) or default
+    except InvalidOverrideError as error:
+        invalid = InvalidOverride(error.name, error.value_length)
+        return Retention(INVALID_RULE, default.ttl, default.due_at, f"{INVALID_RULE} in {place}: {error}", invalid)
+    # Another service may have put it into its own URL for itself.
+    if not overrides.is_ours and not timed.is_later_than(default.due_at):
+        timed = default
+    return _apply_hold(overrides, timed)
 
 
-def _wishes(webhook_url: str) -> dict[str, str]:
-    """Return the wishes by name.
+def _apply_times(overrides: Overrides, clock: _Clock) -> Retention | None:
+    """Apply ``ttl`` or ``expires``; None without either.
 
-    Raises: ValueError where one stands twice, two may contradict, or a name is a slip of the pen.
+    Raises: InvalidOverrideError.
     """
-    parts = urlsplit(webhook_url)
-    pairs = parse_qsl(parts.query, keep_blank_values=True)
-    # Behind a # it reaches nobody.
-    slips = [name for name, _ in parse_qsl(parts.fragment.rpartition("?")[2], keep_blank_values=True)]
-    slips = [name for name in slips if name in _WISHES or _is_slip(name)]
-    slips += [name for name, _ in pairs if name not in _WISHES and _is_slip(name)]
-    wishes = {name: value for name, value in pairs if name in _WISHES}
-    if slips or len(wishes) != sum(name in _WISHES for name, _ in pairs) or {"ttl", "expires"} <= wishes.keys():
-        raise ValueError("two wishes that may contradict, or one that is misspelt")
-    return wishes
+    for name in ("ttl", "expires"):
+        if (text := overrides.values.get(name)) is None:
+            continue
+        try:
+            if name == "ttl":
+                return _apply_ttl(_parse_ttl(text), clock, "override: ttl")
+            due_at = max(_parse_instant(text), clock.earliest)
+        except (ValueError, OverflowError) as error:
+            raise InvalidOverrideError(name, text, str(error)) from None
+        return Retention("override: expires", due_at - clock.start, due_at)
+    return None
 
 
-def _is_slip(name: str) -> bool:
-    """Whether *name* looks like a wish written wrong: other case, an escaped ``&``, or a letter off."""
-    plain = name.strip().lower().removeprefix("amp;")
-    return any(_less_one(plain) & _less_one(wish) for wish in _WISHES)
+def _apply_hold(overrides: Overrides, timed: Retention) -> Retention:
+    """Apply ``hold``; a held record keeps the due time that a release brings back."""
+    text = overrides.values.get("hold")
+    if text is None or text.lower() in FALSE:
+        return timed
+    reason = text.replace("\0", "")[:500]  # NUL: PostgreSQL cannot store it
+    return Retention("override: hold", timed.ttl, timed.due_at, hold_reason=reason or "no reason given")
 
 
-def _less_one(word: str) -> set[str]:
-    """Return *word* and what is left of it without any one letter: words that are one slip apart share one of these."""
-    return {word} | {word[:index] + word[index + 1 :] for index in range(min(len(word), 10))}
-
-
-def _by_wish(ttl: timedelta | None, wishes: dict[str, str], clock: _Clock) -> Retention:
-    """Apply the wishes: a hold stands beside the due time that a release would bring back."""
-    if "ttl" in wishes:
-        timed = _by_ttl(parse_ttl(wishes["ttl"]), clock, "wish: ttl")
-    elif "expires" in wishes:
-        due_at = max(_instant(wishes["expires"]), clock.earliest)
-        timed = Retention("wish: expires", due_at - clock.start, due_at)
-    else:
-        timed = _by_ttl(ttl, clock, WITHOUT_WISH)
-    if "hold" in wishes:
-        reason = wishes["hold"].replace("\0", "")[:500]  # NUL: PostgreSQL cannot hold it
-        return Retention("wish: hold", timed.ttl, timed.due_at, hold_reason=reason or "no reason given")
-    return timed
-
-
-def _by_ttl(ttl: timedelta | None, clock: _Clock, rule: str) -> Retention:
+def _apply_ttl(ttl: timedelta | None, clock: _Clock, rule: str) -> Retention:
     if ttl is None:
         return Retention(rule, None, None)
     due_at = max(clock.start + ttl, clock.earliest)
     return Retention(rule, due_at - clock.start, due_at)
 
 
-def _instant(text: str) -> datetime:
-    """Read an ISO 8601 instant with its offset; a local time is refused, for its zone would be a guess."""
-    instant = datetime.fromisoformat(text)
+def _parse_ttl(text: str) -> timedelta | None:
+    """Parse a ttl in any case, except for ``M``: it could mean months."""
+    return parse_ttl(text if text.endswith("M") else text.lower())
+
+
+def _parse_instant(text: str) -> datetime:
+    """Parse an ISO 8601 instant with its offset, or a date as its end in UTC; a time without an offset is ambiguous.
+
+    A ``+`` that was not percent-encoded has become a blank.
+    """
+    text = text.upper()
+    if _DATE.fullmatch(text):
+        instant = datetime.fromisoformat(f"{text}T00:00:00Z") + timedelta(days=1)
+    else:
+        try:
+            instant = datetime.fromisoformat(_TIME.sub(r"\1+\2", text))
+        except ValueError:
+            raise ValueError(_INSTANT_FORMS) from None
     if instant.tzinfo is None or not 2000 <= instant.year <= 2200:
-        raise ValueError("an instant with its offset, such as 2026-12-31T00:00:00Z")
+        raise ValueError(_INSTANT_FORMS)
     return instant.astimezone(UTC)

@@ -1,8 +1,10 @@
-"""A text that no log, error or repr shows."""
+"""A text that logs, errors and reprs do not show."""
+
+from hashlib import sha256
 
 
 class Secret:
-    """A text that shows itself only when asked to."""
+    """A text that only reveal() shows."""
 
     __slots__ = ("_text",)
 
@@ -10,8 +12,12 @@ class Secret:
         self._text = text
 
     def reveal(self) -> str:
-        """Return the text; it goes to the wire and nowhere else."""
+        """Return the text, for the wire and nothing else."""
         return self._text
+
+    def identify(self) -> str:
+        """Return a short hash that tells one secret from another and does not show it."""
+        return sha256(self._text.encode()).hexdigest()[:16]
 
     def __repr__(self) -> str:
         return "Secret(…)"

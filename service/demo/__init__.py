@@ -1,5 +1,5 @@
-"""`mayfly demo`: the whole story in under a minute, on real parts; only the Sync API is a stand-in."""
+"""`mayfly demo`: all of Mayfly in under a minute, on real parts; only the Sync API is simulated."""
 
-from service.demo.performance import perform
+from service.demo.performance import run_demo
 
-__all__ = ["perform"]
+__all__ = ["run_demo"]

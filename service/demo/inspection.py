@@ -1,4 +1,4 @@
-"""The demo's last act: hold what Mayfly claims against what the simulator saw."""
+"""The checks at the end of the demo: compare Mayfly's records with the calls that the simulator received."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -12,39 +12,39 @@ from service.simulator import Generation, Operation, Simulator
 
 @dataclass(frozen=True, slots=True)
 class Finding:
-    """One sentence of the promise, and what speaks against it; nothing does when it was kept."""
+    """One promise, and the violations of it that were found."""
 
-    claim: str
-    against: list[str]
+    promise: str
+    violations: list[str]
 
 
 def inspect(simulator: Simulator, lines: list[Line], forged: Generation, forged_status: int) -> list[Finding]:
-    """Check every promise the demo makes; *lines* are as everything ended."""
+    """Check every promise of the demo; *lines* are the final state."""
     deleted = [line for line in lines if line.scene.ends is State.DELETED]
     spared = [line for line in lines if line.scene.ends is not State.DELETED]
     return [
-        Finding("Every record ended as it should.", [p for line in lines for p in _ending(line)]),
+        Finding("Every record ended as it should.", [p for line in lines for p in _check_ending(line)]),
         Finding(
-            f"{len(deleted)} generations are deleted, none before its time and none before its copy.",
-            [p for line in deleted for p in _order(simulator, line)],
+            f"{len(deleted)} generations are deleted, none before its due time and none before its copy.",
+            [p for line in deleted for p in _check_order(simulator, line)],
         ),
         Finding(
-            "Each record holds everything that the API showed of its generation.",
-            [p for line in deleted for p in _copy(line)],
+            "Each record has every field that the API showed.",
+            [p for line in deleted for p in _check_copy(line)],
         ),
         Finding(
-            f"{len(spared)} were to be kept, are still there, and no call touched them.",
-            [p for line in spared for p in _untouched(simulator, line.generation, line.scene.title)],
+            f"{len(spared)} generations were to be kept: they exist, and no call touched them.",
+            [p for line in spared for p in _check_untouched(simulator, line.generation, line.scene.title)],
         ),
         Finding(
-            "The forged webhook was refused and led to nothing.",
+            "The forged webhook was refused, and no call followed.",
             [f"it was answered {forged_status}"] * (forged_status != 401)
-            + _untouched(simulator, forged, "the forged one"),
+            + _check_untouched(simulator, forged, "the forged one"),
         ),
     ]
 
 
-def _ending(line: Line) -> list[str]:
+def _check_ending(line: Line) -> list[str]:
     state = line.record.state if line.record else None
     outcome = line.record.outcome if line.record else None
     if (state, outcome) == (line.scene.ends, line.scene.outcome):
@@ -52,21 +52,21 @@ def _ending(line: Line) -> list[str]:
     return [f"{line.scene.title}: {state or 'no record'} {outcome or ''}"]
 
 
-def _order(simulator: Simulator, line: Line) -> list[str]:
-    """Hold the first DELETE against the due time, and the moment it was gone against the copy's."""
+def _check_order(simulator: Simulator, line: Line) -> list[str]:
+    """Check that the first DELETE came after the due time, and the deletion after the copy."""
     record, gone_at = line.record, simulator.deleted.get(line.generation.id)
     if record is None or record.due_at is None or record.copied_at is None or gone_at is None:
-        return [f"{line.scene.title}: not copied, or still there"]
+        return [f"{line.scene.title}: not copied, or not deleted"]
     calls = _calls(simulator, line.generation, Operation.DELETE)
     problems = []
     if min([*calls, gone_at]) < record.due_at:
-        problems.append(f"{line.scene.title}: a DELETE came before it was due")
+        problems.append(f"{line.scene.title}: a DELETE came before the due time")
     if gone_at < record.copied_at:
-        problems.append(f"{line.scene.title}: it was gone before it was copied")
+        problems.append(f"{line.scene.title}: it was deleted before it was copied")
     return problems
 
 
-def _copy(line: Line) -> list[str]:
+def _check_copy(line: Line) -> list[str]:
     kept = msgspec.to_builtins(line.record) if line.record else {}
     shown = line.generation.body()
     return [
@@ -76,10 +76,10 @@ def _copy(line: Line) -> list[str]:
     ]
 
 
-def _untouched(simulator: Simulator, generation: Generation, title: str) -> list[str]:
+def _check_untouched(simulator: Simulator, generation: Generation, title: str) -> list[str]:
     if generation.id in simulator.generations and not any(c.generation_id == generation.id for c in simulator.calls):
         return []
-    return [f"{title}: it was touched"]
+    return [f"{title}: it was called or deleted"]
 
 
 def _calls(simulator: Simulator, generation: Generation, operation: Operation) -> list[datetime]:

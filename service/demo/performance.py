@@ -1,4 +1,4 @@
-"""The demo from the first line to the last."""
+"""The run of the demo: start everything, show the progress, check the result."""
 
 import asyncio
 import contextlib
@@ -32,14 +32,14 @@ _PICTURE_WIDTH: Final = 110
 Show = Callable[[list[Line]], None]
 
 
-async def perform(picture: Path | None = None) -> bool:
-    """Play the demo, print it, and return whether all went right; *picture* is where a table goes as SVG.
+async def run_demo(picture: Path | None = None) -> bool:
+    """Run the demo, print it, and return whether all checks passed; *picture* is the path of an SVG of the table.
 
-    What it made is removed, but for the log of a demo that went wrong.
+    Its files are removed, except the log of a demo that failed.
     """
     folder = Path(tempfile.mkdtemp(prefix="mayfly-demo-"))
     try:
-        is_right = await _perform(folder, picture)
+        is_right = await _run_in(folder, picture)
     except BaseException:
         shutil.rmtree(folder, ignore_errors=True)
         raise
@@ -48,49 +48,49 @@ async def perform(picture: Path | None = None) -> bool:
     return is_right
 
 
-async def _perform(folder: Path, picture: Path | None) -> bool:
+async def _run_in(folder: Path, picture: Path | None) -> bool:
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     console.print(
-        "A stand-in for the Sync API, Mayfly's two sides, a Redis and a ledger start in this process. "
+        "A simulator of the Sync API, Mayfly's web side and worker, a Redis and a ledger start in this process. "
         f"Generations are kept for {TTL_SECONDS} seconds here instead of 24 hours. "
-        "The API answers some calls as badly as a real one.\n"
+        "The API answers some calls with errors.\n"
     )
     with _logs_to(folder / "mayfly.log"):
         async with open_stage(folder) as stage:
-            lines, findings, richest = await _play(stage, console)
+            lines, findings, richest = await _show_progress(stage, console)
     if picture is not None:
-        _save(richest, picture)
-    _conclude(console, lines, findings)
-    is_right = not any(finding.against for finding in findings)
+        _save_svg(richest, picture)
+    _print_findings(console, lines, findings)
+    is_right = not any(finding.violations for finding in findings)
     if not is_right:
-        console.print(f"\nWhat Mayfly did is in [bold]{escape(str(folder / 'mayfly.log'))}[/].")
+        console.print(f"\nMayfly's log is in [bold]{escape(str(folder / 'mayfly.log'))}[/].")
     return is_right
 
 
-async def _play(stage: Stage, console: Console) -> tuple[list[Line], list[Finding], Table]:
-    """Play until all is over; return how it ended, what the inspection found, and the table that showed most."""
-    cast = stage.enter()
-    forged, forged_status = await stage.forge()
+async def _show_progress(stage: Stage, console: Console) -> tuple[list[Line], list[Finding], Table]:
+    """Show the progress until all have ended; return the final lines, the findings, and the most varied table."""
+    generations = stage.add_generations()
+    forged, forged_status = await stage.send_forged_webhook()
     deadline = time.monotonic() + _LONGEST_SECONDS
     richest = (0, Table())
     with _live(console) if console.is_terminal else _plain(console) as show:
         while True:
-            lines = await _look(stage, cast)
+            lines = await _read_lines(stage, generations)
             show(lines)
-            if (variety := len({line.news for line in lines})) > richest[0]:
+            if (variety := len({line.progress for line in lines})) > richest[0]:
                 richest = (variety, table_of(lines, datetime.now(UTC), _TITLE))
-            if all(_is_over(line) for line in lines) or time.monotonic() > deadline:
+            if all(_has_ended(line) for line in lines) or time.monotonic() > deadline:
                 break
             await asyncio.sleep(_EVERY_SECONDS)
     return lines, inspect(stage.simulator, lines, forged, forged_status), richest[1]
 
 
-async def _look(stage: Stage, cast: list[tuple[Scene, Generation]]) -> list[Line]:
-    records = await stage.records()
-    return [Line(scene, generation, records.get(generation.id)) for scene, generation in cast]
+async def _read_lines(stage: Stage, generations: list[tuple[Scene, Generation]]) -> list[Line]:
+    records = await stage.read_records()
+    return [Line(scene, generation, records.get(generation.id)) for scene, generation in generations]
 
 
-def _is_over(line: Line) -> bool:
+def _has_ended(line: Line) -> bool:
     return line.record is not None and line.record.state is line.scene.ends
 
 
@@ -102,13 +102,13 @@ def _live(console: Console) -> Iterator[Show]:
 
 @contextmanager
 def _plain(console: Console) -> Iterator[Show]:
-    """Print a line whenever something changes: what reads a pipe cannot see a table move."""
-    began, told = time.monotonic(), dict[str, tuple[object, ...]]()
+    """Print a line for each change, for an output that is not a terminal."""
+    began, printed = time.monotonic(), dict[str, tuple[object, ...]]()
 
     def show(lines: list[Line]) -> None:
         for line in lines:
-            if told.get(line.generation.id) != line.news:
-                told[line.generation.id] = line.news
+            if printed.get(line.generation.id) != line.progress:
+                printed[line.generation.id] = line.progress
                 state = line.record.state if line.record else ""
                 what = what_happens(line, datetime.now(UTC))
                 text = f"{time.monotonic() - began:5.1f} s  {line.scene.title:24}  {line.at_sync:10}  {state:9}  {what}"
@@ -117,20 +117,21 @@ def _plain(console: Console) -> Iterator[Show]:
     yield show
 
 
-def _conclude(console: Console, lines: list[Line], findings: list[Finding]) -> None:
+def _print_findings(console: Console, lines: list[Line], findings: list[Finding]) -> None:
     console.print()
     for finding in findings:
-        console.print(f"[green]✓[/] {finding.claim}" if not finding.against else f"[bold red]✗ {finding.claim}[/]")
-        for problem in finding.against:
-            console.print(f"    {problem}", markup=False)
+        is_kept = not finding.violations
+        console.print(f"[green]✓[/] {finding.promise}" if is_kept else f"[bold red]✗ {finding.promise}[/]")
+        for violation in finding.violations:
+            console.print(f"    {violation}", markup=False)
     names = ("outputUrl", "synthesizedAudioUrl", "outputFileName")
     records = [line.record for line in lines if line.record and line.record.deleted_at]
     urls = (sum(bool(r.output_url) for r in records), sum(bool(r.synthesized_audio_url) for r in records), len(records))
     copied = ", ".join(f"{number} {name}" for number, name in zip(urls, names, strict=True))
-    console.print(f"\nCopied before they were deleted: {copied}, and all the rest of {len(records)} generations.")
+    console.print(f"\nCopied before they were deleted: {copied}, and the other fields of {len(records)} generations.")
 
 
-def _save(table: Table, path: Path) -> None:
+def _save_svg(table: Table, path: Path) -> None:
     with Path("/dev/null").open("w") as nowhere:
         recorder = Console(record=True, width=_PICTURE_WIDTH, file=nowhere, highlight=False, force_terminal=True)
         recorder.print(table)
@@ -139,7 +140,7 @@ def _save(table: Table, path: Path) -> None:
 
 @contextmanager
 def _logs_to(path: Path) -> Iterator[None]:
-    """Write logs to *path*: on the terminal they would tear the table apart."""
+    """Write logs to *path*: on the terminal they would break the table."""
     with path.open("w") as file:
         with contextlib.redirect_stderr(file):
             configure_logging("json")

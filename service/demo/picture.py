@@ -1,4 +1,4 @@
-"""How the demo looks: a live table on a terminal, a line per change where there is none."""
+"""The table of the demo, and the text of its lines."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -18,7 +18,7 @@ from service.simulator.generation import UNFINISHED
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One generation as it is right now: *at_sync* at the API, *record* in the ledger, None before its webhook."""
+    """One generation at one moment; *record* is None before its webhook."""
 
     scene: Scene
     generation: Generation
@@ -26,12 +26,12 @@ class Line:
 
     @property
     def at_sync(self) -> str:
-        """Its status at the API, or that it is gone there."""
+        """Its status at the API, or ``gone``."""
         return "gone" if self.generation.deleted_at else self.generation.status
 
     @property
-    def news(self) -> tuple[object, ...]:
-        """What is worth another line when it changes."""
+    def progress(self) -> tuple[object, ...]:
+        """What a new line is printed for when it changes."""
         return (self.at_sync, *(() if self.record is None else (self.record.state, self.record.attempts)))
 
 
@@ -51,13 +51,13 @@ def table_of(lines: list[Line], now: datetime, title: str) -> Table:
 
 
 def what_happens(line: Line, now: datetime) -> str:
-    """Say in a few words what the generation waits for, or what became of it."""
+    """Describe in a few words what the generation waits for, or how it ended."""
     if line.record is not None:
-        return _becomes(line.record, now)
+        return _describe_record(line.record, now)
     return "is being made" if line.generation.status in UNFINISHED else "its webhook is on its way"
 
 
-def _becomes(record: Record, now: datetime) -> str:
+def _describe_record(record: Record, now: datetime) -> str:
     match record.state:
         case State.SCHEDULED if record.next_attempt_at is not None:
             wait = max((record.next_attempt_at - now).total_seconds(), 0)
@@ -66,11 +66,11 @@ def _becomes(record: Record, now: datetime) -> str:
         case State.DELETED if record.deleted_at and record.due_at:
             late = (record.deleted_at - record.due_at).total_seconds()
             gone = "found gone " if record.outcome == Outcome.ALREADY_GONE else ""
-            return f"{gone}{late:.1f} s after its time"
+            return f"{gone}{late:.1f} s after its due time"
         case State.HELD if record.hold:
-            return f"on hold until a person releases it: {record.hold.reason}"
+            return f"on hold until an operator releases it: {record.hold.reason}"
         case State.KEPT:
-            return f"kept for ever ({record.retention.rule})"
+            return f"kept forever ({record.retention.rule})"
         case State.FAILED:
             return f"given up: {record.last_error}"
         case _:

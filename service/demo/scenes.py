@@ -1,4 +1,4 @@
-"""What the demo plays: one generation per scene, what goes wrong with it, and how it must end."""
+"""The scenes of the demo: one generation each, its faults, and its expected end."""
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
@@ -10,12 +10,12 @@ from service.core.lifecycle import State
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One generation: *faults* are what the API answers first, *wish* stands in the query of its webhookUrl."""
+    """One generation: *faults* are the API's first answers, *override* is the query of its webhookUrl."""
 
     title: str
     status: str = "COMPLETED"
-    is_spoken: bool = False  # its input is a text, so that there is a synthesizedAudioUrl to copy
-    wish: str = ""
+    is_spoken: bool = False  # its input is a text, so it has a synthesizedAudioUrl
+    override: str = ""
     faults: Mapping[str, Sequence[str]] = field(default_factory=dict)
     ends: State = State.DELETED
     outcome: Outcome | None = Outcome.DELETED
@@ -29,7 +29,7 @@ SCENES: Final = (
     Scene("still processing: 409", faults={"DELETE": ["409"]}),
     Scene("the API breaks: 500", is_spoken=True, faults={"GET": ["500"]}),
     Scene("too many calls: 429, 2 s", faults={"DELETE": ["429:retry_after=2"]}),
-    Scene("the answer gets lost", faults={"DELETE": ["lost"]}, outcome=Outcome.ALREADY_GONE),
-    Scene("?ttl=forever", wish="?ttl=forever", ends=State.KEPT, outcome=None),
-    Scene("?hold=legal", wish="?hold=legal", ends=State.HELD, outcome=None),
+    Scene("the answer gets lost", faults={"DELETE": ["lost"]}, outcome=Outcome.DELETED),
+    Scene("?ttl=forever", override="?ttl=forever", ends=State.KEPT, outcome=None),
+    Scene("?hold=legal", override="?hold=legal", ends=State.HELD, outcome=None),
 )

@@ -1,4 +1,4 @@
-"""Where the demo plays: the simulator and both sides of Mayfly in this process, joined by real sockets."""
+"""The parts of the demo: the simulator and both sides of Mayfly in this process, connected by real sockets."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -16,7 +16,7 @@ from service.demo.scenes import SCENES, Scene
 from service.ledger import reading
 from service.ledger.database import Database
 from service.ledger.pausing import ACCOUNT
-from service.ledger.views import FullRecord, Record, find_record, present
+from service.ledger.views import FullRecord, Record, find_record, present_record
 from service.resources import open_queue, open_resources
 from service.runtime.metrics import Metrics
 from service.simulator import Generation, Simulator
@@ -26,28 +26,28 @@ from workers.main import run_worker
 
 TTL_SECONDS: Final = 4
 _KEY: Final = "sk-demo"
-_SECRET: Final = "whsec_demo_0123456789abcdef"  # noqa: S105 - proves nothing to anybody
-_FORGED_SECRET: Final = "whsec_somebody_else_0123456789"  # noqa: S105 - as above
+_SECRET: Final = "whsec_demo_0123456789abcdef"  # noqa: S105 - of the demo, protects nothing
+_FORGED_SECRET: Final = "whsec_forged_0123456789abcdef"  # noqa: S105 - as above
 _FIRST_SECONDS, _APART_SECONDS = 1.0, 0.35
 
 
 @dataclass(frozen=True, slots=True)
 class Stage:
-    """The demo's parts while they run."""
+    """The running parts of the demo."""
 
     simulator: Simulator
     database: Database
     webhook_url: str
 
-    def enter(self) -> list[tuple[Scene, Generation]]:
-        """Let each scene's generation begin; its webhook comes when it is done, one after the other."""
+    def add_generations(self) -> list[tuple[Scene, Generation]]:
+        """Add each scene's generation; they end, and send their webhooks, one after another."""
         return [
             (
                 scene,
                 self.simulator.add(
                     status=scene.status,
                     text_input=scene.is_spoken,
-                    webhook_url=self.webhook_url + scene.wish,
+                    webhook_url=self.webhook_url + scene.override,
                     output_file_name=f"take {number + 1}",
                     processing_seconds=_FIRST_SECONDS + number * _APART_SECONDS,
                     faults=scene.faults,
@@ -56,8 +56,8 @@ class Stage:
             for number, scene in enumerate(SCENES)
         ]
 
-    async def forge(self) -> tuple[Generation, int]:
-        """Announce a generation with somebody else's signature; return it and the status of the answer."""
+    async def send_forged_webhook(self) -> tuple[Generation, int]:
+        """Send a webhook that another secret signs; return its generation and the status of the answer."""
         generation = self.simulator.add(webhook_url=self.webhook_url)
         forger = Simulator(webhook_secret=_FORGED_SECRET)
         forger.generations[generation.id] = generation
@@ -66,19 +66,19 @@ class Stage:
             answer = await client.post(self.webhook_url, content=body, headers=headers)
         return generation, answer.status_code
 
-    async def records(self) -> dict[str, Record]:
-        """Read the records that are there, by generation id, without their history."""
-        page = await self.database.read(partial(reading.page, wanted=reading.Filter(), limit=100, cursor=None))
-        return {row.id: present(row) for row in page.rows}
+    async def read_records(self) -> dict[str, Record]:
+        """Read all records, by generation id, without their history."""
+        page = await self.database.read(partial(reading.read_page, wanted=reading.Filter(), limit=100, cursor=None))
+        return {row.id: present_record(row) for row in page.rows}
 
-    async def record(self, generation_id: str) -> FullRecord | None:
+    async def read_record(self, generation_id: str) -> FullRecord | None:
         """Read one record with its history."""
         return await self.database.read(partial(find_record, key=Key(ACCOUNT, generation_id)))
 
 
 @asynccontextmanager
 async def open_stage(folder: Path) -> AsyncIterator[Stage]:
-    """Start everything, with its data in *folder*, and stop it at the end."""
+    """Start all parts, with their data in *folder*, and stop them at the end."""
     simulator = Simulator(api_key=_KEY, webhook_secret=_SECRET)
     metrics, stop = Metrics(), asyncio.Event()
     async with simulator.serve() as api_url:
@@ -97,7 +97,7 @@ async def open_stage(folder: Path) -> AsyncIterator[Stage]:
 
 
 def _settings(folder: Path, api_url: str) -> Settings:
-    """Make the settings from nothing but this: the caller's own environment must not come in."""
+    """Return settings that do not depend on the caller's environment."""
     return read_settings(
         {
             "SYNC_API_KEY": _KEY,

@@ -1,1 +1,1 @@
-"""Redis and arq: the connection, enqueueing, the embedded server."""
+"""Redis and arq: the connection, enqueueing jobs, the embedded server."""

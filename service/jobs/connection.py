@@ -1,4 +1,4 @@
-"""The connection to Redis that web and worker share, and the checks of how Redis is set up."""
+"""The connection to Redis, the same for web and worker, and the check of Redis's configuration."""
 
 import asyncio
 from datetime import timedelta
@@ -16,28 +16,29 @@ from service.core.errors import ExplainedError
 from service.core.secret import Secret
 
 QUEUE: Final = "mayfly:v1"
-# How long a job outlives its due time in Redis; a worker that was away longer finds the record in the ledger.
+# How long a job outlives its due time in Redis; after a longer stop the worker finds the record in the ledger.
 _EXPIRES_EXTRA: Final = timedelta(days=30)
 
-# A Redis that refuses connections raises OSError, which is in neither of the other two.
+# A refused connection raises OSError, which is no subclass of the other two.
 _RETRIED: Final = [redis.ConnectionError, redis.TimeoutError, OSError]
 QUEUE_ERRORS: Final = (redis.RedisError, OSError, TimeoutError)
 
 
-def is_of_odd_key(error: Exception) -> bool:
-    """Whether *error* is Redis's about a key of another type than ours: no trouble of Redis, and it will not pass."""
-    # In a pipeline the command stands before it.
+def is_wrong_type(error: Exception) -> bool:
+    """Whether *error* says that a key has another type than Mayfly's: Redis works, and a retry does not help."""
+    # In a pipeline the message begins with the command.
     return isinstance(error, redis.ResponseError) and "WRONGTYPE" in str(error)
 
 
 class QueueError(ExplainedError):
-    """Redis is set up so that jobs would be lost."""
+    """With this configuration Redis would lose jobs."""
 
 
 def connect(url: Secret, *, retries: int) -> ArqRedis:
-    """Return the pool that web and worker alike use, so that both write and read jobs in one form; it connects late.
+    """Return a pool with the serializer that web and worker share; it connects at the first command.
 
-    *retries* per command: few where somebody waits for an answer, many in a worker. For *url* see config/redis_url.py.
+    *retries* is per command: few where a client waits for the answer, many in a worker. For *url* see
+    config/redis_url.py.
     """
     return ArqRedis(
         _pool(url.reveal(), retries),
@@ -59,12 +60,12 @@ def _pool(text: str, retries: int) -> redis.ConnectionPool:
     if text.startswith("sentinel://"):
         return _sentinel_pool(text, options)
     if text.startswith("rediss://"):
-        options["ssl_check_hostname"] = True  # the library's default takes any certificate that is valid for anyone
+        options["ssl_check_hostname"] = True  # redis-py's default accepts a valid certificate of any host
     return redis.BlockingConnectionPool.from_url(text, max_connections=30, timeout=5, **options)
 
 
 def _sentinel_pool(text: str, options: dict[str, Any]) -> redis.ConnectionPool:
-    """Build the pool through master_for: arq's own Sentinel mode drops retries and timeouts."""
+    """Make the pool with master_for: arq's own Sentinel mode drops retries and timeouts."""
     url = read_sentinel_url(text)
     tls = {"ssl": True, "ssl_ca_certs": url.ca_file, "ssl_check_hostname": url.is_host_checked} if url.is_tls else {}
     login = {"username": url.sentinel_username, "password": url.sentinel_password}
@@ -80,20 +81,20 @@ def _sentinel_pool(text: str, options: dict[str, Any]) -> redis.ConnectionPool:
     return cast("redis.ConnectionPool", sentinel.master_for(url.service).connection_pool)
 
 
-async def check(pool: ArqRedis) -> list[str]:
-    """Return warnings about how Redis is set up.
+async def check_config(pool: ArqRedis) -> list[str]:
+    """Return warnings about Redis's configuration.
 
-    Raises: QueueError if it would throw jobs away when it is full; one of QUEUE_ERRORS if it cannot be reached.
+    Raises: QueueError if a full Redis would evict jobs; one of QUEUE_ERRORS if it cannot be reached.
     """
     async with asyncio.timeout(5):
         await pool.ping()
         try:
             config = await pool.config_get("maxmemory-policy") | await pool.config_get("appendonly")
         except redis.ResponseError:
-            return ["Redis does not show its configuration: check maxmemory-policy noeviction and appendonly yes"]
+            return ["Redis refuses CONFIG GET: check that it has maxmemory-policy noeviction and appendonly yes"]
     policy = config.get("maxmemory-policy", "noeviction")
     if policy != "noeviction":
         raise QueueError(f"Redis has maxmemory-policy {policy} and would drop jobs: set it to noeviction")
     if config.get("appendonly") == "no":
-        return ["Redis has appendonly no: after its restart deletions start from the ledger"]
+        return ["Redis has appendonly no: it loses its jobs at a restart, and the ledger starts the deletions"]
     return []

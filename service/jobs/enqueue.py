@@ -1,7 +1,7 @@
 """The queue: delayed arq jobs in Redis, one for the next attempt at each scheduled record.
 
-A job can be lost, late, doubled or early, and no record depends on it: the ledger decides what is due, and the worker's
-safety net enqueues again what is missing.
+A job may be lost, late, duplicated or early, and no record depends on it: the ledger decides what is due, and the
+worker's safety net enqueues what is missing.
 """
 
 import asyncio
@@ -24,10 +24,10 @@ log = structlog.get_logger()
 
 FUNCTION: Final = "cleanup"
 
-# An enqueue that takes longer is given up: the record is durable, and the worker's safety net enqueues it again.
+# A slower enqueue is abandoned: the record is durable, and the safety net enqueues its job.
 ENQUEUE_TIMEOUT_SECONDS: Final = 2.0
 _JOBS_AT_ONCE: Final = 1000
-# Jobs that wait for a slow Redis; what is beyond them is left to the worker's safety net.
+# Jobs that may wait for a slow Redis; further ones are left to the safety net.
 _MAX_WAITING: Final = 10_000
 _GATHER_SECONDS: Final = 0.05
 # Written before any job, so that a Redis that takes no writes shows it. Whoever writes first gives it its value, which
@@ -36,7 +36,7 @@ _MARK: Final = f"{QUEUE}:mark"
 
 
 class CleanupJob(msgspec.Struct, frozen=True, gc=False):
-    """One attempt at the record of *key*, counted from 1, to be started at the aware instant *at*."""
+    """Attempt number *attempt*, from 1, at the record of *key*, to start at the aware instant *at*."""
 
     key: Key
     attempt: int
@@ -44,42 +44,42 @@ class CleanupJob(msgspec.Struct, frozen=True, gc=False):
 
     @property
     def id(self) -> str:
-        """The job's id, the same each time: two jobs for one attempt are one."""
+        """The job's id. It is deterministic, so that an attempt has one job."""
         return f"{self.key.account}:{self.key.id}:{self.attempt}"
 
     @property
     def arguments(self) -> tuple[str, str, int]:
-        """What the job's function is called with."""
+        """The arguments of the job's function."""
         return self.key.account, self.key.id, self.attempt
 
 
 async def enqueue_job(pool: ArqRedis, job: CleanupJob, *, now: datetime) -> None:
-    """Enqueue *job*; one that is there already stays as it is.
+    """Enqueue *job*, unless a job with its id exists.
 
-    Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS; the job may be there all the same.
+    Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS; the job may be enqueued nevertheless.
     """
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
         wait = max(job.at - now, timedelta(0))
-        # What it returns proves nothing: None may stand for a job that is there, or for a lost connection.
+        # The result says nothing: None may mean an existing job or a lost connection.
         await pool.enqueue_job(FUNCTION, *job.arguments, _job_id=job.id, _defer_by=wait)
 
 
 async def enqueue_jobs(pool: ArqRedis, jobs: Sequence[CleanupJob], *, now: datetime) -> str:
     """Enqueue many *jobs* in few round trips and return the mark of this Redis, another one once it was emptied.
 
-    A job that is there already is brought forward if it is later than its new time, which arq's own enqueue_job()
-    refuses, else left alone. The keys are arq's: a test has arq read them.
+    An existing job is brought forward if its time is later than the new one, which arq's enqueue_job() does not do,
+    else it is unchanged. The keys are arq's; a test checks them with arq itself.
 
-    Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS; some of the jobs may be there.
+    Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS; some of the jobs may be enqueued.
     """
     mark = ""
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
         for start in range(0, len(jobs) or 1, _JOBS_AT_ONCE):
-            mark = await _enqueue(pool, jobs[start : start + _JOBS_AT_ONCE], now)
+            mark = await _enqueue_batch(pool, jobs[start : start + _JOBS_AT_ONCE], now)
     return mark
 
 
-# A job that has begun is still in the sorted set, until arq removes it: LT leaves its time as it is.
+# A running job stays in the sorted set until arq removes it; LT does not postpone it.
 _ENQUEUE = """
 local mark = redis.call('GET', KEYS[2]) or ARGV[2]
 redis.call('SET', KEYS[2], mark)
@@ -91,12 +91,12 @@ return mark
 """
 
 
-async def _enqueue(pool: ArqRedis, jobs: Sequence[CleanupJob], now: datetime) -> str:
+async def _enqueue_batch(pool: ArqRedis, jobs: Sequence[CleanupJob], now: datetime) -> str:
     now_ms = _milliseconds(now)
     arguments: list[str | bytes | int] = [job_key_prefix, uuid4().hex]
     for job in jobs:
         payload = serialize_job(FUNCTION, job.arguments, {}, None, now_ms, serializer=pool.job_serializer)
-        # Rounded up: within the due millisecond it could find the record not due yet.
+        # Rounded up: within the due millisecond the record may not be due yet.
         at_ms = max(now_ms, _milliseconds(job.at) + 1)
         arguments += [job.id, payload, at_ms - now_ms + pool.expires_extra_ms, at_ms]
     mark: bytes = await pool.register_script(_ENQUEUE)(keys=[QUEUE, _MARK], args=arguments)
@@ -104,7 +104,7 @@ async def _enqueue(pool: ArqRedis, jobs: Sequence[CleanupJob], now: datetime) ->
 
 
 async def remove_due_jobs(pool: ArqRedis, *, now: datetime) -> None:
-    """Remove the jobs whose time has come, whoever enqueued them and whatever their ids are.
+    """Remove the jobs that are due, whatever their ids are and whoever enqueued them.
 
     Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS.
     """
@@ -120,7 +120,7 @@ def _milliseconds(at: datetime) -> int:
 
 
 class Enqueuer:
-    """Enqueues jobs in the background, after the response: a slow or unreachable Redis never delays one."""
+    """Enqueues jobs in the background, after the response: a slow or unreachable Redis delays no response."""
 
     def __init__(self, pool: ArqRedis, *, horizon: timedelta, now: Callable[[], datetime], metrics: Metrics) -> None:
         self._pool = pool
@@ -131,21 +131,21 @@ class Enqueuer:
         self._runner: asyncio.Task[None] | None = None
 
     def enqueue(self, jobs: Sequence[CleanupJob]) -> None:
-        """Enqueue those of *jobs* that are due within the horizon; the ledger alone keeps the others."""
+        """Enqueue those of *jobs* that are due within the horizon; the others stay in the ledger."""
         horizon = self._now() + self._horizon
         self._waiting += [job for job in jobs if job.at <= horizon]
         if self._waiting and self._runner is None:
             self._runner = asyncio.create_task(self._run())
 
     async def close(self) -> None:
-        """Enqueue what waits, for as long as one round trip may take."""
+        """Enqueue what waits, within ENQUEUE_TIMEOUT_SECONDS."""
         if self._runner is not None:
             await asyncio.wait([self._runner], timeout=ENQUEUE_TIMEOUT_SECONDS)
 
     async def _run(self) -> None:
         try:
             while self._waiting:
-                # No job is urgent, the soonest due time is seconds away: many in one round trip cost less.
+                # The earliest due time is seconds ahead, so there is time to collect jobs for one round trip.
                 await asyncio.sleep(_GATHER_SECONDS)
                 jobs, left_out = self._waiting[:_MAX_WAITING], max(0, len(self._waiting) - _MAX_WAITING)
                 self._waiting = []
@@ -154,7 +154,7 @@ class Enqueuer:
                     await enqueue_jobs(self._pool, jobs, now=self._now())
                 except QUEUE_ERRORS as error:
                     self._metrics.enqueue_failures.inc(len(jobs))
-                    what_now = "the worker finds these records in the ledger"
+                    what_now = "the worker will find these records in the ledger"
                     log.warning("enqueue.failed", records=len(jobs), error=type(error).__name__, what_now=what_now)
         finally:
             self._runner = None

@@ -1,11 +1,11 @@
-"""The generation as columns: what sync.so says of it, filled from the webhook and replaced by the copy."""
+"""The columns that describe the generation: filled from the webhook, replaced by the copy."""
 
 from typing import Any, Final
 
 from service.core.generation import Generation
 
-# Without the status, which is never missing.
-DESCRIBED: Final = (
+# Without the status, which is always there.
+GENERATION_COLUMNS: Final = (
     "model",
     "created_at",
     "input",
@@ -23,15 +23,15 @@ DESCRIBED: Final = (
 )
 
 
-def described(generation: Generation) -> dict[str, Any]:
-    """Return the status and the DESCRIBED columns; an empty text says nothing, JSON stays the text it came as."""
+def generation_values(generation: Generation) -> dict[str, Any]:
+    """Return the values of the status and the GENERATION_COLUMNS: an empty text as None, JSON as the text received."""
     return {
         "status": generation.status,
         "model": generation.model or None,
         "created_at": generation.created_at or None,
-        "input": _json(generation.input),
-        "options": _json(generation.options),
-        "segments": _json(generation.segments),
+        "input": _json_text(generation.input),
+        "options": _json_text(generation.options),
+        "segments": _json_text(generation.segments),
         "output_url": generation.media_url or None,
         "segment_output_url": generation.segment_output_url or None,
         "synthesized_audio_url": generation.synthesized_audio_url or None,
@@ -44,6 +44,6 @@ def described(generation: Generation) -> dict[str, Any]:
     }
 
 
-def _json(raw: bytes | memoryview) -> str | None:
+def _json_text(raw: bytes | memoryview) -> str | None:
     text = bytes(raw)
     return None if text == b"null" else text.decode()

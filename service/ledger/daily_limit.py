@@ -1,4 +1,4 @@
-"""The day's limit of deletions: counted before each DELETE is sent, so that the first one beyond it never is."""
+"""MAYFLY_MAX_DELETES_PER_DAY: deletions are counted before the DELETE is sent, so the limit is never exceeded."""
 
 import contextlib
 from collections import Counter
@@ -13,8 +13,8 @@ from service.ledger.pausing import ACCOUNT, Kind, Pause
 from service.ledger.schema import tallies
 
 
-def reserve(connection: Connection, wanted: int, *, limit: int | None, now: datetime, actor: str) -> int:
-    """Count up to *wanted* deletions against today's *limit* and return how many may be made; pause at the limit."""
+def reserve_deletes(connection: Connection, wanted: int, *, limit: int | None, now: datetime, actor: str) -> int:
+    """Count up to *wanted* deletions against today's *limit* and return how many are allowed; pause at the limit."""
     if limit is None or wanted == 0:
         return wanted
     day = day_of(now)
@@ -22,7 +22,7 @@ def reserve(connection: Connection, wanted: int, *, limit: int | None, now: date
     count = select(tallies.c.deletes).where(*mine).with_for_update()
     used = connection.scalar(count)
     if used is None:
-        # Another worker may count the day's first at this moment.
+        # Another worker may insert the day's row at the same time.
         with contextlib.suppress(IntegrityError), connection.begin_nested():
             connection.execute(insert(tallies).values(account=ACCOUNT, day=day, deletes=0))
         used = connection.scalar(count) or 0
@@ -30,13 +30,13 @@ def reserve(connection: Connection, wanted: int, *, limit: int | None, now: date
     if allowed:
         connection.execute(update(tallies).where(*mine).values(deletes=tallies.c.deletes + allowed))
     if allowed < wanted:
-        reason = f"{limit} deletions were begun today"
+        reason = f"{limit} deletions were started today"
         pausing.pause(connection, Pause(Kind.DAILY_LIMIT, now, actor, reason, _next_day(now)))
     return allowed
 
 
-def refund(connection: Connection, days: Iterable[date]) -> None:
-    """Take back one deletion of each of *days*, the days that they were counted on: the API refused to make it."""
+def refund_deletes(connection: Connection, days: Iterable[date]) -> None:
+    """Uncount one deletion on each of *days*, because the API refused it."""
     for day, count in sorted(Counter(days).items()):
         connection.execute(
             update(tallies)

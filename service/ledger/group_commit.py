@@ -1,24 +1,24 @@
-"""Group commit: many callers share one transaction, and each returns once its own part is durable."""
+"""Group commit: many callers share one transaction, and each returns after it is committed."""
 
 import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
 from service.ledger.database import LedgerUnavailableError
-from service.runtime.tasks import settle
+from service.runtime.tasks import set_outcome
 
 Item = TypeVar("Item")
 Result = TypeVar("Result")
 
-# More would only make the first of a batch wait longer for the last.
+# In a larger batch the first item only waits longer for the last.
 MAX_BATCH = 128
 
 
 class GroupCommit(Generic[Item, Result]):
-    """Runs *commit* on all items that came while the last commit was running; one alone does not wait.
+    """Runs *commit* on all items that arrived during the previous commit; a single item does not wait.
 
-    If a batch fails, its items are committed one by one, so that only the bad one fails. A database that does not
-    answer fails all of them at once.
+    If a batch fails, its items are committed one by one, so that only the bad one fails. If the database does not
+    answer, the whole batch fails at once.
     """
 
     def __init__(self, commit: Callable[[Sequence[Item]], Awaitable[Sequence[Result]]]) -> None:
@@ -27,11 +27,11 @@ class GroupCommit(Generic[Item, Result]):
         self._runner: asyncio.Task[None] | None = None
 
     async def submit(self, item: Item) -> Result:
-        """Return the result for *item* once its commit is durable.
+        """Return the result for *item* after its commit.
 
-        Cancelling the caller does not undo anything: its item may still be committed.
+        Cancelling the caller undoes nothing: its item may still be committed.
 
-        Raises: LedgerUnavailableError; what *commit* raised for this very item.
+        Raises: LedgerUnavailableError; what *commit* raised for this item.
         """
         future: asyncio.Future[Result] = asyncio.get_running_loop().create_future()
         self._waiting.append((item, future))
@@ -49,9 +49,9 @@ class GroupCommit(Generic[Item, Result]):
             self._runner = None
 
     async def _gather(self) -> None:
-        """Give way to the event loop for as long as each turn brings more items.
+        """Yield to the event loop for as long as each turn adds items.
 
-        Measured with 32 connections: after a single turn a batch had 16 items, and each batch waits for the disk.
+        Measured with 32 connections: after a single turn a batch had 16 items, and each batch costs a disk sync.
         """
         before = 0
         while before < len(self._waiting) < MAX_BATCH:
@@ -63,11 +63,11 @@ class GroupCommit(Generic[Item, Result]):
             results: Sequence[Result | Exception] = await self._commit([item for item, _ in batch])
         except LedgerUnavailableError as error:
             results = [error] * len(batch)
-        except Exception as error:  # noqa: BLE001 - whatever it is, it belongs to one of the callers
+        except Exception as error:  # noqa: BLE001 - it is raised in the caller of the bad item
             if len(batch) > 1:
                 for pair in batch:
                     await self._commit_batch([pair])
                 return
             results = [error]
         for (_, future), result in zip(batch, results, strict=True):
-            settle(future, result)
+            set_outcome(future, result)

@@ -1,4 +1,4 @@
-"""The audit trail: one row per move of a record, appended in the transaction of the move."""
+"""The audit trail: one row per move of a record, written in the transaction of the move."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -12,7 +12,7 @@ from service.ledger.schema import events
 
 
 class Entry(msgspec.Struct, frozen=True, gc=False):
-    """One move: of the record with the number *record*, when, by whom, with what beside it (never a body or a URL)."""
+    """One move of the record with the number *record*; *detail* never has a body or a URL."""
 
     record: int
     at: datetime
@@ -27,13 +27,13 @@ _append = insert(events).values(
 )
 
 
-def append(connection: Connection, entries: Sequence[Entry]) -> None:
-    """Append *entries* in their order; the caller has inserted or locked their records, so that no number is twice."""
+def append_entries(connection: Connection, entries: Sequence[Entry]) -> None:
+    """Append *entries* in order; the caller has inserted or locked their records, so that each number is unique."""
     if entries:
-        connection.execute(_append, [_values(entry) for entry in entries])
+        connection.execute(_append, [_entry_values(entry) for entry in entries])
 
 
-def _values(entry: Entry) -> dict[str, Any]:
+def _entry_values(entry: Entry) -> dict[str, Any]:
     return {
         "record": entry.record,
         "at": entry.at,
@@ -43,7 +43,7 @@ def _values(entry: Entry) -> dict[str, Any]:
     }
 
 
-def read(connection: Connection, record: int) -> list[Entry]:
+def read_entries(connection: Connection, record: int) -> list[Entry]:
     """Return the moves of *record*, oldest first."""
     statement = select(events).where(events.c.record == record).order_by(events.c.seq)
     return [

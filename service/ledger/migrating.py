@@ -1,4 +1,4 @@
-"""Bringing the tables to the form of this release, and telling whether they are in it."""
+"""Migrating the tables to this release, and checking their revision."""
 
 from pathlib import Path
 from typing import Final
@@ -7,27 +7,27 @@ from sqlalchemy import Connection, inspect, text
 
 from service.core.errors import ExplainedError
 
-# The newest step; a test holds it to the folder. Looked at instead of Alembic, which only a migration needs to load.
+# The newest revision; a test compares it with the folder. A constant, because only a migration needs to load Alembic.
 HEAD: Final = "0001"
-_LOCK = 0x6D6179666C79  # any number that no one else locks
+_LOCK = 0x6D6179666C79  # arbitrary, for an advisory lock of PostgreSQL
 
 
 class SchemaError(ExplainedError):
-    """The tables are not in the form that this release needs."""
+    """The tables do not have a revision that this release can use."""
 
 
 def migrate(connection: Connection) -> tuple[str | None, str]:
-    """Run the steps that are missing and return the revisions before and after; two at once wait for each other."""
+    """Run the missing migrations and return the revisions before and after; concurrent calls run one by one."""
     from alembic import command  # noqa: PLC0415 - 10 MB that api and worker never need
     from alembic.config import Config  # noqa: PLC0415
 
     if connection.dialect.name == "postgresql":
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
-        # A step that waits for a long reader, a backup perhaps, would keep every webhook waiting behind it.
+        # A migration that waits for a long reader, such as a backup, blocks every webhook that comes after it.
         connection.execute(text("SET LOCAL lock_timeout = '5s'"))
     before = current(connection)
     if before is not None and before > HEAD:
-        return before, before  # left so by a newer release: each step keeps the code of the release before it running
+        return before, before  # by a newer release: each migration keeps the code of the previous release running
     config = Config()
     config.set_main_option("script_location", str(Path(__file__).parent / "migrations"))
     config.set_main_option("path_separator", "os")
@@ -43,24 +43,21 @@ def check(connection: Connection) -> None:
     """
     revision = current(connection)
     if revision is None or revision < HEAD:
-        raise SchemaError(
-            f"the ledger's tables are {revision or 'not there yet'}, {HEAD} is needed: run mayfly migrate"
-        )
-    # Newer tables are fine: each step keeps the code of the release before it running (expand, then contract).
-    # But steps called 0002 and 0003 were there once before the first release, and left this index.
+        found = f"at {revision}" if revision else "missing"
+        raise SchemaError(f"the ledger's tables are {found}, {HEAD} is needed: run mayfly migrate")
+    # Newer tables are fine: each migration keeps the code of the previous release running (expand, then contract).
+    # But revisions 0002 and 0003 existed before the first release, and left this index.
     if revision > HEAD and inspect(connection).has_index("records", "records_state_seq"):
-        raise SchemaError(
-            "the ledger was made by a version before the first release, and is not upgraded: use a new one"
-        )
+        raise SchemaError("a version before the first release made this ledger; it cannot be upgraded: use a new one")
 
 
 def check_writable(connection: Connection) -> None:
-    """Return if this release can write to the tables: a database that only reads, or is locked, raises its own error.
+    """Return if this release can write to the tables; a read-only or locked database raises its own error.
 
     Raises: SchemaError.
     """
     check(connection)
-    # Changes nothing, and is refused like any other write; on SQLite the transaction itself takes the lock.
+    # It changes nothing, but fails where any write would; on SQLite the transaction itself takes the lock.
     connection.execute(text("UPDATE alembic_version SET version_num = version_num WHERE 1 = 0"))
 
 

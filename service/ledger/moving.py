@@ -1,62 +1,123 @@
-"""What a person does to a record: hold, release, keep, schedule, retry. The table of moves says what goes when."""
+"""The moves of an operator: hold, release, keep, retry, reopen. The table in core.lifecycle says which are legal."""
 
-from datetime import datetime
+from dataclasses import dataclass
+from datetime import datetime, timedelta
 from typing import Any
 
+import msgspec
 from sqlalchemy import Connection, Row, select, update
 
+from service.core.attempts import Outcome
 from service.core.key import Key
-from service.core.lifecycle import Move, State, after, interrupted
-from service.ledger.history import Entry, append
+from service.core.lifecycle import Move, State, operator_moves, state_after
+from service.ledger.history import Entry, append_entries
 from service.ledger.schema import records
 
 
-def move(
-    connection: Connection, key: Key, wanted: Move, *, now: datetime, actor: str, reason: str | None
-) -> Row[Any] | None:
-    """Make the move *wanted* of a person and return the record as it then is; None where there is no record.
+@dataclass(frozen=True, slots=True)
+class Grace:
+    """What a released record waits at least: *held* for one that was held, *fresh* for one that was kept or deleted."""
 
-    Raises: IllegalMoveError when the record's state does not have that move, as for one whose DELETE may be under way.
+    held: timedelta
+    fresh: timedelta
+
+    @classmethod
+    def of(cls, wanted: timedelta, min_ttl: timedelta) -> "Grace":
+        """Return the grace *wanted*; *min_ttl* is the least for a record without a due time of its own."""
+        return cls(wanted, max(wanted, min_ttl))
+
+
+def move_record(
+    connection: Connection,
+    key: Key,
+    wanted: Move,
+    *,
+    now: datetime,
+    actor: str,
+    reason: str | None,
+    grace: Grace | None = None,
+) -> Row[Any] | None:
+    """Make the operator's move *wanted* and return the record after it; None if there is no record.
+
+    A record that is in the state already stays as it is. Without *grace* a held record is due when it was.
+
+    Raises: IllegalMoveError when the record's state does not allow it, as while its DELETE may be in progress.
     """
     mine = (records.c.account == key.account, records.c.id == key.id)
     row = connection.execute(select(records).where(*mine).with_for_update()).first()
-    if row is None:
-        return None
-    moves = _moves(row, wanted)
-    state = after(State(row.state), *moves)
-    wake_at = max(row.due_at, now) if state is State.SCHEDULED else None
+    if row is None or not (moves := _moves(row, wanted)):
+        return row
+    state = state_after(State(row.state), *moves)
+    changes = _changes(wanted, actor=actor, reason=reason) | _due(row, wanted, now=now, actor=actor, grace=grace)
+    due_at = changes.get("due_at", row.due_at)
+    wake_at = max(due_at, now) if state is State.SCHEDULED else None
     connection.execute(
         update(records)
         .where(records.c.seq == row.seq, records.c.state == row.state)
-        .values(state=state, wake_at=wake_at, **_changes(wanted, actor=actor, reason=reason))
+        .values(state=state, wake_at=wake_at, **changes)
     )
-    detail = {"reason": reason} if reason else None
-    append(connection, [Entry(row.seq, now, step, actor, detail) for step in moves])
+    detail = _detail(row, wanted, reason=reason, due_at=due_at)
+    append_entries(connection, [Entry(row.seq, now, step, actor, detail) for step in moves])
     return connection.execute(select(records).where(records.c.seq == row.seq)).one()
 
 
 def _moves(row: Row[Any], wanted: Move) -> list[Move]:
-    """Return *wanted* with what it takes before and what follows of what was announced in the meantime."""
-    if wanted in (Move.HOLD, Move.KEEP):
-        return [*interrupted(State(row.state), is_copied=row.copied_attempt == row.attempts), wanted]
-    if wanted is Move.RETRY and row.hold_reason is not None:
+    """Return *wanted* with the moves that must come before it, and those that a later webhook announced."""
+    is_unseen = row.outcome == Outcome.ALREADY_GONE and row.copied_at is None
+    is_copied = row.copied_attempt == row.attempts
+    moves = operator_moves(State(row.state), wanted, is_copied=is_copied, is_unseen=is_unseen)
+    if moves == [Move.RETRY] and row.hold_reason is not None:
         return [wanted, Move.HOLD]
-    # Scheduled without a due time it would wait for ever, and look as if it did not.
-    return [wanted, Move.KEEP] if row.due_at is None else [wanted]
+    # A scheduled record without a due time would wait forever. Only one that was kept gets a new one.
+    has_due = row.due_at is not None or row.state == State.KEPT
+    return [wanted, Move.KEEP] if not has_due and moves in ([Move.RELEASE], [Move.RETRY]) else moves
 
 
 def _changes(wanted: Move, *, actor: str, reason: str | None) -> dict[str, Any]:
-    """Return the columns that *wanted* changes beside the state and the next time to look."""
-    # Time on hold is no time of failing: it must not make the next failure the last.
-    fresh = {"failing_since": None, "failures": 0}
+    """Return the columns that *wanted* changes, without the state and the times at which it is due."""
+    # Time on hold does not count toward MAYFLY_GIVE_UP_AFTER, and a failed record may come by a hold.
+    fresh = {"failing_since": None, "failures": 0, "refusals": 0}
+    no_hold = {"hold_by": None, "hold_reason": None}
     match wanted:
         case Move.HOLD:
             return {"hold_by": actor, "hold_reason": reason}
         case Move.RELEASE:
-            return {"hold_by": None, "hold_reason": None, **fresh}
+            return {**no_hold, **fresh}
         case Move.KEEP:
-            return {"due_at": None, "rule": f"kept by {actor}", "ttl_seconds": None}
+            return {**no_hold, "due_at": None, "rule": f"kept by {actor}", "ttl_seconds": None}
         case Move.RETRY:
-            return {"refusals": 0, **fresh}
+            return fresh
+        case Move.REOPEN:
+            return {"outcome": None, "deleted_at": None, "receipt": None, **fresh}
         case _:
-            raise ValueError(f"{wanted} is not a person's move")
+            raise ValueError(f"{wanted} is not a move of an operator")
+
+
+def _due(row: Row[Any], wanted: Move, *, now: datetime, actor: str, grace: Grace | None) -> dict[str, Any]:
+    """Return the columns that say when a released or reopened record is due.
+
+    A record that was kept is due by the operator's word alone, which then is its rule. Others keep their rule, so that
+    an override that only the API shows still counts.
+    """
+    if wanted is Move.RELEASE and row.state == State.HELD:
+        return {"due_at": max(row.due_at, now + grace.held)} if grace and row.due_at else {}
+    if wanted not in (Move.RELEASE, Move.REOPEN):
+        return {}
+    if grace is None:
+        raise ValueError(f"{wanted} needs a grace")
+    due = {"due_at": now + grace.fresh}
+    if wanted is Move.REOPEN:
+        return due
+    return {**due, "rule": f"released by {actor}", "ttl_seconds": int(grace.fresh.total_seconds())}
+
+
+def _detail(row: Row[Any], wanted: Move, *, reason: str | None, due_at: datetime | None) -> dict[str, Any] | None:
+    """Return what the history says about the move: from now on it has a reopened record's receipt, without the body."""
+    detail: dict[str, Any] = {"reason": reason} if reason else {}
+    if due_at is not None and due_at != row.due_at:
+        detail["dueAt"] = due_at
+    if wanted is Move.REOPEN:
+        receipt = msgspec.json.decode(row.receipt, type=dict[str, Any]) if row.receipt else {}
+        detail |= {"outcome": row.outcome, "deletedAt": row.deleted_at}
+        detail["receipt"] = {name: receipt[name] for name in ("method", "status", "at") if name in receipt}
+    return detail or None

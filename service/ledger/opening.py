@@ -1,4 +1,4 @@
-"""Opening the ledger on the kind of database that its URL names."""
+"""Opening the ledger on SQLite or PostgreSQL, by its URL."""
 
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
@@ -22,7 +22,7 @@ async def open_database(url: URL, *, write_seconds: float = WRITE_TIMEOUT_SECOND
 
 
 def _of_kind(url: URL, write_seconds: float) -> Database:
-    # Loaded where it is used: asyncpg takes 8 MB that SQLite has no use for.
+    # Imported on demand: asyncpg takes 8 MB that SQLite does not need.
     if url.get_backend_name() == "sqlite":
         from service.ledger.sqlite import SqliteDatabase  # noqa: PLC0415
 

@@ -10,7 +10,7 @@ from sqlalchemy import URL, Connection
 from sqlalchemy.exc import SQLAlchemyError
 from sqlalchemy.ext.asyncio import AsyncEngine, create_async_engine
 
-from service.ledger.database import READ_TIMEOUT_SECONDS, WRITE_TIMEOUT_SECONDS, translated
+from service.ledger.database import READ_TIMEOUT_SECONDS, WRITE_TIMEOUT_SECONDS, translate_error
 
 T = TypeVar("T")
 
@@ -24,7 +24,7 @@ class PostgresDatabase:
 
     def __init__(self, url: URL, write_seconds: float) -> None:
         self._write_seconds = write_seconds
-        # The driver itself reads the URL: it knows libpq's parameters, of which SQLAlchemy hands on some.
+        # asyncpg parses the URL: it knows all of libpq's parameters, of which SQLAlchemy passes on some.
         dsn = url.set(drivername="postgresql").render_as_string(hide_password=False)
         self._engine = create_async_engine(
             "postgresql+asyncpg://",
@@ -35,7 +35,7 @@ class PostgresDatabase:
             pool_pre_ping=True,
             hide_parameters=True,
         )
-        # All statements of a read see the state that the first one saw.
+        # All statements of a read see one snapshot.
         self._reading = self._engine.execution_options(isolation_level="REPEATABLE READ", postgresql_readonly=True)
 
     async def write(self, function: Callable[[Connection], T]) -> T:
@@ -51,7 +51,7 @@ class PostgresDatabase:
             async with asyncio.timeout(seconds), engine.begin() as connection:
                 return await connection.run_sync(function)
         except (SQLAlchemyError, OSError, TimeoutError) as error:
-            raise translated(error) from error
+            raise translate_error(error) from error
 
     async def close(self) -> None:
         """Close all connections."""

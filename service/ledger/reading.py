@@ -1,4 +1,4 @@
-"""Looking at the ledger: one record, pages of them, and how much waits."""
+"""Reading the ledger: one record, pages of records, and the backlog."""
 
 import base64
 import binascii
@@ -6,31 +6,48 @@ import struct
 from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from enum import StrEnum, auto
 from typing import Any
 
-from sqlalchemy import ColumnElement, Connection, Row, func, literal, literal_column, or_, select, tuple_
+from sqlalchemy import (
+    ColumnElement,
+    Connection,
+    Row,
+    and_,
+    case,
+    func,
+    literal,
+    literal_column,
+    or_,
+    select,
+    tuple_,
+)
 
 from service.core.errors import ExplainedError
 from service.core.key import Key
 from service.core.lifecycle import State
+from service.core.retention import INVALID_RULE
 from service.ledger.schema import instant, microseconds, records
 
 MAX_PAGE = 500
-# How many records one page of a search looks at: some 15 ms.
+# How many records one page of a search reads: some 15 ms.
 SEARCHED = 10_000
 # Microseconds since 1970 and the record's number.
 _CURSOR = ">qq"
-# The states in which a worker has something to do sooner or later.
+# The states in which a record has a wake_at.
 WATCHED = (State.SCHEDULED, State.DELETING)
 
 
 class CursorError(ExplainedError):
-    """A cursor that no page of ours gave."""
+    """A cursor that is not the next_cursor of a page."""
 
 
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What a page is narrowed to; None narrows nothing. *since* and *until* bound the time of receipt."""
+    """What a page is filtered by; None filters nothing. *since* and *until* bound the time of receipt.
+
+    *status* is one of sync.so's, in any case.
+    """
 
     state: State | None = None
     status: str | None = None
@@ -42,36 +59,36 @@ class Filter:
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Records without their bodies, newest first, and the cursor of the page behind it, None on the last."""
+    """Records without their bodies, newest first, and the cursor of the next page, None on the last one."""
 
     rows: Sequence[Row[Any]]
     next_cursor: str | None
 
 
-def find(connection: Connection, key: Key) -> Row[Any] | None:
-    """Return the record of *key*, None where there is none."""
+def find_row(connection: Connection, key: Key) -> Row[Any] | None:
+    """Return the record of *key*, None if there is none."""
     return connection.execute(select(records).where(records.c.account == key.account, records.c.id == key.id)).first()
 
 
-# Without the bodies: 500 of them could take a megabyte each.
+# Without the bodies: each of 500 rows could have a megabyte.
 _LISTED = [column for column in records.c if column.name not in {"notification", "copy"}]
-# The order of pages: a record that comes between two of them moves none of the others.
+# The order of pages: a record that arrives between two requests does not shift the others.
 _PLACE = (records.c.received_at, records.c.seq)
 _NEWEST_FIRST = tuple(column.desc() for column in _PLACE)
 Place = tuple[datetime, int]
 
 
-def page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | None) -> Page:
-    """Return the page of up to *limit* records behind *cursor*.
+def read_page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | None) -> Page:
+    """Return the page of up to *limit* records after *cursor*.
 
-    A search for a text looks at SEARCHED records at most, so that it takes no longer in a large ledger: its page may
-    be short, or empty, and its cursor then goes on where it ended.
+    A search for a text reads SEARCHED records at most, so that a large ledger does not make it slow. Its page may be
+    short or empty; the next page continues after the last record that was read.
 
     Raises: CursorError.
     """
-    behind = [] if cursor is None else [tuple_(*_PLACE) < _bound(_place_of(cursor))]
-    conditions = _conditions(wanted) + behind
-    last = None if wanted.text is None else _last_searched(connection, wanted, behind)
+    after = [] if cursor is None else [tuple_(*_PLACE) < _bound(_place_of(cursor))]
+    conditions = _conditions(wanted) + after
+    last = None if wanted.text is None else _last_searched(connection, wanted, after)
     if last is not None:
         conditions.append(tuple_(*_PLACE) >= _bound(last))
     statement = select(*_LISTED).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit + 1)
@@ -81,9 +98,9 @@ def page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | No
     return Page(rows, None if last is None else _cursor_of(last))
 
 
-def _last_searched(connection: Connection, wanted: Filter, behind: Sequence[ColumnElement[bool]]) -> Place | None:
-    """Return the place of the last record that a search looks at; None where it looks at all that are left."""
-    statement = select(*_PLACE).where(*_bounds(wanted), *behind).order_by(*_NEWEST_FIRST)
+def _last_searched(connection: Connection, wanted: Filter, after: Sequence[ColumnElement[bool]]) -> Place | None:
+    """Return the place of the last record that a search reads; None if it reads all that are left."""
+    statement = select(*_PLACE).where(*_bounds(wanted), *after).order_by(*_NEWEST_FIRST)
     row = connection.execute(statement.offset(SEARCHED - 1).limit(1)).first()
     return None if row is None else (row.received_at, row.seq)
 
@@ -93,8 +110,8 @@ def _bound(place: Place) -> ColumnElement[Any]:
 
 
 def next_wake(connection: Connection) -> datetime | None:
-    """Return when a worker must look at a record next; None when none waits."""
-    # One entry of the index (state, wake_at) each.
+    """Return the earliest wake_at; None if no record waits."""
+    # Each reads one entry of the index (state, wake_at).
     first = [
         connection.scalar(
             select(records.c.wake_at)
@@ -109,9 +126,9 @@ def next_wake(connection: Connection) -> datetime | None:
 
 @dataclass(frozen=True, slots=True)
 class Backlog:
-    """What waits for a worker or a person: the first number that shows a silent failure is *oldest_overdue*.
+    """What waits for a worker or an operator; *oldest_overdue* is the first number to show that nothing is deleted.
 
-    A record whose next attempt was put off is not overdue before that; one whose worker died is, once its lease ends.
+    A deferred record is overdue after the time of its next attempt, a claimed one after the end of its lease.
     """
 
     oldest_overdue: timedelta
@@ -119,7 +136,7 @@ class Backlog:
     failed: int
 
 
-def backlog(connection: Connection, *, now: datetime) -> Backlog:
+def read_backlog(connection: Connection, *, now: datetime) -> Backlog:
     """Count what is due at *now* and what was given up."""
     first = next_wake(connection)
     overdue = max(now - first, timedelta(0)) if first is not None else timedelta(0)
@@ -128,7 +145,32 @@ def backlog(connection: Connection, *, now: datetime) -> Backlog:
     return Backlog(overdue, connection.scalar(due) or 0, connection.scalar(failed) or 0)
 
 
-def counts(connection: Connection) -> dict[State, int]:
+class HeldCause(StrEnum):
+    """What holds a record."""
+
+    OPERATOR = auto()
+    OVERRIDE = auto()
+    INVALID_OVERRIDE = auto()  # nobody asked for this hold, so an operator must look at it
+
+
+# Who puts an override's hold on a record: the webhook, or an attempt to which the API showed it.
+_BY_OVERRIDE = ("webhook", "override")
+
+
+def count_held(connection: Connection) -> dict[HeldCause, int]:
+    """Return how many records are held for each cause."""
+    is_override = records.c.hold_by.in_(_BY_OVERRIDE)
+    cause = case(
+        (and_(is_override, records.c.hold_reason.startswith(INVALID_RULE)), HeldCause.INVALID_OVERRIDE.value),
+        (is_override, HeldCause.OVERRIDE.value),
+        else_=HeldCause.OPERATOR.value,
+    ).label("cause")
+    rows = connection.execute(select(cause, func.count()).where(records.c.state == State.HELD).group_by(cause))
+    found = {HeldCause(name): number for name, number in rows}
+    return {one: found.get(one, 0) for one in HeldCause}
+
+
+def count_by_state(connection: Connection) -> dict[State, int]:
     """Return how many records are in each state."""
     rows = connection.execute(select(records.c.state, func.count()).group_by(records.c.state))
     found = {State(state): number for state, number in rows}
@@ -136,14 +178,15 @@ def counts(connection: Connection) -> dict[State, int]:
 
 
 def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
+    status = wanted.status and wanted.status.upper()
     equal = (
         (records.c.state, wanted.state),
-        (records.c.status, wanted.status),
+        (records.c.status, status),
         (records.c.project_id, wanted.project_id),
     )
     conditions: list[ColumnElement[bool]] = [column == value for column, value in equal if value is not None]
-    if wanted.status not in (None, "COMPLETED"):
-        conditions.append(records.c.status != literal_column("'COMPLETED'"))  # lets the index for the others be used
+    if status not in (None, "COMPLETED"):
+        conditions.append(records.c.status != literal_column("'COMPLETED'"))  # as in the partial index, to match it
     conditions += _bounds(wanted)
     if wanted.text is not None:
         columns = (
@@ -177,4 +220,4 @@ def _place_of(cursor: str) -> Place:
         since, seq = struct.unpack(_CURSOR, raw)
         return instant(since), seq
     except (binascii.Error, struct.error, ValueError, OverflowError):
-        raise CursorError("the cursor is not one that a page gave") from None
+        raise CursorError("invalid cursor: use the nextCursor of a page") from None

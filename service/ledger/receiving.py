@@ -1,4 +1,4 @@
-"""Writing what webhooks announce: one record per account and generation, however often it is announced."""
+"""Storing webhooks: one record per account and generation, however many webhooks arrive for it."""
 
 from collections.abc import Sequence
 from datetime import datetime
@@ -11,17 +11,17 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from service.core.generation import Generation
 from service.core.key import Key
-from service.core.lifecycle import Move, State, after, interrupted
+from service.core.lifecycle import Move, State, interrupting_moves, state_after
 from service.core.retention import Retention
-from service.ledger.columns import described
-from service.ledger.history import Entry, append
-from service.ledger.schema import ARE_ASKED_FOR, by_account, records
+from service.ledger.columns import generation_values
+from service.ledger.history import Entry, append_entries
+from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, records
 
 ACTOR = "webhook"
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):
-    """A verified notification of a terminal generation, and what the policy makes of it."""
+    """A verified notification of a terminal generation, and its retention."""
 
     key: Key
     generation: Generation
@@ -31,15 +31,15 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):
-    """How the ledger stands after an arrival."""
+    """The record after an arrival."""
 
     seq: int
     state: State
     due_at: datetime | None
     attempts: int
     is_new: bool
-    is_moved: bool  # its due time or state changed, so that it needs another wake-up
-    is_conflict: bool  # the same generation was announced before with another body; the first is kept
+    is_moved: bool  # its due time or state changed, so that it needs another job
+    is_conflict: bool  # an earlier webhook for this generation had another body, which is kept
 
 
 _select_known = (
@@ -55,18 +55,18 @@ _select_known = (
         records.c.hold_reason,
         records.c.notification,
     )
-    .where(ARE_ASKED_FOR)
+    .where(KEYS_OF_ACCOUNT)
     .order_by(records.c.account, records.c.id)
     .with_for_update()
 )
-# A statement each: ON CONFLICT is no part of the SQL that SQLAlchemy writes for every database.
+# One statement per database: SQLAlchemy has no ON CONFLICT that is common to both.
 _insert = {
     dialect.name: statement(records)
     .on_conflict_do_nothing(index_elements=["account", "id"])
     .returning(records.c.seq, records.c.account, records.c.id)
     for dialect, statement in ((sqlite.dialect, sqlite.insert), (postgresql.dialect, postgresql.insert))
 }
-_change = (
+_update_record = (
     update(records)
     .where(
         records.c.seq == bindparam("b_seq"),
@@ -79,7 +79,7 @@ _change = (
         wake_at=bindparam("b_wake_at"),
         rule=bindparam("b_rule"),
         ttl_seconds=bindparam("b_ttl_seconds"),
-        # A hold that is in force stays in force.
+        # An existing hold stays as it is.
         hold_by=func.coalesce(bindparam("b_hold_by", type_=Text), records.c.hold_by),
         hold_reason=func.coalesce(bindparam("b_hold_reason", type_=Text), records.c.hold_reason),
     )
@@ -87,16 +87,16 @@ _change = (
 
 
 def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
-    """Write *arrivals* in one transaction and return how each one stands, in their order.
+    """Store *arrivals* in one transaction and return a receipt for each, in their order.
 
-    A generation that is known keeps its first body. Of two announcements the later due time wins, and a hold wins
-    over both, as long as no DELETE may be under way; nothing is ever shortened.
+    A known generation keeps its first body. Of two webhooks the later due time wins, and a hold wins over both, as
+    long as no DELETE may be in progress. A due time never becomes earlier.
     """
     receipts: dict[int, Receipt] = {}
     waiting = dict(enumerate(arrivals))
     while waiting:
-        # Each generation once in a round, so that the second of two meets what the first has written. In the order of
-        # their keys: two processes that insert or lock the same ones in different orders would wait for each other.
+        # Each generation once per round, so that the second of two sees what the first has written. Sorted by key:
+        # two processes that lock the same rows in different orders would deadlock.
         firsts = {arrival.key: index for index, arrival in reversed(waiting.items())}
         indices = [firsts[key] for key in sorted(firsts, key=attrgetter("account", "id"))]
         received = _receive_once(connection, [waiting.pop(index) for index in indices])
@@ -110,39 +110,39 @@ class _Changes(msgspec.Struct, frozen=True, gc=False):
 
 
 def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
-    """Write *arrivals*, each of another generation: insert those that are new, then lock and change the others."""
-    rows = connection.execute(_insert[connection.dialect.name], [_columns(arrival) for arrival in arrivals])
+    """Store *arrivals*, one per generation: insert the new ones, then lock and update the others."""
+    rows = connection.execute(_insert[connection.dialect.name], [_insert_values(arrival) for arrival in arrivals])
     new = {Key(account, name): seq for seq, account, name in rows}
-    known = _lock(connection, [arrival.key for arrival in arrivals if arrival.key not in new])
+    known = _lock_known(connection, [arrival.key for arrival in arrivals if arrival.key not in new])
     changes = _Changes([], [])
     receipts = [
-        _first(arrival, new[arrival.key], changes)
+        _receipt_of_new(arrival, new[arrival.key], changes)
         if arrival.key in new
-        else _again(arrival, known[arrival.key], changes)
+        else _receipt_of_known(arrival, known[arrival.key], changes)
         for arrival in arrivals
     ]
     if changes.updates:
-        connection.execute(_change, changes.updates)
-    append(connection, changes.entries)
+        connection.execute(_update_record, changes.updates)
+    append_entries(connection, changes.entries)
     return receipts
 
 
-def _lock(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
+def _lock_known(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
     """Lock the records of *keys*, which are sorted."""
     if not keys:
         return {}
-    rows: list[Any] = [row for mine in by_account(keys) for row in connection.execute(_select_known, mine).all()]
+    rows: list[Any] = [row for mine in group_by_account(keys) for row in connection.execute(_select_known, mine).all()]
     return {Key(row.account, row.id): row for row in rows}
 
 
 def _first_moves(retention: Retention) -> list[Move]:
-    """Return the moves of a new record: scheduled, kept, or scheduled and at once held."""
+    """Return the moves of a new record: it is scheduled, kept, or scheduled and held."""
     if retention.hold_reason:
         return [Move.RECEIVE, Move.HOLD]
     return [Move.RECEIVE if retention.due_at else Move.KEEP]
 
 
-def _first(arrival: Arrival, seq: int, changes: _Changes) -> Receipt:
+def _receipt_of_new(arrival: Arrival, seq: int, changes: _Changes) -> Receipt:
     """Add the history of a new record to *changes*."""
     retention = arrival.retention
     moves = _first_moves(retention)
@@ -153,23 +153,23 @@ def _first(arrival: Arrival, seq: int, changes: _Changes) -> Receipt:
             else {"rule": retention.rule, "status": arrival.generation.status}
         )
         changes.entries.append(Entry(seq, arrival.received_at, move, ACTOR, detail))
-    return Receipt(seq, after(None, *moves), retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
+    return Receipt(seq, state_after(None, *moves), retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
 
 
-def _again(arrival: Arrival, before: Row[Any], changes: _Changes) -> Receipt:
-    """Decide what another announcement of a known generation changes, and add that to *changes*."""
+def _receipt_of_known(arrival: Arrival, before: Row[Any], changes: _Changes) -> Receipt:
+    """Decide what another webhook for a known generation changes, and add that to *changes*."""
     retention = arrival.retention
     due_at = retention.due_at if retention.is_later_than(before.due_at) else before.due_at
     moves = _moves(arrival, before, due_at)
-    state = after(State(before.state), *(moves or ()))
+    state = state_after(State(before.state), *(moves or ()))
     if moves is not None:
-        # An attempt that was put off, by the API's Retry-After perhaps, is not made sooner.
-        put_off = before.wake_at if before.state == State.SCHEDULED else None
-        wake_at = max(due_at, put_off or due_at) if state is State.SCHEDULED and due_at else None
-        changes.updates.append(_changed(before, state, due_at, wake_at, retention))
+        # A deferred attempt, because of a Retry-After for example, is not made earlier.
+        deferred_to = before.wake_at if before.state == State.SCHEDULED else None
+        wake_at = max(due_at, deferred_to or due_at) if state is State.SCHEDULED and due_at else None
+        changes.updates.append(_update_values(before, state, due_at, wake_at, retention))
         detail = {"rule": retention.rule, "announced": "again"}
-        told = moves or [Move.RECEIVE]  # it moved the due time alone
-        changes.entries.extend(Entry(before.seq, arrival.received_at, move, ACTOR, detail) for move in told)
+        recorded = moves or [Move.RECEIVE]  # only the due time changed
+        changes.entries.extend(Entry(before.seq, arrival.received_at, move, ACTOR, detail) for move in recorded)
     return Receipt(
         before.seq,
         state,
@@ -182,22 +182,22 @@ def _again(arrival: Arrival, before: Row[Any], changes: _Changes) -> Receipt:
 
 
 def _moves(arrival: Arrival, before: Row[Any], due_at: datetime | None) -> list[Move] | None:
-    """Return the moves that another announcement makes: none where the due time alone changes, None for no change."""
+    """Return the moves that another webhook makes: an empty list if only the due time changes, None for no change."""
     state, is_copied = State(before.state), before.copied_attempt == before.attempts
     is_hold = arrival.retention.hold_reason is not None and before.hold_reason is None
     if state in (State.DELETED, State.KEPT) or not (is_hold or due_at != before.due_at):
         return None
     if state in (State.HELD, State.FAILED):
-        return []  # it counts once a person has released it or has it tried again
-    stopped = interrupted(state, is_copied=is_copied)
+        return []  # it takes effect when an operator releases or retries the record
+    stopped = interrupting_moves(state, is_copied=is_copied)
     if state is State.DELETING and (not stopped or not (is_hold or due_at is None or due_at > arrival.received_at)):
-        return None  # too late, or due all the same
+        return None  # too late, or still due
     if is_hold:
         return [*stopped, Move.HOLD]
     return [*stopped, Move.KEEP] if due_at is None else stopped
 
 
-def _changed(
+def _update_values(
     before: Row[Any], state: State, due_at: datetime | None, wake_at: datetime | None, retention: Retention
 ) -> dict[str, Any]:
     return {
@@ -208,30 +208,30 @@ def _changed(
         "b_due_at": due_at,
         "b_wake_at": wake_at,
         "b_rule": retention.rule,
-        "b_ttl_seconds": _seconds(retention),
+        "b_ttl_seconds": _ttl_seconds(retention),
         "b_hold_by": ACTOR if retention.hold_reason else None,
         "b_hold_reason": retention.hold_reason,
     }
 
 
-def _columns(arrival: Arrival) -> dict[str, Any]:
+def _insert_values(arrival: Arrival) -> dict[str, Any]:
     """Return the values of a new record."""
     retention = arrival.retention
-    state = after(None, *_first_moves(retention))
-    return described(arrival.generation) | {
+    state = state_after(None, *_first_moves(retention))
+    return generation_values(arrival.generation) | {
         "account": arrival.key.account,
         "id": arrival.key.id,
-        "state": str(state),  # SQLite's driver looks long for a way to adapt what is only nearly a text
+        "state": str(state),  # SQLite's driver is slow to adapt a subclass of str
         "notification": arrival.body,
         "received_at": arrival.received_at,
         "due_at": retention.due_at,
         "wake_at": retention.due_at if state is State.SCHEDULED else None,
         "rule": retention.rule,
-        "ttl_seconds": _seconds(retention),
+        "ttl_seconds": _ttl_seconds(retention),
         "hold_by": ACTOR if retention.hold_reason else None,
         "hold_reason": retention.hold_reason,
     }
 
 
-def _seconds(retention: Retention) -> int | None:
+def _ttl_seconds(retention: Retention) -> int | None:
     return None if retention.ttl is None else int(retention.ttl.total_seconds())

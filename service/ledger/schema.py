@@ -1,4 +1,4 @@
-"""The tables of the ledger, as the newest migration leaves them, the same on SQLite and PostgreSQL."""
+"""The tables of the ledger after the newest migration, the same on SQLite and PostgreSQL."""
 
 from collections.abc import Iterable
 from datetime import UTC, datetime, timedelta
@@ -6,6 +6,7 @@ from typing import Any
 
 from sqlalchemy import (
     BigInteger,
+    Boolean,
     Column,
     Date,
     DateTime,
@@ -29,14 +30,14 @@ _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 
 
 def microseconds(instant: datetime) -> int:
-    """Return an aware instant as SQLite keeps it, in microseconds since 1970; a naive one raises TypeError."""
-    # By hand: dividing by a microsecond goes through large numbers and takes four times as long.
+    """Return an aware instant as SQLite stores it, in microseconds since 1970; a naive one raises TypeError."""
+    # Not a division by timedelta(microseconds=1): it takes four times as long.
     since = instant - _EPOCH
     return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
 
 
 def instant(number: int) -> datetime:
-    """Return the aware UTC instant so many microseconds since 1970; OverflowError for one that no datetime can be."""
+    """Return the aware UTC instant *number* microseconds after 1970; OverflowError beyond datetime's range."""
     return _EPOCH + timedelta(microseconds=number)
 
 
@@ -51,15 +52,15 @@ class Instant(TypeDecorator[datetime]):
         return dialect.type_descriptor(BigInteger() if dialect.name == "sqlite" else DateTime(timezone=True))
 
     def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:  # noqa: ANN401 - two databases, two types
-        """Write an instant; a naive one is a mistake of ours and raises ValueError."""
+        """Convert an instant for the database; a naive one raises ValueError."""
         if value is None:
             return None
         if value.tzinfo is None:
-            raise ValueError("an instant needs its zone")
+            raise ValueError("an instant needs a time zone")
         return microseconds(value) if dialect.name == "sqlite" else value
 
     def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401 - as above
-        """Read an instant back as aware UTC."""
+        """Convert an instant from the database to aware UTC."""
         if value is None:
             return None
         return instant(value) if dialect.name == "sqlite" else value.astimezone(UTC)
@@ -76,13 +77,13 @@ metadata = MetaData(
 records = Table(
     "records",
     metadata,
-    # Counted by the database, and never used twice: a claim of a record that is gone must not match another one.
+    # Never reused: a claim of a record that was removed must not match another record.
     Column("seq", BigInteger().with_variant(Integer, "sqlite"), primary_key=True, autoincrement=True),
     Column("account", String(64), nullable=False),
     Column("id", String(255), nullable=False),
     Column("state", String(16), nullable=False),
     Column("outcome", String(16)),
-    # What sync.so says of the generation: the webhook first, then the copy. JSON parts are the text they came as.
+    # The generation as sync.so describes it: from the webhook, then from the copy. JSON parts are stored as received.
     Column("status", String(64), nullable=False),
     Column("model", Text),
     Column("created_at", Text),
@@ -98,7 +99,7 @@ records = Table(
     Column("webhook_url", Text),
     Column("error", Text),
     Column("error_code", Text),
-    # The bodies as they came, so that a field unknown today is not lost.
+    # The bodies as received, so that fields unknown today are not lost.
     Column("notification", Text, nullable=False),
     Column("copy", Text),
     Column("receipt", Text),
@@ -106,13 +107,15 @@ records = Table(
     Column("due_at", Instant),
     Column("copied_at", Instant),
     Column("deleted_at", Instant),
-    # When a worker must look at the row next: the next attempt of a scheduled one, the end of the lease of one being
-    # deleted, NULL for all others.
+    # When a worker must act next: the next attempt of a scheduled record, the end of the lease of one in deleting,
+    # NULL for all others.
     Column("wake_at", Instant),
     Column("attempts", Integer, nullable=False, server_default="0"),
-    # The attempt that made the copy: from then on its DELETE may be under way, and it is too late to stop it.
+    # The attempt that made the copy: after it the DELETE may be in progress, and it is too late to stop it.
     Column("copied_attempt", Integer),
-    # The UTC day whose limit of deletions it was counted against: once a day, however many attempts.
+    # The attempt that may have sent a DELETE whose answer is not known: it explains a later generation_not_found.
+    Column("unanswered_attempt", Integer),
+    # The UTC day on which it was counted against MAYFLY_MAX_DELETES_PER_DAY: once a day, however many attempts.
     Column("counted_on", Date),
     Column("failing_since", Instant),
     Column("failures", Integer, nullable=False, server_default="0"),
@@ -124,12 +127,12 @@ records = Table(
     Column("hold_reason", Text),
     # One record per account and generation, however many processes insert at once.
     Index("records_account_id", "account", "id", unique=True),
-    # Pages are newest first, all of them or those of one state.
+    # Pages are newest first, over all records or those in one state.
     Index("records_received_at", "received_at", "seq"),
     Index("records_state_received_at", "state", "received_at", "seq"),
     sqlite_autoincrement=True,
 )
-# One index entry read tells what is due: without the state in it, SQLite would rather sort all that are scheduled.
+# One index entry shows the next due record. Without the state in the index, SQLite sorts all scheduled rows.
 Index(
     "records_state_wake_at",
     records.c.state,
@@ -137,7 +140,7 @@ Index(
     sqlite_where=records.c.wake_at.is_not(None),
     postgresql_where=records.c.wake_at.is_not(None),
 )
-# Nearly all are COMPLETED, and a page of those is found without an index.
+# Nearly all records are COMPLETED, and a page of those needs no index.
 Index(
     "records_status_received_at",
     records.c.status,
@@ -156,11 +159,11 @@ Index(
 )
 
 
-# The records of some ids of one account. By account: for pairs of account and id SQLite reads the whole index.
-ARE_ASKED_FOR = and_(records.c.account == bindparam("account"), records.c.id.in_(bindparam("ids", expanding=True)))
+# Some ids of one account. By account, because for pairs of account and id SQLite reads the whole index.
+KEYS_OF_ACCOUNT = and_(records.c.account == bindparam("account"), records.c.id.in_(bindparam("ids", expanding=True)))
 
 
-def by_account(keys: Iterable[Key]) -> list[dict[str, Any]]:
+def group_by_account(keys: Iterable[Key]) -> list[dict[str, Any]]:
     """Return the values for ARE_ASKED_FOR, one set for each account of *keys*."""
     ids: dict[str, list[str]] = {}
     for key in keys:
@@ -168,7 +171,7 @@ def by_account(keys: Iterable[Key]) -> list[dict[str, Any]]:
     return [{"account": account, "ids": mine} for account, mine in sorted(ids.items())]
 
 
-# The audit trail: one row per move, never changed; *seq* counts from 1 within the record.
+# The audit trail: one row per move, never changed; seq counts from 1 within the record.
 events = Table(
     "events",
     metadata,
@@ -181,19 +184,30 @@ events = Table(
     sqlite_with_rowid=False,
 )
 
-# Why deletions wait; no row, no pause. A kind is an operator's pause, a refused API key, or the day's limit.
+# The pauses of all deletions; see pausing.Kind.
 pauses = Table(
     "pauses",
     metadata,
     Column("account", String(64), primary_key=True),
-    Column("kind", String(16), primary_key=True),
+    Column("kind", String(32), primary_key=True),
     Column("since", Instant, nullable=False),
     Column("actor", Text, nullable=False),
     Column("reason", Text, nullable=False),
     Column("until", Instant),
 )
 
-# How many deletions each UTC day has had, counted before each DELETE is sent.
+# What the API keys in use have shown; key_id is the start of a hash of the key.
+keys = Table(
+    "keys",
+    metadata,
+    Column("account", String(64), primary_key=True),
+    Column("key_id", String(16), primary_key=True),
+    # The API showed it a generation, or an operator resumed.
+    Column("is_trusted", Boolean, nullable=False),
+    Column("unknown", Integer, nullable=False),
+)
+
+# The number of deletions on each UTC day, counted before the DELETE is sent.
 tallies = Table(
     "tallies",
     metadata,

@@ -1,7 +1,7 @@
-"""What a worker does to records that it has claimed: keep the copy, settle the attempt, fenced by its claim."""
+"""Writes of a worker to the records it has claimed: the copy, and the outcome of the attempt. A fence guards each."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from enum import StrEnum
 from typing import Any
@@ -9,100 +9,128 @@ from typing import Any
 from sqlalchemy import Connection, Date, Row, bindparam, func, select, update
 from sqlalchemy import Text as TextType
 
-from service.core.attempts import Step, Verdict
+from service.core.attempts import Outcome, Step, Verdict
 from service.core.generation import Generation
-from service.core.lifecycle import Move, State, after
+from service.core.lifecycle import Move, State, state_after
 from service.core.retention import Retention
-from service.ledger import daily_limit, pausing
+from service.ledger import daily_limit, key_history, pausing
 from service.ledger.claiming import Claim
-from service.ledger.columns import DESCRIBED, described
-from service.ledger.history import Entry, append
+from service.ledger.columns import GENERATION_COLUMNS, generation_values
+from service.ledger.history import Entry, append_entries
 from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import records
+
+_UNKNOWN_TO_KEY = "the API does not know it, nor any other generation yet; check SYNC_API_KEY"
 
 
 @dataclass(frozen=True, slots=True)
 class Copy:
-    """The generation as the API showed it, to be kept before it is deleted."""
+    """The generation as the API showed it, to be stored before the DELETE."""
 
     claim: Claim
     generation: Generation
     body: str
+    is_rehearsal: bool = False  # no DELETE follows
 
 
 @dataclass(frozen=True, slots=True)
 class Settlement:
-    """How an attempt ended: *receipt* is the API's answer to the DELETE as JSON, *error* a sentence without secrets."""
+    """The outcome of an attempt: *receipt* is the API's final answer as JSON, *error* a sentence without secrets."""
 
     claim: Claim
     verdict: Verdict
     step: Step
     receipt: str | None = None
     error: str | None = None
-    is_refund: bool = False  # it was counted against the day's limit, and the API did not delete
-    is_key_good: bool = False  # only a good key gets the answer that ended it
-    throttle: timedelta | None = None  # how long the API wants no calls at all
-    retention: Retention | None = None  # what the API's own word on the generation changes, for a DEFER
+    is_refund: bool = False  # its DELETE was allowed, and certainly deleted nothing
+    is_key_good: bool = False  # the API gives this answer only to a valid key
+    is_shown: bool = False  # the API showed the generation
+    throttle: timedelta | None = None  # for how long the API wants no calls
+    retention: Retention | None = None  # from an override that only the API showed; with a DEFER
 
 
-class Copied(StrEnum):
-    """What became of a copy, and so whether the DELETE may be sent."""
+class CopyResult(StrEnum):
+    """Whether a copy was stored, and whether the DELETE may follow."""
 
-    KEPT = "kept"  # durable: it may
-    LOST = "lost"  # the lease is no longer the claim's: its successor decides
-    LIMITED = "limited"  # durable, but the day's limit of deletions is reached
-    PAUSED = "paused"  # durable, but a person paused all deletions after the claim
+    KEPT = "kept"  # stored; the DELETE may follow
+    LOST = "lost"  # not stored: the lease is over, and the next claim decides
+    LIMITED = "limited"  # stored, but the daily limit is reached
+    PAUSED = "paused"  # stored, but an operator paused deletions after the claim
 
 
-def copy(
+def store_copies(
     connection: Connection, copies: Sequence[Copy], *, now: datetime, limit: int | None, actor: str
-) -> list[Copied]:
-    """Keep what the API showed of each generation, and count the deletions to come against the day's *limit*."""
-    mine = _still_mine(connection, [item.claim for item in copies])
+) -> list[CopyResult]:
+    """Store what the API showed of each generation, and count the deletions that follow against the daily *limit*."""
+    mine = _lock_claimed(connection, [item.claim for item in copies])
     kept = [item for item in copies if item.claim.seq in mine and item.claim.lease_until > now]
     if not kept:
-        return [Copied.LOST] * len(copies)
+        return [CopyResult.LOST] * len(copies)
     today = daily_limit.day_of(now)
-    connection.execute(_copy, [_copied(item, now) for item in kept])
-    if any(one.kind is Kind.OPERATOR for one in pausing.find(connection)):
-        outcomes = {item.claim.seq: Copied.PAUSED for item in kept}
+    if any(one.kind is Kind.OPERATOR for one in pausing.find_pauses(connection)):
+        outcomes = {item.claim.seq: CopyResult.PAUSED for item in kept}
     else:
         others = [item.claim.seq for item in kept if mine[item.claim.seq].counted_on != today]
-        reserved = daily_limit.reserve(connection, len(others), limit=limit, now=now, actor=actor)
+        reserved = daily_limit.reserve_deletes(connection, len(others), limit=limit, now=now, actor=actor)
         if limit is not None and reserved:
-            connection.execute(_count, [{"b_seq": seq, "b_day": today} for seq in others[:reserved]])
+            connection.execute(_set_counted, [{"b_seq": seq, "b_day": today} for seq in others[:reserved]])
         beyond = set(others[reserved:])
-        outcomes = {i.claim.seq: Copied.LIMITED if i.claim.seq in beyond else Copied.KEPT for i in kept}
-    return [outcomes.get(item.claim.seq, Copied.LOST) for item in copies]
+        outcomes = {i.claim.seq: CopyResult.LIMITED if i.claim.seq in beyond else CopyResult.KEPT for i in kept}
+    connection.execute(_copy, [_copy_values(item, now, outcomes[item.claim.seq]) for item in kept])
+    return [outcomes.get(item.claim.seq, CopyResult.LOST) for item in copies]
 
 
-def settle(connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str) -> list[bool]:
-    """Write how each attempt ended; False where the lease is no longer the claim's, and its successor decides."""
-    mine = _still_mine(connection, [item.claim for item in settlements])
+def settle_attempts(
+    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str, key_id: str
+) -> list[bool]:
+    """Write the outcome of each attempt; False where the lease is over or the key in doubt, and the next claim decides.
+
+    *key_id* identifies the API key that the attempts used.
+    """
+    mine = _lock_claimed(connection, [item.claim for item in settlements])
     valid = [item for item in settlements if item.claim.seq in mine]
+    doubted = _doubt_unknown(connection, valid, now=now, actor=actor, key_id=key_id)
+    valid = [doubted.get(item.claim.seq, item) for item in valid]
     for statement, values in (
-        (_confirm, [_confirmed(item, now) for item in valid if item.step.move is Move.CONFIRM]),
-        (_put_off, [_put_off_with(item) for item in valid if item.step.move is not Move.CONFIRM]),
-        (_reconsider, [_reconsidered(item, item.retention) for item in valid if item.retention is not None]),
-        (_uncount, [{"b_seq": item.claim.seq} for item in valid if item.is_refund]),
+        (_confirm, [_confirm_values(item, now) for item in valid if item.step.move is Move.CONFIRM]),
+        (_defer, [_defer_values(item) for item in valid if item.step.move is not Move.CONFIRM]),
+        (_set_retention, [_retention_values(item, item.retention) for item in valid if item.retention is not None]),
+        (_clear_delete, [{"b_seq": item.claim.seq} for item in valid if item.is_refund]),
     ):
         if values:
             connection.execute(statement, values)
-    append(connection, [entry for item in valid for entry in _entries(item, now, actor)])
+    append_entries(connection, [entry for item in valid for entry in _entries(item, now, actor)])
     counted = [mine[item.claim.seq].counted_on for item in valid if item.is_refund]
-    daily_limit.refund(connection, [day for day in counted if day is not None])
-    _note_pauses(connection, settlements, now, actor)
-    return [item.claim.seq in mine for item in settlements]
+    daily_limit.refund_deletes(connection, [day for day in counted if day is not None])
+    _update_pauses(connection, settlements, now, actor)
+    return [item.claim.seq in mine and item.claim.seq not in doubted for item in settlements]
 
 
-_select_mine = (
+def _doubt_unknown(
+    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str, key_id: str
+) -> dict[int, Settlement]:
+    """Return deferrals, by record, instead of what is unknown to a key that may be another organisation's."""
+    unknown = [item for item in settlements if item.step.outcome is Outcome.ALREADY_GONE]
+    is_shown = any(item.is_shown for item in settlements)
+    believed = key_history.note_answers(
+        connection, key_id, is_shown=is_shown, unknown=len(unknown), now=now, actor=actor
+    )
+    return {
+        item.claim.seq: replace(
+            item, step=Step(Move.DEFER, item.claim.progress, retry_at=now), receipt=None, error=_UNKNOWN_TO_KEY
+        )
+        for item in unknown[believed:]
+    }
+
+
+_select_claimed = (
     select(records.c.seq, records.c.attempts, records.c.counted_on)
     .where(records.c.seq.in_(bindparam("seqs", expanding=True)), records.c.state == State.DELETING)
-    # As receive() locks them: in another order each would wait for the other when they are announced again.
+    # In the same order as receive(), to avoid deadlocks.
     .order_by(records.c.account, records.c.id)
     .with_for_update()
 )
-# The fence of every write behind a claim.
+# The fence of every write after a claim: no row matches once another attempt has begun.
 _fence = (
     records.c.seq == bindparam("b_seq"),
     records.c.attempts == bindparam("b_attempt"),
@@ -116,10 +144,12 @@ _copy = (
         copy=bindparam("b_copy"),
         copied_at=bindparam("b_copied_at"),
         copied_attempt=bindparam("b_attempt"),
-        # What the webhook said stands where the API shows nothing.
+        # The API still shows it, so no earlier DELETE did delete it.
+        unanswered_attempt=bindparam("b_unanswered_attempt"),
+        # Where the API shows nothing, the webhook's value stays.
         **{
             name: func.coalesce(bindparam(f"b_{name}", type_=records.c[name].type), records.c[name])
-            for name in DESCRIBED
+            for name in GENERATION_COLUMNS
         },
     )
 )
@@ -135,9 +165,13 @@ _confirm = (
         last_error=None,
     )
 )
-_count = update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=bindparam("b_day", type_=Date))
-_uncount = update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=None)
-_reconsider = (
+_set_counted = (
+    update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=bindparam("b_day", type_=Date))
+)
+_clear_delete = (
+    update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=None, unanswered_attempt=None)
+)
+_set_retention = (
     update(records)
     .where(records.c.seq == bindparam("b_seq"))
     .values(
@@ -148,7 +182,7 @@ _reconsider = (
         hold_reason=bindparam("b_hold_reason"),
     )
 )
-_put_off = (
+_defer = (
     update(records)
     .where(*_fence)
     .values(
@@ -162,35 +196,36 @@ _put_off = (
 )
 
 
-def _still_mine(connection: Connection, claims: Sequence[Claim]) -> dict[int, Row[Any]]:
-    rows: Sequence[Any] = connection.execute(_select_mine, {"seqs": [item.seq for item in claims]}).all()
+def _lock_claimed(connection: Connection, claims: Sequence[Claim]) -> dict[int, Row[Any]]:
+    rows: Sequence[Any] = connection.execute(_select_claimed, {"seqs": [item.seq for item in claims]}).all()
     attempts = {item.seq: item.attempt for item in claims}
     return {row.seq: row for row in rows if attempts[row.seq] == row.attempts}
 
 
-def _copied(item: Copy, now: datetime) -> dict[str, Any]:
-    columns = {f"b_{name}": value for name, value in described(item.generation).items()}
+def _copy_values(item: Copy, now: datetime, result: CopyResult) -> dict[str, Any]:
+    columns = {f"b_{name}": value for name, value in generation_values(item.generation).items()}
     return columns | {
         "b_seq": item.claim.seq,
         "b_attempt": item.claim.attempt,
         "b_copy": item.body,
         "b_copied_at": now,
+        "b_unanswered_attempt": None if item.is_rehearsal or result is not CopyResult.KEPT else item.claim.attempt,
     }
 
 
-def _confirmed(item: Settlement, now: datetime) -> dict[str, Any]:
+def _confirm_values(item: Settlement, now: datetime) -> dict[str, Any]:
     return {
         "b_seq": item.claim.seq,
         "b_attempt": item.claim.attempt,
-        "b_state": after(State.DELETING, Move.CONFIRM),
+        "b_state": state_after(State.DELETING, Move.CONFIRM),
         "b_outcome": item.step.outcome,
         "b_deleted_at": now,
         "b_receipt": item.receipt,
     }
 
 
-def _put_off_with(item: Settlement) -> dict[str, Any]:
-    state = after(State.DELETING, *_moves(item))
+def _defer_values(item: Settlement) -> dict[str, Any]:
+    state = state_after(State.DELETING, *_moves(item))
     return {
         "b_seq": item.claim.seq,
         "b_attempt": item.claim.attempt,
@@ -204,7 +239,7 @@ def _put_off_with(item: Settlement) -> dict[str, Any]:
 
 
 def _moves(item: Settlement) -> list[Move]:
-    """Return the move that ends the attempt, and the one that what the API showed adds to it."""
+    """Return the move that ends the attempt, and the one that an override in the API's answer adds."""
     if item.retention is None:
         return [item.step.move]
     if item.retention.hold_reason is not None:
@@ -212,13 +247,13 @@ def _moves(item: Settlement) -> list[Move]:
     return [item.step.move, Move.KEEP] if item.retention.due_at is None else [item.step.move]
 
 
-def _reconsidered(item: Settlement, retention: Retention) -> dict[str, Any]:
+def _retention_values(item: Settlement, retention: Retention) -> dict[str, Any]:
     return {
         "b_seq": item.claim.seq,
         "b_due_at": retention.due_at,
         "b_rule": retention.rule,
         "b_ttl_seconds": None if retention.ttl is None else int(retention.ttl.total_seconds()),
-        "b_hold_by": "wish" if retention.hold_reason else None,
+        "b_hold_by": "override" if retention.hold_reason else None,
         "b_hold_reason": retention.hold_reason,
     }
 
@@ -227,6 +262,8 @@ def _entries(item: Settlement, now: datetime, actor: str) -> list[Entry]:
     detail: dict[str, Any] = {"attempt": item.claim.attempt, "verdict": item.verdict}
     if item.step.outcome:
         detail["outcome"] = item.step.outcome
+    if item.step.detail:
+        detail["detail"] = item.step.detail
     if item.step.retry_at:
         detail["retryAt"] = item.step.retry_at
     if item.error:
@@ -236,7 +273,7 @@ def _entries(item: Settlement, now: datetime, actor: str) -> list[Entry]:
     return [Entry(item.claim.seq, now, move, actor, detail) for move in _moves(item)]
 
 
-def _note_pauses(connection: Connection, settlements: Sequence[Settlement], now: datetime, actor: str) -> None:
+def _update_pauses(connection: Connection, settlements: Sequence[Settlement], now: datetime, actor: str) -> None:
     """Pause deletions when the API refuses our key or has had too many calls; end the first once it takes the key."""
     # Throttled before unauthorized: in the order of their kinds, see resume().
     if waits := [item.throttle for item in settlements if item.throttle is not None]:

@@ -1,4 +1,4 @@
-"""SQLite: one thread writes, so that the writes of a process take turns; others read meanwhile."""
+"""SQLite: one thread writes, others read."""
 
 import asyncio
 import contextlib
@@ -12,18 +12,18 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from service.ledger.database import READ_TIMEOUT_SECONDS, LedgerUnavailableError, translated
+from service.ledger.database import READ_TIMEOUT_SECONDS, LedgerUnavailableError, translate_error
 
 T = TypeVar("T")
 
-# A writer in another process is waited for this long; a longer lock is answered 503 or tried again later.
+# How long to wait for a lock of another process; after that a webhook is answered 503, an attempt is retried.
 BUSY_TIMEOUT_SECONDS = 5.0
 _TRY_AGAIN_SECONDS = 0.001
 _READ_THREADS = 4
 
 
 class SqliteDatabase:
-    """SQLite in WAL mode with every commit synced to the disk."""
+    """SQLite in WAL mode; every commit is synced to the disk."""
 
     def __init__(self, url: URL, write_seconds: float) -> None:
         self._write_seconds = write_seconds
@@ -34,11 +34,11 @@ class SqliteDatabase:
         self._writer = ThreadPoolExecutor(1, "ledger-writer")
         self._readers = ThreadPoolExecutor(_READ_THREADS, "ledger-reader")
         self._is_closed = False
-        # The thread starts here: a write that finds no thread would stay in the executor's queue and be made later.
+        # The thread starts here: if it could not start later, a write would stay in the executor's queue.
         self._writer.submit(int)
 
     async def write(self, function: Callable[[Connection], T]) -> T:
-        """See Database. A caller that stops waiting does not stop a write that has begun."""
+        """See Database. Cancelling the caller does not stop a write that has started."""
         return await self._run(self._writer, self._write, function, self._write_seconds)
 
     async def read(self, function: Callable[[Connection], T]) -> T:
@@ -58,7 +58,7 @@ class SqliteDatabase:
             async with asyncio.timeout(seconds):
                 return await asyncio.get_running_loop().run_in_executor(threads, call, function)
         except (SQLAlchemyError, sqlite3.Error, TimeoutError) as error:
-            raise translated(error) from error
+            raise translate_error(error) from error
 
     def _write(self, function: Callable[[Connection], T]) -> T:
         if self._is_closed:
@@ -71,7 +71,7 @@ class SqliteDatabase:
             return function(connection)
 
     async def close(self) -> None:
-        """Wait for what is under way, then close; writes that wait for their turn are refused."""
+        """Wait for calls in progress, then close; queued writes are refused."""
         self._is_closed = True
         await asyncio.to_thread(self._writer.shutdown)
         await asyncio.to_thread(self._readers.shutdown)
@@ -80,11 +80,11 @@ class SqliteDatabase:
 
 
 def _make_private(path: str) -> None:
-    """Make the file, if there is none yet, for its owner alone; SQLite gives those beside it the same mode.
+    """Create the file with mode 0600 if it is missing; SQLite gives the -wal and -shm files the same mode.
 
-    One that is there is not opened: to close it again would drop the locks that SQLite has on it in this process.
+    An existing file is not opened: closing it would drop the locks that SQLite has on it in this process.
     """
-    with contextlib.suppress(OSError):  # whoever opens it says what is wrong
+    with contextlib.suppress(OSError):  # SQLite reports it when it opens the file
         os.close(os.open(path, os.O_CREAT | os.O_EXCL | os.O_WRONLY, 0o600))
 
 
@@ -96,20 +96,22 @@ def _engine(url: URL, *, connections: int, busy_seconds: float, begin: Callable[
         max_overflow=0,
         hide_parameters=True,
     )
-    # As SQLAlchemy's documentation has it: "Pysqlite", "Enabling Non-Legacy SQLite Transactional Modes".
-    event.listen(engine, "connect", _prepare)
+    # See SQLAlchemy's documentation: "Pysqlite", "Enabling Non-Legacy SQLite Transactional Modes".
+    event.listen(engine, "connect", _set_pragmas)
     event.listen(engine, "begin", begin)
     return engine
 
 
-def _prepare(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own type
-    connection.isolation_level = None  # transactions begin where we say, not where the driver guesses
-    _patiently(lambda: connection.execute("PRAGMA journal_mode=WAL"))  # the one that SQLite itself does not wait for
+def _set_pragmas(connection: Any, _record: object) -> None:  # noqa: ANN401 - the driver's own type
+    connection.isolation_level = None  # the driver starts no transactions; _begin() does
+    _retry_while_busy(
+        lambda: connection.execute("PRAGMA journal_mode=WAL")
+    )  # the one that SQLite itself does not wait for
     for pragma in (
-        "synchronous=FULL",  # a commit survives a power cut; WAL's usual NORMAL may lose the last ones
-        "fullfsync=1",  # macOS: reach the disk, not only its cache
+        "synchronous=FULL",  # a commit survives a power cut; with NORMAL, the default of WAL, the last ones may be lost
+        "fullfsync=1",  # macOS: flush the disk's cache, too
         "cache_size=-2048",
-        # The commit that meets it waits for the log to be copied back.
+        # In pages; the commit that reaches it waits for the checkpoint.
         "wal_autocheckpoint=3000",
     ):
         connection.execute(f"PRAGMA {pragma}")
@@ -120,14 +122,14 @@ def _begin(connection: Connection) -> None:
 
 
 def _begin_immediate(connection: Connection) -> None:
-    # A deferred transaction that reads first cannot become a writer later: it fails at once as "locked".
-    _patiently(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"))
+    # A deferred transaction that reads first and writes later fails at once as "locked".
+    _retry_while_busy(lambda: connection.exec_driver_sql("BEGIN IMMEDIATE"))
 
 
-def _patiently(call: Callable[[], T]) -> T:
-    """Make *call* again for as long as another process has the lock that it needs.
+def _retry_while_busy(call: Callable[[], T]) -> T:
+    """Repeat *call* while another process has the lock, for up to BUSY_TIMEOUT_SECONDS.
 
-    SQLite's own wait looks every 0.1 s in the end and so misses the moments between the commits of a busy worker.
+    SQLite's own wait polls every 0.1 s at the end, and so misses the gaps between the commits of a busy worker.
     """
     deadline = time.monotonic() + BUSY_TIMEOUT_SECONDS
     while True:
@@ -141,4 +143,4 @@ def _patiently(call: Callable[[], T]) -> T:
 
 def _is_busy(error: OperationalError | sqlite3.OperationalError) -> bool:
     cause = error.orig if isinstance(error, OperationalError) else error
-    return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY  # whichever kind of it
+    return getattr(cause, "sqlite_errorcode", 0) & 0xFF == sqlite3.SQLITE_BUSY  # or an extended code of it

@@ -1,4 +1,4 @@
-"""What the outside sees of the ledger: a record and its history, pages of records, the numbers of all."""
+"""The ledger as the API and the command line show it: records with their history, pages, statistics."""
 
 from datetime import datetime
 from typing import Any
@@ -10,12 +10,12 @@ from service.core.durations import format_duration
 from service.core.key import Key
 from service.core.lifecycle import Move, State
 from service.ledger import history, pausing, reading
-from service.ledger.columns import DESCRIBED
+from service.ledger.columns import GENERATION_COLUMNS
 from service.ledger.pausing import Kind
 
 
 class PauseShown(msgspec.Struct, frozen=True):
-    """One reason for which deletions wait: *until* is its end or its next probe, where it has one."""
+    """One pause of all deletions: *until* is its end or its next probe, None without either."""
 
     kind: Kind
     since: datetime
@@ -25,7 +25,7 @@ class PauseShown(msgspec.Struct, frozen=True):
 
 
 class Stats(msgspec.Struct, rename="camel", frozen=True):
-    """The ledger in numbers."""
+    """Statistics of the ledger."""
 
     records: dict[State, int]
     oldest_overdue_seconds: float
@@ -34,10 +34,14 @@ class Stats(msgspec.Struct, rename="camel", frozen=True):
 
 
 def read_stats(connection: Connection, *, now: datetime) -> Stats:
-    """Read the ledger's numbers."""
-    backlog = reading.backlog(connection, now=now)
-    pauses = [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find(connection)]
-    return Stats(reading.counts(connection), backlog.oldest_overdue.total_seconds(), backlog.due, pauses)
+    """Read the ledger's statistics."""
+    backlog = reading.read_backlog(connection, now=now)
+    counts = reading.count_by_state(connection)
+    return Stats(counts, backlog.oldest_overdue.total_seconds(), backlog.due, _read_pauses(connection))
+
+
+def _read_pauses(connection: Connection) -> list[PauseShown]:
+    return [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find_pauses(connection)]
 
 
 class Event(msgspec.Struct, rename="camel", frozen=True):
@@ -50,14 +54,14 @@ class Event(msgspec.Struct, rename="camel", frozen=True):
 
 
 class RecordRetention(msgspec.Struct, frozen=True):
-    """What decided how long the generation is kept; *ttl* as it would be set, None for ever."""
+    """The rule that decided how long the generation is kept; *ttl* in the form of MAYFLY_TTL, None for forever."""
 
     rule: str
     ttl: str | None
 
 
 class Hold(msgspec.Struct, frozen=True):
-    """Who stopped the deletion, why, and until when."""
+    """Who put the record on hold, why, and until when."""
 
     by: str
     reason: str | None
@@ -65,7 +69,7 @@ class Hold(msgspec.Struct, frozen=True):
 
 
 class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
-    """A record: the generation in sync.so's own names, and what Mayfly has to say of it beside them."""
+    """A record: the generation under sync.so's field names, and Mayfly's own fields."""
 
     account: str
     id: str
@@ -100,11 +104,19 @@ class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_def
 
 
 class FullRecord(Record, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
-    """A record with its history and the bodies as they came: the webhook's, and the API's once it is copied."""
+    """A record with its history and the bodies as received: the webhook's, and the API's after the copy.
+
+    *blocked_by* are the pauses that stop its deletion now; none for a record that waits for no deletion.
+    """
 
     notification: Any
     copy: Any
     events: list[Event]
+    blocked_by: list[PauseShown]
+
+
+# The states of a record whose deletion a pause or the dry run blocks.
+BLOCKED = frozenset({State.SCHEDULED, State.DELETING})
 
 
 class RecordPage(msgspec.Struct, rename="camel", frozen=True):
@@ -114,31 +126,32 @@ class RecordPage(msgspec.Struct, rename="camel", frozen=True):
     next_cursor: str | None
 
 
-def present(row: Row[Any]) -> Record:
-    """Show a row of the ledger as the API's record."""
-    return Record(**_shown(row))
+def present_record(row: Row[Any]) -> Record:
+    """Convert a row to a Record."""
+    return Record(**_record_fields(row))
 
 
 def find_record(connection: Connection, *, key: Key) -> FullRecord | None:
-    """Read one record with its history and its bodies; None where there is none."""
-    row = reading.find(connection, key)
+    """Read one record with its history and bodies; None if there is none."""
+    row = reading.find_row(connection, key)
     if row is None:
         return None
     return FullRecord(
-        **_shown(row),
-        notification=_decoded(row.notification),
-        copy=_decoded(row.copy),
-        events=[Event(e.at, e.move, e.actor, e.detail) for e in history.read(connection, row.seq)],
+        **_record_fields(row),
+        notification=_decode_json(row.notification),
+        copy=_decode_json(row.copy),
+        events=[Event(e.at, e.move, e.actor, e.detail) for e in history.read_entries(connection, row.seq)],
+        blocked_by=_read_pauses(connection) if row.state in BLOCKED else [],
     )
 
 
-def _shown(row: Row[Any]) -> dict[str, Any]:
+def _record_fields(row: Row[Any]) -> dict[str, Any]:
     ttl = None if row.ttl_seconds is None else format_duration(row.ttl_seconds)
     return {name: getattr(row, name) for name in _COLUMNS} | {
         "state": State(row.state),
-        "input": _decoded(row.input),
-        "options": _decoded(row.options),
-        "segments": _decoded(row.segments),
+        "input": _decode_json(row.input),
+        "options": _decode_json(row.options),
+        "segments": _decode_json(row.segments),
         "next_attempt_at": row.wake_at if row.state == State.SCHEDULED else None,
         "retention": RecordRetention(row.rule, ttl),
         "hold": Hold(row.hold_by, row.hold_reason, None) if row.state == State.HELD else None,
@@ -147,17 +160,17 @@ def _shown(row: Row[Any]) -> dict[str, Any]:
     }
 
 
-# What is shown as it stands in the row.
+# Columns that are shown unchanged.
 _COLUMNS = (
-    *("account", "id", "outcome", "status", *DESCRIBED),
+    *("account", "id", "outcome", "status", *GENERATION_COLUMNS),
     *("received_at", "due_at", "copied_at", "deleted_at", "attempts", "last_error"),
 )
 
 
-def _decoded(text: str | None) -> Any:  # noqa: ANN401 - JSON is whatever it is
+def _decode_json(text: str | None) -> Any:  # noqa: ANN401 - any JSON value
     if text is None:
         return None
     try:
         return msgspec.json.decode(text)
-    except (msgspec.MsgspecError, RecursionError):  # 1e999 is JSON as well, and no float
+    except (msgspec.MsgspecError, RecursionError):  # such as 1e999, which is valid JSON and not a float
         return text

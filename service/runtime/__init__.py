@@ -1,1 +1,1 @@
-"""The ground under all I/O: logs, metrics, tasks, the terminal."""
+"""What all I/O uses: logs, metrics, tasks, the terminal."""

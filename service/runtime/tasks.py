@@ -1,4 +1,4 @@
-"""Ending tasks for good, not waiting for those that end slowly, results for whoever still waits."""
+"""Helpers for asyncio tasks: reliable cancellation, a timeout that does not wait, results for futures."""
 
 import asyncio
 from collections.abc import Awaitable, Collection
@@ -9,11 +9,11 @@ T = TypeVar("T")
 _CANCEL_AGAIN_SECONDS = 0.2
 
 
-async def end(tasks: Collection[asyncio.Task[Any]]) -> None:
-    """Cancel *tasks* until they have ended.
+async def cancel_and_wait(tasks: Collection[asyncio.Task[Any]]) -> None:
+    """Cancel *tasks* until all have ended.
 
     Once is not enough: redis-py waits for each write with asyncio.wait_for, which before Python 3.12 loses a
-    cancellation that comes just as the write is done.
+    cancellation that arrives just as the write completes.
     """
     while pending := [task for task in tasks if not task.done()]:
         for task in pending:
@@ -21,14 +21,14 @@ async def end(tasks: Collection[asyncio.Task[Any]]) -> None:
         await asyncio.wait(pending, timeout=_CANCEL_AGAIN_SECONDS)
 
 
-# Calls that were too slow and have still to end: asyncio itself keeps no hold of its tasks.
+# Calls that timed out and have not ended yet: asyncio keeps only weak references to tasks.
 _slow: set[asyncio.Future[Any]] = set()
 
 
-async def within(seconds: float, call: Awaitable[T]) -> T:
-    """Return what *call* does, if it does so in time. One that does not is cancelled and not waited for.
+async def run_within(seconds: float, call: Awaitable[T]) -> T:
+    """Return the result of *call* if it ends in time. Otherwise cancel it, without waiting for its end.
 
-    asyncio.timeout() would wait: the driver of a PostgreSQL that hangs takes two seconds to give up its connection.
+    asyncio.timeout() would wait: with a PostgreSQL that hangs, the driver takes two seconds to close its connection.
 
     Raises: TimeoutError, and whatever *call* raises.
     """
@@ -39,14 +39,14 @@ async def within(seconds: float, call: Awaitable[T]) -> T:
         if not task.done():
             task.cancel()
             _slow.add(task)
-            task.add_done_callback(_forget)
+            task.add_done_callback(_discard_slow)
     if not done:
         raise TimeoutError
     return task.result()
 
 
-def settle(future: asyncio.Future[T], outcome: T | BaseException) -> None:
-    """Give *future* its result, or the error in its place, if it still waits."""
+def set_outcome(future: asyncio.Future[T], outcome: T | BaseException) -> None:
+    """Set the result or the error of *future*, unless it is done."""
     if future.done():
         return
     if isinstance(outcome, BaseException):
@@ -55,7 +55,7 @@ def settle(future: asyncio.Future[T], outcome: T | BaseException) -> None:
         future.set_result(outcome)
 
 
-def _forget(task: asyncio.Future[Any]) -> None:
+def _discard_slow(task: asyncio.Future[Any]) -> None:
     _slow.discard(task)
     if not task.cancelled():
-        task.exception()  # asked for, so that asyncio does not log it
+        task.exception()  # retrieved, so that asyncio does not log it

@@ -1,7 +1,7 @@
-"""A development stand-in for the sync.so API v2: the other end of the wire for demo, tests and benchmarks.
+"""A simulator of the sync.so API v2, for the demo, tests and benchmarks.
 
-It imports nothing of Mayfly but the signing of webhooks, so that an error in Mayfly's reading of the API is
-not mirrored here. No production command uses it, and it says who it is in each ``Server`` header.
+It imports nothing from Mayfly except the signing of webhooks, so that it does not repeat an error of Mayfly's client.
+No production command uses it, and it names itself in each ``Server`` header.
 """
 
 from service.simulator.calls import Call, Operation

@@ -1,7 +1,7 @@
-"""Bodies and statuses, true and faulty, as the Sync API sends them.
+"""Answers of the Sync API, regular and faulty.
 
 Source: sync.so API reference, error catalogue and captured answers. ``message`` may be a list, ``error`` and
-``errorCode`` may be missing, and what stands in front of the API answers in HTML.
+``errorCode`` may be missing, and proxies in front of the API answer in HTML.
 """
 
 from collections.abc import Callable
@@ -99,6 +99,22 @@ def _redirect(fault: Fault, _: Answer) -> Answer:
     return Answer(int(fault.name), b"", HTML, ((b"location", location.encode()),))
 
 
+_ABSENT: dict[str, Answer] = {
+    "empty": Answer(404, b""),
+    "object": json_answer(404, {}),
+    "gateway": json_answer(404, {"message": "no Route matched with those values"}),
+    "html": Answer(404, b"<html><body><h1>404 Not Found</h1></body></html>", HTML),
+    "route": error(404, "Cannot GET /v2/generate", error="Not Found"),
+    "organization": error(404, "Organization not found", "organization_not_found", error="Not Found"),
+    "project": error(404, "Project not found", "project_not_found", error="Not Found"),
+}
+
+
+def _absent(fault: Fault, _: Answer) -> Answer:
+    own = _FIXED[fault.name]
+    return replace(_ABSENT.get(fault.parameters.get("answer", "own"), own), status=own.status)
+
+
 def _accepted(_: Fault, true: Answer) -> Answer:
     return replace(true, status=202) if true.status == 200 else true
 
@@ -121,6 +137,8 @@ _BUILT: dict[FaultName, Callable[[Fault, Answer], Answer]] = {
     FaultName.FOUND: _redirect,
     FaultName.TEMPORARY_REDIRECT: _redirect,
     FaultName.PERMANENT_REDIRECT: _redirect,
+    FaultName.NOT_FOUND: _absent,
+    FaultName.GONE: _absent,
     FaultName.ACCEPTED: _accepted,
     FaultName.WRONG_ID: _edited(id=OTHER_ID),
     FaultName.PROCESSING: _edited(status="PROCESSING", outputUrl=None, outputDuration=None),
@@ -129,7 +147,7 @@ _BUILT: dict[FaultName, Callable[[Fault, Answer], Answer]] = {
 
 
 def faulty(fault: Fault, true: Answer) -> Answer:
-    """Return what *fault* makes of the *true* answer; faults of the connection leave it as it is."""
+    """Return the *true* answer as *fault* changes it; faults of the connection do not change it."""
     if build := _BUILT.get(fault.name):
         return build(fault, true)
     return _FIXED.get(fault.name, true)

@@ -1,4 +1,4 @@
-"""What a request asks for, judged by its path as received, and the log of it."""
+"""The operation of a request, by its path as received, and the log of calls."""
 
 from dataclasses import dataclass
 from datetime import datetime
@@ -7,7 +7,7 @@ from urllib.parse import unquote_to_bytes
 
 
 class Operation(StrEnum):
-    """What one request asks for; faults are scripted per operation."""
+    """The operation of a request; faults are scripted per operation."""
 
     GET = "GET"
     DELETE = "DELETE"
@@ -21,9 +21,9 @@ class Operation(StrEnum):
 
 @dataclass(slots=True)
 class Call:
-    """One request as it arrived; *status* and *fault* are filled in when it is answered.
+    """One request as received; *status* and *fault* are set by the answer.
 
-    *status* stays None while the call is held and when the connection is closed without an answer.
+    *status* is None while the call waits at a gate, and if the connection is closed without an answer.
     """
 
     at: datetime
@@ -44,7 +44,7 @@ _FIXED = {
     ("GET", b"/v2/organizations/webhook/secret"): Operation.SECRET,
     ("POST", b"/v2/generate"): Operation.CREATE,
 }
-# Many a proxy resolves dot segments before it routes, which turns an id of "." into the collection itself.
+# Many proxies resolve dot segments before routing, which turns an id of "." into the collection itself.
 _NO_ID = (b"", b".", b"..")
 
 

@@ -1,6 +1,6 @@
-"""``/simulator/…``: what other processes drive the simulator with. The names are ours, not the API's.
+"""``/simulator/…``: the routes with which other processes control the simulator. The names are not the API's.
 
-From the loopback interface no key is asked for; from elsewhere the API key is.
+From the loopback interface they need no key, from elsewhere the API key.
 """
 
 import asyncio
@@ -22,7 +22,7 @@ from service.simulator.generation import Generation
 from service.simulator.organisation import Delivery, Organisation, Switches
 from service.simulator.wire import is_loopback
 
-# More at once would time out at the receiver rather than at the faults under test.
+# With more at once, the receiver would time out.
 WEBHOOKS_AT_ONCE = 50
 
 Simulated = NamedDependency[Organisation]
@@ -48,7 +48,7 @@ class AddRequest(msgspec.Struct, forbid_unknown_fields=True):
 
 
 class Script(msgspec.Struct, forbid_unknown_fields=True):
-    """Faults for the next calls about one generation or, without an id, for the next calls at all."""
+    """Faults for the next calls about one generation or, without an id, about any."""
 
     operation: Operation
     faults: list[str]
@@ -89,17 +89,17 @@ class Summary(msgspec.Struct):
 @post("/generations")
 async def add_generations(simulated: Simulated, data: JSONBody[list[AddRequest]]) -> list[str]:
     ids: list[str] = []
-    for wish in data:
-        names = [name for name in wish.__struct_fields__ if name not in ("count", "overrides")]
-        arguments: dict[str, Any] = {name: getattr(wish, name) for name in names}
-        arguments |= wish.overrides
-        ids.extend(simulated.add(**arguments).id for _ in range(wish.count))
+    for request in data:
+        names = [name for name in request.__struct_fields__ if name not in ("count", "overrides")]
+        arguments: dict[str, Any] = {name: getattr(request, name) for name in names}
+        arguments |= request.overrides
+        ids.extend(simulated.add(**arguments).id for _ in range(request.count))
     return ids
 
 
 @get("/generation")
 async def show_generation(simulated: Simulated, generation_id: GenerationId) -> StateView:
-    generation = _known(simulated, generation_id)
+    generation = _find_generation(simulated, generation_id)
     return StateView(
         generation=generation.body(),
         first_delete_at=generation.first_delete_at,
@@ -110,7 +110,7 @@ async def show_generation(simulated: Simulated, generation_id: GenerationId) -> 
 
 @delete("/generation")
 async def remove_generation(simulated: Simulated, generation_id: GenerationId) -> None:
-    simulated.remove(_known(simulated, generation_id).id)
+    simulated.remove(_find_generation(simulated, generation_id).id)
 
 
 @post("/faults")
@@ -153,7 +153,7 @@ async def deliver(simulated: Simulated, data: JSONBody[DeliverRequest]) -> list[
 
     async def send(generation_id: str) -> list[Delivery]:
         async with gate:
-            return await simulated.deliver(_known(simulated, generation_id).id, copies=data.copies)
+            return await simulated.deliver(_find_generation(simulated, generation_id).id, copies=data.copies)
 
     sent = await asyncio.gather(*(send(generation_id) for generation_id in data.ids))
     return [delivery for deliveries in sent for delivery in deliveries]
@@ -165,13 +165,13 @@ async def show_webhook(
     generation_id: GenerationId,
     at: Annotated[datetime | None, QueryParameter()] = None,
 ) -> WebhookView:
-    body, headers = simulated.webhook(_known(simulated, generation_id).id, at=at)
+    body, headers = simulated.webhook(_find_generation(simulated, generation_id).id, at=at)
     return WebhookView(body.decode(), headers)
 
 
 @get("/calls")
 async def show_calls(simulated: Simulated, since: Annotated[int, QueryParameter()] = 0) -> CallPage:
-    """Return the calls from number *since* on; *next* is where the next page begins."""
+    """Return the calls from number *since* on; *next* is the number at which the next page begins."""
     return CallPage(next=len(simulated.calls), calls=simulated.calls[since:])
 
 
@@ -197,7 +197,7 @@ async def show_deletes(simulated: Simulated) -> list[tuple[str, float | None]]:
     ]
 
 
-def _known(simulated: Organisation, generation_id: str) -> Generation:
+def _find_generation(simulated: Organisation, generation_id: str) -> Generation:
     generation = simulated.generations.get(generation_id) or simulated.removed.get(generation_id)
     if generation is None:
         raise NotFoundException(f"no generation {generation_id!r}")
@@ -209,11 +209,11 @@ def _from_loopback_or_with_key(connection: ASGIConnection[Any, Any, Any, Any], _
         return
     organisation: Organisation = connection.app.state.organisation
     if connection.headers.get("x-api-key") != organisation.api_key:
-        raise NotAuthorizedException("from elsewhere than this machine the control routes need the x-api-key")
+        raise NotAuthorizedException("from other machines the control routes need the x-api-key")
 
 
-def _say_what_is_wrong(_: Request[Any, Any, Any], exc: ValueError) -> Response[dict[str, str]]:
-    if isinstance(exc, NotFoundException):  # it is a ValueError, too
+def _describe_error(_: Request[Any, Any, Any], exc: ValueError) -> Response[dict[str, str]]:
+    if isinstance(exc, NotFoundException):  # which is a ValueError, too
         return Response({"detail": exc.detail}, status_code=exc.status_code)
     return Response({"detail": str(exc)}, status_code=400)
 
@@ -237,7 +237,7 @@ def control_app(organisation: Organisation) -> Litestar:
         state=State({"organisation": organisation}),
         dependencies={"simulated": Provide(lambda: organisation, sync_to_thread=False)},
         guards=[_from_loopback_or_with_key],
-        exception_handlers={ValueError: _say_what_is_wrong},
+        exception_handlers={ValueError: _describe_error},
         openapi_config=None,
         logging_config=None,  # Litestar's own would change the root logger of the whole process
         request_max_body_size=None,

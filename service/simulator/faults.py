@@ -1,7 +1,7 @@
-"""Faults that can be scripted, and the plan that says which call meets which.
+"""Faults that can be scripted, and the plan that assigns them to calls.
 
-A fault is written ``name`` or ``name:key=value,key=value``, such as ``429:retry_after=2``. In a script
-``*20`` behind it repeats it, and ``*`` alone repeats it for ever.
+A fault is written ``name`` or ``name:key=value,key=value``, such as ``429:retry_after=2``. In a script the suffix
+``*20`` repeats it 20 times, and ``*`` repeats it forever.
 """
 
 import random
@@ -20,18 +20,21 @@ PARAMETERS = frozenset(
             "retry_after",
             "date",
             "body",
-        ),  # 429, 503: the header as given; as a date in so many seconds; the body's
+        ),  # 429, 503: the header's text; the header as a date in so many seconds; the body's number
         "location",  # 301, 302, 307, 308
         "interval",  # slow: seconds between two bytes
         "megabytes",  # huge
-        "effect",  # any: 1 or 0, whether the operation happens in spite of the answer
+        "answer",  # 404, 410: the body, one of ABSENT_BODIES; with it the operation has no effect
+        "effect",  # any: 1 or 0, whether the operation takes effect despite the answer
     }
 )
+# Bodies of 404 and 410 that say nothing about the generation, and the API's own.
+ABSENT_BODIES = frozenset({"empty", "object", "gateway", "html", "route", "organization", "project", "own"})
 NUMBERS = frozenset({"date", "body", "interval", "megabytes"})
 
 
 class FaultName(StrEnum):
-    """What goes wrong with one call. Those of ``WITH_EFFECT`` happen although the answer is odd."""
+    """What goes wrong with one call. With those of ``WITH_EFFECT`` the operation takes effect nevertheless."""
 
     PROCESSING_CONFLICT = "409"
     CONFLICT = "409-conflict"
@@ -46,7 +49,7 @@ class FaultName(StrEnum):
     UNAUTHORIZED = "401"
     FORBIDDEN = "403"
     FORBIDDEN_HTML = "403-html"  # a block page in front of the API
-    NOT_FOUND = "404"  # somebody else deleted it just now
+    NOT_FOUND = "404"  # another client has just deleted it
     GONE = "410"
     ACCEPTED = "202"
     NO_CONTENT = "204"
@@ -57,11 +60,11 @@ class FaultName(StrEnum):
     DROP = "drop"  # the connection is closed without an answer, before the effect
     RESET = "reset"  # the same, by a TCP reset
     LOST = "lost"  # the effect happens, then the connection is closed without an answer
-    TRUNCATED = "truncated"  # Content-Length says more than is sent
+    TRUNCATED = "truncated"  # Content-Length is larger than the body
     SLOW = "slow"  # one byte per interval
     HUGE = "huge"  # a body of so many megabytes
     INVALID_JSON = "invalid-json"
-    HTML = "html"  # 200, by something in front of the API
+    HTML = "html"  # 200, by a proxy in front of the API
     WRONG_ID = "wrong-id"  # 200 about another generation
     NON_UTF8 = "non-utf8"
     HOLD = "hold"  # waits at a gate before the effect, until released
@@ -85,12 +88,14 @@ class Fault:
 
     @classmethod
     def parse(cls, text: str) -> "Fault":
-        """Read ``name:key=value,…``. Raises: ValueError for a name or a key that is not known."""
+        """Parse ``name:key=value,…``. Raises: ValueError for an unknown name or key."""
         name, _, rest = text.partition(":")
         pairs = [part.partition("=") for part in rest.split(",") if part]
         parameters = {key: value for key, _, value in pairs}
         if unknown := parameters.keys() - PARAMETERS:
             raise ValueError(f"fault {text!r}: unknown parameter {min(unknown)!r}, known: {sorted(PARAMETERS)}")
+        if (body := parameters.get("answer")) is not None and body not in ABSENT_BODIES:
+            raise ValueError(f"fault {text!r}: answer is not one of: {', '.join(sorted(ABSENT_BODIES))}")
         for key in NUMBERS & parameters.keys():
             try:
                 float(parameters[key])
@@ -106,9 +111,9 @@ class Fault:
 
     @property
     def has_effect(self) -> bool:
-        if (wish := self.parameters.get("effect")) is not None:
-            return wish == "1"
-        return self.name in WITH_EFFECT
+        if (effect := self.parameters.get("effect")) is not None:
+            return effect == "1"
+        return self.name in WITH_EFFECT and "answer" not in self.parameters
 
     def __str__(self) -> str:
         rest = ",".join(f"{key}={value}" for key, value in self.parameters.items())
@@ -116,7 +121,7 @@ class Fault:
 
 
 def _parse_repeated(text: str) -> tuple[Fault, int | None]:
-    """Read a fault and how often it is met; None is for ever."""
+    """Parse a fault and its number of repetitions; None is forever."""
     repeated = _REPEATED.fullmatch(text)
     if repeated is None:
         return Fault.parse(text), 1
@@ -124,7 +129,7 @@ def _parse_repeated(text: str) -> tuple[Fault, int | None]:
 
 
 class Plan:
-    """Which call meets which fault: by a script, else by the standing fault, else by chance."""
+    """Assigns faults to calls: by a script, else the standing fault, else at random."""
 
     def __init__(self, seed: int | None) -> None:
         self.seed = seed
@@ -139,14 +144,14 @@ class Plan:
         self._scripts.setdefault((generation_id, Operation(operation)), deque()).extend(parsed)
 
     def stand(self, operation: str, fault: str | None) -> None:
-        """Let every call of *operation* meet *fault* until it is set to None."""
+        """Apply *fault* to every call of *operation* until it is set to None."""
         operation = Operation(operation)
         self.standing.pop(operation, None)
         if fault is not None:
             self.standing[operation] = Fault.parse(fault)
 
     def mix(self, operation: str, probabilities: Mapping[str, float]) -> None:
-        """Let calls of *operation* meet faults at random; an empty mapping ends it."""
+        """Apply faults to calls of *operation* at random; an empty mapping ends it."""
         operation = Operation(operation)
         self._mixes.pop(operation, None)
         if sum(probabilities.values()) > 1:
@@ -158,12 +163,12 @@ class Plan:
         if self._scripts:
             for key in ((generation_id, operation), (None, operation)):
                 if key in self._scripts:
-                    return self._take(key)
+                    return self._next_scripted(key)
         if self.standing and (standing := self.standing.get(operation)):
             return standing
         return self._draw(operation, generation_id) if operation in self._mixes else None
 
-    def _take(self, key: tuple[str | None, Operation]) -> Fault:
+    def _next_scripted(self, key: tuple[str | None, Operation]) -> Fault:
         script = self._scripts[key]
         fault, times = script[0]
         if times is not None and times > 1:
@@ -175,8 +180,7 @@ class Plan:
         return fault
 
     def _draw(self, operation: Operation, generation_id: str) -> Fault | None:
-        # Drawn from the call's own place and not from one stream, so that a seed means the same faults
-        # for the same generations however their calls interleave.
+        # Seeded by generation, operation and count: a seed gives the same faults in whatever order calls arrive.
         draws = self._draws[generation_id, operation] = self._draws.get((generation_id, operation), 0) + 1
         place = f"{self.seed}:{generation_id}:{operation}:{draws}" if self.seed is not None else None
         point = random.Random(place).random()  # noqa: S311 (faults, not secrets)

@@ -11,7 +11,7 @@ class Gates:
 
     @property
     def waiting(self) -> dict[str, int]:
-        """How many calls wait now, by generation id."""
+        """The number of waiting calls, by generation id."""
         return {generation_id: len(calls) for generation_id, calls in self._waiting.items()}
 
     async def wait(self, generation_id: str) -> None:
@@ -25,7 +25,7 @@ class Gates:
         await self._reached[generation_id].wait()
 
     def release(self, generation_id: str) -> int:
-        """Let the calls that wait now go on; return how many."""
+        """Let the waiting calls continue; return how many."""
         waiting = self._waiting.pop(generation_id, [])
         self._reached.pop(generation_id, None)
         for released in waiting:

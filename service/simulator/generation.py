@@ -17,8 +17,8 @@ ERRORS = {
     "FAILED": ("The provided video URL is inaccessible", "generation_input_video_inaccessible"),
     "REJECTED": ("The request was rejected", "generation_input_validation_failed"),
 }
-# The webhook has fewer keys than the polled generation, and spells the error's code in its own way.
-_NOTIFIED = (
+# The webhook has fewer keys than the polled generation, and another name for the error code.
+_WEBHOOK_KEYS = (
     *("id", "createdAt", "status", "model", "input", "webhookUrl", "options"),
     *("outputUrl", "segmentOutputUrl", "outputDuration", "error"),
 )
@@ -26,7 +26,7 @@ _NOTIFIED = (
 
 @dataclass(slots=True)
 class Generation:
-    """A generation; *overrides* are by wire name, and ``msgspec.UNSET`` leaves a key out."""
+    """A generation; *overrides* are by wire name, and ``msgspec.UNSET`` removes a key."""
 
     id: str
     status: str
@@ -85,14 +85,14 @@ class Generation:
         return self._encoded
 
     def notification(self) -> bytes:
-        """Return the body of the webhook about the present status."""
+        """Return the body of the webhook for the present status."""
         body = self.body()
-        told = {key: body[key] for key in _NOTIFIED if key in body}
-        return msgspec.json.encode(told | {"error_code": body.get("errorCode")})
+        shown = {key: body[key] for key in _WEBHOOK_KEYS if key in body}
+        return msgspec.json.encode(shown | {"error_code": body.get("errorCode")})
 
 
 def sample_input(*, text: bool) -> list[dict[str, object]]:
-    """Return a video with a recorded voice, or with a *text* to be spoken."""
+    """Return a video input with a recorded voice, or with a *text* to speak."""
     video: dict[str, object] = {"url": "https://cdn.example.com/in/take-07.mp4", "type": "video"}
     if not text:
         return [video, {"url": "https://cdn.example.com/in/vo-07.wav", "type": "audio"}]
@@ -101,5 +101,5 @@ def sample_input(*, text: bool) -> list[dict[str, object]]:
 
 
 def sanitised(name: str | None) -> str | None:
-    """Return an output file name as the API keeps it: letters, digits, ``-`` and ``_``; at most 255."""
+    """Return an output file name as the API stores it: letters, digits, ``-`` and ``_``; at most 255."""
     return None if name is None else re.sub(r"[^A-Za-z0-9_-]", "", name.replace(" ", "_"))[:255]

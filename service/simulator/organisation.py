@@ -1,4 +1,4 @@
-"""What one sync.so organisation holds, and what can be done to it. Of HTTP only the sending of webhooks."""
+"""The state of one sync.so organisation and the operations on it, without HTTP except for sending webhooks."""
 
 import asyncio
 import bisect
@@ -20,7 +20,7 @@ from service.simulator.generation import UNFINISHED, Generation, sample_input, s
 
 
 class Switches(msgspec.Struct, forbid_unknown_fields=True):
-    """What can be changed while the simulator runs, for all calls to the API at once."""
+    """Settings for all calls to the API, which can change while the simulator runs."""
 
     outage: bool = False  # every connection is closed without an answer
     unauthorized: bool = False  # 401 as for a revoked key
@@ -31,7 +31,7 @@ class Switches(msgspec.Struct, forbid_unknown_fields=True):
 
 @dataclass(frozen=True, slots=True)
 class Delivery:
-    """One webhook sent: the answer's status, or the name of the error that kept it from being answered."""
+    """One webhook sent: the answer's status, or the name of the error."""
 
     at: datetime
     generation_id: str
@@ -42,15 +42,15 @@ class Delivery:
 class Organisation:
     """Generations, calls, faults and webhooks of one API key.
 
-    With a *seed* the ids, tokens and random faults are the same in each run; without one they are fresh, so
-    that a second run against the same Mayfly does not meet its first run's ids.
+    With a *seed* the ids, tokens and random faults are the same in each run. Without one they are new, so that a second
+    run against the same Mayfly does not repeat ids.
     """
 
     def __init__(
         self,
         *,
         api_key: str = "sk-simulator",
-        webhook_secret: str = "whsec_simulator_only",  # noqa: S107 (proves nothing to anybody)
+        webhook_secret: str = "whsec_simulator_only",  # noqa: S107 (protects nothing)
         seed: int | None = None,
     ) -> None:
         self.api_key = api_key
@@ -71,7 +71,7 @@ class Organisation:
 
     @property
     def deleted(self) -> dict[str, datetime]:
-        """The ids that are gone, with the time at which each went."""
+        """The ids of deleted generations, each with the time of its deletion."""
         return {id_: gone.deleted_at for id_, gone in self.removed.items() if gone.deleted_at is not None}
 
     def add(
@@ -108,12 +108,12 @@ class Organisation:
             webhook_copies=webhook_copies,
             overrides=overrides,
         )
-        self._enter(generation, faults or {})
+        self._register(generation, faults or {})
         if processing_seconds is not None:
             self._start_processing(generation, status, seconds=processing_seconds)
         return generation
 
-    def _enter(self, generation: Generation, faults: Mapping[str, Sequence[str]]) -> None:
+    def _register(self, generation: Generation, faults: Mapping[str, Sequence[str]]) -> None:
         for operation, script in faults.items():
             self.plan.script(operation, script, generation.id)
         self.generations[generation.id] = generation
@@ -125,7 +125,7 @@ class Organisation:
         task.add_done_callback(self._tasks.discard)
 
     def remove(self, generation_id: str) -> Generation | None:
-        """Delete a generation whatever its status, as its owner can; None if it is not there."""
+        """Delete a generation, whatever its status; None if there is none."""
         generation = self.generations.pop(generation_id, None)
         if generation is not None:
             generation.deleted_at = datetime.now(UTC)
@@ -133,10 +133,10 @@ class Organisation:
         return generation
 
     def newest(self, cursor: str | None = None) -> Iterator[Generation]:
-        """Yield what exists, newest first, from behind *cursor*; nothing if the cursor is gone.
+        """Yield existing generations, newest first, after *cursor*; nothing if the cursor was deleted.
 
-        What the API does with a cursor that was deleted is undocumented. An end that is none is the answer
-        that does the most harm to a caller who deletes while paging.
+        What the API does with a deleted cursor is undocumented. A premature end does the most harm to a client that
+        deletes while paging, so that is simulated.
         """
         position = len(self._order)
         if cursor is not None:
@@ -148,14 +148,14 @@ class Organisation:
                 yield generation
 
     def webhook(self, generation_id: str, *, at: datetime | None = None) -> tuple[bytes, dict[str, str]]:
-        """Return body and headers of the signed webhook about a generation, gone or not, as sent *at*."""
+        """Return body and headers of the signed webhook for a generation, deleted or not, as sent *at*."""
         generation = self.generations.get(generation_id) or self.removed[generation_id]
         body = generation.notification()
         signature = sign(body, secret=self.webhook_secret.encode(), at=at or datetime.now(UTC))
         return body, {"Content-Type": "application/json", "Sync-Signature": signature}
 
     async def deliver(self, generation_id: str, *, copies: int = 1) -> list[Delivery]:
-        """Send the webhook about a generation now, *copies* times at once; it is never retried."""
+        """Send the webhook for a generation now, *copies* times at once; it is never retried."""
         generation = self.generations.get(generation_id) or self.removed[generation_id]
         if generation.webhook_url is None:
             raise ValueError(f"generation {generation_id} has no webhook_url")
@@ -163,11 +163,11 @@ class Organisation:
         return list(await asyncio.gather(*sending))
 
     def release(self, generation_id: str) -> int:
-        """Open the gate of a generation for the calls that wait at it; return how many."""
+        """Release the calls that wait at a generation's gate; return how many."""
         return self.gates.release(generation_id)
 
     def is_over_rate(self) -> bool:
-        """Count a call and say whether it is one too many in its second."""
+        """Count a call and return whether it exceeds the rate of this second."""
         if self.switches.rate is None:
             return False
         second = int(time.monotonic())
@@ -176,7 +176,7 @@ class Organisation:
         return counted > self.switches.rate
 
     async def _send(self, generation_id: str, url: str) -> Delivery:
-        if self._client is None:  # made when it is needed: reading the certificates takes 60 ms
+        if self._client is None:  # made on demand: loading the certificates takes 60 ms
             self._client = httpx.AsyncClient(trust_env=False, follow_redirects=False, timeout=30)
         body, headers = self.webhook(generation_id)
         at = datetime.now(UTC)
@@ -197,7 +197,7 @@ class Organisation:
             await self.deliver(generation.id, copies=generation.webhook_copies)
 
     async def quiesce(self) -> None:
-        """End what is being processed or announced, and close the connections of the webhooks."""
+        """Cancel processing and webhooks in progress, and close the webhooks' connections."""
         tasks = list(self._tasks)
         for task in tasks:
             task.cancel()

@@ -1,4 +1,4 @@
-"""`mayfly simulate`: a simulator that stays, and that makes a generation now and then for one to watch."""
+"""`mayfly simulate`: a simulator that runs until it is stopped, and makes sample generations."""
 
 import asyncio
 from collections.abc import Callable
@@ -7,7 +7,7 @@ from itertools import islice
 
 from service.simulator.simulator import Simulator
 
-# One round shows each way in which a generation ends; most succeed, as in life.
+# The samples' final statuses, in turn; most succeed, as in production.
 ENDINGS = ("COMPLETED", "COMPLETED", "FAILED", "COMPLETED", "REJECTED")
 
 
@@ -16,7 +16,7 @@ async def serve_forever(
     host: str = "127.0.0.1",
     port: int = 8090,
     api_key: str = "sk-simulator",
-    webhook_secret: str = "whsec_simulator_only",  # noqa: S107 (proves nothing to anybody)
+    webhook_secret: str = "whsec_simulator_only",  # noqa: S107 (protects nothing)
     webhook_url: str | None = None,
     every_seconds: float = 5.0,
     processing_seconds: float = 2.0,
@@ -26,8 +26,9 @@ async def serve_forever(
 ) -> None:
     """Serve until cancelled; *on_ready* is called once with the simulator, which listens at its ``url``.
 
-    With a *webhook_url* a sample generation is made every *every_seconds*, *count* of them or without end.
-    Raises: ValueError for a host that others can reach, unless *allow_remote*; OSError for a taken port.
+    With a *webhook_url* it makes a sample generation every *every_seconds*, *count* of them or without end.
+
+    Raises: ValueError for a host that other machines can reach, unless *allow_remote*; OSError for a port in use.
     """
     simulator = Simulator(api_key=api_key, webhook_secret=webhook_secret)
     async with simulator.serve(host=host, port=port, allow_remote=allow_remote):
@@ -40,7 +41,7 @@ async def serve_forever(
 
 
 def add_sample(simulator: Simulator, number: int, webhook_url: str, *, processing_seconds: float) -> None:
-    """Add the sample of that *number*: endings take turns, and every third speaks a text."""
+    """Add sample *number*: the final statuses alternate, and every third has a text input."""
     simulator.add(
         status=ENDINGS[number % len(ENDINGS)],
         text_input=number % 3 == 1,

@@ -1,4 +1,4 @@
-"""A small HTTP/1.1 server for one ASGI application, which can also hang up on its client.
+"""A small HTTP/1.1 server for one ASGI application, which can also close or reset its connections.
 
 httptools parses the requests, and asyncio's streams carry them. A web server such as uvicorn gives an application no
 public access to the connection, which the simulator has to close and reset.
@@ -27,7 +27,7 @@ _PHRASES = {status.value: status.phrase.encode() for status in HTTPStatus}
 
 @contextlib.asynccontextmanager
 async def listen(app: ASGIApp, *, host: str, port: int) -> AsyncIterator[str]:
-    """Serve *app* on a socket of the running loop and yield its URL; the end is at once, connections and all."""
+    """Serve *app* on a socket of the running loop and yield its URL; at the end close all connections at once."""
     connections: dict[asyncio.Task[None], asyncio.StreamWriter] = {}
 
     def connected(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
@@ -50,11 +50,11 @@ async def listen(app: ASGIApp, *, host: str, port: int) -> AsyncIterator[str]:
 
 
 def hang_up(scope: Scope, *, reset: bool = False) -> None:
-    """Close the client's connection once what was written is sent, or *reset* it at once."""
+    """Close the client's connection after sending what was written, or *reset* it at once."""
     extensions: dict[str, Any] = scope["extensions"] or {}
     writer: asyncio.StreamWriter = extensions[_EXTENSION]["writer"]
     if reset and not writer.is_closing():
-        # Lingering for no time makes the kernel answer with RST instead of FIN.
+        # With a linger time of 0 the kernel sends RST instead of FIN.
         linger = struct.pack("ii", 1, 0)
         writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         writer.transport.abort()
@@ -81,9 +81,9 @@ async def _serve(app: ASGIApp, reader: asyncio.StreamReader, writer: asyncio.Str
 
 
 async def _answer(app: ASGIApp, request: "_Request", writer: asyncio.StreamWriter) -> bool:
-    """Let *app* answer; return False when the connection cannot take another request.
+    """Call *app*; return False if the connection cannot serve another request.
 
-    An answer that *app* leaves incomplete ends the connection.
+    An incomplete answer ends the connection.
     """
     peer = writer.get_extra_info("peername")
     scope = request.scope | {

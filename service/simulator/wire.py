@@ -1,4 +1,4 @@
-"""Answers on the wire, also those that no well-behaved framework sends."""
+"""Sending answers, also malformed ones that no framework sends."""
 
 import asyncio
 import contextlib
@@ -16,7 +16,7 @@ async def respond(send: Send, answer: Answer, *, claimed_length: int | None = No
 
 
 async def truncate(scope: Scope, send: Send, answer: Answer) -> None:
-    """Promise twice the body and close the connection after the half of it."""
+    """Send half of the body with twice its Content-Length, then close the connection."""
     half = Answer(answer.status, answer.body[: len(answer.body) // 2], answer.content_type)
     await respond(send, half, claimed_length=len(answer.body) * 2)
     hang_up(scope)
@@ -31,7 +31,7 @@ async def drip(send: Send, answer: Answer, *, interval_seconds: float) -> None:
 
 
 async def flood(send: Send, *, megabytes: int) -> None:
-    """Send one JSON string of so many megabytes."""
+    """Send one JSON string of *megabytes*."""
     await _start(send, Answer(200, b""), claimed_length=megabytes << 20)
     chunk = b"x" * (1 << 20)
     for index in range(megabytes):

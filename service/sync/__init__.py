@@ -1,1 +1,1 @@
-"""Everything that speaks to sync.so."""
+"""The client of the sync.so API."""

@@ -1,6 +1,6 @@
-"""The Sync API as Mayfly uses it: look at a generation, and delete it.
+"""The Sync API as Mayfly uses it: GET and DELETE of a generation, and a list to prove the key.
 
-Source: sync.so API v2 reference, "Get generation" and "Delete generation"; the two have different paths.
+Source: sync.so API v2 reference, "Get generation" and "Delete generation"; their paths differ.
 """
 
 import asyncio
@@ -17,13 +17,16 @@ from service import __version__
 from service.core.attempts import Verdict
 from service.core.secret import Secret
 from service.runtime.metrics import Metrics
-from service.sync.answers import MAX_BYTES, Answer, Reply, read_delete, read_get
+from service.sync.answers import MAX_BYTES, Answer, Reply, read_delete, read_get, read_list
 from service.sync.connections import Connections
 
-# The whole call, connecting and the last byte included: httpx's own timeouts are per read, and a dripping body
-# passes them for ever.
+# For the whole call, from connecting to the last byte: httpx's timeouts are per read, and a body that drips never
+# exceeds them.
 GET_SECONDS: Final = 10.0
 DELETE_SECONDS: Final = 30.0
+KEY_SECONDS: Final = 5.0
+# The cheapest call that needs the key and changes nothing.
+LIST_ONE: Final = "/v2/generations?limit=1"
 _CONNECT_SECONDS: Final = 5.0
 _IDLE_SECONDS: Final = 30.0
 _HEADERS: Final = {
@@ -34,14 +37,14 @@ _HEADERS: Final = {
 
 
 class _NoCookies(CookieJar):
-    """Keeps no cookie, and does not even read them."""
+    """Keeps no cookies."""
 
     def extract_cookies(self, response: object, request: object) -> None:
         """Do nothing."""
 
 
 class SyncApi:
-    """One organisation's API. What can be expected to go wrong is an Answer, never an exception.
+    """One organisation's API. Expected failures are an Answer, never an exception.
 
     *client* has the base URL and the key. *on_throttled* is called after each 429, with the seconds to wait.
     """
@@ -52,14 +55,18 @@ class SyncApi:
         self._on_throttled = on_throttled
 
     async def get(self, generation_id: str) -> Answer:
-        """Look at a generation: DONE with it when it is terminal, RUNNING, GONE, or what went wrong."""
+        """Get a generation: DONE with it if it is terminal, RUNNING, GONE, or a failure."""
         path = f"/v2/generate/{quote(generation_id, safe='')}"
         return await self._call("GET", path, GET_SECONDS, partial(read_get, generation_id=generation_id))
 
     async def delete(self, generation_id: str) -> Answer:
-        """Delete a generation: DONE when the API confirms it, GONE when there was none, or what went wrong."""
+        """Delete a generation: DONE if the API confirms it, GONE if there was none, or a failure."""
         path = f"/v2/generations/{quote(generation_id, safe='')}"
         return await self._call("DELETE", path, DELETE_SECONDS, partial(read_delete, generation_id=generation_id))
+
+    async def check_key(self) -> Answer:
+        """List one generation, which needs a valid key and concerns no generation: see read_list()."""
+        return await self._call("GET", LIST_ONE, KEY_SECONDS, read_list)
 
     async def _call(self, method: str, path: str, seconds: float, read: Callable[[Reply], Answer]) -> Answer:
         try:
@@ -69,8 +76,8 @@ class SyncApi:
             self._metrics.api_calls.labels(method, "timeout").inc()
             return Answer(Verdict.RETRY, error=f"the API did not answer the {method} within {seconds:.0f} s")
         except (httpx.HTTPError, httpx.InvalidURL, OSError) as error:
-            # InvalidURL: httpx reads a Location that it does not follow. OSError: of an established TLS connection that
-            # breaks, the ssl.SSLError arrives as it is.
+            # InvalidURL: httpx parses the Location of a redirect that it does not follow. OSError: httpx does not
+            # translate the ssl.SSLError of an established connection that breaks.
             self._metrics.api_calls.labels(method, "network").inc()
             return Answer(Verdict.RETRY, error=f"the {method} did not get through: {type(error).__name__}")
         self._metrics.api_calls.labels(method, f"{reply.status // 100}xx").inc()
@@ -86,7 +93,7 @@ class SyncApi:
 
 async def _read_reply(response: httpx.Response) -> Reply:
     chunks, size = [], 0
-    # Raw: no encoding was asked for, and one that comes all the same could be a bomb.
+    # Raw: no encoding was requested, and a compressed body could be a decompression bomb.
     async for chunk in response.aiter_raw():
         chunks.append(chunk)
         size += len(chunk)
@@ -106,19 +113,19 @@ async def open_sync_api(
 ) -> AsyncIterator[SyncApi]:
     """Open a client of the API at *base_url* that makes at most *connections* calls at once.
 
-    *on_throttled* is called after each 429, with the seconds to wait. A call that is cancelled ends on the wire as
-    well: a DELETE that arrives late would meet a record that was held since.
+    *on_throttled* is called after each 429, with the seconds to wait. A cancelled call also closes its connection: a
+    DELETE that arrives later could reach a generation whose record was put on hold meanwhile.
     """
     tls = httpx.create_ssl_context()
-    tls.load_default_certs()  # the machine's own store, too: an organisation may have an authority of its own
+    tls.load_default_certs()  # the machine's store, too, for a company's own certificate authority
     limits = httpx.Limits(max_connections=1, max_keepalive_connections=1, keepalive_expiry=_IDLE_SECONDS)
     open_transport = partial(httpx.AsyncHTTPTransport, verify=tls, trust_env=False, limits=limits)
     async with httpx.AsyncClient(
         base_url=base_url,
         headers=_HEADERS | {"x-api-key": key.reveal()},
         cookies=_NoCookies(),
-        timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),  # the rest is limited for the whole call
-        follow_redirects=False,  # the key goes to this host alone
+        timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),  # the whole call has a timeout of its own
+        follow_redirects=False,  # the key goes to no other host
         trust_env=False,
         transport=Connections(open_transport, connections),
     ) as client:

@@ -1,7 +1,7 @@
-"""The connections to the Sync API: an httpx transport that does without httpcore's connection pool.
+"""The connections to the Sync API: an httpx transport without httpcore's connection pool.
 
-The pool looks at every connection on each call. With 50 calls in flight it made 117 deletions a second against an API
-that answers in 50 ms; these make more than 350.
+The pool checks every connection on each call. With 50 calls in flight it made 117 deletions a second against an API
+that answers in 50 ms; this transport makes more than 350.
 """
 
 import asyncio
@@ -15,15 +15,14 @@ import httpx
 class Connections(httpx.AsyncBaseTransport):
     """Sends requests through *count* transports of one connection each, which *open_transport* makes.
 
-    Each transport carries one request at a time; further requests wait. A response that is closed after its last byte
-    sets its transport free. Any other end of a call closes the transport, which ends the call on the wire, and puts a
-    new one in its place.
+    Each transport handles one request at a time; further requests wait. Closing a fully read response frees its
+    transport. Any other end of a call closes the transport, and with it the connection, and replaces it.
     """
 
     def __init__(self, open_transport: Callable[[], httpx.AsyncBaseTransport], count: int) -> None:
         self._open_transport = open_transport
         self._transports = {open_transport() for _ in range(count)}
-        # Last in, first out: the server is the least likely to have closed the connection that was used last.
+        # Last in, first out: the connection used last is the least likely to be closed by the server.
         self._free: asyncio.LifoQueue[httpx.AsyncBaseTransport] = asyncio.LifoQueue()
         for transport in self._transports:
             self._free.put_nowait(transport)
@@ -58,7 +57,7 @@ class Connections(httpx.AsyncBaseTransport):
         replacement = self._open_transport()
         self._transports.remove(transport)
         self._transports.add(replacement)
-        self._free.put_nowait(replacement)  # first: a second cancellation may end this call at the next line
+        self._free.put_nowait(replacement)  # before the await, where a second cancellation may end this call
         await transport.aclose()
 
 

@@ -1,12 +1,11 @@
 """The budget of calls to the Sync API: one per key, shared by all workers through Redis.
 
-Without Redis each worker spends a fixed part of it alone.
+Without Redis each worker uses a fixed share.
 """
 
 import asyncio
 import contextlib
 from collections.abc import Callable
-from hashlib import sha256
 from typing import Any, Final, cast
 
 import structlog
@@ -21,25 +20,25 @@ from service.core.secret import Secret
 
 log = structlog.get_logger()
 
-# What one attempt at a record takes: a GET and a DELETE. One that ends sooner leaves the rest unused.
+# The calls of one attempt: a GET and a DELETE. An attempt that ends earlier leaves the rest unused.
 CALLS: Final = 2
 _PREFIX: Final = "mayfly:rate"
-# A worker that cannot ask the others makes one call in so many: up to four of them stay within the whole.
+# Without Redis a worker uses one part in so many, so that up to four workers stay within the rate.
 ALONE_SHARE: Final = 4
 _LONGER_WINDOWS: Final = 10
 _ASK_SECONDS: Final = 1.0
 _ASK_AGAIN_SECONDS: Final = 5.0
-# How long an attempt that was granted and not begun can be granted again: longer, and it would be a burst.
-_KEPT_SECONDS: Final = 1.0
+# How long a granted attempt that was put back stays available; with a longer time it could add to a burst.
+_LEFT_SECONDS: Final = 1.0
 _MIN_PAUSE_SECONDS: Final = 0.01
 _MAX_PAUSE_SECONDS: Final = 1.0
 
 
-def spread(rate: Rate) -> tuple[int, int]:
-    """Return *rate* as attempts in a short window of whole seconds, rounded down as little as windows allow.
+def spread_rate(rate: Rate) -> tuple[int, int]:
+    """Return *rate* as attempts in a short window of whole seconds, with the window that rounds down least.
 
-    300 calls a minute are 5 attempts in 2 seconds: a minute's budget spent at once would make all others wait for a
-    minute.
+    300 calls a minute are 5 attempts in 2 seconds. With a window of a minute, one burst would make all others wait for
+    a minute.
     """
     shortest = max(1, -(-CALLS * rate.seconds // rate.calls))
     windows = range(shortest, _LONGER_WINDOWS * shortest + 1)
@@ -52,10 +51,10 @@ def _attempts(rate: Rate, seconds: int) -> int:
 
 
 class Budget:
-    """Grants attempts, each of CALLS calls, so that no more than *rate* calls are made with *key*.
+    """Grants attempts of CALLS calls each, so that no more than *rate* calls are made with *key*.
 
-    An attempt is granted before its record is claimed, so that no lease runs out while its worker waits. Once
-    *stopping* is set nobody waits any more.
+    An attempt is granted before its record is claimed, so that no lease runs out during the wait. When *stopping* is
+    set, all waits end.
     """
 
     def __init__(
@@ -68,30 +67,30 @@ class Budget:
             wrap_exceptions=True,
             connection_pool=cast("Any", pool.connection_pool),  # documented, but not in its types
         )
-        # By the clock of Redis, which the workers share; fixed windows would meet at their edges.
+        # By Redis's clock, which the workers share. Fixed windows would allow twice the rate at their edges.
         self._shared = _Limit(SlidingWindowCounterRateLimiter(storage), rate)
         alone = Rate(rate.calls, rate.seconds * ALONE_SHARE)
         self._alone = _Limit(SlidingWindowCounterRateLimiter(MemoryStorage()), alone)
-        self._name = sha256(key.reveal().encode()).hexdigest()[:16]
+        self._name = key.identify()
         self._clock = clock
         self._left = 0
         self._left_until = 0.0
         self._ask_again_at = 0.0
         self._closed_until = 0.0
-        self._line = asyncio.Lock()
+        self._queue = asyncio.Lock()
         self._stopping = stopping
         self.waiting = 0
 
-    async def take(self, seconds: float) -> bool:
-        """Wait up to *seconds* for one attempt, first come first served; False when none came, or at a stop."""
+    async def acquire(self, seconds: float) -> bool:
+        """Wait up to *seconds* for one attempt, in order of arrival; False at the timeout or at a stop."""
         self.waiting += 1
         try:
-            async with asyncio.timeout(seconds), self._line:
-                # One asks at a time: fifty that look again and again would be hundreds of scripts a second.
+            async with asyncio.timeout(seconds), self._queue:
+                # One at a time: fifty that poll would run hundreds of scripts a second.
                 while not self._stopping.is_set():
                     if await self.grant(1):
                         return True
-                    await self._pause()
+                    await self._wait_to_ask()
         except TimeoutError:
             pass
         finally:
@@ -99,26 +98,26 @@ class Budget:
         return False
 
     async def grant(self, wanted: int) -> int:
-        """Return how many attempts may begin now, up to *wanted*, without waiting."""
+        """Return how many attempts may start now, up to *wanted*, without waiting."""
         if self._clock() >= self._left_until:
             self._left = 0
         while not self._closed_seconds() and self._left < wanted and await self._refill():
-            self._left_until = self._clock() + _KEPT_SECONDS
+            self._left_until = self._clock() + _LEFT_SECONDS
         granted = 0 if self._closed_seconds() else min(wanted, self._left)
         self._left -= granted
         return granted
 
     def put_back(self, attempts: int) -> None:
-        """Take back *attempts* that were granted and not begun."""
+        """Return *attempts* that were granted and not started to the budget."""
         self._left += attempts
 
     def close_for(self, seconds: float) -> None:
-        """Make no call for so long."""
+        """Grant nothing for *seconds*."""
         self._left = 0
         self._closed_until = max(self._closed_until, self._clock() + seconds)
 
     async def is_open_within(self, seconds: float) -> bool:
-        """Wait while closed; False at once where that would take more than *seconds*."""
+        """Wait while closed; False at once if that would take more than *seconds*."""
         deadline = self._clock() + seconds
         while wait := self._closed_seconds():
             if self._clock() + wait > deadline:
@@ -129,8 +128,8 @@ class Budget:
     def _closed_seconds(self) -> float:
         return max(0.0, self._closed_until - self._clock())
 
-    async def _pause(self) -> None:
-        """Wait a tenth of the time in which one attempt becomes free, or until it is open again."""
+    async def _wait_to_ask(self) -> None:
+        """Wait a tenth of the time per attempt, or until the budget is open again."""
         limit = self._shared if self._clock() >= self._ask_again_at else self._alone
         seconds = self._closed_seconds() or limit.window_seconds / limit.attempts / 10
         with contextlib.suppress(TimeoutError):
@@ -138,18 +137,18 @@ class Budget:
                 await self._stopping.wait()
 
     async def _refill(self) -> bool:
-        """Ask for more of the budget that all workers share, or of our own part of it while Redis does not answer."""
+        """Ask for more of the shared budget, or of this worker's own share while Redis does not answer."""
         if self._clock() >= self._ask_again_at:
             try:
                 async with asyncio.timeout(_ASK_SECONDS):
-                    return await self._ask(self._shared)
+                    return await self._ask_limiter(self._shared)
             except (StorageError, OSError, TimeoutError) as error:
                 self._ask_again_at = self._clock() + _ASK_AGAIN_SECONDS
-                what_now = f"this worker makes one call in {ALONE_SHARE} of the budget until it answers"
+                what_now = f"this worker uses a 1/{ALONE_SHARE} share of MAYFLY_API_RATE until Redis answers"
                 log.warning("budget.unshared", error=type(error).__name__, what_now=what_now)
-        return await self._ask(self._alone)
+        return await self._ask_limiter(self._alone)
 
-    async def _ask(self, limit: "_Limit") -> bool:
+    async def _ask_limiter(self, limit: "_Limit") -> bool:
         is_granted = await limit.limiter.hit(limit.item, self._name, cost=limit.at_once)
         self._left += limit.at_once if is_granted else 0
         return is_granted
@@ -160,7 +159,7 @@ class _Limit:
 
     def __init__(self, limiter: RateLimiter, rate: Rate) -> None:
         self.limiter = limiter
-        self.attempts, self.window_seconds = spread(rate)
+        self.attempts, self.window_seconds = spread_rate(rate)
         self.item = RateLimitItemPerSecond(self.attempts, self.window_seconds)
-        # Asking once for a tenth of a window's attempts costs a busy worker a tenth of the round trips.
+        # Asking for a tenth of a window's attempts at once saves a busy worker nine in ten round trips.
         self.at_once = max(1, self.attempts // 10)

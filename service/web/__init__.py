@@ -1,1 +1,1 @@
-"""HTTP in: the webhook, the operator API, health and metrics."""
+"""The HTTP server: the webhook, the operator API, health and metrics."""

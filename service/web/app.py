@@ -1,4 +1,4 @@
-"""The web side: Litestar joined to the ledger and the queue."""
+"""The web side: the Litestar application, and its connection to the ledger and the queue."""
 
 import asyncio
 from collections.abc import Callable
@@ -23,6 +23,7 @@ from service.web import health, problems
 from service.web.auth import OperatorToken
 from service.web.intake import Intake
 from service.web.operator import OperatorController
+from service.web.parameters import refuse_unknown_parameters
 from service.web.records import RecordsController
 from service.web.security_headers import SECURITY_HEADERS
 from service.web.server import serving
@@ -39,22 +40,25 @@ def make_app(
     *,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
 ) -> Litestar:
-    """Build the ASGI application over resources that are open."""
+    """Build the ASGI application; the resources are open already."""
     enqueuer = Enqueuer(queue_pool, horizon=settings.queue_horizon, now=now, metrics=metrics)
-    given = {
+    dependencies_by_name = {
         "database": database,
         "queue_pool": queue_pool,
         "metrics": metrics,
         "now": now,
+        "min_ttl": settings.min_ttl,
         "is_dry_run": settings.is_dry_run,
     }
     operator = Router(
-        "/api", route_handlers=[RecordsController, OperatorController], guards=[OperatorToken(settings.api_token)]
+        "/api",
+        route_handlers=[RecordsController, OperatorController],
+        guards=[OperatorToken(settings.api_token), refuse_unknown_parameters],
     )
     intake = _intake(settings, database, enqueuer, metrics, now)
     return Litestar(
         [webhook_handler(intake, metrics), health.live, health.ready, health.show_metrics, operator],
-        dependencies={name: _provide(value) for name, value in given.items()},
+        dependencies={name: _provide(value) for name, value in dependencies_by_name.items()},
         plugins=[problems.plugin],
         response_headers=SECURITY_HEADERS,
         exception_handlers=problems.exception_handlers,
@@ -84,20 +88,20 @@ def _openapi() -> OpenAPIConfig:
         title="Mayfly",
         version=__version__,
         components=Components(security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer")}),
-        # No page with it: those that Litestar has load scripts of others, beside which nobody should type a token.
+        # JSON only: Litestar's pages load scripts from other hosts, and nobody should type a token beside those.
         render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
     )
 
 
 def _provide(value: object) -> Provide:
-    def give() -> Any:  # noqa: ANN401 - each name has its own type
+    def return_value() -> Any:  # noqa: ANN401 - each name has its own type
         return value
 
-    return Provide(give, sync_to_thread=False, use_cache=True)
+    return Provide(return_value, sync_to_thread=False, use_cache=True)
 
 
 async def run_web(settings: Settings, resources: Resources, metrics: Metrics, stop: asyncio.Event) -> None:
-    """Serve until *stop* is set, then answer what is under way and return.
+    """Serve until *stop* is set, then answer the requests in progress and return.
 
     Raises: SettingsError without a webhook secret; QueueError for a Redis that would drop jobs; OSError when the
     address cannot be listened on.

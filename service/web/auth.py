@@ -1,4 +1,4 @@
-"""Who may use the operator API."""
+"""Authorization of the operator API."""
 
 import hmac
 from typing import Any
@@ -11,13 +11,13 @@ from service.web.problems import problem
 
 
 class OperatorToken:
-    """A guard: only requests with the bearer token pass, none where no token is set."""
+    """A guard: only requests with the bearer token pass; without a configured token, none does."""
 
     def __init__(self, token: Secret | None) -> None:
         self._token = token
 
     def __call__(self, connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-        """Raise 403 without a token set, 401 without the right one in the request."""
+        """Raise 403 if no token is configured, 401 if the request does not have it."""
         if self._token is None:
             raise problem(403, "Closed", "the operator API is closed: set MAYFLY_API_TOKEN to open it")
         scheme, _, given = connection.headers.get("authorization", "").partition(" ")

@@ -1,4 +1,4 @@
-"""How the service is: alive, ready, and in numbers."""
+"""Health checks and metrics."""
 
 import asyncio
 from collections.abc import Callable
@@ -18,23 +18,23 @@ from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.ledger.pausing import Kind, Pause
 from service.runtime.metrics import Metrics
-from service.runtime.tasks import within
+from service.runtime.tasks import run_within
 
-_TEXT = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")  # Litestar adds that itself
+_TEXT = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")  # Litestar adds the charset
 _CHECK_SECONDS = 0.9
-# Longer than a backlog, a restart or a lease takes.
+# Longer than a usual backlog, a restart or a lease.
 LATE = timedelta(minutes=10)
 
 
 class Part(msgspec.Struct, frozen=True, omit_defaults=True):
-    """How one part is: *detail* says what fails and what that means."""
+    """The health of one part; *detail* says what fails and what follows from that."""
 
     status: Literal["ok", "failing", "paused", "late"]
     detail: str | None = None
 
 
 class Health(msgspec.Struct, frozen=True):
-    """How the whole is: *degraded* takes webhooks and keeps them safe, but deletions wait or are late."""
+    """The health of the service. *degraded*: webhooks are stored, but deletions are paused or late."""
 
     status: Literal["ok", "degraded", "failing"]
     parts: dict[str, Part]
@@ -42,7 +42,7 @@ class Health(msgspec.Struct, frozen=True):
 
 @get("/health/live", tags=["health"], summary="Is the process alive?")
 async def live() -> Health:
-    """Answer 200 for as long as the process can answer at all."""
+    """Answer 200 whenever the process can answer."""
     return Health("ok", {})
 
 
@@ -50,7 +50,7 @@ async def live() -> Health:
     "/health/ready",
     tags=["health"],
     summary="Can it take webhooks?",
-    responses={503: ResponseSpec(Health, generate_examples=False, description="it cannot: the parts say why")},
+    responses={503: ResponseSpec(Health, generate_examples=False, description="No; the parts say why")},
 )
 async def ready(
     database: NamedDependency[Database],
@@ -58,13 +58,12 @@ async def ready(
     now: NamedDependency[Callable[[], datetime]],
     is_dry_run: NamedDependency[bool],
 ) -> Response[Health]:
-    """Answer 200 while webhooks can be stored, else 503; either way with the parts that fail.
+    """Answer 200 while webhooks can be stored, else 503; both with the state of each part.
 
-    A Redis that is away makes deletions late, not lost: sync.so does not send a webhook twice, so turning webhooks
-    away for it would be the greater harm.
+    An unreachable Redis only delays deletions. Refusing webhooks would lose them, because sync.so does not retry.
     """
     ledger, redis, deletions = await asyncio.gather(
-        _ledger(database), _redis(queue_pool), _deletions(database, now(), is_dry_run=is_dry_run)
+        _check_ledger(database), _check_redis(queue_pool), _check_deletions(database, now(), is_dry_run=is_dry_run)
     )
     parts = {"ledger": ledger, "redis": redis, "deletions": deletions}
     if parts["ledger"].status == "failing":
@@ -73,48 +72,49 @@ async def ready(
     return Response(Health("ok" if is_well else "degraded", parts))
 
 
-async def _ledger(database: Database) -> Part:
+async def _check_ledger(database: Database) -> Part:
     try:
-        await within(_CHECK_SECONDS, database.write(migrating.check_writable))
+        await run_within(_CHECK_SECONDS, database.write(migrating.check_writable))
     except SchemaError as error:
         return Part("failing", str(error))
     except (LedgerUnavailableError, TimeoutError):
-        return Part("failing", "the database takes no writes: webhooks are refused with 503 until it does")
+        return Part("failing", "the database accepts no writes: webhooks are answered 503 until it does")
     return Part("ok")
 
 
-async def _redis(queue_pool: ArqRedis) -> Part:
+async def _check_redis(queue_pool: ArqRedis) -> Part:
     try:
-        await within(_CHECK_SECONDS, queue_pool.ping())
+        await run_within(_CHECK_SECONDS, queue_pool.ping())
     except QUEUE_ERRORS:
-        return Part("failing", "Redis does not answer: webhooks are stored, deletions are started from the ledger")
+        return Part("failing", "Redis does not answer: webhooks are stored, and the ledger starts deletions")
     return Part("ok")
 
 
-async def _deletions(database: Database, now: datetime, *, is_dry_run: bool) -> Part:
+async def _check_deletions(database: Database, now: datetime, *, is_dry_run: bool) -> Part:
     try:
-        pauses, next_wake = await within(
+        pauses, next_wake = await run_within(
             _CHECK_SECONDS,
-            database.read(lambda connection: (pausing.find(connection), reading.next_wake(connection))),
+            database.read(lambda connection: (pausing.find_pauses(connection), reading.next_wake(connection))),
         )
     except (LedgerUnavailableError, TimeoutError):
         return Part("failing", "the database does not answer")
     if pauses:
-        return Part("paused", "; ".join(_explained(pause) for pause in pauses))
+        return Part("paused", "; ".join(_explain_pause(pause) for pause in pauses))
     if is_dry_run:
         return Part("paused", "MAYFLY_DRY_RUN is on: nothing is deleted")
     if next_wake is not None and now - next_wake > LATE:
         minutes = (now - next_wake) // timedelta(minutes=1)
-        return Part("late", f"the oldest is {minutes} min overdue: see that a worker runs and what its log says")
+        return Part("late", f"the oldest is {minutes} min overdue: check that a worker runs, and its log")
     return Part("ok")
 
 
-def _explained(pause: Pause) -> str:
+def _explain_pause(pause: Pause) -> str:
     advice = {
         Kind.OPERATOR: "mayfly resume ends it",
-        Kind.UNAUTHORIZED: "see to SYNC_API_KEY; one record a minute tries it again",
+        Kind.UNAUTHORIZED: "check SYNC_API_KEY; one record a minute tests whether it works again",
         Kind.DAILY_LIMIT: "MAYFLY_MAX_DELETES_PER_DAY is reached; it ends at midnight UTC",
-        Kind.THROTTLED: "it ends when the time is over that the API asked for",
+        Kind.WRONG_ORGANISATION: "check SYNC_API_KEY with mayfly doctor; mayfly resume ends it if they are really gone",
+        Kind.THROTTLED: "it ends after the time that the API asked for",
     }
     return f"since {pause.since:%Y-%m-%d %H:%M:%S} UTC by {pause.actor}: {pause.reason}; {advice[pause.kind]}"
 
@@ -123,17 +123,23 @@ def _explained(pause: Pause) -> str:
 async def show_metrics(
     database: NamedDependency[Database], metrics: NamedDependency[Metrics], now: NamedDependency[Callable[[], datetime]]
 ) -> Response[bytes]:
-    """Answer the counters of this process, and what the ledger says of all."""
+    """Answer the metrics of this process, and gauges read from the ledger."""
     await _read_gauges(database, metrics, now())
     return Response(generate_latest(metrics.registry), media_type=_TEXT)
 
 
 async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> None:
-    """Read the ledger's gauges; without a ledger they keep still, and mayfly_ledger_up says so."""
+    """Read the ledger's gauges; if it does not answer, they keep their values and mayfly_ledger_up is 0."""
     try:
-        backlog, pauses = await within(
+        backlog, held, pauses = await run_within(
             _CHECK_SECONDS,
-            database.read(lambda connection: (reading.backlog(connection, now=now), pausing.find(connection))),
+            database.read(
+                lambda connection: (
+                    reading.read_backlog(connection, now=now),
+                    reading.count_held(connection),
+                    pausing.find_pauses(connection),
+                )
+            ),
         )
     except (LedgerUnavailableError, TimeoutError):
         metrics.ledger_up.set(0)
@@ -142,5 +148,7 @@ async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> N
     metrics.oldest_overdue_seconds.set(backlog.oldest_overdue.total_seconds())
     metrics.due_records.set(backlog.due)
     metrics.failed_records.set(backlog.failed)
+    for cause, number in held.items():
+        metrics.held_records.labels(cause).set(number)
     for kind in Kind:
         metrics.pauses.labels(kind).set(any(pause.kind is kind for pause in pauses))

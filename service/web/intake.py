@@ -1,4 +1,4 @@
-"""Receiving a webhook: verify it, store what it announces, answer, then enqueue. The answer comes after the commit."""
+"""Receiving a webhook: verify it, store it, answer after the commit, enqueue its job in the background."""
 
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
@@ -7,10 +7,11 @@ from functools import partial
 import msgspec
 import structlog
 
-from service.core.generation import RUNNING, Generation, read
+from service.core.generation import RUNNING, Generation, read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
-from service.core.retention import Policy, decide
+from service.core.overrides import WEBHOOK_PATH
+from service.core.retention import Policy, decide_retention
 from service.core.signature import SignatureError, check_form, verify
 from service.jobs.enqueue import CleanupJob
 from service.ledger import receiving
@@ -23,7 +24,7 @@ log = structlog.get_logger()
 
 
 class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_defaults=True):
-    """The 202 of a webhook: *state* is its record's, or ``ignored`` for one that leads to no deletion."""
+    """The 202 of a webhook: *state* is the record's, or ``ignored`` if there is none."""
 
     id: str
     state: str
@@ -31,7 +32,7 @@ class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_default
 
 
 class Intake:
-    """Takes webhooks; each one is durable before it is answered."""
+    """Stores webhooks; each one is committed before it is answered."""
 
     def __init__(
         self,
@@ -56,7 +57,7 @@ class Intake:
         self._group: GroupCommit[Arrival, Receipt] = GroupCommit(self._commit)
 
     def check_form(self, header: str) -> None:
-        """Return if *header* could sign a body that is still to come.
+        """Return if *header* could be a signature, before the body has been read.
 
         Raises: SignatureError.
         """
@@ -66,8 +67,8 @@ class Intake:
             self._metrics.signatures_refused.labels(error.reason).inc()
             raise
 
-    async def accept(self, account: str, header: str, body: bytes) -> Answer:
-        """Verify, read and store one webhook.
+    async def accept(self, account: str, header: str, body: bytes, *, query: str = "") -> Answer:
+        """Verify, read and store one webhook; *query* is that of its request, which no signature covers.
 
         Raises: SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError; nothing is stored then.
         """
@@ -77,24 +78,30 @@ class Intake:
         except SignatureError as error:
             self._metrics.signatures_refused.labels(error.reason).inc()
             raise
-        generation = read(body)
+        generation = read_generation(body)
         if generation.is_batch or not generation.is_terminal:
-            self._note_ignored(generation)
+            self._count_ignored(generation)
             return Answer(generation.id, "ignored")
-        retention = decide(self._policy, webhook_url=generation.webhook_url, sent_at=sent_at, now=now)
+        retention = decide_retention(
+            self._policy,
+            webhook_url=generation.webhook_url,
+            request_url=f"https://mayfly{WEBHOOK_PATH}?{query}" if query else None,
+            sent_at=sent_at,
+            now=now,
+        )
         arrival = Arrival(Key(account, generation.id), generation, body.decode(), retention, now)
         receipt = await self._group.submit(arrival)
         if receipt.is_conflict:
             self._metrics.conflicts.inc()
-            log.warning("webhook.conflicted", generation=generation.id, what_now="the first announcement is kept")
+            log.warning("webhook.conflicted", generation=generation.id, what_now="the first body is kept")
         return Answer(generation.id, receipt.state, receipt.due_at)
 
-    def _note_ignored(self, generation: Generation) -> None:
+    def _count_ignored(self, generation: Generation) -> None:
         self._metrics.webhooks.labels("batch" if generation.is_batch else "ignored").inc()
         if not generation.is_batch and generation.status not in RUNNING:
             self._metrics.statuses_unknown.inc()
             names = {"generation": generation.id, "status": ascii(generation.status)[1:-1]}
-            log.warning("webhook.status_unknown", **names, what_now="it is ignored, nothing is deleted")
+            log.warning("webhook.status_unknown", **names, what_now="the webhook is ignored, nothing is deleted")
 
     async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
         receipts = await self._database.write(partial(receiving.receive, arrivals=arrivals))
@@ -102,12 +109,25 @@ class Intake:
         self._stored.inc(new)
         self._known.inc(len(receipts) - new)
         self._metrics.receive_seconds.observe((self._now() - arrivals[0].received_at).total_seconds())
-        self._enqueue(_jobs(arrivals, receipts))
+        self._enqueue(_jobs_to_enqueue(arrivals, receipts))
+        for arrival, receipt in zip(arrivals, receipts, strict=True):
+            _log_receipt(arrival, receipt)
         return receipts
 
 
-def _jobs(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[CleanupJob]:
-    """Return the jobs of the records that wait, and not as they did before."""
+def _log_receipt(arrival: Arrival, receipt: Receipt) -> None:
+    """Log a new record, and an invalid override that changed a record; a repeated webhook logs nothing."""
+    generation, invalid = arrival.key.id, arrival.retention.invalid
+    if receipt.is_new:
+        due_at = None if receipt.due_at is None else receipt.due_at.isoformat()
+        log.info("webhook.stored", generation=generation, due_at=due_at, state=str(receipt.state))
+    if receipt.is_moved and invalid is not None:
+        names = {"generation": generation, "name": invalid.name, "value_length": invalid.value_length}
+        log.warning("webhook.override_invalid", **names, what_now="held until an operator releases it")
+
+
+def _jobs_to_enqueue(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[CleanupJob]:
+    """Return the jobs of the scheduled records that are new or changed."""
     return [
         CleanupJob(arrival.key, receipt.attempts + 1, receipt.due_at)
         for arrival, receipt in zip(arrivals, receipts, strict=True)

@@ -1,8 +1,8 @@
-"""What an operator does, behind the bearer token: move a record, pause and resume all deletions, see the numbers."""
+"""The operator API, with the bearer token: move a record, pause and resume all deletions, read statistics."""
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from datetime import datetime
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Annotated, Literal
 
@@ -14,26 +14,36 @@ from litestar.openapi.spec import Operation, RequestBody
 from litestar.params import FromPath, FromQuery, JSONBody, PathParameter
 from sqlalchemy import Connection
 
+from service.core.durations import MAX_TTL
 from service.core.key import Key
 from service.core.lifecycle import Move
-from service.ledger import moving, pausing
+from service.ledger import key_history, moving, pausing
 from service.ledger.database import Database
+from service.ledger.moving import Grace
 from service.ledger.pausing import Kind, Pause
 from service.ledger.views import FullRecord, Stats, find_record, read_stats
-from service.web.problems import documented
+from service.web.problems import documented, problem
 
 ACTOR = "operator"
+_MAX_GRACE_SECONDS = int(MAX_TTL.total_seconds())
 
 
 class Reason(msgspec.Struct, frozen=True):
-    """Why; it is kept in the record's history, or with the pause."""
+    """Why; it is stored in the record's history, or with the pause."""
 
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
 
 
+class MoveBody(msgspec.Struct, rename="camel", frozen=True, forbid_unknown_fields=True):
+    """Why, and for release and reopen how long the record waits at least; MAYFLY_MIN_TTL unless given."""
+
+    reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)] | None = None
+    grace_seconds: Annotated[int, msgspec.Meta(ge=0, le=_MAX_GRACE_SECONDS)] | None = None
+
+
 @dataclass
 class _OptionalBodyOperation(Operation):
-    """Documents a body that may be left out; Litestar calls every body required."""
+    """Documents an optional body; Litestar documents every body as required."""
 
     def __post_init__(self) -> None:
         if isinstance(self.request_body, RequestBody):
@@ -41,7 +51,7 @@ class _OptionalBodyOperation(Operation):
 
 
 class OperatorController(Controller):
-    """Moves of a person."""
+    """Moves, pauses and statistics."""
 
     tags = ("operator",)
     security = ({"bearer": []},)
@@ -49,7 +59,7 @@ class OperatorController(Controller):
     @post(
         "/records/{generation_id:str}/{move:str}",
         status_code=200,
-        summary="Hold, release, keep or retry a record",
+        summary="Hold, release, keep, retry or reopen a record",
         responses=documented(400, 401, 403, 404, 409, 503),
         operation_class=_OptionalBodyOperation,
     )
@@ -57,14 +67,24 @@ class OperatorController(Controller):
         self,
         database: NamedDependency[Database],
         now: NamedDependency[Callable[[], datetime]],
+        min_ttl: NamedDependency[timedelta],
         generation_id: FromPath[str],
-        move: Annotated[Literal["hold", "release", "keep", "retry"], PathParameter()],
-        data: JSONBody[Reason | None] = None,
+        move: Annotated[Literal["hold", "release", "keep", "retry", "reopen"], PathParameter()],
+        data: JSONBody[MoveBody | None] = None,
         account: FromQuery[str] = "default",
     ) -> FullRecord:
-        """Answer the record after the move; 409 when its state does not have that move."""
-        reason = data.reason if data else None
-        change = partial(_move, key=Key(account, generation_id), wanted=Move(move), now=now(), reason=reason)
+        """Answer the record after the move, or 409 if its state does not allow it.
+
+        A record that is in that state already is answered as it is.
+        """
+        change = partial(
+            _move_and_read,
+            key=Key(account, generation_id),
+            wanted=Move(move),
+            now=now(),
+            reason=data.reason if data else None,
+            grace=_grace(Move(move), data.grace_seconds if data else None, min_ttl),
+        )
         record = await database.write(change)
         if record is None:
             raise NotFoundException("No record of this generation")
@@ -83,23 +103,32 @@ class OperatorController(Controller):
         now: NamedDependency[Callable[[], datetime]],
         data: JSONBody[Reason | None] = None,
     ) -> Stats:
-        """Pause until resume; webhooks are still taken. Those deletions under way end first."""
+        """Pause until resume. Webhooks are still stored; deletions in progress end first."""
         wanted = Pause(Kind.OPERATOR, now(), ACTOR, data.reason if data else "no reason given", None)
         await database.write(partial(pausing.pause, wanted=wanted))
         return await database.read(partial(read_stats, now=now()))
 
     @post("/resume", status_code=200, summary="Resume deletions", responses=documented(400, 401, 403, 503))
     async def resume(self, database: NamedDependency[Database], now: NamedDependency[Callable[[], datetime]]) -> Stats:
-        """End every pause, whatever its reason; one whose reason still holds comes back by itself."""
-        await database.write(partial(pausing.resume, kinds=list(Kind)))
+        """End every pause, whatever its kind; one whose cause persists comes back by itself."""
+        await database.write(key_history.resume_all)
         return await database.read(partial(read_stats, now=now()))
 
-    @get("/stats", summary="The ledger in numbers", responses=documented(400, 401, 403, 503))
+    @get("/stats", summary="Statistics of the ledger", responses=documented(400, 401, 403, 503))
     async def stats(self, database: NamedDependency[Database], now: NamedDependency[Callable[[], datetime]]) -> Stats:
-        """Answer the counts, the age of the oldest overdue record, and the pauses."""
+        """Answer the number of records in each state, the age of the most overdue deletion, and the pauses."""
         return await database.read(partial(read_stats, now=now()))
 
 
-def _move(connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None) -> FullRecord | None:
-    row = moving.move(connection, key, wanted, now=now, actor=ACTOR, reason=reason)
+def _grace(move: Move, seconds: int | None, min_ttl: timedelta) -> Grace:
+    """Return what the record waits at least; without a word of the client nothing is deleted the same second."""
+    if seconds is not None and move not in (Move.RELEASE, Move.REOPEN):
+        raise problem(400, "Bad Request", "graceSeconds is for release and reopen alone")
+    return Grace.of(min_ttl if seconds is None else timedelta(seconds=seconds), min_ttl)
+
+
+def _move_and_read(
+    connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None, grace: Grace
+) -> FullRecord | None:
+    row = moving.move_record(connection, key, wanted, now=now, actor=ACTOR, reason=reason, grace=grace)
     return None if row is None else find_record(connection, key=key)

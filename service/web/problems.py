@@ -1,4 +1,4 @@
-"""Errors as RFC 9457 problem details: one table from what went wrong to what the client is told."""
+"""Errors as RFC 9457 problem details: one table from exception to answer."""
 
 from collections.abc import Mapping
 from http import HTTPStatus
@@ -35,22 +35,22 @@ class Problem(msgspec.Struct, frozen=True, kw_only=True):
 def documented(*statuses: int) -> dict[int, ResponseSpec]:
     """Describe the errors of a route for OpenAPI."""
     descriptions = {
-        400: "the request is not one that the route knows",
+        400: "the request is invalid",
         401: "the bearer token, or the signature of a webhook, is missing or wrong",
-        403: "the operator API is closed: no token is set",
+        403: "the operator API is closed: MAYFLY_API_TOKEN is not set",
         404: "no record of this generation",
         408: "the body took longer than 10 s to arrive",
-        409: "the record's state does not have this move",
+        409: "the record's state does not allow this move",
         413: "the body is larger than 1 MiB",
         415: "the body is not JSON in UTF-8",
-        503: "nothing was stored: the database does not answer, or too much arrives at once",
+        503: "nothing was stored: the database does not answer, or too many large bodies arrive at once",
     }
     return {
         status: ResponseSpec(
             Problem,
             description=descriptions[status],
             media_type="application/problem+json",
-            generate_examples=False,  # made by a library that the image does without
+            generate_examples=False,  # they need a library that the image does not have
         )
         for status in statuses
     }
@@ -60,50 +60,50 @@ def problem(
     status: int, title: str, detail: str = "", headers: Mapping[str, str] | None = None
 ) -> ProblemDetailsException:
     """Return the exception that Litestar answers as problem details."""
-    # Litestar adds the application's response_headers to what handlers return, not to errors.
+    # Litestar adds the application's response_headers to the results of handlers, not to errors.
     return ProblemDetailsException(
         status_code=status, title=title, detail=detail, headers={**SECURITY_HEADERS, **(headers or {})}
     )
 
 
-def _signature(error: SignatureError) -> ProblemDetailsException:
+def _from_signature_error(error: SignatureError) -> ProblemDetailsException:
     advice = {
         "missing": "the Sync-Signature header is missing",
         "malformed": "the Sync-Signature header is not t=<unix seconds>,v1=<hex>",
-        "stale": "the signature's time is too far from ours: check both clocks",
-        "mismatch": "no secret signs these bytes: check SYNC_WEBHOOK_SECRET, and that no proxy changes the body",
+        "stale": f"the signature's time is {error.details}: check both clocks",
+        "mismatch": "no secret matches: check SYNC_WEBHOOK_SECRET, and that no proxy changes the body",
     }
     return problem(401, "Signature rejected", advice[error.reason], {"WWW-Authenticate": "Sync-Signature"})
 
 
-# What a client calls the arguments of our handlers.
+# The client's names of the handlers' arguments.
 _WIRE_NAMES = {"in_state": "state", "since": "from", "until": "to", "project_id": "projectId", "data": "the body"}
 
 
-def _http(error: HTTPException) -> ProblemDetailsException:
-    """Say what Litestar found wrong; its own title repeats the query, its details name our arguments."""
+def _from_http_exception(error: HTTPException) -> ProblemDetailsException:
+    """Describe an error of Litestar's in the client's names; Litestar's text repeats the query."""
     found = error.extra if isinstance(error, ValidationException) and isinstance(error.extra, list) else []
     reasons = [f"{_WIRE_NAMES.get(one.get('key', ''), one.get('key'))}: {one.get('message')}" for one in found]
     title = HTTPStatus(error.status_code).phrase
     return problem(error.status_code, title, "; ".join(reasons) or error.detail, error.headers)
 
 
-def _unavailable(_error: LedgerUnavailableError) -> ProblemDetailsException:
-    detail = "the ledger cannot be reached right now; nothing was stored, send it again"
+def _from_unavailable(_error: LedgerUnavailableError) -> ProblemDetailsException:
+    detail = "the ledger is unavailable; nothing was stored, send the request again"
     return problem(503, "Ledger unavailable", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
-def _internal(request: Request[Any, Any, Any], _error: Exception) -> Response[Any]:
-    """Answer a fault of ours without telling of it; the log tells."""
-    return problem(500, "Internal error", "a fault of Mayfly's own; its log tells more").to_response(request)
+def _answer_internal_error(request: Request[Any, Any, Any], _error: Exception) -> Response[Any]:
+    """Answer an internal error without details; the log has them."""
+    return problem(500, "Internal error", "an internal error; see Mayfly's log").to_response(request)
 
 
 plugin = ProblemDetailsPlugin(
     ProblemDetailsConfig(
         exception_to_problem_detail_map={
-            HTTPException: _http,
-            SignatureError: _signature,
-            LedgerUnavailableError: _unavailable,
+            HTTPException: _from_http_exception,
+            SignatureError: _from_signature_error,
+            LedgerUnavailableError: _from_unavailable,
             RefusedDataError: lambda error: problem(400, "Not storable", str(error)),
             MalformedError: lambda error: problem(400, "Not a generation", str(error)),
             IllegalMoveError: lambda error: problem(409, "Not possible now", str(error)),
@@ -111,10 +111,10 @@ plugin = ProblemDetailsPlugin(
         },
     )
 )
-exception_handlers: dict[Any, Any] = {Exception: _internal}
+exception_handlers: dict[Any, Any] = {Exception: _answer_internal_error}
 
 
 async def log_fault(error: Exception, scope: Any) -> None:  # noqa: ANN401 - Litestar's hook
-    """Log what is answered with a 500: Litestar's own faults are HTTP exceptions and would pass in silence."""
+    """Log what is answered with a 500; Litestar does not log its own, which are HTTP exceptions."""
     if getattr(error, "status_code", 500) == 500 and type(error) not in plugin.config.exception_to_problem_detail_map:
         log.error("request.crashed", path=scope.get("path"), exc_info=error)

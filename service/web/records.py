@@ -1,4 +1,4 @@
-"""``/api/records``: reading records."""
+"""``/api/records``: pages of records, and single ones."""
 
 from datetime import datetime
 from typing import Annotated
@@ -13,14 +13,14 @@ from service.core.lifecycle import State
 from service.ledger import reading
 from service.ledger.database import Database
 from service.ledger.reading import MAX_PAGE, Filter
-from service.ledger.views import FullRecord, RecordPage, find_record, present
+from service.ledger.views import FullRecord, RecordPage, find_record, present_record
 from service.web.problems import documented, problem
 
 DEFAULT_PAGE = 50
 
 
 class RecordsController(Controller):
-    """Reading records."""
+    """Pages of records, and single ones."""
 
     path = "/records"
     tags = ("records",)
@@ -39,33 +39,33 @@ class RecordsController(Controller):
             str | None,
             QueryParameter(
                 max_length=200,
-                description="part of an id, file name, model or error; a page looks at 10 000 records and may be short",
+                description="part of an id, file name, model or error; a page searches 10 000 records and may be short",
             ),
         ] = None,
         limit: Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)] = DEFAULT_PAGE,
-        cursor: Annotated[str | None, QueryParameter(description="nextCursor of the page before")] = None,
+        cursor: Annotated[str | None, QueryParameter(description="nextCursor of the previous page")] = None,
     ) -> RecordPage:
-        """Answer a page; the filters narrow it together."""
-        wanted = Filter(in_state, status, project_id, _aware(since, "from"), _aware(until, "to"), q)
-        page = await database.read(lambda connection: reading.page(connection, wanted, limit=limit, cursor=cursor))
-        return RecordPage([present(row) for row in page.rows], page.next_cursor)
+        """Answer a page of the records that match all filters."""
+        wanted = Filter(in_state, status, project_id, _require_zone(since, "from"), _require_zone(until, "to"), q)
+        page = await database.read(lambda connection: reading.read_page(connection, wanted, limit=limit, cursor=cursor))
+        return RecordPage([present_record(row) for row in page.rows], page.next_cursor)
 
     @get(
         "/{generation_id:str}",
-        summary="One record with its history and the bodies as they came",
+        summary="One record with its history and the bodies as received",
         responses=documented(400, 401, 403, 404, 503),
     )
     async def show_record(
         self, database: NamedDependency[Database], generation_id: FromPath[str], account: FromQuery[str] = "default"
     ) -> FullRecord:
-        """Answer one record, 404 where there is none."""
+        """Answer one record, or 404."""
         record = await database.read(lambda connection: find_record(connection, key=Key(account, generation_id)))
         if record is None:
             raise NotFoundException("No record of this generation")
         return record
 
 
-def _aware(instant: datetime | None, name: str) -> datetime | None:
+def _require_zone(instant: datetime | None, name: str) -> datetime | None:
     if instant is not None and instant.tzinfo is None:
-        raise problem(400, "Bad request", f"{name} needs its zone, such as 2026-12-31T00:00:00Z")
+        raise problem(400, "Bad request", f"{name} needs a time zone, such as 2026-12-31T00:00:00Z")
     return instant

@@ -1,4 +1,4 @@
-"""Headers of every response, errors included. A route that serves a page overrides them in its own declaration."""
+"""Headers of every response, errors included. A route that serves a page overrides them in its declaration."""
 
 from typing import Final
 

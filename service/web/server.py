@@ -1,4 +1,4 @@
-"""Serving an ASGI application from inside a running event loop, by uvicorn as it comes."""
+"""Serving an ASGI application with uvicorn, inside a running event loop."""
 
 import asyncio
 import resource
@@ -9,13 +9,13 @@ from typing import Any, Final
 
 import uvicorn
 
-# Requests in work, and connections when a request comes in; beyond either a request is answered 503.
+# The most requests in progress, and the most connections; beyond either, uvicorn answers a request 503.
 MAX_CONCURRENT: Final = 4096
-# Open files beside the connections: the ledger, Redis, the API.
+# Other open files: the ledger, Redis, the API.
 _OTHER_FILES: Final = 256
-# A connection that waits for its next request; longer than a proxy keeps its own, so that the proxy closes first.
+# The keep-alive timeout; longer than a proxy's, so that the proxy closes first.
 _IDLE_SECONDS: Final = 75
-# Longer than a body (10 s) and a write to the ledger (10 s) may take, so that a stop cuts no answer off.
+# Longer than a body (10 s) and a write to the ledger (10 s) may take, so that a stop interrupts no response.
 _STOP_SECONDS: Final = 22
 _BACKLOG: Final = 2048
 # The path and query of a request. Litestar keeps the last thousand paths, for good: at httptools' own 64 KiB, of
@@ -26,10 +26,10 @@ _START_POLL_SECONDS: Final = 0.005
 
 @asynccontextmanager
 async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa: ANN401 - any ASGI application
-    """Serve *app* and yield the port, chosen by the system for port 0; at the end answer what is in work.
+    """Serve *app* and yield the port, chosen by the system for port 0; at the end finish the requests in progress.
 
-    In the main thread uvicorn takes SIGINT and SIGTERM for itself while it serves: it stops, and raises the signal
-    again once it has stopped. A handler of the running loop is called at both times.
+    In the main thread uvicorn handles SIGINT and SIGTERM itself: it stops, then raises the signal again. A handler of
+    the running loop is called both times.
 
     Raises: OSError when the address cannot be listened on.
     """
@@ -42,7 +42,7 @@ async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa
             ws="none",
             lifespan="on",
             log_config=None,
-            # Its warnings tell of single requests, and anyone can send those.
+            # Its warnings are about single requests, and anyone can send many of those.
             log_level="error",
             access_log=False,
             proxy_headers=False,
@@ -58,7 +58,7 @@ async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
                 await asyncio.sleep(_START_POLL_SECONDS)
             if task.done():
-                raise OSError("the web server did not start; its log tells why")
+                raise OSError("the web server did not start; see its log")
             yield int(listener.getsockname()[1])
         finally:
             server.should_exit = True
@@ -83,7 +83,7 @@ class _Guarded:
 
 
 def _allow_open_files(wanted: int) -> None:
-    """Raise the soft limit of open files to *wanted*, as far as the hard limit lets."""
+    """Raise the soft limit of open files to *wanted*, or to the hard limit."""
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     if soft < wanted:
         soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)

@@ -1,4 +1,4 @@
-"""``POST /webhooks/sync``: reads the request, hands it to the intake, counts and logs what was refused."""
+"""``POST /webhooks/sync``: reads the request, passes it to the intake, counts and logs refusals."""
 
 import asyncio
 import time
@@ -14,6 +14,7 @@ from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, Requ
 from litestar.params import HeaderParameter
 
 from service.core.generation import MalformedError
+from service.core.overrides import WEBHOOK_PATH
 from service.core.signature import SignatureError
 from service.ledger.database import LedgerUnavailableError, RefusedDataError
 from service.runtime.metrics import Metrics
@@ -22,11 +23,10 @@ from service.web.problems import RETRY_AFTER_SECONDS, documented, problem
 
 log = structlog.get_logger()
 
-PATH = "/webhooks/sync"
 MAX_BODY_BYTES = 1024 * 1024
-# From the end of the headers to the end of the body; a webhook has a few kilobytes.
+# For the whole body; a webhook has a few kilobytes.
 BODY_SECONDS = 10.0
-# All bodies that are still arriving may take so much memory together. Small ones are taken even beyond it.
+# The memory limit of all bodies that are still arriving. Small bodies are accepted beyond it.
 MAX_UNREAD_BYTES = 32 * 1024 * 1024
 SMALL_BODY_BYTES = 32 * 1024
 _DEFAULT_ACCOUNT = "default"
@@ -36,7 +36,7 @@ _REFUSALS = (SignatureError, MalformedError, RefusedDataError, LedgerUnavailable
 
 @dataclass
 class _JsonOperation(Operation):
-    """Documents the body, which the handler takes as raw bytes because the signature is over them."""
+    """Documents the body; the handler reads raw bytes, because the signature covers them."""
 
     def __post_init__(self) -> None:
         content = {"application/json": OpenAPIMediaType(schema=Schema(type=OpenAPIType.OBJECT))}
@@ -48,34 +48,35 @@ def webhook_handler(intake: Intake, metrics: Metrics) -> HTTPRouteHandler:
     bodies, refusals = _Bodies(), _Refusals(metrics)
 
     @post(
-        PATH,
+        WEBHOOK_PATH,
         status_code=HTTPStatus.ACCEPTED,
         request_max_body_size=MAX_BODY_BYTES,
         tags=["webhooks"],
-        summary="Take a webhook of sync.so",
+        summary="Receive a webhook of sync.so",
         responses=documented(400, 401, 408, 413, 415, 503),
         operation_class=_JsonOperation,
     )
     async def receive_webhook(
         request: Request[Any, Any, Any],
-        # Without a default a missing header would be a 400; it is a signature that is missing, so 401.
+        # The default makes a missing header a 401 instead of Litestar's 400.
         signature: Annotated[str, HeaderParameter(name="Sync-Signature", description="t=<unix seconds>,v1=<hex>")] = "",
     ) -> Answer:
-        """Store a verified webhook of a generation that has ended and schedule its deletion; ignore all others."""
+        """Store the webhook of a generation that has ended and schedule its deletion; ignore all others."""
         try:
             _check_content_type(request.headers.get("content-type", ""))
             intake.check_form(signature)
             body = await bodies.read(request)
-            return await intake.accept(_DEFAULT_ACCOUNT, signature, body)
+            query = request.scope["query_string"].decode("latin-1")
+            return await intake.accept(_DEFAULT_ACCOUNT, signature, body, query=query)
         except _REFUSALS as error:
-            refusals.note(error)
+            refusals.count(error)
             raise
 
     return receive_webhook
 
 
 class _Bodies:
-    """Reads bodies: each has its size and time, and all that are still arriving share a limit."""
+    """Reads bodies, with limits of size and time for each, and of memory for all together."""
 
     def __init__(self) -> None:
         self._unread_bytes = 0
@@ -83,7 +84,7 @@ class _Bodies:
     async def read(self, request: Request[Any, Any, Any]) -> bytes:
         """Return the body of *request*.
 
-        Raises: HTTPException: 408 too slow, 413 too large (Litestar's own), 400 broken off, 503 too many at once.
+        Raises: HTTPException: 408 too slow, 413 too large (Litestar's own), 400 aborted, 503 too many at once.
         """
         parts: list[bytes] = []
         size = 0
@@ -93,35 +94,35 @@ class _Bodies:
                     size += len(part)
                     self._unread_bytes += len(part)
                     if size > SMALL_BODY_BYTES and self._unread_bytes > MAX_UNREAD_BYTES:
-                        raise _too_many()
+                        raise _too_many_bodies()
                     parts.append(part)
         except TimeoutError:
-            # The rest of the body would otherwise keep the connection open for as long as it drips.
+            # Otherwise a body that drips would keep the connection open.
             close = {"Connection": "close"}
             raise problem(408, "Too slow", f"the body took longer than {BODY_SECONDS:g} s to arrive", close) from None
         except InternalServerException:
-            raise problem(400, "Body not taken", "the body broke off") from None
+            raise problem(400, "Body not accepted", "the body is incomplete") from None
         finally:
             self._unread_bytes -= size
         return b"".join(parts)
 
 
-def _too_many() -> HTTPException:
+def _too_many_bodies() -> HTTPException:
     detail = "too many large bodies arrive at once; nothing was stored, send it again"
-    return problem(503, "Body not taken", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
+    return problem(503, "Body not accepted", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
 class _Refusals:
-    """Counts what was not stored, and logs it, but no more than once a second: anyone can send what is refused."""
+    """Counts refusals, and logs at most one a second, because anyone can cause them."""
 
     def __init__(self, metrics: Metrics) -> None:
         self._metrics = metrics
         self._unlogged = 0
         self._log_again_at = 0.0
 
-    def note(self, error: Exception) -> None:
-        """Count and perhaps log *error*."""
-        self._metrics.webhooks.labels(_label(error)).inc()
+    def count(self, error: Exception) -> None:
+        """Count *error*, and log it unless one was logged within the last second."""
+        self._metrics.webhooks.labels(_answer_label(error)).inc()
         if time.monotonic() < self._log_again_at:
             self._unlogged += 1
             return
@@ -130,7 +131,7 @@ class _Refusals:
         self._log_again_at, self._unlogged = time.monotonic() + _LOG_EVERY_SECONDS, 0
 
 
-def _label(error: Exception) -> str:
+def _answer_label(error: Exception) -> str:
     match error:
         case SignatureError():
             return "refused"
@@ -143,11 +144,11 @@ def _label(error: Exception) -> str:
 
 
 def _check_content_type(content_type: str) -> None:
-    """Refuse what says it is not JSON in UTF-8; a sender that says nothing is judged by the body."""
+    """Refuse a content type other than JSON in UTF-8; without one, the body decides."""
     if content_type in ("application/json", ""):
         return
     kind, _, parameters = content_type.lower().partition(";")
     kind, charset = kind.strip(), parameters.replace(" ", "").replace('"', "")
     is_json = kind == "application/json" or (kind.startswith("application/") and kind.endswith("+json"))
     if not is_json or ("charset=" in charset and "charset=utf-8" not in charset and "charset=utf8" not in charset):
-        raise problem(415, "Body not taken", "the body must be application/json in UTF-8")
+        raise problem(415, "Body not accepted", "the body must be application/json in UTF-8")

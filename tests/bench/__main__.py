@@ -1,7 +1,7 @@
 """The benchmark suite: ``make bench``, ``make bench ONLY=intake``, ``make bench FULL=1``; about ten minutes.
 
-Whole processes over loopback, in turns, beside what a user would pick instead and the physical limit of the same run:
-ratios within one run count, absolute figures do not. On a machine that does other work, read the processor times.
+It runs whole processes over loopback, in turns: Mayfly, two alternative stacks, and the physical limit. Compare figures
+within one run only. On a machine with other load, use the processor times.
 """
 
 import argparse

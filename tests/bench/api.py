@@ -1,4 +1,4 @@
-"""The API stand-in as a process of its own, ended by a signal: ``python -m tests.bench.api PORT``."""
+"""The API simulator as a process, ended by a signal: ``python -m tests.bench.api PORT``."""
 
 import asyncio
 import contextlib

@@ -1,6 +1,6 @@
 """The physical limit of a drain, a process of its own: ``python -m tests.bench.bare_client URL IDS.json``.
 
-The two calls that each deletion needs, by bare httpx at the same concurrency: nothing is claimed, copied, kept or told.
+The two calls that each deletion needs, by bare httpx at the same concurrency: no claim, no copy, no record, no log.
 Prints one JSON object.
 """
 

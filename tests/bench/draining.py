@@ -17,8 +17,10 @@ _ENQUEUED_SECONDS = 0.5  # what is enqueued after the answers is in Redis by the
 
 
 def announce(where: Place, url: str, due: dict[str, datetime]) -> None:
-    """Have each generation announced, with a wish for its due time."""
-    wanted = [(id_, f"https://hooks.example.com/sync?expires={at:%Y-%m-%dT%H:%M:%S.%f}Z") for id_, at in due.items()]
+    """Send the webhook of each generation, with its due time as an override."""
+    wanted = [
+        (id_, f"https://hooks.example.com/webhooks/sync?expires={at:%Y-%m-%dT%H:%M:%S.%f}Z") for id_, at in due.items()
+    ]
     path = write_json(where.folder / "wanted.json", wanted)
     result = python_module("tests.bench.load", url, "--wanted", str(path), "--seconds", "60", "--connections", "8")
     if result["statuses"] != {"202": len(due)}:

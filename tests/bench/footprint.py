@@ -1,4 +1,4 @@
-"""What Mayfly takes when it has little to do: memory, idle processor time, Redis, and the time until it serves."""
+"""The footprint of an idle Mayfly: memory, processor time, Redis, and the time to start."""
 
 import time
 from datetime import UTC, datetime, timedelta

@@ -1,4 +1,4 @@
-"""Growth: whether a ledger full of scheduled records makes anything slower, on both of its sides."""
+"""Growth: whether a ledger full of scheduled records slows down the web side or the worker."""
 
 from collections import defaultdict
 from contextlib import ExitStack
@@ -95,7 +95,7 @@ def growth(folder: Path, sizes: list[int], *, rounds: int, seconds: float) -> di
 
 
 def _lag(system: System, where: Place, url: str) -> Figures:
-    """Return how late a worker is with a light load beside the full ledger."""
+    """Return the lag of a worker with a light load beside the full ledger."""
     with api(where.folder) as stand_in, worker(system, where, stand_in.url):
         stand_in.set_latency(0.02)
         return lags(where, url, stand_in, count=300, over_seconds=10.0)

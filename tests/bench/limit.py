@@ -1,4 +1,4 @@
-"""The physical limit that every figure stands beside: the barest server there can be, and what the disk can do."""
+"""The physical limit to compare with: a minimal server, and the speed of the disk."""
 
 import hmac
 import os

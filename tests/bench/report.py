@@ -1,4 +1,4 @@
-"""The results as a table and as JSON; each figure beside the others of its run, and its goal where it has one."""
+"""The results as a table and as JSON, with the goal of each figure that has one."""
 
 import json
 import sys

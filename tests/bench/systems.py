@@ -1,4 +1,4 @@
-"""The systems that are measured, each started the way its users start it: web, worker, Redis, API stand-in."""
+"""The systems under test, each started as its users start it: web, worker, Redis, API simulator."""
 
 import json
 import os

@@ -7,21 +7,21 @@ from collections.abc import Iterable, Iterator
 from typing import NamedTuple
 from uuid import uuid4
 
-# Proves nothing to anybody: each process of the suite is given it.
+# It protects nothing; each process of the benchmarks gets it.
 SECRET = "whsec_bench_0123456789abcdef0123456789abcdef"
 API_KEY = "sk-simulator"
 _SIGNED = "key=K2JCJMDEHXQW5F&expires=1761390000&signature=6c1f7a9b0d44e2c86c1f7a9b0d44e2c86c1f7a9b0d44e2c86c1f7a9b0d44"
 
 
 class Wanted(NamedTuple):
-    """One generation to announce; a *webhook_url* may carry its wish (``?expires=…``)."""
+    """One generation to announce; a *webhook_url* may have an override (``?expires=…``)."""
 
     id: str
     webhook_url: str = "https://hooks.example.com/sync/t_8Qm2"
 
 
 def fresh(count: int) -> Iterator[Wanted]:
-    """Yield *count* generations that nobody has heard of."""
+    """Yield *count* generations with new ids."""
     return (Wanted(str(uuid4())) for _ in range(count))
 
 

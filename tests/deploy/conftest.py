@@ -1,7 +1,7 @@
-"""What the deployment tests need beyond the normal set-up: the check tools, kubectl, a container engine.
+"""The fixtures of the deployment tests: the check tools, kubectl, a container engine.
 
-They run when asked for (``make test-deploy``); a tool that is not there skips its tests with one sentence, which is a
-failure where ``CI`` is set: there everything is meant to be at hand.
+``make test-deploy`` runs them. A missing tool skips its tests with one sentence; where ``CI`` is set that is a failure,
+because CI has all tools.
 """
 
 import os
@@ -28,7 +28,7 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
 
 @pytest.hookimpl(wrapper=True)
 def pytest_runtest_makereport(item: pytest.Item) -> Generator[None, pytest.TestReport, pytest.TestReport]:
-    """Let a skipped test fail in CI, else a runner that lost its engine would look like one where all is well."""
+    """Let a skipped test fail in CI: a runner without its container engine must not look successful."""
     report = yield
     if report.skipped and os.environ.get("CI") and "deploy" in item.config.getoption("markexpr"):
         report.outcome = "failed"

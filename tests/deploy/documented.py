@@ -1,4 +1,4 @@
-"""The commands that deploy/README.md tells people to run, so that the tests run the same."""
+"""The commands in deploy/README.md, so that the tests run the same ones."""
 
 import re
 from pathlib import Path

@@ -1,4 +1,4 @@
-"""Podman as the deployment tests use it: build, run, look, kill; every wait is bounded."""
+"""Podman for the deployment tests: build, run, inspect, kill; every wait has a timeout."""
 
 import json
 import os
@@ -115,7 +115,7 @@ class Engine:
             self.run("rm", "--force", "--volumes", "--time", "1", name, check=False)
 
     def kill(self, name: str) -> None:
-        """Kill the first process as a crash would; ``podman kill`` counts as a wish and ends restarts."""
+        """Kill the first process as a crash would; ``podman kill`` would also prevent the restart."""
         pid = int(self.inspect(name)["State"]["Pid"])
         if pid <= 1:
             raise AssertionError(f"{name} does not run:\n{self.logs(name)}")

@@ -91,7 +91,7 @@ def is_selected(labels: Manifest, selector: Manifest) -> bool:
     """Tell whether a label selector picks what carries *labels*."""
     if any(labels.get(name) != value for name, value in selector.get("matchLabels", {}).items()):
         return False
-    wishes = selector.get("matchExpressions", [])
-    if any(wish["operator"] != "In" for wish in wishes):
+    expressions = selector.get("matchExpressions", [])
+    if any(expression["operator"] != "In" for expression in expressions):
         raise ValueError("only the operator In is known here")
-    return all(labels.get(wish["key"]) in wish["values"] for wish in wishes)
+    return all(labels.get(expression["key"]) in expression["values"] for expression in expressions)

@@ -1,4 +1,4 @@
-"""What compose and Kubernetes ask to learn whether a worker lives: as `mayfly worker --check`, but in shell."""
+"""The shell command with which compose and Kubernetes check a worker; equivalent to `mayfly worker --check`."""
 
 from workers import heartbeat
 

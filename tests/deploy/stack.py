@@ -1,4 +1,4 @@
-"""A running compose stack with a stand-in for sync.so beside it, used from outside as its users do."""
+"""A running compose stack with a simulator of sync.so, used from outside."""
 
 import contextlib
 import hashlib
@@ -121,9 +121,9 @@ class Stack:
 
         wait_until(answers, seconds=60, what="the simulator answers")
 
-    def generate(self, count: int = 1, wish: str = "") -> list[str]:
-        """Make finished generations at the simulator and return their ids; *wish* is their webhookUrl's query."""
-        wanted = {"count": count, "webhook_url": f"https://hooks.example.com/sync?{wish}"}
+    def generate(self, count: int = 1, query: str = "") -> list[str]:
+        """Make finished generations at the simulator and return their ids; *query* is their webhookUrl's query."""
+        wanted = {"count": count, "webhook_url": f"https://hooks.example.com/webhooks/sync?{query}"}
         ids: list[str] = self.simulate("POST", "generations", json=[wanted])
         return ids
 
@@ -135,11 +135,11 @@ class Stack:
         headers = {"sync-signature": f"t={sent_at},v1={signature}", "content-type": "application/json"}
         return self._mayfly.post("/webhooks/sync", content=body, headers=headers)
 
-    def accept(self, count: int, wish: str = "") -> list[Accepted]:
+    def accept(self, count: int, query: str = "") -> list[Accepted]:
         """Make *count* generations and have Mayfly accept their webhooks."""
         accepted = []
         with ThreadPoolExecutor(8) as senders:
-            for answer in senders.map(self.announce, self.generate(count, wish)):
+            for answer in senders.map(self.announce, self.generate(count, query)):
                 if answer.status_code != 202:
                     raise AssertionError(f"{answer.status_code}: {answer.text}")
                 said = answer.json()

@@ -1,4 +1,4 @@
-"""The compose stack, brought up as the README says: a webhook in, a deletion out, whatever is killed on the way."""
+"""The compose stack, started as the README says: each webhook leads to a deletion, whatever is killed meanwhile."""
 
 import json
 import threading
@@ -62,7 +62,7 @@ def test_a_signed_webhook_leads_to_a_deletion(stack: Stack) -> None:
     deleted = stack.wait_until_deleted(accepted, seconds=30)
 
     _assert_none_was_early(accepted, deleted)
-    assert stack.announce(accepted[0].id, secret="whsec_of_somebody_else").status_code == 401
+    assert stack.announce(accepted[0].id, secret="whsec_of_another_account").status_code == 401
 
 
 def test_the_migration_ended_well(stack: Stack) -> None:
@@ -92,14 +92,14 @@ def test_each_role_has_the_secrets_it_needs_and_no_other(stack: Stack) -> None:
     assert given["worker"] == {"SYNC_API_KEY": API_KEY}
 
 
-def test_no_container_of_ours_can_take_all_memory_or_fill_the_disk_with_its_log(stack: Stack) -> None:
+def test_api_and_worker_have_memory_limits_and_every_log_has_one(stack: Stack) -> None:
     found = {service: stack.engine.inspect(stack.container(service))["HostConfig"] for service in SERVICES}
 
     assert {name for name, host in found.items() if host["Memory"]} == {"api", "worker"}
     assert {host["LogConfig"]["Size"] for host in found.values()} == {"10MB"}
 
 
-def test_every_container_is_locked_up(stack: Stack) -> None:
+def test_every_container_is_restricted(stack: Stack) -> None:
     for service in SERVICES:
         found = stack.engine.inspect(stack.container(service))
         status = stack.execute(service, "cat", "/proc/1/status")
@@ -110,7 +110,7 @@ def test_every_container_is_locked_up(stack: Stack) -> None:
         assert "Uid:\t0\t" not in status, service
 
 
-def test_redis_keeps_what_it_is_given(stack: Stack) -> None:
+def test_redis_evicts_nothing_and_syncs_to_disk(stack: Stack) -> None:
     shown = stack.execute("redis", "redis-cli", "config", "get", "maxmemory-policy").split()
     shown += stack.execute("redis", "redis-cli", "config", "get", "appendonly").split()
 
@@ -122,7 +122,7 @@ def test_every_health_check_says_healthy(stack: Stack) -> None:
         stack.wait_until_healthy(stack.container(service))
 
 
-def test_the_stores_cannot_reach_out(stack: Stack) -> None:
+def test_the_stores_have_no_access_to_the_internet(stack: Stack) -> None:
     routes = stack.execute("redis", "cat", "/proc/net/route").splitlines()[1:]
 
     assert not [line for line in routes if line.split()[1] == "00000000"], "there is a default route"
@@ -227,9 +227,9 @@ def test_the_commands_for_a_running_container_work(stack: Stack, root: Path) -> 
 
     said = stack.run(block_with(root, "compose.yaml", "mayfly stats"), seconds=120)
 
-    assert "Deletions run." in said
+    assert "Deletions are running." in said
     assert "Deletions are paused." in said
-    assert "Deletions go on." in said
+    assert "Deletions are resumed." in said
 
 
 def test_a_restored_backup_deletes_nothing_that_was_held_since(stack: Stack, root: Path) -> None:
@@ -237,7 +237,7 @@ def test_a_restored_backup_deletes_nothing_that_was_held_since(stack: Stack, roo
     gone = stack.accept(3)
     stack.wait_until_deleted(gone, seconds=60)
     wait_until(lambda: _states(stack).keys() == {"deleted"}, seconds=60, what="all records say deleted")
-    (held,) = stack.accept(1, wish="ttl=20s")
+    (held,) = stack.accept(1, query="ttl=20s")
     hold = line_with(root, "compose.yaml", "records hold").replace(" ID ", f" {held.id} ")
 
     stack.run(block_with(root, "pg_dump"), seconds=60)

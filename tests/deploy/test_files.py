@@ -1,4 +1,4 @@
-"""What can be said of the deployment's files by reading them."""
+"""Checks of the deployment's files that need no tool."""
 
 import fnmatch
 import re

@@ -1,4 +1,4 @@
-"""The image, built from the Dockerfile as it is: small, locked up, quick to start, quick to stop."""
+"""The image, built from the Dockerfile: small, restricted, fast to start and to stop."""
 
 import contextlib
 import subprocess
@@ -116,11 +116,11 @@ def test_a_missing_secret_is_named_in_one_line(engine: Engine, image: Image) -> 
     assert "SYNC_WEBHOOK_SECRET" in lines[0]
 
 
-def test_a_database_that_is_away_ends_the_process_in_one_line(engine: Engine, image: Image) -> None:
-    away = ["--env", "MAYFLY_DATABASE_URL=postgresql://mayfly@127.0.0.1:1/mayfly"]
+def test_an_unreachable_database_ends_the_process_with_one_line(engine: Engine, image: Image) -> None:
+    unreachable = ["--env", "MAYFLY_DATABASE_URL=postgresql://mayfly@127.0.0.1:1/mayfly"]
 
     for role in ("api", "worker", "migrate"):
-        code, _, error = _run(engine, image, role, options=[*LOCKED, *SECRETS, *away, "--network", "none"])
+        code, _, error = _run(engine, image, role, options=[*LOCKED, *SECRETS, *unreachable, "--network", "none"])
 
         lines = [line for line in error.splitlines() if line.startswith("mayfly:")]
         assert code == 1, error
@@ -162,7 +162,7 @@ def _live(engine: Engine, image: Image) -> Life:
         return Life(ready_seconds, stop_seconds, exit_code, is_healthy, status, engine.logs(name))
 
 
-def test_it_is_ready_in_3_seconds_locked_up_as_a_random_user_and_stops_at_sigterm(engine: Engine, image: Image) -> None:
+def test_a_restricted_container_is_ready_in_3_seconds_and_stops_at_sigterm(engine: Engine, image: Image) -> None:
     # The best of three: what else the machine does is not the image's.
     lives = [_live(engine, image) for _ in range(3)]
 
@@ -176,7 +176,7 @@ def test_it_is_ready_in_3_seconds_locked_up_as_a_random_user_and_stops_at_sigter
         assert (life.exit_code, life.stop_seconds < 10) == (0, True), life.logs
 
 
-def test_a_stop_within_the_first_moment_is_heard(engine: Engine, image: Image) -> None:
+def test_a_stop_right_after_the_start_is_obeyed(engine: Engine, image: Image) -> None:
     with engine.container(image.tag, "up", options=[*LOCKED, *SECRETS]) as name:
         start = time.monotonic()
         engine.run("stop", "--time", "20", name)

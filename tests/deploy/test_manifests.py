@@ -1,4 +1,4 @@
-"""The Kubernetes manifests hold together: what no schema says, checked on each rendered overlay.
+"""The Kubernetes manifests are consistent: rules that no schema has, checked on each rendered overlay.
 
 Rendering takes kubectl alone, so that `make test` checks it too; the schemas are for `make test-deploy`.
 """
@@ -111,7 +111,7 @@ def test_what_a_scaler_owns_has_no_replica_count_of_its_own(overlay: list[Manife
         assert ("replicas" in manifest["spec"]) != (manifest["metadata"]["name"] in scaled)
 
 
-def test_every_quantity_is_one(overlay: list[Manifest]) -> None:
+def test_every_resource_quantity_is_valid(overlay: list[Manifest]) -> None:
     found = [text for manifest in overlay for text in quantities(manifest)]
 
     assert len(found) > 10

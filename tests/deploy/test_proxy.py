@@ -1,4 +1,4 @@
-"""The sample for nginx as it stands, with TLS, in front of a real web side: what the server lacks it makes up for.
+"""The sample configuration of nginx, with TLS, in front of a real web side: it limits what the web server cannot.
 
 Only the addresses and the files of the certificate are put in. nginx is Debian's: ``apt-get install nginx-light``.
 """
@@ -128,8 +128,13 @@ class _To127(httpx.BaseTransport):
 
 def head(length: int) -> bytes:
     """Return the head of a webhook whose body of *length* bytes is still to come."""
-    proof = webhook(b"x" * length).headers["Sync-Signature"]
-    lines = ("POST /webhooks/sync HTTP/1.1", f"Host: {HOST}", f"Content-Length: {length}", f"Sync-Signature: {proof}")
+    signature = webhook(b"x" * length).headers["Sync-Signature"]
+    lines = (
+        "POST /webhooks/sync HTTP/1.1",
+        f"Host: {HOST}",
+        f"Content-Length: {length}",
+        f"Sync-Signature: {signature}",
+    )
     return "\r\n".join([*lines, "", ""]).encode()
 
 

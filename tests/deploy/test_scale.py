@@ -1,4 +1,4 @@
-"""Two api and three worker processes on one Redis and one PostgreSQL: they share the work, and this is what they carry.
+"""Two api and three worker processes on one Redis and one PostgreSQL share the work; measured.
 
 With ``-s`` the figures of deploy/README.md are printed. The processes are those of the image without the image, so that
 nothing but the processor is between them.
@@ -143,11 +143,11 @@ def _drain(stores: Stores, workers: int, count: int, **more: str) -> Drained:
     ids, start = stores.api.add(count), datetime.now(UTC)
     with _webs(stores, 2) as urls, _workers(stores, workers, **more), _most_connections(stores) as connections:
         due = datetime.now(UTC) + LEAD
-        wish = f"https://hooks.example.com/sync?expires={due:%Y-%m-%dT%H:%M:%S.%f}Z"
+        webhook_url = f"https://hooks.example.com/webhooks/sync?expires={due:%Y-%m-%dT%H:%M:%S.%f}Z"
         with ThreadPoolExecutor() as threads:
             halves = [ids[number::2] for number in range(2)]
             files = [
-                write_json(stores.where.folder / f"wanted-{number}.json", [(id_, wish) for id_ in half])
+                write_json(stores.where.folder / f"wanted-{number}.json", [(id_, webhook_url) for id_ in half])
                 for number, half in enumerate(halves)
             ]
             list(threads.map(lambda url, file: _offer([url], "--wanted", str(file), "--seconds", "60"), urls, files))
@@ -163,7 +163,7 @@ def _drain(stores: Stores, workers: int, count: int, **more: str) -> Drained:
     return Drained((count - 1) / (max(deletes) - min(deletes)).total_seconds(), shares, connections[0])
 
 
-def test_two_api_and_three_workers_share_the_work_evenly_and_get_more_done_than_one(stores: Stores) -> None:
+def test_two_api_and_three_workers_share_the_work_and_do_more_than_one(stores: Stores) -> None:
     stores.api.set_latency(LATENCY_SECONDS)
 
     one = _drain(stores, workers=1, count=800)

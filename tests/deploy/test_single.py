@@ -16,7 +16,7 @@ pytestmark = [pytest.mark.deploy, pytest.mark.timeout(600)]
 
 COUNT = "SELECT state, count(*) FROM records GROUP BY state"
 EVERYTHING = "SELECT * FROM records ORDER BY seq"
-REHEARSED = "dry run: it would have been deleted"
+DRY_RUN_ERROR = "dry run: it would have been deleted"
 LEDGER = "/data/mayfly/ledger.db"
 
 
@@ -45,13 +45,15 @@ def _assert_nothing_is_deleted_until_the_dry_run_ends(stack: Stack) -> None:
 
     said = stack.run(doctor, seconds=60)
     wait_until(
-        lambda: REHEARSED in stack.run(f"{command} records list", seconds=60), seconds=60, what="it is rehearsed"
+        lambda: DRY_RUN_ERROR in stack.run(f"{command} records list", seconds=60),
+        seconds=60,
+        what="the dry run has run",
     )
     deleted = stack.deleted()
     # podman-compose does not notice a changed .env, as docker compose does.
     stack.run(f"sed -i /^MAYFLY_DRY_RUN=/d deploy/.env\n{up} --force-recreate mayfly", seconds=300)
     stack.wait_until_ready()
-    # What was rehearsed is tried again within the hour; a hold that ends has it tried at once.
+    # After a dry run the next attempt comes within an hour; a hold and a release bring it at once.
     for move in ("hold", "release"):
         stack.run(f"{command} records {move} {accepted[0].id}", seconds=60)
     stack.wait_until_deleted(accepted, seconds=60)
@@ -89,7 +91,7 @@ def test_a_restored_backup_deletes_nothing_that_was_held_since(stack: Stack, roo
     gone = stack.accept(3)
     stack.wait_until_deleted(gone, seconds=60)
     wait_until(lambda: [state for state, _ in _query(stack, COUNT)] == ["deleted"], seconds=60, what="all are deleted")
-    (held,) = stack.accept(1, wish="ttl=30s")
+    (held,) = stack.accept(1, query="ttl=30s")
     hold = line_with(root, "compose.single.yaml", "records hold").replace(" ID ", f" {held.id} ")
     backup = block_with(root, "compose.single.yaml", "cat backup.db")
 

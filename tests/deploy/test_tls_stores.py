@@ -1,4 +1,4 @@
-"""External stores as in production: PostgreSQL and Redis over TLS with an authority of one's own, Redis by Sentinel."""
+"""External stores as in production: PostgreSQL and Redis over TLS with a private authority, Redis by Sentinel."""
 
 import contextlib
 import os

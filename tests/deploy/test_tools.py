@@ -1,4 +1,4 @@
-"""What the public check tools say of the Dockerfile, the workflows, the alarms and the list of parts."""
+"""The results of public check tools for the Dockerfile, the workflows, the alerts and the SBOM."""
 
 import json
 import os
@@ -143,7 +143,7 @@ def rules(root: Path) -> dict[str, object]:
     return spec
 
 
-def test_the_alarms_sound_when_they_should_and_not_before(tool, root: Path, rules, tmp_path: Path) -> None:
+def test_the_alerts_fire_when_they_should_and_not_before(tool, root: Path, rules, tmp_path: Path) -> None:
     (tmp_path / "rules.yaml").write_bytes(msgspec.yaml.encode(rules))
     shutil.copy(root / "tests" / "deploy" / "rules.test.yaml", tmp_path)
 
@@ -152,7 +152,7 @@ def test_the_alarms_sound_when_they_should_and_not_before(tool, root: Path, rule
     assert result.returncode == 0, result.stdout + result.stderr
 
 
-def test_the_alarms_watch_metrics_that_exist(rules) -> None:
+def test_the_alerts_use_metrics_that_exist(rules) -> None:
     metrics = {metric.name for metric in Metrics().registry.collect()}
     watched = set(re.findall(r"\bmayfly_[a-z_]+", msgspec.json.encode(rules).decode()))
 

@@ -1,4 +1,4 @@
-"""The demo tells the whole story in under a minute, says whether all went right, and notices when it did not."""
+"""The demo ends within a minute, reports whether all checks passed, and detects each violation."""
 
 import asyncio
 import os
@@ -35,7 +35,7 @@ def folder():
         yield Path(path)
 
 
-async def test_the_demo_goes_right_in_under_a_minute_and_prints_lines_where_there_is_no_terminal(folder):
+async def test_the_demo_succeeds_within_a_minute_and_prints_lines_without_a_terminal(folder):
     began = time.monotonic()
     process = await asyncio.create_subprocess_exec(
         *(*MAYFLY, "demo", "--picture", str(folder / "demo.svg")),
@@ -53,11 +53,11 @@ async def test_the_demo_goes_right_in_under_a_minute_and_prints_lines_where_ther
     assert "2 synthesizedAudioUrl" in output
     assert "\x1b" not in output
     assert "<svg" in (folder / "demo.svg").read_text()
-    assert [path.name for path in folder.iterdir()] == ["demo.svg"], "what went right leaves nothing behind"
+    assert [path.name for path in folder.iterdir()] == ["demo.svg"], "a successful demo removes its files"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-async def test_a_demo_that_is_ended_leaves_nothing_behind(folder, number):
+async def test_an_interrupted_demo_leaves_no_files(folder, number):
     process = await asyncio.create_subprocess_exec(
         *(*MAYFLY, "demo"),
         cwd=folder,
@@ -77,7 +77,7 @@ async def test_a_demo_that_is_ended_leaves_nothing_behind(folder, number):
     assert list(folder.iterdir()) == []
 
 
-async def test_on_a_terminal_it_draws_a_table_that_no_log_line_tears(tmp_path):
+async def test_on_a_terminal_the_demo_draws_a_table_that_no_log_line_breaks(tmp_path):
     main, terminal = pty.openpty()
     process = await asyncio.create_subprocess_exec(
         *MAYFLY,
@@ -154,10 +154,10 @@ def played():
 
 def against(simulator, generation, record, forged, *, scene=SCENES[0], forged_status=401):
     findings = inspect(simulator, [Line(scene, generation, record)], forged, forged_status)
-    return [problem.partition(": ")[2] or problem for finding in findings for problem in finding.against]
+    return [problem.partition(": ")[2] or problem for finding in findings for problem in finding.violations]
 
 
-def test_nothing_speaks_against_a_play_that_went_right(played):
+def test_a_correct_demo_has_no_violations(played):
     simulator, generation, forged = played
 
     assert against(simulator, generation, deleted(generation), forged) == []
@@ -166,36 +166,36 @@ def test_nothing_speaks_against_a_play_that_went_right(played):
 @pytest.mark.parametrize(
     ("fields", "problem"),
     [
-        ({"dueAt": DUE + timedelta(seconds=3)}, "a DELETE came before it was due"),
-        ({"copiedAt": DUE + timedelta(seconds=3)}, "it was gone before it was copied"),
-        ({"copiedAt": None}, "not copied, or still there"),
+        ({"dueAt": DUE + timedelta(seconds=3)}, "a DELETE came before the due time"),
+        ({"copiedAt": DUE + timedelta(seconds=3)}, "it was deleted before it was copied"),
+        ({"copiedAt": None}, "not copied, or not deleted"),
         ({"outputFileName": None}, "outputFileName is missing or different"),
         ({"outputUrl": "https://elsewhere.invalid/"}, "outputUrl is missing or different"),
         ({"state": "failed", "outcome": None}, "failed "),
         ({"outcome": "already_gone"}, "deleted already_gone"),
     ],
 )
-def test_a_record_that_is_not_right_is_noticed(played, fields, problem):
+def test_the_demo_reports_a_record_that_is_wrong(played, fields, problem):
     simulator, generation, forged = played
 
     assert against(simulator, generation, deleted(generation, **fields), forged) == [problem]
 
 
-def test_a_generation_that_was_to_be_kept_and_was_touched_is_noticed(played):
+def test_the_demo_reports_a_kept_generation_that_was_called_or_deleted(played):
     simulator, generation, forged = played
     kept = Scene("kept", ends=State.KEPT, outcome=None)
     record = deleted(generation, state="kept", outcome=None)
 
-    assert against(simulator, generation, record, forged, scene=kept) == ["it was touched"]
+    assert against(simulator, generation, record, forged, scene=kept) == ["it was called or deleted"]
 
 
-def test_a_forged_webhook_that_was_taken_is_noticed(played):
+def test_the_demo_reports_a_forged_webhook_that_was_accepted(played):
     simulator, generation, forged = played
     simulator.calls.append(call(forged, DUE))
 
     assert against(simulator, generation, deleted(generation), forged, forged_status=202) == [
         "it was answered 202",
-        "it was touched",
+        "it was called or deleted",
     ]
 
 

@@ -1,4 +1,4 @@
-"""The main job on real processes: a webhook comes in, whatever is killed in between, and the generation is deleted."""
+"""The main job on real processes: a webhook leads to a deletion, whatever is killed in between."""
 
 import asyncio
 import sqlite3
@@ -72,7 +72,7 @@ async def test_a_generation_is_deleted_once_due_and_its_record_is_complete(mayfl
     assert "token=" not in service.output()
 
 
-async def test_killed_before_the_due_time_and_started_again_it_deletes_all_the_same(mayfly, simulator):
+async def test_a_service_killed_before_the_due_time_deletes_after_its_restart(mayfly, simulator):
     service = await mayfly("up", SYNC_BASE_URL=simulator.url, MAYFLY_TTL="8s", MAYFLY_MIN_TTL="1s").start()
     generations = [announced(simulator, output_file_name=f"take {number}") for number in range(5)]
     for _, announcement in generations:
@@ -89,7 +89,7 @@ async def test_killed_before_the_due_time_and_started_again_it_deletes_all_the_s
     assert len(simulator.deleted) == 5
 
 
-async def test_killed_in_the_middle_of_a_delete_it_finds_the_generation_gone(mayfly, simulator, tmp_path):
+async def test_a_service_killed_during_a_delete_finds_the_generation_gone(mayfly, simulator, tmp_path):
     service = await mayfly("up", SYNC_BASE_URL=simulator.url, **SHORT).start()
     generation, announcement = announced(simulator, output_file_name="take 1", faults={"DELETE": ["hold-after"]})
     await post(service.url, announcement)
@@ -101,7 +101,8 @@ async def test_killed_in_the_middle_of_a_delete_it_finds_the_generation_gone(may
     record = await record_once("deleted", service.url, generation)
 
     assert_complete(record, generation)
-    assert record["outcome"] == "already_gone"
+    assert record["outcome"] == "deleted"
+    assert record["receipt"]["detail"] == "answer lost, confirmed by a later 404"
     assert [event["move"] for event in record["events"]] == ["receive", "claim", "lose_lease", "claim", "confirm"]
 
 
@@ -112,7 +113,7 @@ def end_leases(ledger):
     connection.close()
 
 
-async def test_api_and_worker_are_processes_of_their_own_on_one_redis_and_postgresql(
+async def test_api_and_worker_run_as_two_processes_on_one_redis_and_postgresql(
     mayfly, simulator, postgres_url, redis_url
 ):
     shared = {
@@ -136,7 +137,7 @@ async def test_api_and_worker_are_processes_of_their_own_on_one_redis_and_postgr
     assert (await api.terminate(), await worker.terminate()) == (0, 0)
 
 
-async def test_a_worker_that_starts_later_finds_what_waited(mayfly, simulator, postgres_url, redis_url):
+async def test_a_worker_that_starts_later_deletes_what_is_due(mayfly, simulator, postgres_url, redis_url):
     shared = {
         "SYNC_BASE_URL": simulator.url,
         "MAYFLY_DATABASE_URL": postgres_url.render_as_string(hide_password=False),
@@ -154,7 +155,7 @@ async def test_a_worker_that_starts_later_finds_what_waited(mayfly, simulator, p
     assert_complete(await record_once("deleted", api.url, generation), generation)
 
 
-async def test_a_pause_outlives_a_restart(mayfly, simulator):
+async def test_a_pause_survives_a_restart(mayfly, simulator):
     environment = {"SYNC_BASE_URL": simulator.url, **SHORT}
     service = await mayfly("up", **environment).start()
     assert await run(mayfly("pause --reason audit", **environment)) == 0
@@ -189,9 +190,7 @@ async def run(command):
         ("up", {"MAYFLY_DATA_DIR": "/proc/nowhere"}, 1, "/proc/nowhere"),
     ],
 )
-async def test_what_keeps_it_from_starting_is_one_line_that_names_the_variable(
-    mayfly, command, environment, code, named
-):
+async def test_a_start_that_fails_prints_one_line_that_names_the_variable(mayfly, command, environment, code, named):
     process = mayfly(command, **environment)
 
     assert await run(process) == code
@@ -202,14 +201,14 @@ async def test_what_keeps_it_from_starting_is_one_line_that_names_the_variable(
     assert "without-its-prefix" not in process.output()
 
 
-async def test_two_missing_variables_are_named_at_once(mayfly):
+async def test_two_missing_variables_are_both_named(mayfly):
     process = mayfly("up", SYNC_API_KEY="", SYNC_WEBHOOK_SECRET="")
 
     assert await run(process) == 2
     assert [line.split()[1] for line in process.output().splitlines()] == ["SYNC_WEBHOOK_SECRET", "SYNC_API_KEY"]
 
 
-async def test_tables_that_are_not_there_are_named_with_what_to_run(mayfly, postgres):
+async def test_missing_tables_are_reported_with_the_command_to_run(mayfly, postgres):
     url = await postgres.empty()
     process = mayfly("worker", MAYFLY_DATABASE_URL=url.render_as_string(hide_password=False))
 
@@ -218,7 +217,7 @@ async def test_tables_that_are_not_there_are_named_with_what_to_run(mayfly, post
     await postgres.drop(url)
 
 
-async def test_a_port_that_is_taken_is_one_line(mayfly, simulator):
+async def test_a_port_in_use_is_reported_in_one_line(mayfly, simulator):
     port = httpx.URL(simulator.url).port
     process = mayfly("up", MAYFLY_PORT=str(port))
 
@@ -228,7 +227,7 @@ async def test_a_port_that_is_taken_is_one_line(mayfly, simulator):
     assert "MAYFLY_PORT" in told[0]
 
 
-async def test_it_ends_soon_after_it_is_asked_to(mayfly, simulator):
+async def test_the_service_ends_soon_after_sigterm(mayfly, simulator):
     service = await mayfly("up", SYNC_BASE_URL=simulator.url).start()
     began = time.monotonic()
 

@@ -87,9 +87,7 @@ async def _until_ready(process, url):
     raise AssertionError("the quick start does not get ready")
 
 
-async def test_the_quick_start_starts_a_service_that_accepts_a_webhook_and_deletes_nothing(
-    service, environment, simulator
-):
+async def test_the_quick_start_accepts_a_webhook_and_deletes_nothing(service, environment, simulator):
     said = await _run(service + CHECKS, environment)
 
     assert "failing" not in said

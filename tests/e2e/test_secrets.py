@@ -1,4 +1,4 @@
-"""After a run with every kind of trouble, no secret stands anywhere but where it belongs."""
+"""After a run with all kinds of failures, no secret is in logs, Redis, process titles or answers."""
 
 import asyncio
 import contextlib
@@ -54,18 +54,18 @@ async def redis_content(client: redis.Redis) -> str:
 
 
 @contextlib.asynccontextmanager
-async def overheard(client: redis.Redis) -> AsyncIterator[list[str]]:
+async def monitored(client: redis.Redis) -> AsyncIterator[list[str]]:
     """Note every command that Redis is sent until the block ends: what was there for a moment is seen as well."""
-    heard: list[str] = []
+    commands: list[str] = []
 
     async def listen() -> None:
         async with client.monitor() as monitor:
             while True:
-                heard.append(str((await monitor.next_command())["command"]))
+                commands.append(str((await monitor.next_command())["command"]))
 
     task = asyncio.create_task(listen())
     try:
-        yield heard
+        yield commands
     finally:
         task.cancel()
         await asyncio.gather(task, return_exceptions=True)
@@ -83,16 +83,16 @@ async def answers_to_strangers(url: str) -> str:
     """Collect what anyone may read: pages, metrics, OpenAPI, and what requests of every wrong kind are answered."""
     told = notification(input=INPUT)
     body, nameless = json.dumps(told).encode(), json.dumps(told | {"id": ""}).encode()
-    proof = webhook(body).headers
+    headers = webhook(body).headers
     huge = body + b" " * 2**20
     async with http_client(url) as client:
         requests = [
             *(client.get(path) for path in ("/metrics", "/health/ready", "/health/live", "/schema/openapi.json")),
             *(client.get(path) for path in ("/", "/schema", "/nowhere", "/api/records")),
-            client.get("/api/records", headers={"Authorization": "Bearer wrong-token-of-somebody"}),
+            client.get("/api/records", headers={"Authorization": "Bearer wrong-token-of-another-user"}),
             client.post("/webhooks/sync", content=body, headers={"Sync-Signature": "t=1,v1=00"}),
-            client.post("/webhooks/sync", content=body, headers=proof | {"Sync-Signature": f"t=1,v1={'0' * 64}"}),
-            client.post("/webhooks/sync", content=body, headers=proof | {"Content-Type": "text/plain"}),
+            client.post("/webhooks/sync", content=body, headers=headers | {"Sync-Signature": f"t=1,v1={'0' * 64}"}),
+            client.post("/webhooks/sync", content=body, headers=headers | {"Content-Type": "text/plain"}),
             client.post("/webhooks/sync", content=nameless, headers=webhook(nameless).headers),
             client.post("/webhooks/sync", content=body[:-1], headers=webhook(body[:-1]).headers),
             client.post("/webhooks/sync", content=huge, headers=webhook(huge).headers),
@@ -110,7 +110,7 @@ async def errors_of_the_operator(url: str, generation_id: str) -> str:
         answers = [
             await client.get("/api/records/nobody", headers=OPERATOR),
             await client.get("/api/records", params={"cursor": "none", "limit": 5}, headers=OPERATOR),
-            await client.post(f"/api/records/{generation_id}/release", headers=OPERATOR),
+            await client.post(f"/api/records/{generation_id}/release", json={"graceSeconds": -1}, headers=OPERATOR),
             await client.post(f"/api/records/{generation_id}/explode", headers=OPERATOR),
             await client.post("/api/pause", json={"reason": 7}, headers=OPERATOR),
         ]
@@ -127,14 +127,16 @@ async def test_no_secret_reaches_logs_redis_process_titles_errors_metrics_or_ope
         simulator.add(input=INPUT, faults={method: [fault]}) for fault in FAULTS for method in ("GET", "DELETE")
     ]
     trouble = {(fault, method) for fault in FAULTS for method in ("GET", "DELETE")}
-    waiting = simulator.add(input=INPUT, webhook_url=f"https://hooks.example.com/sync?token={INPUT_TOKEN}&ttl=1h")
+    waiting = simulator.add(
+        input=INPUT, webhook_url=f"https://hooks.example.com/webhooks/sync?token={INPUT_TOKEN}&ttl=1h"
+    )
     announced = [webhook(one.notification()) for one in (*troubled, waiting)]
     secrets = {"API key": API_KEY, "webhook secret": SECRET, "operator token": API_TOKEN}
     sent = {"script": SCRIPT, "input URL": INPUT_URL, "input token": INPUT_TOKEN}
     sent |= {f"output token {number}": one.token for number, one in enumerate((*troubled, waiting))}
 
     async with http_client(service.url) as client, redis.Redis.from_url(f"unix://{data}/redis/redis.sock") as server:
-        async with overheard(server) as heard:
+        async with monitored(server) as commands:
             for announcement in announced:
                 answer = await client.post("/webhooks/sync", content=announcement.body, headers=announcement.headers)
                 assert answer.status_code == 202
@@ -152,7 +154,7 @@ async def test_no_secret_reaches_logs_redis_process_titles_errors_metrics_or_ope
                 "process titles": process_titles(service.pid),
                 "log": service.output(),
             }
-        places["commands to Redis"] = "\n".join(heard)
+        places["commands to Redis"] = "\n".join(commands)
 
     # What is looked for was there to be found, and where it was looked for is something.
     bodies = b"".join(announcement.body for announcement in announced).decode()

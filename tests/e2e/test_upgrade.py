@@ -1,4 +1,4 @@
-"""A rolling upgrade: the newer release has migrated, and this one still runs beside it on the same tables."""
+"""A rolling upgrade: this release still runs on the tables that the next release has migrated."""
 
 import pytest
 from sqlalchemy import URL, text
@@ -58,7 +58,7 @@ async def test_web_and_worker_of_this_release_run_on_the_tables_of_the_next(expa
     assert await eventually(lambda: generation.id in simulator.deleted, seconds=30)
 
 
-async def test_migrate_of_this_release_leaves_the_tables_of_the_next_alone(expanded_url, mayfly):
+async def test_migrate_does_not_change_the_tables_of_the_next_release(expanded_url, mayfly):
     migrate = mayfly("migrate", MAYFLY_DATABASE_URL=shown(expanded_url))
     migrate.spawn()
 

@@ -1,4 +1,4 @@
-"""Random faults against a whole system for a bounded time, then healing: what is left is for the judge."""
+"""Random faults against a whole system for a bounded time, then recovery."""
 
 import asyncio
 import contextlib
@@ -74,7 +74,7 @@ class Chaos:
         self.healing_seconds = time.monotonic() - begun
 
     async def _start(self, member: Member) -> None:
-        """Start *member* as a supervisor does: again, when it ends because the ledger is away at that moment."""
+        """Start *member* as a supervisor does: again if it ends because the ledger does not answer."""
         async with asyncio.timeout(30):
             while True:
                 with contextlib.suppress(ProcessError):

@@ -1,4 +1,4 @@
-"""What the fault tests run on: processes that start fast, a ledger on either database, a system of their own."""
+"""The fixtures of the fault tests: processes that start fast, a ledger on either database, whole systems."""
 
 from collections.abc import AsyncIterator, Iterator
 from pathlib import Path
@@ -7,7 +7,7 @@ import pytest
 from sqlalchemy import URL
 
 from tests.faults.databases import Ledger, Postgres, PostgresLedger, SqliteLedger, postgres_of_ones_own
-from tests.faults.processes import Nursery
+from tests.faults.processes import ProcessStarter
 from tests.faults.system import System, running
 
 
@@ -17,11 +17,11 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
 
 
 @pytest.fixture(scope="session")
-def nursery() -> Iterator[Nursery]:
+def starter() -> Iterator[ProcessStarter]:
     """The parent of all processes."""
-    nursery = Nursery()
-    yield nursery
-    nursery.close()
+    starter = ProcessStarter()
+    yield starter
+    starter.close()
 
 
 @pytest.fixture
@@ -34,36 +34,36 @@ def ledger(database_url: URL) -> Iterator[Ledger]:
 
 @pytest.fixture
 def sqlite_ledger(sqlite_url: URL) -> Iterator[Ledger]:
-    """The same on SQLite alone, for what does not depend on the kind."""
+    """The same on SQLite only, for tests that do not depend on the database."""
     found = _ledger(sqlite_url)
     yield found
     found.close()
 
 
 @pytest.fixture
-async def system(nursery: Nursery, tmp_path: Path, sqlite_ledger: Ledger) -> AsyncIterator[System]:
+async def system(starter: ProcessStarter, tmp_path: Path, sqlite_ledger: Ledger) -> AsyncIterator[System]:
     """A system on SQLite."""
-    async with running(nursery, tmp_path, sqlite_ledger) as system:
+    async with running(starter, tmp_path, sqlite_ledger) as system:
         yield system
 
 
 @pytest.fixture
-async def either_system(nursery: Nursery, tmp_path: Path, ledger: Ledger) -> AsyncIterator[System]:
+async def either_system(starter: ProcessStarter, tmp_path: Path, ledger: Ledger) -> AsyncIterator[System]:
     """A system: the test runs once on each kind of database."""
-    async with running(nursery, tmp_path, ledger) as system:
+    async with running(starter, tmp_path, ledger) as system:
         yield system
 
 
 @pytest.fixture
 async def both(
-    nursery: Nursery, tmp_path: Path, sqlite_ledger: Ledger, postgres_url: URL
+    starter: ProcessStarter, tmp_path: Path, sqlite_ledger: Ledger, postgres_url: URL
 ) -> AsyncIterator[tuple[System, System]]:
     """A system on SQLite and one on PostgreSQL."""
     ledger = _ledger(postgres_url)
     folders = [tmp_path / "on_sqlite", tmp_path / "on_postgresql"]
     for folder in folders:
         folder.mkdir()
-    async with running(nursery, folders[0], sqlite_ledger) as first, running(nursery, folders[1], ledger) as second:
+    async with running(starter, folders[0], sqlite_ledger) as first, running(starter, folders[1], ledger) as second:
         yield first, second
     ledger.close()
 
@@ -86,21 +86,21 @@ async def mortal_postgres(_mortal_postgres: Postgres) -> AsyncIterator[Postgres]
 
 
 @pytest.fixture
-async def mortal_system(nursery: Nursery, tmp_path: Path, mortal_postgres: Postgres) -> AsyncIterator[System]:
+async def mortal_system(starter: ProcessStarter, tmp_path: Path, mortal_postgres: Postgres) -> AsyncIterator[System]:
     """A system on that PostgreSQL."""
     ledger = await mortal_postgres.ledger()
     folder = tmp_path / "on_mortal_postgresql"
     folder.mkdir()
-    async with running(nursery, folder, ledger) as system:
+    async with running(starter, folder, ledger) as system:
         yield system
     ledger.close()
 
 
 @pytest.fixture
-async def postgres_system(nursery: Nursery, tmp_path: Path, postgres_url: URL) -> AsyncIterator[System]:
+async def postgres_system(starter: ProcessStarter, tmp_path: Path, postgres_url: URL) -> AsyncIterator[System]:
     """A system on PostgreSQL."""
     ledger = PostgresLedger(str(postgres_url.query["host"]), postgres_url.database or "")
-    async with running(nursery, tmp_path, ledger) as system:
+    async with running(starter, tmp_path, ledger) as system:
         yield system
     ledger.close()
 

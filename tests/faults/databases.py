@@ -63,7 +63,7 @@ class Ledger(Protocol):
 
     @property
     def reach(self) -> Reach | None:
-        """Whether its server can be reached; None for one that the test does not take away."""
+        """Whether its server can be reached; None for one that the test does not stop."""
 
     async def rows(self) -> list[Row]:
         """Return all records, as a second connection sees them."""
@@ -257,7 +257,7 @@ def postgres_of_ones_own() -> Iterator[Postgres]:
     """
     folder = Path(tempfile.mkdtemp(prefix="mayfly-pg-"))  # short, for the socket's path
     try:
-        folder.chmod(0o755)  # as root the server runs as somebody else
+        folder.chmod(0o755)  # as root the server runs as another user
         (folder / "data").mkdir()
         with contextlib.closing(Postgres(folder / "data")) as server:
             yield server

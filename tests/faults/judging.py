@@ -1,4 +1,4 @@
-"""The judge: what went in against what came out, seen from outside alone (invariants I1 to I7)."""
+"""The verdict on a run: compares input and output, seen from outside only (invariants I1 to I8)."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -41,7 +41,7 @@ class WatchedCalls(list[Call]):
         super().append(call)
         if call.operation is not Operation.DELETE:
             return
-        self._look(call.generation_id)
+        self._check_copy(call.generation_id)
 
     async def keep_looking(self) -> None:
         """Ask, for ever, about what could not be seen: long before another attempt could make up for its copy."""
@@ -49,9 +49,9 @@ class WatchedCalls(list[Call]):
             await asyncio.sleep(0.05)
             unseen, self.unseen = self.unseen, []
             for generation_id in unseen:
-                self._look(generation_id)
+                self._check_copy(generation_id)
 
-    def _look(self, generation_id: str) -> None:
+    def _check_copy(self, generation_id: str) -> None:
         is_there = self._has_copy(generation_id)
         if is_there is None:
             self.unseen.append(generation_id)
@@ -69,11 +69,12 @@ class Verdict:
     uninvited: list[str] = field(default_factory=list)  # I5
     leaked: list[str] = field(default_factory=list)  # I6
     unhealthy: list[str] = field(default_factory=list)  # I7
+    untrue: list[str] = field(default_factory=list)  # I8
 
     @property
     def all(self) -> list[str]:
         """Every breach."""
-        return [*self.lost, *self.early, *self.unrecorded, *self.uninvited, *self.leaked, *self.unhealthy]
+        return [*self.lost, *self.early, *self.unrecorded, *self.uninvited, *self.leaked, *self.unhealthy, *self.untrue]
 
 
 def judge(
@@ -86,9 +87,9 @@ def judge(
     may_fail: frozenset[str] = frozenset(),
     unhealthy: Sequence[str] = (),
 ) -> Verdict:
-    """Judge a run after it was drained; *may_fail* are the ids that a person has to look at.
+    """Judge a run after it was drained; *may_fail* are the ids that may need an operator.
 
-    *unhealthy* are the late and wrong answers about health that the pulse met.
+    *unhealthy* are the late and wrong answers about health that the health_monitor met.
     """
     verdict = Verdict(unhealthy=list(unhealthy))
     _judge_rows(verdict, sent, rows, simulator, may_fail)
@@ -116,7 +117,7 @@ def _judge_rows(
         if row.state == "failed" and row.id not in may_fail:
             verdict.lost.append(f"I4 {row.id} was given up: {row.last_error}")
         if row.state == "deleted" and row.id in simulator.generations:
-            verdict.lost.append(f"I4 {row.id} is called deleted and still there")
+            verdict.untrue.append(f"I8 {row.id} is called deleted and still there ({row.outcome})")
         if row.outcome == "deleted" and not row.copy:
             verdict.unrecorded.append(f"I2 {row.id} was deleted and has no copy")
 

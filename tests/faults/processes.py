@@ -66,7 +66,7 @@ class Process:
         return self.last_signal in (None, signal.SIGCONT) and self.exit_code is None
 
     def send(self, number: signal.Signals) -> None:
-        """Send a signal; one that is gone hears nothing."""
+        """Send a signal, unless the process has ended."""
         self.signalled_at, self.last_signal = time.monotonic(), number
         if self.exit_code is None:
             with contextlib.suppress(ProcessLookupError):
@@ -128,12 +128,12 @@ class Process:
         return int(line.split()[1]) / 1024
 
 
-class Nursery:
-    """Starts processes; see nursery.py."""
+class ProcessStarter:
+    """Starts processes; see starter.py."""
 
     def __init__(self) -> None:
         self._parent = subprocess.Popen(
-            [sys.executable, "-m", "tests.faults.nursery"],
+            [sys.executable, "-m", "tests.faults.forking"],
             cwd=ROOT,
             env=_clean_environment(),
             stdin=subprocess.PIPE,
@@ -160,14 +160,14 @@ class Nursery:
         return Process(self._answer()["pid"], log)
 
     def close(self) -> None:
-        """End the nursery and whatever it started that still runs."""
+        """End the starter and all its processes that still run."""
         self._parent.communicate(timeout=10)
 
     def _answer(self) -> dict[str, Any]:
         assert self._parent.stdout is not None
         line = self._parent.stdout.readline()
         if not line:
-            raise ProcessError("the nursery is gone")
+            raise ProcessError("the starter has ended")
         answer: dict[str, Any] = json.loads(line)
         return answer
 

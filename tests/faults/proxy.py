@@ -1,4 +1,4 @@
-"""A TCP proxy that stalls, cuts or loses what passes it, at bytes the test names (gate G2)."""
+"""A TCP proxy that stalls, cuts or loses data at bytes that the test names (gate G2)."""
 
 import asyncio
 import contextlib
@@ -26,7 +26,7 @@ class Proxy:
         self._tasks: set[asyncio.Task[None]] = set()
 
     def trouble(self, kind: Trouble, needle: bytes, *, after: bytes = b"", once: bool = False) -> None:
-        """Let requests that hold *needle* meet trouble from now on, or *once*; only behind *after* on a connection."""
+        """Disturb requests that contain *needle* from now on, or *once*; on a connection only after *after*."""
         self._trouble, self._needle, self._after, self._is_once = kind, needle, after, once
         self._released.clear()
         self.reached.clear()
@@ -80,10 +80,10 @@ class Proxy:
     async def _requests(
         self, reader: asyncio.StreamReader, upstream: asyncio.StreamWriter, is_losing: asyncio.Event
     ) -> None:
-        is_behind = False
+        is_after = False
         while data := await reader.read(65536):
-            is_behind = is_behind or (self._trouble is not None and self._after in data)
-            if self._trouble is not None and is_behind and self._needle in data:
+            is_after = is_after or (self._trouble is not None and self._after in data)
+            if self._trouble is not None and is_after and self._needle in data:
                 trouble = self._trouble
                 self.reached.set()
                 if self._is_once:

@@ -1,4 +1,4 @@
-"""A whole Mayfly under test: simulator, Redis, ledger and processes, and the one way to send, drain and judge."""
+"""A whole system under test: simulator, Redis, ledger and processes; sending, draining and the verdict."""
 
 import asyncio
 import contextlib
@@ -18,9 +18,9 @@ from service.jobs import connection, enqueue
 from service.jobs.enqueue import CleanupJob
 from service.simulator import Call, Generation, Operation, Simulator
 from tests.faults.databases import Ledger, Row, migrated_sqlite
+from tests.faults.health_monitor import HealthMonitor
 from tests.faults.judging import FINAL, Sent, Verdict, WatchedCalls, judge
-from tests.faults.processes import Nursery, Process, RedisServer
-from tests.faults.pulse import Pulse
+from tests.faults.processes import Process, ProcessStarter, RedisServer
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
 from tests.support.webhooks import SECRET
@@ -30,7 +30,7 @@ T = TypeVar("T")
 API_KEY = "sk-faults-0123456789abcdef"
 TOKEN = "operator-token-of-the-fault-tests"
 SECRETS = (SECRET, API_KEY, TOKEN)
-# The pulse must not wait for a connection that a hundred webhooks have in use.
+# The health_monitor must not wait for a connection that a hundred webhooks have in use.
 _NO_TIME = timedelta(0)
 _MANY = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 
@@ -39,13 +39,13 @@ _MANY = httpx.Limits(max_connections=None, max_keepalive_connections=20)
 class System:
     """What a fault test works with; made by *running*."""
 
-    nursery: Nursery
+    starter: ProcessStarter
     folder: Path
     simulator: Simulator
     redis: RedisServer
     ledger: Ledger
     client: httpx.AsyncClient
-    pulse: Pulse
+    health_monitor: HealthMonitor
     environment: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     sent: list[Sent] = field(default_factory=list)
@@ -66,7 +66,7 @@ class System:
     ) -> Process:
         """Start a ``mayfly`` command, or another *module* that stands for it, and wait for nothing."""
         log = self.folder / f"{command}-{len(self.processes)}.log"
-        process = self.nursery.start(
+        process = self.starter.start(
             module,
             [command, *arguments],
             environment={
@@ -95,15 +95,15 @@ class System:
         """Start ``mayfly api``, wait until it serves, and have an eye on its health from then on."""
         process = self.spawn("api", **environment)
         await process.logged("web.started")
-        self.pulse.follow(process, int(environment.get("MAYFLY_PORT", self.port)))
+        self.health_monitor.follow(process, int(environment.get("MAYFLY_PORT", self.port)))
         return process
 
     async def worker(self, *, without: str | None = None, **environment: str) -> Process:
-        """Start ``mayfly worker``, or one *without* a part (see crippled.py), and wait until it works."""
+        """Start ``mayfly worker``, or one *without* a part (see partial_workers.py), and wait until it works."""
         if without is None:
             process = self.spawn("worker", **environment)
         else:
-            process = self.spawn("worker", module="tests.faults.crippled", arguments=[without], **environment)
+            process = self.spawn("worker", module="tests.faults.partial_workers", arguments=[without], **environment)
         await process.logged("worker.started")
         return process
 
@@ -222,7 +222,7 @@ class System:
             logs=[process.log for process in self.processes],
             secrets=SECRETS,
             may_fail=frozenset(one.id for one in may_fail),
-            unhealthy=self.pulse.breaches,
+            unhealthy=self.health_monitor.breaches,
         )
 
     async def held(self, generation: Generation) -> None:
@@ -257,7 +257,12 @@ class System:
 
 @contextlib.asynccontextmanager
 async def running(
-    nursery: Nursery, folder: Path, ledger: Ledger, *, environment: Mapping[str, str] | None = None, **options: str
+    starter: ProcessStarter,
+    folder: Path,
+    ledger: Ledger,
+    *,
+    environment: Mapping[str, str] | None = None,
+    **options: str,
 ) -> AsyncIterator[System]:
     """Run a simulator and a Redis with *options* for a System whose processes the test starts; end all of it."""
     simulator = Simulator(api_key=API_KEY, webhook_secret=SECRET, seed=0)
@@ -267,9 +272,9 @@ async def running(
     async with (
         simulator.serve(),
         httpx.AsyncClient(verify=False, trust_env=False, timeout=10, limits=_MANY) as client,  # noqa: S501
-        Pulse(client, server.reach, ledger.reach).beating() as pulse,
+        HealthMonitor(client, server.reach, ledger.reach).running() as health_monitor,
     ):
-        system = System(nursery, folder, simulator, server, ledger, client, pulse, dict(environment or {}))
+        system = System(starter, folder, simulator, server, ledger, client, health_monitor, dict(environment or {}))
         looking = asyncio.create_task(calls.keep_looking())
         try:
             yield system
@@ -285,7 +290,7 @@ async def running(
 
 
 async def at_once(
-    nursery: Nursery, folder: Path, scenarios: Mapping[str, Callable[[System], Awaitable[T]]]
+    starter: ProcessStarter, folder: Path, scenarios: Mapping[str, Callable[[System], Awaitable[T]]]
 ) -> dict[str, T]:
     """Play *scenarios*, each in a system of its own on SQLite, at the same time: most of it is waiting.
 
@@ -297,7 +302,7 @@ async def at_once(
         ledgers[name] = await migrated_sqlite(folder / name)
 
     async def play(name: str) -> T:
-        async with running(nursery, folder / name, ledgers[name]) as system:
+        async with running(starter, folder / name, ledgers[name]) as system:
             return await _noted(scenarios[name], system)
 
     async with asyncio.TaskGroup() as group:

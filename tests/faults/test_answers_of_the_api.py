@@ -1,4 +1,4 @@
-"""Rows 49 to 60: what each answer of the API leads to, over the whole of a running Mayfly."""
+"""Rows 49 to 60: what follows from each answer of the API, in a whole system."""
 
 import asyncio
 import contextlib
@@ -14,7 +14,7 @@ import pytest_asyncio
 
 from service.simulator import Generation, Operation, Simulator
 from tests.faults.databases import Row, migrated_sqlite
-from tests.faults.processes import Nursery
+from tests.faults.processes import ProcessStarter
 from tests.faults.system import TOKEN, System, at_once, overdue, running
 from tests.support.waiting import eventually
 
@@ -28,11 +28,11 @@ PROMISED = (
 
 
 @pytest_asyncio.fixture(scope="module", loop_scope="module")
-async def shared(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
+async def shared(starter: ProcessStarter, tmp_path_factory: pytest.TempPathFactory) -> AsyncIterator[System]:
     """One system for all of them: each test has generations of its own."""
     folder = tmp_path_factory.mktemp("answers")
     ledger = await migrated_sqlite(folder)
-    async with running(nursery, folder, ledger) as system:
+    async with running(starter, folder, ledger) as system:
         system.is_enqueueing = True  # what is judged here is what an answer leads to, not who wakes up for the next one
         await asyncio.gather(system.api(), system.worker())
         yield system
@@ -40,10 +40,10 @@ async def shared(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> 
 
 
 @pytest_asyncio.fixture(loop_scope="module")
-async def own(nursery: Nursery, tmp_path: Path) -> AsyncIterator[System]:
+async def own(starter: ProcessStarter, tmp_path: Path) -> AsyncIterator[System]:
     """A system for one test alone."""
     ledger = await migrated_sqlite(tmp_path)
-    async with running(nursery, tmp_path, ledger) as system:
+    async with running(starter, tmp_path, ledger) as system:
         yield system
     ledger.close()
 
@@ -56,7 +56,7 @@ async def _good_to_the_end(shared: System) -> AsyncIterator[None]:
     assert not [*verdict.early, *verdict.unrecorded, *verdict.uninvited, *verdict.leaked]
 
 
-async def test_the_record_holds_every_field_the_api_promises(shared: System):
+async def test_the_record_has_every_field_that_the_api_documents(shared: System):
     generation = await shared.accepted(
         shared.generation(text_input=True, output_file_name="take 7", project_id="612bb64a-e7f4-40c1-977b-3e9797845637")
     )
@@ -88,7 +88,7 @@ async def table(shared: System, method: str, scripts: Sequence[list[str]]) -> li
     return [(script[0], one, row) for script, one, row in zip(scripts, generations, rows, strict=True)]
 
 
-async def test_a_generation_that_is_gone_is_settled_without_a_delete(shared: System):
+async def test_a_generation_that_is_gone_is_confirmed_without_a_delete(shared: System):
     for fault, generation, row in await table(shared, "get", [["404"], ["410"]]):
         record = await shared.record(generation)
 
@@ -97,7 +97,7 @@ async def test_a_generation_that_is_gone_is_settled_without_a_delete(shared: Sys
         assert record["outputUrl"] == generation.body()["outputUrl"], fault
 
 
-async def test_a_look_that_cannot_be_read_is_followed_by_no_delete_and_tried_again(shared: System):
+async def test_after_an_unreadable_get_no_delete_is_sent_and_the_attempt_is_retried(shared: System):
     worker = next(process for process in shared.processes if process.log.name.startswith("worker"))
     before = worker.resident_megabytes
     faults = ["html", "invalid-json", "truncated", "non-utf8", "huge:megabytes=64", "204", "202", "processing"]
@@ -110,14 +110,14 @@ async def test_a_look_that_cannot_be_read_is_followed_by_no_delete_and_tried_aga
     assert worker.resident_megabytes - before < 40
 
 
-async def test_a_delete_is_confirmed_by_nothing_less_than_the_api(shared: System):
+async def test_only_the_apis_own_answer_confirms_a_delete(shared: System):
     for fault, generation, row in await table(shared, "delete", [["204"], ["404"], ["410"]]):
         assert row.outcome == ("deleted" if fault == "204" else "already_gone"), fault
         assert row.copy is not None, fault
         assert len(shared.calls(generation)) == 1, fault
 
 
-async def test_a_delete_that_is_not_confirmed_is_tried_again_until_it_is(shared: System):
+async def test_an_unconfirmed_delete_is_retried_until_it_is_confirmed(shared: System):
     faults = [
         *("202", "409", "409-conflict", "429:retry_after=1", "500", "502", "503", "504", "drop", "reset", "lost"),
         *("truncated", "invalid-json", "html", "non-utf8", "huge:megabytes=8"),
@@ -128,7 +128,7 @@ async def test_a_delete_that_is_not_confirmed_is_tried_again_until_it_is(shared:
         assert generation.id not in shared.simulator.generations, fault
 
 
-async def test_a_conflict_is_waited_for_twenty_times_and_shown_meanwhile(shared: System):
+async def test_a_409_is_retried_twenty_times_and_shown_meanwhile(shared: System):
     generation = await shared.accepted(shared.generation(delete=["409*20"]))
     seen = set()
     async with asyncio.timeout(40):
@@ -141,7 +141,7 @@ async def test_a_conflict_is_waited_for_twenty_times_and_shown_meanwhile(shared:
     assert "the API answered 409 generation_not_deletable_while_processing" in seen
 
 
-async def test_retry_after_is_obeyed_within_a_second_and_a_day(shared: System):
+async def test_retry_after_is_obeyed_between_a_second_and_a_day(shared: System):
     asked = {
         "503:retry_after=120": (120, 133),
         "503:date=120": (117, 133),
@@ -160,7 +160,7 @@ async def test_retry_after_is_obeyed_within_a_second_and_a_day(shared: System):
         assert low - 1 <= (row.wake_at - first.at).total_seconds() <= high + 1, fault
 
 
-async def test_a_429_slows_every_record_of_every_worker_down_and_its_own_by_what_was_asked(own: System):
+async def test_a_429_pauses_all_workers_and_delays_its_record_by_its_retry_after(own: System):
     system = own
     _, *workers = await asyncio.gather(system.api(), system.worker(), system.worker())
     first = await system.accepted(system.generation(delete=["429:body=120"]))
@@ -172,7 +172,9 @@ async def test_a_429_slows_every_record_of_every_worker_down_and_its_own_by_what
     await overdue(system, others[-1])
     await asyncio.sleep(3)  # either worker has looked at them more than once
     assert [call for one in others for call in system.calls(one, Operation.GET)] == []
-    assert (await system.health())[1]["parts"]["deletions"]["detail"].count("the API has had too many calls") == 1
+    assert (await system.health())[1]["parts"]["deletions"]["detail"].count(
+        "the API answered 429, too many requests"
+    ) == 1
     await asyncio.gather(*(worker.kill() for worker in workers))
     operator = {"authorization": f"Bearer {TOKEN}"}
     resumed = await system.client.post(f"{system.url}/api/resume", headers=operator)  # as the wait would
@@ -183,7 +185,7 @@ async def test_a_429_slows_every_record_of_every_worker_down_and_its_own_by_what
     assert not (await system.judged()).all
 
 
-async def test_three_workers_together_use_the_whole_budget_and_no_more(own: System):
+async def test_three_workers_together_use_exactly_the_budget(own: System):
     system = own
     await system.api()
     generations = [await system.accepted(system.generation()) for _ in range(60)]
@@ -197,7 +199,7 @@ async def test_three_workers_together_use_the_whole_budget_and_no_more(own: Syst
     # 5 calls a second, and two for each record; the first and the last window are not seen whole.
     assert 5 * (seconds - 3) <= calls <= 5 * (seconds + 3)
     assert len(deleted) >= 2.5 * (seconds - 3)
-    assert not [event for process in system.processes for event in process.events("cleanup.given_back")]
+    assert not [event for process in system.processes for event in process.events("cleanup.returned")]
     assert not (await system.judged()).early
 
 
@@ -235,7 +237,7 @@ async def test_a_redirect_is_never_followed_and_the_key_goes_nowhere_else(shared
     assert elsewhere.calls == []
 
 
-async def test_a_silent_api_is_given_up_within_its_limit_and_the_next_look_settles_it(shared: System):
+async def test_a_slow_answer_times_out_and_the_next_attempt_settles_it(shared: System):
     generation = await shared.accepted(shared.generation(get=["slow:interval=1"]))
     begun = datetime.now(UTC)
     row = await put_off(shared, generation)
@@ -246,7 +248,7 @@ async def test_a_silent_api_is_given_up_within_its_limit_and_the_next_look_settl
     await shared.until(generation, "deleted")
 
 
-async def test_an_api_that_cannot_be_reached_is_network_trouble_and_fails_nothing(nursery: Nursery, tmp_path: Path):
+async def test_an_unreachable_api_fails_no_record(starter: ProcessStarter, tmp_path: Path):
     with no_one_answers() as port:
         addresses = {
             "refused": "http://127.0.0.1:9",
@@ -255,7 +257,7 @@ async def test_an_api_that_cannot_be_reached_is_network_trouble_and_fails_nothin
             "silent": f"http://127.0.0.1:{port}",
         }
         reach = {name: partial(cannot_be_reached, address) for name, address in addresses.items()}
-        seconds = await at_once(nursery, tmp_path, reach)
+        seconds = await at_once(starter, tmp_path, reach)
 
     # Its connect timeout is 5 s, and the due time up to 1 s away.
     assert 4.5 < seconds.pop("silent") < 9

@@ -1,6 +1,6 @@
-"""Rows 29 to 48: whatever a sender puts into headers, bodies and ids, at a real web side; see also tests/unit.
+"""Rows 29 to 48: bad headers, bodies and ids at a real web side; see also tests/unit.
 
-No input may lead to a 5xx, to a record without a proof, or to an answer that takes long.
+No input may cause a 5xx, a record without a valid signature, or a slow answer.
 """
 
 import gzip
@@ -37,15 +37,15 @@ FIELDS = st.sampled_from([*notification(), "errorCode", "metrics", "projectId", 
 
 
 @pytest.fixture(scope="module")
-def site(nursery: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Website]:  # noqa: ANN401
+def site(starter: Any, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Website]:  # noqa: ANN401
     """One web side for all of them, with no Redis: nothing here may need one."""
-    with website(nursery, tmp_path_factory.mktemp("bad")) as site:
+    with website(starter, tmp_path_factory.mktemp("bad")) as site:
         yield site
 
 
 @FUZZ
 @given(header=st.binary(max_size=300).filter(lambda text: not set(text) & set(b"\r\n\0")))
-def test_no_signature_header_whatsoever_is_taken_or_breaks_anything(site: Website, header: bytes):
+def test_no_malformed_signature_header_is_accepted_or_causes_an_error(site: Website, header: bytes):
     body = webhook().body
     status = site.raw(
         b"POST", b"/webhooks/sync", body, {b"content-type": b"application/json", b"sync-signature": header}
@@ -59,7 +59,7 @@ def test_no_signature_header_whatsoever_is_taken_or_breaks_anything(site: Websit
     t=st.text(max_size=12) | st.integers().map(str),
     v1=st.lists(st.text(max_size=70) | st.binary(min_size=32, max_size=32).map(bytes.hex), max_size=20),
 )
-def test_no_made_up_time_and_digest_is_a_proof(site: Website, t: str, v1: list[str]):
+def test_no_generated_time_and_digest_is_a_valid_signature(site: Website, t: str, v1: list[str]):
     text = ",".join([f"t={t}", *(f"v1={one}" for one in v1)])
     header = "".join(letter for letter in text if letter not in "\r\n\0").encode()
     status = site.raw(b"POST", b"/webhooks/sync", webhook().body, {b"sync-signature": header})
@@ -81,7 +81,7 @@ HUGE = {
 
 
 @pytest.mark.parametrize("header", HUGE.values(), ids=HUGE)
-def test_a_huge_signature_header_is_refused_after_five_milliseconds_of_work_at_most(site: Website, header: bytes):
+def test_a_huge_signature_header_is_refused_within_five_milliseconds(site: Website, header: bytes):
     text, body, now = header.decode("latin-1"), webhook().body, datetime.now(UTC)
 
     def refused() -> float:
@@ -94,7 +94,7 @@ def test_a_huge_signature_header_is_refused_after_five_milliseconds_of_work_at_m
     assert site.raw(b"POST", b"/webhooks/sync", body, {b"sync-signature": header}) in (400, 401, 431)
 
 
-def test_a_header_of_a_megabyte_ends_its_connection_and_nothing_else(site: Website):
+def test_a_header_of_a_megabyte_ends_only_its_connection(site: Website):
     assert site.raw(b"POST", b"/webhooks/sync", b"{}", {b"sync-signature": b"x" * 2**20}) in (400, 401, 431, None)
     assert site.client.get("/health/live").status_code == 200
 
@@ -102,8 +102,8 @@ def test_a_header_of_a_megabyte_ends_its_connection_and_nothing_else(site: Websi
 @pytest.mark.parametrize("is_first", [True, False])
 def test_of_two_signature_headers_the_first_counts_and_must_sign_the_body(site: Website, *, is_first: bool):
     sent = webhook()
-    proofs = [signature(sent.body).encode(), signature(b"another body").encode()]
-    pairs = [(b"sync-signature", proof) for proof in (proofs if is_first else reversed(proofs))]
+    signatures = [signature(sent.body).encode(), signature(b"another body").encode()]
+    pairs = [(b"sync-signature", value) for value in (signatures if is_first else reversed(signatures))]
     status = site.raw(b"POST", b"/webhooks/sync", sent.body, pairs)
 
     assert status == (202 if is_first else 401)
@@ -111,7 +111,7 @@ def test_of_two_signature_headers_the_first_counts_and_must_sign_the_body(site: 
 
 @FUZZ
 @given(body=st.binary(max_size=400) | JSON.map(lambda value: json.dumps(value).encode()))
-def test_no_proven_body_breaks_anything(site: Website, body: bytes):
+def test_no_signed_body_causes_an_error(site: Website, body: bytes):
     answer = site.post(body)
 
     assert answer.status_code in (202, 400)
@@ -119,7 +119,7 @@ def test_no_proven_body_breaks_anything(site: Website, body: bytes):
 
 @FUZZ
 @given(field=FIELDS, value=JSON)
-def test_no_value_of_any_field_breaks_anything_and_what_is_taken_can_be_read_again(
+def test_no_field_value_causes_an_error_and_a_stored_record_can_be_read(
     site: Website,
     field: str,
     value: Any,  # noqa: ANN401 - any JSON
@@ -161,7 +161,7 @@ def test_no_value_of_any_field_breaks_anything_and_what_is_taken_can_be_read_aga
     ],
     ids=range(22),
 )
-def test_what_two_readers_could_take_for_two_things_is_refused(site: Website, body: bytes):
+def test_a_body_that_json_readers_interpret_differently_is_refused(site: Website, body: bytes):
     before = site.count()
 
     assert site.post(body).status_code == 400
@@ -170,7 +170,7 @@ def test_what_two_readers_could_take_for_two_things_is_refused(site: Website, bo
 
 @FUZZ
 @given(generation_id=st.text(max_size=300))
-def test_an_id_is_refused_or_taken_as_it_is(site: Website, generation_id: str):
+def test_an_id_is_refused_or_stored_unchanged(site: Website, generation_id: str):
     raw = json.dumps(notification(id=generation_id)).encode()
     answer = site.post(raw)
 
@@ -183,7 +183,7 @@ def test_an_id_is_refused_or_taken_as_it_is(site: Website, generation_id: str):
 
 
 @pytest.mark.parametrize("status", ["PENDING", "PROCESSING", "COMPLETED_BUT_NEW", "completed", "ARCHIVED"])
-def test_a_status_that_is_not_terminal_or_not_known_makes_no_record(site: Website, status: str):
+def test_a_status_that_is_unknown_or_not_terminal_makes_no_record(site: Website, status: str):
     before = site.count()
     answer = site.post(json.dumps(notification(status=status, isNew={"yes": [1]})).encode())
 
@@ -191,7 +191,7 @@ def test_a_status_that_is_not_terminal_or_not_known_makes_no_record(site: Websit
     assert site.count() == before
 
 
-def test_a_running_that_arrives_after_the_end_leaves_the_record_scheduled(site: Website):
+def test_a_processing_webhook_after_the_end_leaves_the_record_scheduled(site: Website):
     done = notification()
     assert site.post(json.dumps(done).encode()).json()["state"] == "scheduled"
     assert site.post(json.dumps(done | {"status": "PROCESSING"}).encode()).json()["state"] == "ignored"
@@ -199,7 +199,7 @@ def test_a_running_that_arrives_after_the_end_leaves_the_record_scheduled(site: 
     assert site.record(str(done["id"])).json()["state"] == "scheduled"
 
 
-def test_another_end_keeps_the_first_and_never_shortens_the_time(site: Website):
+def test_a_second_terminal_webhook_keeps_the_first_and_never_shortens_the_ttl(site: Website):
     first = notification(webhookUrl="https://hooks.example.com/webhooks/sync?ttl=72h")
     due_at = site.post(json.dumps(first).encode()).json()["dueAt"]
     again = first | {"status": "FAILED", "webhookUrl": "https://hooks.example.com/webhooks/sync?ttl=1h"}
@@ -212,7 +212,7 @@ def test_another_end_keeps_the_first_and_never_shortens_the_time(site: Website):
 
 
 @pytest.mark.parametrize("state", ["scheduled", "deleted"])
-def test_a_webhook_that_is_sent_again_days_later_with_a_fresh_signature_is_known(site: Website, state: str):
+def test_a_webhook_resent_days_later_with_a_new_signature_is_a_duplicate(site: Website, state: str):
     sent = webhook(at=time.time() - 200)
     assert site.client.post("/webhooks/sync", content=sent.body, headers=sent.headers).status_code == 202
     before = site.count()
@@ -231,32 +231,32 @@ def test_a_webhook_that_is_sent_again_days_later_with_a_fresh_signature_is_known
     assert datetime.now(UTC) - datetime.fromisoformat(record["receivedAt"]) > timedelta(days=3)
 
 
-PROVEN = webhook()
+SIGNED = webhook()
 OTHER_BYTES = {
-    "written anew": json.dumps(json.loads(PROVEN.body), indent=2).encode(),
-    "without blanks": json.dumps(json.loads(PROVEN.body), separators=(",", ":")).encode(),
-    "sorted": json.dumps(json.loads(PROVEN.body), sort_keys=True).encode(),
-    "a line more": PROVEN.body + b"\n",
-    "a line before": b"\n" + PROVEN.body,
-    "a mark before": b"\xef\xbb\xbf" + PROVEN.body,
-    "packed": gzip.compress(PROVEN.body),
-    "in capitals": PROVEN.body.upper(),
-    "a byte less": PROVEN.body[:-1],
+    "written anew": json.dumps(json.loads(SIGNED.body), indent=2).encode(),
+    "without blanks": json.dumps(json.loads(SIGNED.body), separators=(",", ":")).encode(),
+    "sorted": json.dumps(json.loads(SIGNED.body), sort_keys=True).encode(),
+    "a line more": SIGNED.body + b"\n",
+    "a line before": b"\n" + SIGNED.body,
+    "a mark before": b"\xef\xbb\xbf" + SIGNED.body,
+    "packed": gzip.compress(SIGNED.body),
+    "in capitals": SIGNED.body.upper(),
+    "a byte less": SIGNED.body[:-1],
 }
 
 
 @pytest.mark.parametrize("body", OTHER_BYTES.values(), ids=OTHER_BYTES)
-def test_a_right_signature_proves_no_other_bytes_than_those_it_was_made_of(site: Website, body: bytes):
+def test_a_valid_signature_does_not_verify_other_bytes(site: Website, body: bytes):
     before = site.count()
-    headers = {"Content-Type": "application/json", "Sync-Signature": signature(PROVEN.body)}
+    headers = {"Content-Type": "application/json", "Sync-Signature": signature(SIGNED.body)}
     packed = headers | {"Content-Encoding": "gzip"} if body[:2] == b"\x1f\x8b" else headers
 
-    assert body != PROVEN.body
+    assert body != SIGNED.body
     assert site.client.post("/webhooks/sync", content=body, headers=packed).status_code == 401
     assert site.count() == before
 
 
-def test_the_bytes_that_a_signature_was_made_of_are_proven_however_they_are_written(site: Website):
+def test_a_signature_verifies_its_exact_bytes_in_any_json_formatting(site: Website):
     for name in ("written anew", "without blanks", "a line more"):
         assert site.post(OTHER_BYTES[name]).status_code == 202, name
 
@@ -268,7 +268,7 @@ def test_another_method_is_405(site: Website, method: str):
 
 @FUZZ
 @given(path=st.text(max_size=60))
-def test_no_path_breaks_anything(site: Website, path: str):
+def test_no_path_causes_an_error(site: Website, path: str):
     status = site.raw(b"GET", b"/" + quote(path).encode(), b"", {})
 
     assert status is not None
@@ -277,7 +277,7 @@ def test_no_path_breaks_anything(site: Website, path: str):
 
 @FUZZ
 @given(line=st.binary(max_size=200))
-def test_no_bytes_on_the_socket_break_anything(site: Website, line: bytes):
+def test_no_bytes_on_the_socket_cause_an_error(site: Website, line: bytes):
     with socket.create_connection(("127.0.0.1", site.port), timeout=5) as connection:
         connection.sendall(line + b"\r\n\r\n")
         connection.shutdown(socket.SHUT_WR)
@@ -286,7 +286,7 @@ def test_no_bytes_on_the_socket_break_anything(site: Website, line: bytes):
     assert not answer.startswith(b"HTTP/1.1 5")
 
 
-def test_after_all_that_it_is_well(site: Website):
+def test_the_web_side_is_healthy_after_all_bad_requests(site: Website):
     answer = site.client.get("/api/records", headers={"authorization": f"Bearer {TOKEN}"}, params={"limit": 500})
 
     assert answer.status_code == 200

@@ -1,4 +1,4 @@
-"""Random faults against a whole system, and the same against systems with a part left out, which must be condemned."""
+"""Random faults against a whole system, and against systems without one part, which must fail the verdict."""
 
 import asyncio
 import os
@@ -12,7 +12,7 @@ import pytest
 from tests.faults.chaos import Chaos
 from tests.faults.databases import Postgres
 from tests.faults.judging import Verdict
-from tests.faults.processes import Nursery
+from tests.faults.processes import ProcessStarter
 from tests.faults.system import System, at_once, on_both
 from tests.support.waiting import eventually
 
@@ -32,7 +32,7 @@ async def mortal_both(system: System, mortal_system: System) -> tuple[System, Sy
 @pytest.mark.chaos
 @pytest.mark.timeout(SECONDS * 2 + 180)
 @pytest.mark.parametrize("seed", SEEDS)
-async def test_whatever_is_killed_frozen_and_flushed_nothing_is_lost_early_or_without_its_record(
+async def test_under_random_faults_nothing_is_lost_deleted_early_or_without_a_record(
     mortal_both: tuple[System, System], mortal_postgres: Postgres, seed: int
 ):
     on_sqlite, on_postgresql = mortal_both
@@ -50,13 +50,13 @@ async def survives(system: System, seed: int, postgres: Postgres | None = None) 
     accepted = {sent.id for sent in system.sent if sent.is_accepted}
     print(
         f"{name}: {len(system.sent)} webhooks, {len(accepted)} generations accepted, {len(chaos.told)} faults, "
-        f"healed in {chaos.healing_seconds:.1f} s, {system.pulse.asked} looks at its health"
+        f"healed in {chaos.healing_seconds:.1f} s, {system.health_monitor.asked} looks at its health"
     )
 
     assert not verdict.all, f"{name}: {chaos.told}; {verdict.all}"
     assert len(accepted) > SECONDS * 3
     assert accepted <= set(system.simulator.removed)
-    assert system.pulse.asked > SECONDS
+    assert system.health_monitor.asked > SECONDS
     for port in chaos.ports:
         await eventually(partial(is_well, system, port), seconds=10)
 
@@ -68,8 +68,8 @@ async def is_well(system: System, port: int) -> bool:
 
 
 @pytest.mark.timeout(120)
-async def test_the_judge_condemns_the_same_chaos_when_a_part_is_left_out(nursery: Nursery, tmp_path: Path):
-    verdicts = await at_once(nursery, tmp_path, {part: partial(condemned, part) for part in ("safety net", "copy")})
+async def test_the_verdict_on_the_same_chaos_fails_without_one_part(starter: ProcessStarter, tmp_path: Path):
+    verdicts = await at_once(starter, tmp_path, {part: partial(condemned, part) for part in ("safety net", "copy")})
 
     lost, careless = verdicts["safety net"], verdicts["copy"]
     assert len(lost.lost) >= 10
@@ -88,7 +88,7 @@ async def condemned(without: str, system: System) -> Verdict:
 
 
 @on_both
-async def test_the_judge_sees_deletes_without_a_record_when_the_copy_is_left_out(system: System):
+async def test_the_verdict_shows_deletes_without_a_record_when_the_copy_is_left_out(system: System):
     await asyncio.gather(system.api(), system.worker(without="copy"))
     generations = [await system.accepted(system.generation()) for _ in range(10)]
     await asyncio.gather(*(system.until(one, "deleted") for one in generations))

@@ -1,4 +1,4 @@
-"""Rows 1 to 4 and 28: a web side that dies while it takes a webhook, and senders that do not let go."""
+"""Rows 1 to 4 and 28: a web side that dies while it receives a webhook, and duplicate webhooks."""
 
 import asyncio
 
@@ -7,7 +7,7 @@ from tests.faults.system import System, on_both, overdue
 from tests.support.ports import free_port
 
 
-async def test_half_a_webhook_at_a_killed_web_side_is_no_record_and_its_retry_is_one(system: System):
+async def test_half_a_webhook_at_a_killed_web_side_makes_no_record_and_a_retry_makes_one(system: System):
     api = await system.api()
     generation = system.generation()
     body, headers = system.simulator.webhook(generation.id)
@@ -31,7 +31,7 @@ async def test_half_a_webhook_at_a_killed_web_side_is_no_record_and_its_retry_is
 
 
 @on_both
-async def test_a_web_side_killed_before_its_commit_has_answered_nothing_and_stored_nothing(system: System):
+async def test_a_web_side_killed_before_its_commit_answers_and_stores_nothing(system: System):
     api = await system.api()
     generation = system.generation()
     async with system.ledger.lock():
@@ -49,7 +49,7 @@ async def test_a_web_side_killed_before_its_commit_has_answered_nothing_and_stor
 
 
 @on_both
-async def test_a_web_side_killed_before_it_enqueued_leaves_a_record_that_runs(system: System):
+async def test_a_record_of_a_web_side_killed_before_the_enqueue_is_deleted(system: System):
 
     async def connect():
         return await asyncio.open_connection("127.0.0.1", system.redis.port)
@@ -69,7 +69,7 @@ async def test_a_web_side_killed_before_it_enqueued_leaves_a_record_that_runs(sy
     assert not (await system.judged()).all
 
 
-async def test_an_answer_that_is_lost_makes_a_second_webhook_and_no_second_record(system: System):
+async def test_a_webhook_resent_after_a_lost_answer_makes_no_second_record(system: System):
     await asyncio.gather(system.api(), system.worker())
 
     async def connect():
@@ -102,7 +102,7 @@ async def test_fifty_webhooks_about_one_generation_at_once_make_one_record(syste
 
 
 @on_both
-async def test_two_web_sides_told_of_one_generation_at_once_make_one_record(system: System):
+async def test_two_web_sides_that_receive_one_generation_at_once_make_one_record(system: System):
     first = system.port
     second = free_port()
     await asyncio.gather(system.api(), system.api(MAYFLY_PORT=str(second)), system.worker())

@@ -1,4 +1,4 @@
-"""Rows 14 to 20 and 27: a worker that dies, is stopped or sleeps at an exact step of a deletion."""
+"""Rows 14 to 20 and 27: a worker that is killed, stopped or frozen at an exact step of a deletion."""
 
 import asyncio
 import signal
@@ -29,7 +29,7 @@ async def succeeded(system: System, generation: Generation) -> None:
 
 
 @on_both
-async def test_a_worker_killed_before_its_get_is_succeeded_by_another_attempt(system: System):
+async def test_another_attempt_follows_a_worker_killed_before_its_get(system: System):
     generation, worker = await begun(system, get=["hold"])
     await worker.kill()
     await succeeded(system, generation)
@@ -57,7 +57,7 @@ async def test_a_worker_killed_before_the_copy_is_committed_has_sent_no_delete(s
 
 
 @on_both
-async def test_a_worker_killed_after_the_copy_and_before_its_delete_leaves_one_delete_to_the_next(system: System):
+async def test_after_a_worker_killed_between_copy_and_delete_one_delete_is_sent(system: System):
     # One place at the API: while the look at one generation is held there, the DELETE of the other waits in the worker.
     worker, _ = await system.worker(MAYFLY_CONCURRENCY="1"), await system.api()
     pair = [await system.accepted(system.generation(get=["hold"])) for _ in range(2)]
@@ -88,7 +88,7 @@ async def first_at_its_gate(system: System, pair: list[Generation]) -> list[Gene
     return sorted(pair, key=lambda one: one.id not in waiting) if waiting and states == {"deleting"} else []
 
 
-async def test_a_worker_killed_with_a_delete_on_its_way_that_does_nothing_sends_another(system: System):
+async def test_after_a_worker_killed_during_a_failed_delete_another_delete_is_sent(system: System):
     generation, worker = await begun(system, delete=["hold:effect=0"])
     assert (await system.row(generation)).copied_at is not None
     await worker.kill()
@@ -100,20 +100,20 @@ async def test_a_worker_killed_with_a_delete_on_its_way_that_does_nothing_sends_
 
 
 @on_both
-async def test_a_delete_whose_answer_the_killed_worker_never_read_is_settled_by_a_404(system: System):
+async def test_a_delete_whose_answer_was_lost_with_the_worker_is_confirmed_by_a_404(system: System):
     generation, worker = await begun(system, delete=["hold-after"])
     assert generation.id in system.simulator.removed
     await worker.kill()
     await succeeded(system, generation)
 
     row = await system.row(generation)
-    assert (row.state, row.outcome) == ("deleted", "already_gone")
+    assert (row.state, row.outcome) == ("deleted", "deleted")
     assert row.copy is not None
     assert not (await system.judged()).all
 
 
 @on_both
-async def test_a_delete_whose_last_commit_the_killed_worker_never_made_is_settled_by_a_404(system: System):
+async def test_a_delete_whose_commit_was_lost_with_the_worker_is_confirmed_by_a_404(system: System):
     generation, worker = await begun(system, delete=["hold-after"])
     async with system.ledger.lock():
         system.simulator.release(generation.id)
@@ -122,7 +122,7 @@ async def test_a_delete_whose_last_commit_the_killed_worker_never_made_is_settle
     assert (await system.row(generation)).state == "deleting"
     await succeeded(system, generation)
 
-    assert (await system.row(generation)).outcome == "already_gone"
+    assert (await system.row(generation)).outcome == "deleted"
     assert not (await system.judged()).all
 
 
@@ -139,7 +139,7 @@ async def test_sigterm_during_a_delete_lets_it_finish_and_exits_0(system: System
     assert len(system.calls(generation)) == 1
 
 
-async def test_sigterm_lets_what_was_claimed_finish_and_leaves_the_rest_scheduled(system: System):
+async def test_sigterm_lets_claimed_records_finish_and_leaves_the_others_scheduled(system: System):
     worker, _ = await system.worker(MAYFLY_CONCURRENCY="1"), await system.api()
     generations = [system.generation(get=["hold"]) for _ in range(6)]
     await asyncio.gather(*map(system.accepted, generations))
@@ -155,7 +155,7 @@ async def test_sigterm_lets_what_was_claimed_finish_and_leaves_the_rest_schedule
     assert {row.state for row in await system.ledger.rows()} == {"deleted", "scheduled"}
 
 
-async def test_ten_ends_of_its_worker_by_kill_and_by_sigterm_do_not_give_a_record_up(system: System):
+async def test_a_record_whose_worker_ends_ten_times_is_not_given_up(system: System):
     system.is_enqueueing = True  # what is judged is that there is an eleventh attempt, not when
     await system.api()
     generation = await system.accepted(system.generation(get=["hold*10"], delete=["500*5"]))
@@ -179,7 +179,7 @@ async def test_ten_ends_of_its_worker_by_kill_and_by_sigterm_do_not_give_a_recor
 
 
 @pytest.mark.parametrize("step", ["get", "delete"])
-async def test_a_worker_that_slept_past_its_lease_cannot_write_over_its_successor(either_system: System, step: str):
+async def test_a_worker_frozen_beyond_its_lease_cannot_overwrite_its_successor(either_system: System, step: str):
     system = either_system
     sleeper, _ = await system.worker(), await system.api()
     generation = system.generation(**{step: ["hold-after" if step == "delete" else "hold"]})

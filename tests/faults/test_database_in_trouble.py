@@ -1,4 +1,4 @@
-"""Rows 5 and 21 to 25: a ledger that is locked, full, read-only, killed, cut off in its COMMIT, or put back."""
+"""Rows 5 and 21 to 25: a ledger that is locked, full, read-only, killed, cut off in COMMIT, or an old backup."""
 
 import asyncio
 import contextlib
@@ -10,14 +10,14 @@ from pathlib import Path
 
 from service.simulator import Operation
 from tests.faults.databases import Ledger, Postgres, PostgresLedger, SqliteLedger
-from tests.faults.processes import Nursery, Process
+from tests.faults.processes import Process, ProcessStarter
 from tests.faults.proxy import Proxy
 from tests.faults.system import System, on_both, running
 from tests.support.waiting import eventually
 
 
 @on_both
-async def test_a_ledger_that_stays_locked_is_answered_503_and_outlived_by_both_sides(system: System):
+async def test_a_ledger_that_stays_locked_is_answered_503_and_both_sides_recover(system: System):
     api, worker = await asyncio.gather(system.api(), system.worker())
     taken = await system.accepted(system.generation(get=["hold"]))
     await system.held(taken)
@@ -27,7 +27,7 @@ async def test_a_ledger_that_stays_locked_is_answered_503_and_outlived_by_both_s
         system.simulator.release(taken.id)
         answer = await system.client.post(f"{system.url}/webhooks/sync", content=body, headers=headers, timeout=15)
         alive = await system.client.get(f"{system.url}/health/live", timeout=1)
-        await worker.logged("cleanup.waits", seconds=15)
+        await worker.logged("cleanup.not_committed", seconds=15)
         assert system.calls(taken) == []
     assert answer.status_code == 503
     assert int(answer.headers["retry-after"]) > 0
@@ -42,7 +42,7 @@ async def test_a_ledger_that_stays_locked_is_answered_503_and_outlived_by_both_s
 
 
 @on_both
-async def test_a_lock_of_three_seconds_is_waited_for_by_both_sides(system: System):
+async def test_both_sides_wait_for_a_lock_of_three_seconds(system: System):
     worker, _ = await asyncio.gather(system.worker(), system.api())
     taken = await system.accepted(system.generation(get=["hold"]))
     await system.held(taken)
@@ -59,14 +59,12 @@ async def test_a_lock_of_three_seconds_is_waited_for_by_both_sides(system: Syste
     await system.drain()
 
     assert row.attempts == 1
-    assert worker.events("cleanup.waits") == []
+    assert worker.events("cleanup.not_committed") == []
     assert worker.exit_code is None
     assert not (await system.judged()).all
 
 
-async def test_a_postgresql_that_is_killed_in_the_middle_of_each_commit_loses_nothing(
-    mortal_system: System, mortal_postgres: Postgres
-):
+async def test_a_postgresql_killed_during_each_commit_loses_nothing(mortal_system: System, mortal_postgres: Postgres):
     system = mortal_system
     worker, api = await asyncio.gather(system.worker(), system.api())
     before = await system.accepted(system.generation())
@@ -81,7 +79,7 @@ async def test_a_postgresql_that_is_killed_in_the_middle_of_each_commit_loses_no
         await eventually(partial(all_three_wait, system.ledger))
         mortal_postgres.kill()
     assert (await announcing).status == 503
-    await worker.logged("cleanup.waits", times=2, seconds=5)
+    await worker.logged("cleanup.not_committed", times=2, seconds=5)
     status, health = await system.health()
     assert (status, health["parts"]["ledger"]["status"]) == (503, "failing")
     await asyncio.sleep(1)
@@ -148,14 +146,14 @@ async def test_a_read_only_postgresql_is_answered_503_and_deletes_nothing(postgr
     assert not (await system.judged()).all
 
 
-async def test_a_connection_lost_in_commit_leads_to_one_record_and_no_delete_without_it(
-    nursery: Nursery, tmp_path: Path, mortal_postgres: Postgres
+async def test_a_connection_lost_in_commit_makes_one_record_and_no_delete_without_it(
+    starter: ProcessStarter, tmp_path: Path, mortal_postgres: Postgres
 ):
     async with asyncio.TaskGroup() as group:
         for side in ("web", "worker"):
             (tmp_path / side).mkdir()
             ledger = await mortal_postgres.ledger()
-            group.create_task(loses_a_commit(nursery, tmp_path / side, ledger, side))
+            group.create_task(loses_a_commit(starter, tmp_path / side, ledger, side))
 
 
 async def connect_to(ledger: PostgresLedger) -> tuple[asyncio.StreamReader, asyncio.StreamWriter]:
@@ -163,9 +161,9 @@ async def connect_to(ledger: PostgresLedger) -> tuple[asyncio.StreamReader, asyn
     return await asyncio.open_unix_connection(f"{ledger.host}/.s.PGSQL.5432")
 
 
-async def loses_a_commit(nursery: Nursery, folder: Path, ledger: PostgresLedger, side: str) -> None:
-    """Let *side* never hear that the commit of a webhook, or of a copy, was done."""
-    async with running(nursery, folder, ledger) as system, Proxy(partial(connect_to, ledger)).serve() as proxy:
+async def loses_a_commit(starter: ProcessStarter, folder: Path, ledger: PostgresLedger, side: str) -> None:
+    """Lose the reply to *side*'s commit of a webhook, or of a copy."""
+    async with running(starter, folder, ledger) as system, Proxy(partial(connect_to, ledger)).serve() as proxy:
         await never_hears(system, proxy, side)
     ledger.close()
 
@@ -199,7 +197,7 @@ async def never_hears(system: System, proxy: Proxy, side: str) -> None:
     assert not (await system.judged()).all
 
 
-async def test_an_older_backup_put_back_deletes_nothing_wrong(system: System):
+async def test_a_restored_older_backup_deletes_nothing_wrongly(system: System):
     ledger = system.ledger
     assert isinstance(ledger, SqliteLedger)
     worker, api = await asyncio.gather(system.worker(), system.api())

@@ -1,4 +1,4 @@
-"""A control: the jobs do the work. With the safety net left out, an undisturbed service deletes everything."""
+"""A control experiment: without the safety net, an undisturbed service deletes everything by its jobs."""
 
 import asyncio
 

@@ -1,6 +1,6 @@
-"""Rows 29 to 48 at every route: what the service's own OpenAPI promises, held against requests made from it.
+"""Rows 29 to 48 at every route: answers match the service's OpenAPI document, for requests generated from it.
 
-The ledger holds a record in each state, and most of the webhooks are proven: the answers are of every kind.
+The ledger holds a record in each state, and most of the webhooks are signed: all kinds of answers occur.
 """
 
 import asyncio
@@ -28,7 +28,7 @@ from sqlalchemy import URL
 
 from service.core.lifecycle import State
 from service.ledger.opening import open_database
-from tests.faults.processes import Nursery
+from tests.faults.processes import ProcessStarter
 from tests.faults.system import TOKEN
 from tests.faults.website import Website, website
 from tests.support import ledger
@@ -50,7 +50,7 @@ FUZZ = settings(
 )
 IDS = ("deleted", "deleted twice?", "failed", "being deleted", "once failed", "due", "später: é🪰", "kept", "held")
 # In turn, as chance takes one of them most of the time; None is for whatever id was made up.
-ASKED_FOR = (*IDS, "never heard of", None)
+ASKED_FOR = (*IDS, "unknown", None)
 # What has to be seen of each route, or its answers were not looked at: its statuses at the least.
 SEEN = {
     "GET /health/live": {200},
@@ -67,9 +67,9 @@ SEEN = {
 
 
 @pytest.fixture(scope="module")
-def site(nursery: Nursery, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Website]:
+def site(starter: ProcessStarter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Website]:
     """A web side whose ledger holds records in every state."""
-    with website(nursery, tmp_path_factory.mktemp("openapi")) as site:
+    with website(starter, tmp_path_factory.mktemp("openapi")) as site:
         asyncio.run(fill(site.ledger))
         yield site
 
@@ -90,29 +90,29 @@ async def fill(path: Path) -> None:
         await ledger.store(database, id="held", hold="a film")
 
 
-class Proven(requests.auth.AuthBase):
+class RequestAuth(requests.auth.AuthBase):
     """Signs a webhook over the bytes as they are sent; every other request gets the operator's token."""
 
-    def __init__(self, *, is_proven: bool) -> None:
-        self._is_proven = is_proven
+    def __init__(self, *, is_signed: bool) -> None:
+        self._is_signed = is_signed
 
     def __call__(self, request: requests.PreparedRequest) -> requests.PreparedRequest:
-        """Add the proof, if there is to be one."""
+        """Add the signature, unless the request must not have one."""
         body: Any = request.body or b""
         if "/webhooks/" not in str(request.url):
             request.headers["Authorization"] = f"Bearer {TOKEN}"
-        elif self._is_proven:
+        elif self._is_signed:
             request.headers["Sync-Signature"] = signature(body.encode() if isinstance(body, str) else body)
         return request
 
 
-def test_a_record_in_each_state_is_shown_as_the_openapi_promises(site: Website):
+def test_a_record_in_each_state_matches_the_openapi_document(site: Website):
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{site.port}/schema/openapi.json")
     operation = schema["/api/records/{generation_id}"]["GET"]
     shown = {}
     for name in IDS:
         case = operation.Case(path_parameters={"generation_id": quote(name, safe="")})
-        answer = case.call_and_validate(auth=Proven(is_proven=True), checks=CHECKS)
+        answer = case.call_and_validate(auth=RequestAuth(is_signed=True), checks=CHECKS)
         assert answer.status_code == 200
         shown[answer.json()["id"]] = answer.json()["state"]
 
@@ -120,9 +120,9 @@ def test_a_record_in_each_state_is_shown_as_the_openapi_promises(site: Website):
     assert set(shown.values()) == set(State)
 
 
-WISHES = st.fixed_dictionaries(
+CHOICES = st.fixed_dictionaries(
     {
-        "is_proven": st.sampled_from([True, True, True, False]),
+        "is_signed": st.sampled_from([True, True, True, False]),
         "is_documented": st.sampled_from([True, True, False]),
         # Made up filters all together find nothing: most pages are asked for with one of them, or none.
         "filters": st.sampled_from([(), (), ("state",), ("status",), ("q",), ("from", "to"), None]),
@@ -132,24 +132,24 @@ WISHES = st.fixed_dictionaries(
 )
 
 
-def shape(case: Any, wish: Mapping[str, Any], name: str | None, cursors: list[str]) -> None:  # noqa: ANN401 - a type with five parameters
+def shape(case: Any, choice: Mapping[str, Any], name: str | None, cursors: list[str]) -> None:  # noqa: ANN401 - a type with five parameters
     """Give *case* what chance would never find: the id *name* of a record, a cursor of ours, the body of a webhook."""
     if name is not None and "generation_id" in case.path_parameters:
         case.path_parameters["generation_id"] = quote(name, safe="")
         case.query.pop("account", None)
     if case.meta.generation.mode is GenerationMode.NEGATIVE:
         return  # it is wrong on purpose
-    if case.path == "/api/records" and wish["filters"] is not None:
-        case.query = {name: case.query[name] for name in wish["filters"] if name in case.query}
-        case.query["limit"] = wish["limit"]
-        if wish["has_cursor"] and cursors:
+    if case.path == "/api/records" and choice["filters"] is not None:
+        case.query = {name: case.query[name] for name in choice["filters"] if name in case.query}
+        case.query["limit"] = choice["limit"]
+        if choice["has_cursor"] and cursors:
             case.query["cursor"] = cursors[-1]
-    if case.path == "/webhooks/sync" and wish["is_documented"]:
+    if case.path == "/webhooks/sync" and choice["is_documented"]:
         known = {"id": name} if name else {}
         case.body = {**notification(), **case.body, **known, "status": notification()["status"]}
 
 
-def test_every_route_keeps_what_the_openapi_promises_whatever_is_asked(site: Website):
+def test_every_route_matches_the_openapi_document_for_any_request(site: Website):
     schema = schemathesis.openapi.from_url(f"http://127.0.0.1:{site.port}/schema/openapi.json")
     with requests.Session() as session:
         session.trust_env = False
@@ -174,10 +174,10 @@ def statuses_of(operation: Any, session: requests.Session) -> Counter[int]:  # n
         fuzz = settings(FUZZ, max_examples=5)  # there is nothing to vary
 
     @fuzz
-    @given(case=cases, wish=WISHES)
-    def keeps_its_promise(case: Any, wish: Mapping[str, Any]) -> None:  # noqa: ANN401
-        shape(case, wish, next(names), cursors)
-        session.auth = Proven(is_proven=wish["is_proven"])
+    @given(case=cases, choice=CHOICES)
+    def keeps_its_promise(case: Any, choice: Mapping[str, Any]) -> None:  # noqa: ANN401
+        shape(case, choice, next(names), cursors)
+        session.auth = RequestAuth(is_signed=choice["is_signed"])
         answer = case.call_and_validate(session=session, checks=CHECKS)
         statuses[answer.status_code] += 1
         if answer.status_code == 200 and operation.label == "GET /api/records" and answer.json()["nextCursor"]:

@@ -1,4 +1,4 @@
-"""Rows 6 to 13, 66 and 67: a Redis that is down, frozen, emptied, full, read-only, or holds bytes of others."""
+"""Rows 6 to 13, 66 and 67: a Redis that is down, frozen, emptied, full, read-only, or contains foreign bytes."""
 
 import asyncio
 import pickle
@@ -16,13 +16,13 @@ import redis.asyncio as redis
 from service.jobs import connection, enqueue
 from service.simulator import Generation
 from tests.faults.judging import Sent, Verdict
-from tests.faults.processes import Nursery
+from tests.faults.processes import ProcessStarter
 from tests.faults.proxy import Proxy, Trouble
 from tests.faults.system import System, at_once, on_both, overdue
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
 
-AWAY = timedelta(hours=30)
+OUTAGE = timedelta(hours=30)
 
 
 async def timed(system: System, generation: Generation) -> float:
@@ -33,7 +33,7 @@ async def timed(system: System, generation: Generation) -> float:
 
 
 @on_both
-async def test_a_webhook_is_taken_while_redis_is_down_and_its_record_runs_without_it(system: System):
+async def test_a_webhook_is_stored_and_its_record_deleted_while_redis_is_down(system: System):
     _, worker = await asyncio.gather(system.api(), system.worker())
     system.redis.kill()
     generation = system.generation()
@@ -49,7 +49,7 @@ async def test_a_webhook_is_taken_while_redis_is_down_and_its_record_runs_withou
     assert not (await system.judged()).all
 
 
-async def test_a_webhook_is_taken_while_redis_hangs_and_health_says_so_within_a_second(system: System):
+async def test_while_redis_hangs_a_webhook_is_stored_and_health_reports_it_in_a_second(system: System):
     _, worker = await asyncio.gather(system.api(), system.worker())
     system.redis.freeze()
     generation = system.generation()
@@ -67,7 +67,7 @@ async def test_a_webhook_is_taken_while_redis_hangs_and_health_says_so_within_a_
     assert not (await system.judged()).all
 
 
-async def test_an_enqueue_that_fails_in_any_way_is_made_good_by_the_ledger(system: System):
+async def test_after_any_failed_enqueue_the_ledger_starts_the_deletion(system: System):
     async def connect():
         return await asyncio.open_connection("127.0.0.1", system.redis.port)
 
@@ -95,7 +95,7 @@ async def test_an_enqueue_that_fails_in_any_way_is_made_good_by_the_ledger(syste
 
 async def flushed(system: System, *, without: str | None = None) -> None:
     """Empty Redis while a hundred records wait."""
-    await asyncio.gather(system.api(MAYFLY_TTL="3s"), system.worker(without=without))
+    await asyncio.gather(system.api(MAYFLY_TTL="6s"), system.worker(without=without))
     generations = [system.generation() for _ in range(100)]
     await asyncio.gather(*map(system.accepted, generations))
     await system.enqueued(100)
@@ -132,14 +132,14 @@ async def expired(system: System, *, without: str | None = None) -> None:
     async with system.redis.client() as client:
         keys = [key async for key in client.scan_iter("arq:job:*")]
         assert await client.delete(*keys) == 10
-    await system.ledger.pass_time(AWAY)
-    assert await system.metric("mayfly_oldest_overdue_seconds") > AWAY.total_seconds()
+    await system.ledger.pass_time(OUTAGE)
+    assert await system.metric("mayfly_oldest_overdue_seconds") > OUTAGE.total_seconds()
     assert await system.metric("mayfly_due_records") == 10
     await system.worker(without=without)
 
 
 @on_both
-async def test_a_flushed_redis_loses_none_of_a_hundred_waiting_records_and_starts_none_early(system: System):
+async def test_after_flushall_a_hundred_waiting_records_are_deleted_and_none_early(system: System):
     await flushed(system)
     await system.drain(seconds=10)
 
@@ -148,7 +148,7 @@ async def test_a_flushed_redis_loses_none_of_a_hundred_waiting_records_and_start
     assert not (await system.judged()).all
 
 
-async def test_a_redis_that_is_killed_and_comes_back_loses_nothing(nursery: Nursery, tmp_path: Path):
+async def test_a_redis_that_is_killed_and_restarted_loses_nothing(starter: ProcessStarter, tmp_path: Path):
     async def loses_nothing(system: System, *, is_kept: bool) -> None:
         await killed(system, is_kept=is_kept)
         await system.drain(seconds=10)
@@ -158,11 +158,11 @@ async def test_a_redis_that_is_killed_and_comes_back_loses_nothing(nursery: Nurs
         assert not (await system.judged()).all
 
     both = {"with_its_file": partial(loses_nothing, is_kept=True), "without": partial(loses_nothing, is_kept=False)}
-    await at_once(nursery, tmp_path, both)
+    await at_once(starter, tmp_path, both)
 
 
 @on_both
-async def test_records_whose_jobs_expired_while_no_worker_was_there_run_when_one_returns(system: System):
+async def test_records_whose_jobs_expired_without_a_worker_are_deleted_when_one_starts(system: System):
     await expired(system)
     await system.drain(seconds=10)
 
@@ -171,8 +171,8 @@ async def test_records_whose_jobs_expired_while_no_worker_was_there_run_when_one
     assert not (await system.judged()).all
 
 
-async def test_the_judge_sees_all_of_them_stay_behind_without_the_safety_net(nursery: Nursery, tmp_path: Path):
-    async def is_left_behind(scenario: Callable[..., Awaitable[None]], system: System) -> Verdict:
+async def test_without_the_safety_net_the_verdict_shows_every_record_left(starter: ProcessStarter, tmp_path: Path):
+    async def is_not_deleted(scenario: Callable[..., Awaitable[None]], system: System) -> Verdict:
         await scenario(system, without="safety net")
         await asyncio.sleep(3)
         verdict = await system.judged()
@@ -181,8 +181,8 @@ async def test_the_judge_sees_all_of_them_stay_behind_without_the_safety_net(nur
         assert not (await system.judged()).lost
         return verdict
 
-    scenarios = {one.__name__: partial(is_left_behind, one) for one in (flushed, restarted_empty, expired)}
-    verdicts = await at_once(nursery, tmp_path, scenarios)
+    scenarios = {one.__name__: partial(is_not_deleted, one) for one in (flushed, restarted_empty, expired)}
+    verdicts = await at_once(starter, tmp_path, scenarios)
 
     assert {name: len(one.lost) for name, one in verdicts.items()} == {
         "flushed": 100,
@@ -192,13 +192,13 @@ async def test_the_judge_sees_all_of_them_stay_behind_without_the_safety_net(nur
     assert not any([*one.early, *one.unrecorded, *one.uninvited, *one.leaked] for one in verdicts.values())
 
 
-async def test_a_redis_that_takes_no_writes_delays_no_deletion(nursery: Nursery, tmp_path: Path):
+async def test_a_redis_that_refuses_writes_delays_no_deletion(starter: ProcessStarter, tmp_path: Path):
     troubles = {
         "full": (("CONFIG", "SET", "maxmemory", "1"), ("CONFIG", "SET", "maxmemory", "0"), "command not allowed when"),
         "read_only": (("REPLICAOF", "127.0.0.1", "1"), ("REPLICAOF", "NO", "ONE"), "read only replica"),
         "cannot_save": (("CONFIG", "SET", "save", "3600 1"), ("CONFIG", "SET", "save", ""), "MISCONF"),
     }
-    await at_once(nursery, tmp_path, {name: partial(takes_no_writes, *words) for name, words in troubles.items()})
+    await at_once(starter, tmp_path, {name: partial(takes_no_writes, *words) for name, words in troubles.items()})
 
 
 async def takes_no_writes(broken: tuple[str, ...], healed: tuple[str, ...], refusal: str, system: System) -> None:
@@ -234,7 +234,7 @@ async def let_a_save_fail(system: System) -> None:
     await eventually(has_failed)
 
 
-async def test_a_worker_works_without_redis_and_by_jobs_as_soon_as_there_is_one(system: System):
+async def test_a_worker_deletes_without_redis_and_by_jobs_when_redis_is_back(system: System):
     system.redis.kill()
     _, worker, other = await asyncio.gather(system.api(), system.worker(), system.worker(without="safety net"))
     generation = await system.accepted(system.generation())
@@ -277,7 +277,7 @@ def packed(function: Any, *arguments: Any, t: Any = None, et: Any = 1, **keyword
 
 
 async def put(system: System, job_id: bytes, payload: bytes | None) -> None:
-    """Put a job into the queue as somebody else would."""
+    """Put a job into the queue as another program would."""
     now = int(time.time() * 1000)
     if payload is not None:
         await system.redis.command("PSETEX", b"arq:job:" + job_id, 600_000, payload)
@@ -298,7 +298,7 @@ async def is_empty(system: System) -> bool:
 
 async def test_hostile_bytes_in_redis_run_no_code_and_stop_no_job(system: System, tmp_path: Path):
     target = tmp_path / "owned"
-    # It works by jobs alone, and that of the webhook is behind the hostile ones.
+    # This worker deletes only by jobs, and the webhook's job comes after the hostile ones.
     _, worker = await asyncio.gather(system.api(), system.worker(without="safety net"))
     now = int(time.time() * 1000)
     for job_id, payload in {
@@ -327,7 +327,7 @@ async def test_hostile_bytes_in_redis_run_no_code_and_stop_no_job(system: System
     [(b"\xff\xfe\x00", b"any"), (b"a job", packed(["no name"])), (b"a job", packed(enqueue.FUNCTION, t="no number"))],
     ids=["an id that is no text", "a function that is no name", "a try that is no number"],
 )
-async def test_what_arq_itself_fails_on_stops_no_job_behind_it(system: System, job_id: bytes, payload: bytes):
+async def test_a_job_that_arq_fails_on_stops_no_later_job(system: System, job_id: bytes, payload: bytes):
     _, worker = await asyncio.gather(system.api(), system.worker(without="safety net"))
     await put(system, job_id, payload)
     generation = await system.accepted(system.generation())
@@ -344,7 +344,7 @@ async def is_out_of_the_queue(system: System, job_id: str) -> bool:
 
 
 @pytest.mark.parametrize("kept", [b"arq:job:", b"arq:retry:"], ids=["its payload", "its tries"])
-async def test_a_job_with_a_key_of_another_type_stops_no_job_behind_it(system: System, kept: bytes):
+async def test_a_job_key_of_another_type_stops_no_later_job(system: System, kept: bytes):
     _, worker = await asyncio.gather(system.api(), system.worker(without="safety net"))
     await system.redis.command("LPUSH", kept + b"odd", "a list")
     await put(system, b"odd", None if kept == b"arq:job:" else packed(enqueue.FUNCTION))

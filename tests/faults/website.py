@@ -1,4 +1,4 @@
-"""One ``mayfly api`` alone, for tests of what comes in from outside."""
+"""One ``mayfly api`` without a worker, for tests of requests."""
 
 import contextlib
 import http.client
@@ -13,7 +13,7 @@ from urllib.parse import quote
 
 import httpx
 
-from tests.faults.processes import Nursery, Process
+from tests.faults.processes import Process, ProcessStarter
 from tests.faults.system import API_KEY, TOKEN
 from tests.support.ports import free_port
 from tests.support.webhooks import SECRET, webhook
@@ -31,7 +31,7 @@ class Website:
     ledger: Path
 
     def post(self, body: bytes) -> httpx.Response:
-        """Send *body* with its proof."""
+        """Post *body* with its signature."""
         return self.client.post("/webhooks/sync", content=body, headers=webhook(body).headers)
 
     def record(self, generation_id: str) -> httpx.Response:
@@ -68,7 +68,7 @@ class Website:
             return int(count)
 
     def write(self, statement: str, values: Sequence[str | int]) -> None:
-        """Change the ledger behind its back."""
+        """Change the ledger by SQL."""
         with contextlib.closing(sqlite3.connect(self.ledger, timeout=10)) as connection, connection:
             connection.execute(statement, values)
 
@@ -79,10 +79,10 @@ class Website:
 
 
 @contextlib.contextmanager
-def website(nursery: Nursery, folder: Path, **environment: str) -> Iterator[Website]:
+def website(starter: ProcessStarter, folder: Path, **environment: str) -> Iterator[Website]:
     """Run a web side with a ledger of its own and without a Redis until the block ends."""
     port = free_port()
-    process = nursery.start(
+    process = starter.start(
         "service.cli",
         ["api"],
         environment={

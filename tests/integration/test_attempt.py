@@ -1,4 +1,4 @@
-"""An attempt keeps a copy, then deletes, in that order, and writes down whatever it ends with."""
+"""An attempt stores a copy, then deletes, in this order, and commits its outcome."""
 
 import asyncio
 import json
@@ -9,19 +9,23 @@ from functools import partial
 
 import pytest
 
-from service.core.attempts import Outcome, Verdict
+from service.core.attempts import ANSWER_LOST, Outcome, Verdict
 from service.core.key import Key
 from service.core.lifecycle import Move, State
 from service.core.secret import Secret
-from service.ledger import moving, pausing, settling
+from service.ledger import history, moving, pausing, settling
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.opening import open_database
 from service.ledger.pausing import Kind
-from service.ledger.settling import Copied, Settlement
+from service.ledger.settling import CopyResult, Settlement
+from service.simulator import Operation
+from service.simulator.faults import ABSENT_BODIES
+from service.sync.answers import Reply, read_get
 from service.sync.client import open_sync_api
 from tests.conftest import API_KEY
 from tests.support.ledger import (
     ACTOR,
+    claim,
     claim_one,
     confirmed,
     end_lease,
@@ -34,7 +38,8 @@ from tests.support.ledger import (
     utc_now,
 )
 from tests.support.ledger import arrival as arrival_of
-from workers.attempt import REHEARSE_AGAIN, Cleaner
+from workers.attempt import DRY_RUN_AGAIN, Cleaner
+from workers.key_proof import KeyProof
 
 WEEK = timedelta(days=7)
 
@@ -49,26 +54,30 @@ def cleaner_of(database, metrics):
 
     def make(api, now=utc_now, **changes):
         async def copy(item):
-            write = partial(settling.copy, copies=[item], now=utc_now(), limit=None, actor=ACTOR)
+            write = partial(settling.store_copies, copies=[item], now=utc_now(), limit=None, actor=ACTOR)
             return (await database.write(write))[0]
 
         async def settle_one(item):
             return (await settle(database, item))[0]
 
         @asynccontextmanager
-        async def turn(until):
+        async def call_slot(until):
             yield now() <= until
+
+        async def acquire():
+            return True
 
         cleaner = Cleaner(
             api=api,
             copy=copy,
             settle=settle_one,
             enqueue_next=no_next,
-            turn=turn,
+            call_slot=call_slot,
             now=now,
             give_up_after=WEEK,
             is_dry_run=False,
             metrics=metrics,
+            key_proof=KeyProof(api, call_slot=call_slot, acquire=acquire),
         )
         return replace(cleaner, **changes)
 
@@ -124,16 +133,17 @@ async def test_a_due_generation_is_copied_and_deleted_with_its_receipt(cleaner, 
 @pytest.mark.parametrize(
     "case",
     [
-        ("?ttl=forever", (State.KEPT, "wish: ttl")),
-        ("?ttl=9d", (State.SCHEDULED, "wish: ttl")),
-        ("?hold=legal", (State.HELD, "wish: hold")),
-        ("?Hold=legal", (State.HELD, "unreadable wish")),
+        ("?ttl=forever", (State.KEPT, "override: ttl")),
+        ("?ttl=9d", (State.SCHEDULED, "override: ttl")),
+        ("?hold=legal", (State.HELD, "override: hold")),
+        ("?Hold=legal", (State.HELD, "override: hold")),
+        ("?hodl=legal", (State.HELD, "invalid override")),
     ],
 )
-async def test_a_wish_that_only_the_api_shows_keeps_the_generation(cleaner, database, simulator, announced, case):
-    wish, leads_to = case
+async def test_an_override_that_only_the_api_shows_keeps_the_generation(cleaner, database, simulator, announced, case):
+    query, leads_to = case
     key = await announced()
-    simulator.generations[key.id].webhook_url = f"https://hooks.example.com/webhooks/sync{wish}"
+    simulator.generations[key.id].webhook_url = f"https://hooks.example.com/webhooks/sync{query}"
     assert await cleaner.clean(await claim_one(database)) is Verdict.DONE
     row = await row_of(database, key)
 
@@ -145,11 +155,11 @@ async def test_a_wish_that_only_the_api_shows_keeps_the_generation(cleaner, data
     assert state != State.SCHEDULED or row.due_at > utc_now() + timedelta(days=8)
 
 
-async def test_what_was_held_for_a_wish_is_deleted_once_a_person_released_it(cleaner, database, simulator, announced):
+async def test_a_record_held_by_an_override_is_deleted_after_its_release(cleaner, database, simulator, announced):
     key = await announced()
     simulator.generations[key.id].webhook_url = "https://hooks.example.com/webhooks/sync?hold=legal"
     await cleaner.clean(await claim_one(database))
-    release = partial(moving.move, key=key, wanted=Move.RELEASE, now=utc_now(), actor="a person", reason=None)
+    release = partial(moving.move_record, key=key, wanted=Move.RELEASE, now=utc_now(), actor="an operator", reason=None)
     await database.write(release)
     await cleaner.clean(await claim_one(database))
 
@@ -159,7 +169,7 @@ async def test_what_was_held_for_a_wish_is_deleted_once_a_person_released_it(cle
     ]
 
 
-async def test_the_receipt_survives_a_ledger_that_was_away_for_a_moment(cleaner_of, api, database, announced):
+async def test_the_receipt_survives_a_short_outage_of_the_ledger(cleaner_of, api, database, announced):
     key = await announced()
     item = await claim_one(database)
     faults = [LedgerUnavailableError("database is locked")] * 2
@@ -175,7 +185,7 @@ async def test_the_receipt_survives_a_ledger_that_was_away_for_a_moment(cleaner_
     assert json.loads(row.receipt)["status"] == 200
 
 
-async def test_a_ledger_that_stays_away_is_waited_for_no_longer_than_the_lease(cleaner_of, api, database, announced):
+async def test_an_attempt_waits_for_the_ledger_no_longer_than_its_lease(cleaner_of, api, database, announced):
     key = await announced()
     item = await claim_one(database)
     clock = [utc_now()]
@@ -195,7 +205,7 @@ async def test_a_ledger_that_stays_away_is_waited_for_no_longer_than_the_lease(c
         *(("500", False), ("lost", False), ("wrong-id", False), ("202", False)),
     ],
 )
-async def test_a_delete_counts_against_the_days_limit_unless_the_api_says_that_it_made_none(
+async def test_a_delete_counts_against_the_daily_limit_unless_the_api_refused_it(
     cleaner, database, announced, fault, is_refund
 ):
     await announced(faults={"DELETE": [fault]})
@@ -213,7 +223,7 @@ async def test_a_delete_counts_against_the_days_limit_unless_the_api_says_that_i
 async def test_a_429_pauses_every_worker_for_as_long_as_the_api_asks(cleaner, database, announced):
     await announced(faults={"GET": ["429:retry_after=120"]})
     await cleaner.clean(await claim_one(database))
-    (pause,) = await database.read(pausing.find)
+    (pause,) = await database.read(pausing.find_pauses)
 
     assert pause.kind is Kind.THROTTLED
     assert timedelta(seconds=115) < pause.until - utc_now() <= timedelta(seconds=120)
@@ -251,27 +261,25 @@ async def test_without_a_copy_nothing_is_deleted(cleaner, database, simulator, a
     assert row.state == State.SCHEDULED
     assert row.copied_at is None
     assert row.last_error
-    assert [call.method for call in simulator.calls] == ["GET"]
+    assert {call.method for call in simulator.calls} == {"GET"}
 
 
-async def test_a_ledger_that_takes_no_copy_keeps_the_delete_from_being_sent(
-    cleaner_of, api, database, simulator, announced
-):
+async def test_no_delete_is_sent_if_the_copy_cannot_be_committed(cleaner_of, api, database, simulator, announced):
     key = await announced()
     item = await claim_one(database)
     clock = [utc_now()]
 
-    async def away(_):
+    async def unavailable(_):
         clock[0] = item.lease_until  # until then it would be tried again
-        raise LedgerUnavailableError("away")
+        raise LedgerUnavailableError("unavailable")
 
-    assert await cleaner_of(api, copy=away, now=lambda: clock[0]).clean(item) is None
+    assert await cleaner_of(api, copy=unavailable, now=lambda: clock[0]).clean(item) is None
     assert calls_of(simulator) == [("GET", 200)]
     assert (await row_of(database, key)).state == State.DELETING
 
 
 @pytest.mark.parametrize("faults", [{"GET": ["404"]}, {"GET": ["410"]}, {"DELETE": ["404"]}, {"DELETE": ["410"]}])
-async def test_a_generation_that_is_gone_already_is_confirmed_as_such(cleaner, database, announced, faults):
+async def test_a_generation_that_is_gone_already_ends_as_already_gone(cleaner, database, announced, faults):
     key = await announced(faults=faults)
     await cleaner.clean(await claim_one(database))
     row = await row_of(database, key)
@@ -305,19 +313,77 @@ async def claim_one_later(database, key):
     return await claim_one(database)
 
 
-async def test_a_delete_whose_answer_was_lost_is_settled_by_the_next_look(cleaner, database, simulator, announced):
+async def test_a_delete_whose_answer_was_lost_is_confirmed_by_the_next_get(cleaner, database, simulator, announced):
     key = await announced(faults={"DELETE": ["lost"]})
 
     assert await cleaner.clean(await claim_one(database)) is Verdict.RETRY
     assert key.id in simulator.deleted
     assert await cleaner.clean(await claim_one_later(database, key)) is Verdict.GONE
     row = await row_of(database, key)
-    assert (row.state, row.outcome) == (State.DELETED, Outcome.ALREADY_GONE)
+    assert (row.state, row.outcome) == (State.DELETED, Outcome.DELETED)
+    assert json.loads(row.receipt)["detail"] == ANSWER_LOST
+    entries = await database.read(partial(history.read_entries, record=row.seq))
+    assert entries[-1].detail["detail"] == ANSWER_LOST
     assert row.copied_at is not None
     assert [method for method, _ in calls_of(simulator)] == ["GET", "DELETE", "GET"]
 
 
-async def test_retry_after_is_kept_to(cleaner, database, announced):
+@pytest.mark.parametrize(
+    ("script", "outcome"),
+    [
+        (["lost"], Outcome.DELETED),
+        (["500:effect=1"], Outcome.DELETED),
+        (["drop"], Outcome.DELETED),  # lost on its way to the API, which cannot be told apart
+        (["404:answer=gateway"], Outcome.DELETED),  # so is what a gateway did before it answered
+        (["409"], Outcome.ALREADY_GONE),
+        (["400"], Outcome.ALREADY_GONE),
+        (["lost:effect=0", "409"], Outcome.ALREADY_GONE),  # the GET in between still showed it
+    ],
+)
+async def test_only_a_delete_without_a_known_answer_explains_a_later_404(
+    cleaner, database, simulator, announced, *, script, outcome
+):
+    key = await announced(faults={"DELETE": script})
+    await cleaner.clean(await claim_one(database))
+    for _ in script[1:]:
+        await cleaner.clean(await claim_one_later(database, key))
+    simulator.remove(key.id)
+    await cleaner.clean(await claim_one_later(database, key))
+    row = await row_of(database, key)
+
+    assert (row.state, row.outcome) == (State.DELETED, outcome)
+    assert ("detail" in json.loads(row.receipt)) == (outcome is Outcome.DELETED)
+
+
+async def test_a_rehearsed_delete_explains_no_later_404(cleaner_of, api, database, simulator, announced):
+    key = await announced()
+    cleaner = cleaner_of(api, is_dry_run=True)
+    await cleaner.clean(await claim_one(database))
+    simulator.remove(key.id)
+    await cleaner.clean(await claim_one_later(database, key))
+
+    assert (await row_of(database, key)).outcome == Outcome.ALREADY_GONE
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize(
+    "fault", [f"{n}:answer={body}" for n in (404, 410) for body in sorted(ABSENT_BODIES - {"own"})]
+)
+async def test_a_404_without_the_apis_own_code_only_defers(cleaner, database, simulator, announced, *, method, fault):
+    key = await announced(faults={method: [f"{fault}*6"]})
+    await cleaner.clean(await claim_one(database))
+    for _ in range(5):
+        await cleaner.clean(await claim_one_later(database, key))
+    row = await row_of(database, key)
+
+    assert (row.state, row.failures, row.refusals) == (State.SCHEDULED, 6, 0)
+    assert row.last_error.startswith(f"the API answered {fault[:3]}")
+    assert key.id in simulator.generations
+
+    assert await cleaner.clean(await claim_one_later(database, key)) is Verdict.DONE
+
+
+async def test_the_next_attempt_obeys_retry_after(cleaner, database, announced):
     key = await announced(faults={"DELETE": ["429:retry_after=600"]})
     before = utc_now()
     await cleaner.clean(await claim_one(database))
@@ -341,14 +407,66 @@ async def test_a_refused_record_is_given_up_after_a_few_tries_and_that_row_alone
     assert (await row_of(database, other)).state == State.SCHEDULED
 
 
-async def test_a_refused_key_pauses_all_and_no_row_has_used_anything_up(cleaner, database, simulator, announced):
+async def test_a_refused_key_pauses_deletions_and_counts_as_no_failure(cleaner, database, simulator, announced):
     key = await announced()
     simulator.switches.unauthorized = True
 
     assert await cleaner.clean(await claim_one(database)) is Verdict.UNAUTHORIZED
     row = await row_of(database, key)
     assert (row.state, row.failures, row.refusals, row.failing_since) == (State.SCHEDULED, 0, 0, None)
-    assert [pause.kind for pause in await database.read(pausing.find)] == [pausing.Kind.UNAUTHORIZED]
+    assert [pause.kind for pause in await database.read(pausing.find_pauses)] == [pausing.Kind.UNAUTHORIZED]
+
+
+@pytest.mark.parametrize("method", ["GET", "DELETE"])
+@pytest.mark.parametrize("fault", ["401", "403", "403-html"])
+async def test_a_refusal_of_one_record_fails_it_and_pauses_nothing(
+    cleaner, database, simulator, announced, *, method, fault
+):
+    key = await announced(faults={method: [f"{fault}*"]})
+    await cleaner.clean(await claim_one(database))
+    for _ in range(4):
+        await cleaner.clean(await claim_one_later(database, key))
+    row = await row_of(database, key)
+
+    assert (row.state, row.refusals) == (State.FAILED, 5)
+    assert row.last_error == f"the API answered {fault[:3]} for this generation, and accepts the key"
+    assert await database.read(pausing.find_pauses) == []
+    assert [(call.raw_path, call.query) for call in simulator.calls if call.operation is Operation.LIST] == [
+        ("/v2/generations", "limit=1")
+    ] * 5
+
+
+@pytest.mark.parametrize("proof", ["403-html", "500", "drop", "429:retry_after=1", "html", "404:answer=empty"])
+async def test_a_refusal_without_a_word_on_the_key_only_defers(cleaner, database, simulator, announced, proof):
+    key = await announced(faults={"GET": ["403"]})
+    simulator.plan.stand("LIST", proof)
+
+    assert await cleaner.clean(await claim_one(database)) is Verdict.RETRY
+    row = await row_of(database, key)
+    assert (row.state, row.failures, row.refusals) == (State.SCHEDULED, 1, 0)
+    assert [one.kind for one in await database.read(pausing.find_pauses)] == [Kind.THROTTLED] * ("429" in proof)
+
+
+async def test_one_proof_of_the_key_serves_all_attempts_that_wait_for_it(cleaner, database, simulator, announced):
+    for _ in range(10):
+        await announced()
+    simulator.switches.unauthorized = True
+    simulator.switches.latency_seconds = 0.2
+    claims = await claim(database, limit=10)
+
+    assert set(await asyncio.gather(*map(cleaner.clean, claims))) == {Verdict.UNAUTHORIZED}
+    assert len([call for call in simulator.calls if call.operation is Operation.LIST]) < 5
+
+
+async def test_a_402_concerns_the_account_and_pauses_without_a_proof(cleaner_of, database, announced):
+    await announced()
+
+    class Api:
+        async def get(self, _):
+            return read_get(Reply(402, b"{}", None), "g1")
+
+    assert await cleaner_of(Api()).clean(await claim_one(database)) is Verdict.UNAUTHORIZED
+    assert [one.kind for one in await database.read(pausing.find_pauses)] == [Kind.UNAUTHORIZED]
 
 
 async def test_a_dry_run_copies_and_sends_no_delete(cleaner_of, api, database, simulator, announced):
@@ -361,13 +479,11 @@ async def test_a_dry_run_copies_and_sends_no_delete(cleaner_of, api, database, s
     assert key.id in simulator.generations
     assert (row.state, row.outcome) == (State.SCHEDULED, None)
     assert row.copied_at is not None
-    assert row.wake_at >= before + REHEARSE_AGAIN
+    assert row.wake_at >= before + DRY_RUN_AGAIN
     assert row.last_error == "dry run: it would have been deleted"
 
 
-async def test_a_lease_that_was_lost_during_the_look_keeps_the_delete_from_being_sent(
-    cleaner, database, simulator, announced
-):
+async def test_no_delete_is_sent_if_the_lease_was_lost_during_the_get(cleaner, database, simulator, announced):
     key = await announced(faults={"GET": ["hold"]})
     asleep = asyncio.create_task(cleaner.clean(await claim_one(database)))
     await asyncio.wait_for(simulator.gates.reached(key.id), 10)
@@ -381,7 +497,7 @@ async def test_a_lease_that_was_lost_during_the_look_keeps_the_delete_from_being
     assert (row.state, row.copied_at) == (State.SCHEDULED, None)
 
 
-async def test_a_lease_that_was_lost_during_the_delete_is_the_successors_to_settle(
+async def test_after_a_lease_lost_during_the_delete_the_next_claim_settles_the_record(
     cleaner, database, simulator, announced
 ):
     key = await announced(faults={"DELETE": ["hold-after"]})
@@ -395,11 +511,11 @@ async def test_a_lease_that_was_lost_during_the_delete_is_the_successors_to_sett
     assert await asleep is None
     assert (await row_of(database, key)).state == State.DELETING
     assert await cleaner.clean(successor) is Verdict.GONE
-    assert (await row_of(database, key)).outcome == Outcome.ALREADY_GONE
+    assert (await row_of(database, key)).outcome == Outcome.DELETED
 
 
 @pytest.mark.parametrize("seconds", [1, 35])
-async def test_with_too_little_of_the_lease_left_nothing_is_begun(cleaner, database, simulator, announced, seconds):
+async def test_no_call_is_made_if_too_little_of_the_lease_is_left(cleaner, database, simulator, announced, seconds):
     key = await announced()
     item = await claim_one(database, lease=timedelta(seconds=seconds))
     await cleaner.clean(item)
@@ -410,7 +526,7 @@ async def test_with_too_little_of_the_lease_left_nothing_is_begun(cleaner, datab
     assert row.wake_at <= utc_now()
 
 
-async def test_a_slow_commit_that_ate_the_lease_keeps_the_delete_from_being_sent(
+async def test_no_delete_is_sent_if_the_commit_took_too_much_of_the_lease(
     cleaner_of, api, database, simulator, announced
 ):
     key = await announced()
@@ -419,7 +535,7 @@ async def test_a_slow_commit_that_ate_the_lease_keeps_the_delete_from_being_sent
 
     async def slow_copy(_):
         late["by"] = timedelta(seconds=45)
-        return Copied.KEPT
+        return CopyResult.KEPT
 
     cleaner = cleaner_of(api, copy=slow_copy, now=lambda: utc_now() + late["by"])
     await cleaner.clean(item)
@@ -428,9 +544,11 @@ async def test_a_slow_commit_that_ate_the_lease_keeps_the_delete_from_being_sent
     assert (await row_of(database, key)).state == State.SCHEDULED
 
 
-async def test_at_the_days_limit_the_copy_is_kept_and_the_delete_waits(cleaner_of, api, database, simulator, announced):
+async def test_at_the_daily_limit_the_copy_is_stored_and_the_delete_waits(
+    cleaner_of, api, database, simulator, announced
+):
     async def copy(item):
-        write = partial(settling.copy, copies=[item], now=utc_now(), limit=0, actor=ACTOR)
+        write = partial(settling.store_copies, copies=[item], now=utc_now(), limit=0, actor=ACTOR)
         return (await database.write(write))[0]
 
     key = await announced()
@@ -440,15 +558,13 @@ async def test_at_the_days_limit_the_copy_is_kept_and_the_delete_waits(cleaner_o
     assert [call.method for call in simulator.calls] == ["GET"]
     assert (row.state, row.failures) == (State.SCHEDULED, 0)
     assert row.copied_at is not None
-    assert [pause.kind for pause in await database.read(pausing.find)] == [pausing.Kind.DAILY_LIMIT]
+    assert [pause.kind for pause in await database.read(pausing.find_pauses)] == [pausing.Kind.DAILY_LIMIT]
 
 
-async def test_a_person_who_pauses_after_the_claim_still_keeps_the_delete_from_being_sent(
-    cleaner, database, simulator, announced
-):
+async def test_no_delete_is_sent_if_an_operator_pauses_after_the_claim(cleaner, database, simulator, announced):
     key = await announced()
     item = await claim_one(database)
-    wanted = pausing.Pause(pausing.Kind.OPERATOR, utc_now(), "a person", "a reason", None)
+    wanted = pausing.Pause(pausing.Kind.OPERATOR, utc_now(), "an operator", "a reason", None)
     await database.write(partial(pausing.pause, wanted=wanted))
     await cleaner.clean(item)
     row = await row_of(database, key)
@@ -458,9 +574,7 @@ async def test_a_person_who_pauses_after_the_claim_still_keeps_the_delete_from_b
     assert row.copied_at is not None
 
 
-async def test_a_fault_of_our_own_in_one_record_is_written_down_and_tried_again(
-    cleaner_of, api, database, simulator, announced
-):
+async def test_an_internal_error_in_one_record_is_stored_and_retried(cleaner_of, api, database, simulator, announced):
     async def broken(_):
         raise ZeroDivisionError
 
@@ -469,11 +583,11 @@ async def test_a_fault_of_our_own_in_one_record_is_written_down_and_tried_again(
     assert await cleaner_of(api, copy=broken).clean(await claim_one(database)) is None
     row = await row_of(database, key)
     assert (row.state, row.refusals) == (State.SCHEDULED, 1)
-    assert row.last_error == "a fault of Mayfly's own; its log tells more"
+    assert row.last_error == "an internal error; see Mayfly's log"
     assert [call.method for call in simulator.calls] == ["GET"]
 
 
-async def test_a_cleanup_that_cannot_even_write_down_its_fault_raises_nothing(cleaner_of, api, database, announced):
+async def test_an_attempt_that_cannot_store_its_error_raises_nothing(cleaner_of, api, database, announced):
     async def broken(_):
         raise ZeroDivisionError
 
@@ -487,9 +601,7 @@ async def test_a_cleanup_that_cannot_even_write_down_its_fault_raises_nothing(cl
     [{"GET": ["500"]}, {"DELETE": ["409"]}, {"DELETE": ["429:retry_after=600"]}, {"GET": ["processing"]}],
     ids=str,
 )
-async def test_an_attempt_that_is_put_off_enqueues_the_next_one_at_its_time(
-    cleaner_of, api, database, announced, faults
-):
+async def test_a_deferred_attempt_enqueues_the_next_one_at_its_time(cleaner_of, api, database, announced, faults):
     enqueued: list[tuple[Key, int, datetime]] = []
 
     async def enqueue_next(key: Key, attempt: int, at: datetime):
@@ -504,9 +616,7 @@ async def test_an_attempt_that_is_put_off_enqueues_the_next_one_at_its_time(
     assert enqueued == [(key, 2, row.wake_at)]
 
 
-async def test_an_attempt_that_gives_the_record_back_enqueues_the_next_one_at_once(
-    cleaner_of, api, database, announced
-):
+async def test_an_attempt_that_returns_its_record_enqueues_the_next_one_at_once(cleaner_of, api, database, announced):
     enqueued: list[tuple[Key, int, datetime]] = []
 
     async def enqueue_next(key: Key, attempt: int, at: datetime):
@@ -554,7 +664,7 @@ async def test_an_attempt_whose_lease_was_lost_enqueues_nothing(cleaner_of, api,
     assert enqueued == []
 
 
-async def test_what_the_webhook_said_stays_where_the_api_shows_nothing(cleaner, database, simulator):
+async def test_the_webhooks_values_stay_where_the_api_shows_nothing(cleaner, database, simulator):
     generation = simulator.add(model=None, outputUrl=None, outputDuration=None, outputFileName="take")
     item = arrival_of(id=generation.id, model="sync-3", outputDuration=4.5)
     await receive(database, item)

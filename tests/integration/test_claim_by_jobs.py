@@ -1,4 +1,4 @@
-"""A job claims the very attempt that it asks for, or is told why not; the ledger's row decides every race."""
+"""A job claims exactly the attempt that it asks for; the row in the ledger decides every race."""
 
 import asyncio
 import time
@@ -54,7 +54,7 @@ async def find_waiting(database, **bounds):
 
 
 async def peek(database):
-    return await database.read(partial(pausing.peek, now=utc_now()))
+    return await database.read(partial(pausing.peek_allowance, now=utc_now()))
 
 
 async def pause(database, kind, *, until=None):
@@ -118,7 +118,7 @@ async def test_answers_come_in_the_order_of_the_jobs(database):
     assert [one.key for one in found] == keys
 
 
-async def test_a_job_of_an_attempt_that_was_made_has_nothing_to_do(database):
+async def test_a_job_for_a_past_attempt_claims_nothing(database):
     key = await store(database)
     first = await claim_one(database)
 
@@ -130,7 +130,7 @@ async def test_a_job_of_an_attempt_that_was_made_has_nothing_to_do(database):
     assert await claim_wanted(database, Wanted(key, 2), Wanted(key, 3)) == [None, None]  # deleted
 
 
-async def test_a_job_without_a_record_or_with_a_held_one_has_nothing_to_do(database):
+async def test_a_job_without_a_record_or_with_a_held_record_claims_nothing(database):
     held = await store(database, hold="legal")
     kept = await store(database, due_in=None)
 
@@ -143,7 +143,7 @@ async def test_a_key_of_another_account_claims_nothing(database):
     assert await claim_wanted(database, Wanted(Key("other", key.id), 1)) == [None]
 
 
-async def test_of_two_jobs_for_one_attempt_the_first_has_it(database):
+async def test_of_two_jobs_for_one_attempt_the_first_claims(database):
     key = await store(database)
     first, second = await claim_wanted(database, Wanted(key, 1), Wanted(key, 1))
 
@@ -152,7 +152,7 @@ async def test_of_two_jobs_for_one_attempt_the_first_has_it(database):
     assert (await row_of(database, key)).attempts == 1
 
 
-async def test_an_early_job_is_told_how_long_to_wait(database):
+async def test_a_claim_for_an_early_job_returns_the_wait(database):
     key = await store(database, due_in=HOUR)
     (found,) = await claim_wanted(database, Wanted(key, 1))
 
@@ -161,7 +161,7 @@ async def test_an_early_job_is_told_how_long_to_wait(database):
     assert (await row_of(database, key)).state == State.SCHEDULED
 
 
-async def test_a_job_before_the_time_of_the_next_attempt_is_told_to_wait(database):
+async def test_a_claim_before_the_time_of_the_next_attempt_returns_the_wait(database):
     key = await store(database)
     await settle(database, deferred(await claim_one(database), retry_at=utc_now() + HOUR))
     (found,) = await claim_wanted(database, Wanted(key, 2))
@@ -205,7 +205,7 @@ async def test_a_peek_ends_no_pause_and_takes_no_probe(database):
     await pause(database, Kind.DAILY_LIMIT, until=utc_now() + HOUR)
     assert await peek(database) == 0
 
-    assert len(await database.read(pausing.find)) == 3
+    assert len(await database.read(pausing.find_pauses)) == 3
 
 
 async def test_twenty_jobs_at_once_claim_each_record_once(database):
@@ -218,7 +218,7 @@ async def test_twenty_jobs_at_once_claim_each_record_once(database):
     assert {(await row_of(database, key)).attempts for key in keys} == {1}
 
 
-async def test_what_waits_is_found_by_its_time_soonest_first_and_only_so_many(database):
+async def test_waiting_records_are_found_soonest_first_up_to_the_limit(database):
     late, later = [await store(database, due_in=-timedelta(minutes=minutes)) for minutes in (20, 10)]
     soon = await store(database, due_in=HOUR)
     await store(database, due_in=None)

@@ -1,4 +1,4 @@
-"""The commands that look at the ledger and move records: what they print, and how they end."""
+"""The commands that read the ledger and move records: output and exit codes."""
 
 import asyncio
 import json
@@ -10,10 +10,11 @@ from click.testing import CliRunner
 
 from service import __version__
 from service.cli import main
-from service.core.generation import read
+from service.commands import record_moves
+from service.core.generation import read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
-from service.core.retention import Policy, decide
+from service.core.retention import Policy, decide_retention
 from service.ledger import pausing, receiving
 from service.ledger.opening import open_database
 from service.ledger.pausing import Kind, Pause
@@ -45,8 +46,8 @@ def mayfly(database_url, tmp_path):
 def arrive(connection, *, state=State.SCHEDULED, **fields):
     """Write the record of a generation, in *state*."""
     body = webhook(**fields).body
-    generation = read(body)
-    retention = decide(
+    generation = read_generation(body)
+    retention = decide_retention(
         Policy(timedelta(hours=1), timedelta(minutes=1)), webhook_url=generation.webhook_url, sent_at=NOW, now=NOW
     )
     receiving.receive(connection, [Arrival(Key("default", generation.id), generation, body.decode(), retention, NOW)])
@@ -58,6 +59,12 @@ def arrive(connection, *, state=State.SCHEDULED, **fields):
         }
         connection.execute(records.update().where(records.c.id == generation.id).values(change))
     return generation.id
+
+
+def make_due(connection, generation_id):
+    """Let the record have been due five minutes ago."""
+    past = datetime.now(UTC) - timedelta(minutes=5)
+    return connection.execute(records.update().where(records.c.id == generation_id).values(due_at=past)).rowcount
 
 
 @pytest.fixture
@@ -103,7 +110,7 @@ async def test_a_list_is_narrowed(mayfly, ledger, options):
     result = await mayfly("records", "list", *options)
 
     assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == [wanted]
-    assert "needs a person: the API answered 400" in result.stdout
+    assert "needs an operator: the API answered 400" in result.stdout
 
 
 async def test_an_empty_ledger_says_so(mayfly):
@@ -125,21 +132,21 @@ async def test_one_record_is_shown_with_its_history(mayfly, ledger):
     assert [event["move"] for event in record["events"]] == ["receive"]
 
 
-@pytest.mark.parametrize("name", ["show", "hold", "release", "keep", "retry"])
-async def test_a_record_that_is_not_there_is_one_line(mayfly, name):
+@pytest.mark.parametrize("name", ["show", "hold", "release", "keep", "retry", "reopen"])
+async def test_a_missing_record_is_reported_in_one_line(mayfly, name):
     result = await mayfly("records", name, "nobody")
 
     assert (result.exit_code, result.stdout) == (1, "")
     assert result.stderr == "mayfly: there is no record of generation nobody\n"
 
 
-async def test_a_cursor_that_no_page_gave_is_one_line(mayfly):
+async def test_an_invalid_cursor_is_reported_in_one_line(mayfly):
     result = await mayfly("records", "list", "--cursor", "zzz")
 
-    assert (result.exit_code, result.stderr) == (1, "mayfly: the cursor is not one that a page gave\n")
+    assert (result.exit_code, result.stderr) == (1, "mayfly: invalid cursor: use the nextCursor of a page\n")
 
 
-async def test_a_person_holds_releases_and_keeps_a_record(mayfly, ledger):
+async def test_hold_release_and_keep_move_a_record(mayfly, ledger):
     wanted = await ledger(arrive)
 
     held = await mayfly("records", "hold", wanted, "--reason", "legal")
@@ -148,26 +155,30 @@ async def test_a_person_holds_releases_and_keeps_a_record(mayfly, ledger):
     record = json.loads((await mayfly("records", "show", wanted, "--json")).stdout)
 
     told = [result.stdout for result in (held, released, kept)]
-    assert told == [f"{wanted} is held.\n", f"{wanted} is scheduled.\n", f"{wanted} is kept.\n"]
+    assert (told[0], told[2]) == (f"{wanted} is held.\n", f"{wanted} is kept.\n")
+    assert told[1].startswith(f"{wanted} is scheduled. It is due in ")
     assert [event["move"] for event in record["events"]] == ["receive", "hold", "release", "keep"]
     assert record["events"][1]["detail"] == {"reason": "legal"}
     assert record["events"][1]["actor"].endswith("(command line)")
     assert record["dueAt"] is None
 
 
-async def test_what_was_to_be_kept_for_ever_before_it_was_held_is_kept_once_released(mayfly, ledger):
+async def test_a_held_record_without_a_due_time_is_kept_after_its_release(mayfly, ledger):
     wanted = await ledger(arrive, webhookUrl="https://hooks.example.com/webhooks/sync?ttl=forever&hold=legal")
 
     before = json.loads((await mayfly("records", "show", wanted, "--json")).stdout)
     released = await mayfly("records", "release", wanted)
     record = json.loads((await mayfly("records", "show", wanted, "--json")).stdout)
 
-    assert (before["state"], released.stdout) == ("held", f"{wanted} is kept.\n")
+    assert (before["state"], released.stdout) == (
+        "held",
+        f"{wanted} is kept. It has no due time; release it again to have it deleted.\n",
+    )
     assert [event["move"] for event in record["events"]] == ["receive", "hold", "release", "keep"]
     assert record["nextAttemptAt"] is None
 
 
-async def test_what_was_given_up_is_tried_again(mayfly, ledger):
+async def test_retry_schedules_a_failed_record(mayfly, ledger):
     wanted = await ledger(arrive, state=State.FAILED)
 
     result = await mayfly("records", "retry", wanted)
@@ -175,16 +186,160 @@ async def test_what_was_given_up_is_tried_again(mayfly, ledger):
     assert result.stdout == f"{wanted} is scheduled.\n"
 
 
-async def test_a_move_that_the_state_does_not_have_is_one_line(mayfly, ledger):
+async def test_an_illegal_move_is_reported_in_one_line(mayfly, ledger):
     wanted = await ledger(arrive, state=State.DELETED)
 
     result = await mayfly("records", "hold", wanted)
 
     assert (result.exit_code, result.stdout) == (1, "")
-    assert result.stderr == "mayfly: a record that is deleted cannot hold\n"
+    assert result.stderr == f"mayfly: {wanted}: cannot hold: the record is deleted\n"
 
 
-async def test_stats_count_each_state_and_tell_how_late_it_is(mayfly, ledger):
+async def test_each_of_several_records_is_reported_on_a_line(mayfly, ledger):
+    ids = [await ledger(arrive) for _ in range(3)]
+    deleted = await ledger(arrive, state=State.DELETED)
+
+    result = await mayfly("records", "hold", ids[0], deleted, "nobody", "-", stdin=f"{ids[1]}\n\n {ids[2]} \n".encode())
+    again = await mayfly("records", "hold", *ids)
+
+    assert result.exit_code == 1
+    assert result.stdout.splitlines() == [f"{one} is held." for one in ids]
+    assert result.stderr.splitlines() == [
+        f"mayfly: {deleted}: cannot hold: the record is deleted",
+        "mayfly: there is no record of generation nobody",
+    ]
+    assert again.exit_code == 0
+    assert again.stdout.splitlines() == [f"{one} is held already." for one in ids]
+
+
+async def test_a_move_needs_an_id(mayfly):
+    result = await mayfly("records", "hold")
+
+    assert result.exit_code == 2
+
+
+async def test_an_overdue_record_is_not_released_without_a_word(mayfly, ledger):
+    overdue, waiting = [await ledger(arrive, state=State.HELD) for _ in range(2)]
+    await ledger(make_due, overdue)
+
+    refused = await mayfly("records", "release", overdue, waiting)
+    state = json.loads((await mayfly("records", "show", overdue, "--json")).stdout)["state"]
+    confirmed = await mayfly("records", "release", "--yes", overdue)
+
+    assert (refused.exit_code, state) == (1, "held")
+    assert refused.stderr == (
+        f"mayfly: {overdue} stays held: it was due 5 min ago and would be deleted now; "
+        "add --yes, or --grace 1h to let it wait\n"
+    )
+    assert refused.stdout.startswith(f"{waiting} is scheduled. It is due in ")
+    assert (confirmed.exit_code, confirmed.stdout) == (0, f"{overdue} is scheduled. It is due now.\n")
+
+
+async def test_a_grace_lets_an_overdue_record_wait(mayfly, ledger):
+    overdue = await ledger(arrive, state=State.HELD)
+    await ledger(make_due, overdue)
+
+    result = await mayfly("records", "release", overdue, "--grace", "3h")
+    invalid = await mayfly("records", "release", overdue, "--grace", "3")
+
+    assert result.exit_code == 0
+    assert result.stdout.startswith(f"{overdue} is scheduled. It is due in 2 h, at ")
+    assert invalid.exit_code == 2
+    assert "it accepts a number with a unit" in invalid.stderr
+
+
+@pytest.mark.parametrize(("answer", "then"), [("y", (0, "scheduled")), ("n", (1, "held"))])
+async def test_a_terminal_is_asked_before_a_release_that_deletes_at_once(mayfly, ledger, monkeypatch, answer, then):
+    overdue = await ledger(arrive, state=State.HELD)
+    await ledger(make_due, overdue)
+    monkeypatch.setattr(record_moves, "is_terminal", lambda: True)
+
+    result = await mayfly("records", "release", overdue, stdin=f"{answer}\n".encode())
+    record = json.loads((await mayfly("records", "show", overdue, "--json")).stdout)
+
+    assert f"{overdue}: it was due 5 min ago and will be deleted now. Release it? [y/N]" in result.stdout
+    assert (result.exit_code, record["state"]) == then
+
+
+async def test_a_kept_record_is_released_after_the_minimum_ttl(mayfly, ledger):
+    kept = await ledger(arrive)
+    await mayfly("records", "keep", kept)
+
+    result = await mayfly("records", "release", kept, MAYFLY_MIN_TTL="3h")
+
+    assert result.stdout.startswith(f"{kept} is scheduled. It is due in 2 h, at ")
+
+
+async def test_reopen_schedules_a_record_that_was_deleted_unseen(mayfly, ledger):
+    unseen, deleted = [await ledger(arrive, state=State.DELETED) for _ in range(2)]
+    gone = records.update().where(records.c.id == unseen).values(outcome="already_gone", deleted_at=NOW)
+    await ledger(lambda connection: connection.execute(gone).rowcount)
+
+    result = await mayfly("records", "reopen", unseen, deleted, "--grace", "3h")
+    record = json.loads((await mayfly("records", "show", unseen, "--json")).stdout)
+
+    assert result.exit_code == 1
+    assert result.stdout.startswith(f"{unseen} is scheduled. It is due in 2 h, at ")
+    assert result.stderr.startswith(f"mayfly: {deleted}: cannot reopen: the record is deleted, and")
+    assert (record["outcome"], record["deletedAt"], record["receipt"]) == (None, None, None)
+
+
+@pytest.mark.parametrize("status", ["completed", "COMPLETED", "Completed"])
+async def test_the_case_of_a_status_does_not_matter(mayfly, ledger, status):
+    wanted = await ledger(arrive)
+
+    result = await mayfly("records", "list", "--status", status)
+
+    assert [line.split()[0] for line in result.stdout.splitlines()[1:]] == [wanted]
+
+
+async def test_a_record_shows_what_blocks_its_deletion(mayfly, ledger):
+    waiting, held = await ledger(arrive), await ledger(arrive, state=State.HELD)
+    before = await mayfly("records", "show", waiting)
+    await mayfly("pause", "--reason", "audit")
+
+    text = await mayfly("records", "show", waiting, MAYFLY_DRY_RUN="true")
+    record = json.loads((await mayfly("records", "show", waiting, "--json")).stdout)
+    other = await mayfly("records", "show", held, MAYFLY_DRY_RUN="true")
+
+    assert "Not deleted now" not in before.stdout
+    assert "Not deleted now: deletions are paused (operator) since" in text.stdout
+    assert ": audit. mayfly resume ends it." in text.stdout
+    assert "Not deleted now: MAYFLY_DRY_RUN is set here." in text.stdout
+    assert [(one["kind"], one["reason"]) for one in record["blockedBy"]] == [("operator", "audit")]
+    assert "Not deleted now" not in other.stdout
+
+
+async def test_a_missing_ledger_is_named_by_its_absolute_path(mayfly, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+
+    relative = await mayfly("stats", MAYFLY_DATABASE_URL="", MAYFLY_DATA_DIR="./somewhere")
+    absolute = await mayfly("stats", MAYFLY_DATABASE_URL="", MAYFLY_DATA_DIR=str(tmp_path / "else"))
+
+    where = f"mayfly: there is no ledger at {tmp_path}/somewhere/ledger.db yet"
+    why = "MAYFLY_DATA_DIR, somewhere, is relative to the current directory"
+    assert relative.stderr == f"{where}: {why}; mayfly up or mayfly migrate makes it\n"
+    assert f"there is no ledger at {tmp_path}/else/ledger.db yet; mayfly up" in absolute.stderr
+
+
+@pytest.mark.parametrize(
+    ("arguments", "advice"),
+    [
+        (("record", "list"), "No such command 'record': did you mean records?"),
+        (("stat",), "No such command 'stat': did you mean stats?"),
+        (("up", "--port", "9000"), "No such option '--port': set MAYFLY_PORT in the environment."),
+        (("--host", "::", "api"), "No such option '--host': set MAYFLY_HOST in the environment."),
+        (("worker", "--api-key", "k"), "No such option '--api-key': set SYNC_API_KEY in the environment."),
+    ],
+)
+async def test_a_mistyped_command_or_a_setting_as_an_option_gets_advice(mayfly, arguments, advice):
+    result = await mayfly(*arguments)
+
+    assert result.exit_code == 2
+    assert result.stderr.splitlines()[-1] == f"Error: {advice}"
+
+
+async def test_stats_show_the_number_per_state_and_the_most_overdue_deletion(mayfly, ledger):
     await ledger(arrive)
     await ledger(arrive, state=State.FAILED)
     late = await ledger(arrive)
@@ -200,10 +355,10 @@ async def test_stats_count_each_state_and_tell_how_late_it_is(mayfly, ledger):
     assert 300 <= numbers["oldestOverdueSeconds"] < 400
     assert numbers["pauses"] == []
     assert "Due now: 1, the longest for 3" in text
-    assert "Deletions run." in text
+    assert "Deletions are running." in text
 
 
-async def test_a_pause_is_kept_with_its_first_reason_until_it_is_ended(mayfly):
+async def test_a_second_pause_keeps_the_first_reason(mayfly):
     first = await mayfly("pause", "--reason", "audit")
     second = await mayfly("pause", "--reason", "another")
     paused = json.loads((await mayfly("stats", "--json")).stdout)["pauses"]
@@ -215,7 +370,7 @@ async def test_a_pause_is_kept_with_its_first_reason_until_it_is_ended(mayfly):
     assert "already" in second.stdout
     assert [(one["kind"], one["reason"]) for one in paused] == [("operator", "audit")]
     assert "Deletions are paused:\n  operator since" in text
-    assert ended.stdout == "Deletions go on. Ended: operator.\n"
+    assert ended.stdout == "Deletions are resumed. Ended: operator.\n"
     assert again.stdout == "There was no pause to end.\n"
 
 
@@ -224,10 +379,10 @@ async def test_resume_ends_the_pause_of_a_refused_key_too(mayfly, ledger):
 
     result = await mayfly("resume")
 
-    assert result.stdout == "Deletions go on. Ended: unauthorized.\n"
+    assert result.stdout == "Deletions are resumed. Ended: unauthorized.\n"
 
 
-async def test_no_ledger_is_made_by_looking_at_it(mayfly, tmp_path):
+async def test_reading_commands_create_no_ledger(mayfly, tmp_path):
     result = await mayfly("stats", MAYFLY_DATABASE_URL="")
 
     assert result.exit_code == 1
@@ -235,15 +390,15 @@ async def test_no_ledger_is_made_by_looking_at_it(mayfly, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
-async def test_tables_that_are_there_are_migrated_to_what_they_are(mayfly):
+async def test_migrate_leaves_current_tables_unchanged(mayfly):
     result = await mayfly("migrate")
 
     assert result.exit_code == 0
-    assert result.stdout.endswith(", as they were.\n")
+    assert result.stdout.endswith(" already.\n")
 
 
 @pytest.mark.parametrize("arguments", [("stats",), ("records", "list"), ("pause",), ("doctor",), ("migrate",), ("up",)])
-async def test_settings_that_cannot_be_used_are_a_line_each_and_never_shown(mayfly, arguments):
+async def test_invalid_settings_are_reported_in_a_line_each_without_their_values(mayfly, arguments):
     result = await mayfly(*arguments, MAYFLY_TTL=HIDDEN, MAYFLY_PORT=HIDDEN, SYNC_WEBHOOK_SECRET=HIDDEN)
 
     assert (result.exit_code, result.stdout) == (2, "")
@@ -252,7 +407,7 @@ async def test_settings_that_cannot_be_used_are_a_line_each_and_never_shown(mayf
     assert HIDDEN not in result.stderr
 
 
-async def test_a_database_that_is_away_is_a_line_without_its_password(mayfly):
+async def test_an_unreachable_database_is_reported_without_its_password(mayfly):
     url = f"postgresql://mayfly:{HIDDEN}@127.0.0.1:1/mayfly"
 
     result = await mayfly("stats", MAYFLY_DATABASE_URL=url)
@@ -277,7 +432,7 @@ def test_every_option_has_its_help():
             assert not isinstance(parameter, click.Option) or parameter.help, (path, parameter.name)
 
 
-def test_the_version_is_told():
+def test_the_version_option_prints_the_version():
     assert CliRunner().invoke(main, ["--version"]).output == f"mayfly, version {__version__}\n"
 
 

@@ -1,8 +1,10 @@
-"""The commands that try things out, on real sockets: send, simulate, doctor."""
+"""The commands send, simulate and doctor, on real sockets."""
 
 import asyncio
 import json
+import os
 import signal
+import subprocess
 import sys
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
@@ -11,8 +13,12 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from structlog.testing import capture_logs
 
-from service.commands.doctor import _clock, _judged
+from service.commands.doctor import _check_clock, _judge_answer
+from service.config.settings import read_settings
+from service.core.secret import Secret
+from service.sync.organisation import OTHER_ORGANISATION, check_organisation, is_same_organisation, warn_if_not_compared
 from tests.conftest import API_TOKEN, http_client
 from tests.support.commands import command
 from tests.support.ledger import HOUR, store
@@ -44,7 +50,7 @@ async def intake(sqlite_database, open_client):
     ("status", "state"),
     [("COMPLETED", "scheduled"), ("FAILED", "scheduled"), ("REJECTED", "scheduled"), ("PROCESSING", "ignored")],
 )
-async def test_a_sample_is_signed_and_taken(intake, status, state):
+async def test_a_sample_webhook_is_signed_and_accepted(intake, status, state):
     wanted = str(uuid4())
 
     code, output, _ = await mayfly(
@@ -55,13 +61,13 @@ async def test_a_sample_is_signed_and_taken(intake, status, state):
     assert (json.loads(output)["id"], json.loads(output)["state"]) == (wanted, state)
 
 
-async def test_wishes_in_the_url_are_the_samples_own(intake):
+async def test_overrides_in_the_url_apply_to_the_sample(intake):
     _, output, _ = await mayfly("send", "--url", f"{intake}?ttl=forever", SYNC_WEBHOOK_SECRET=SECRET)
 
     assert json.loads(output)["state"] == "kept"
 
 
-async def test_it_sends_to_the_service_that_is_set_unless_told_otherwise(intake):
+async def test_send_uses_the_configured_host_and_port_by_default(intake):
     port = str(httpx.URL(intake).port)
 
     code, _, _ = await mayfly("send", SYNC_WEBHOOK_SECRET=SECRET, MAYFLY_HOST="0.0.0.0", MAYFLY_PORT=port)
@@ -69,7 +75,7 @@ async def test_it_sends_to_the_service_that_is_set_unless_told_otherwise(intake)
     assert code == 0
 
 
-async def test_a_body_is_sent_as_it_is(intake, tmp_path):
+async def test_a_body_from_a_file_is_sent_unchanged(intake, tmp_path):
     one, other = webhook(error="Größe").body, webhook().body
     (tmp_path / "body.json").write_bytes(one)
 
@@ -84,27 +90,27 @@ async def test_a_body_is_sent_as_it_is(intake, tmp_path):
 @pytest.mark.parametrize(
     ("arguments", "secret", "status"),
     [
-        ((), "whsec_of_somebody_else_012", "401"),
+        ((), "whsec_of_another_account_012", "401"),
         (("--at", "2020-01-01T00:00:00Z"), SECRET, "401"),
         (("--file", "-"), SECRET, "400"),
     ],
 )
-async def test_a_refusal_is_printed_and_told_by_the_exit_code(intake, arguments, secret, status):
+async def test_a_refusal_is_printed_and_sets_the_exit_code(intake, arguments, secret, status):
     code, output, errors = await mayfly("send", "--url", intake, *arguments, stdin=b"{", SYNC_WEBHOOK_SECRET=secret)
 
     assert code == 1
-    assert errors.splitlines()[-1].startswith(status)  # behind what the web side of this test logs
+    assert errors.splitlines()[-1].startswith(status)  # after the log lines of this test's web side
     assert json.loads(output)["status"] == int(status)
 
 
-async def test_a_service_that_is_away_is_one_line():
+async def test_an_unreachable_service_is_reported_in_one_line():
     code, output, errors = await mayfly("send", "--url", "http://127.0.0.1:1/webhooks/sync", SYNC_WEBHOOK_SECRET=SECRET)
 
     assert (code, output, len(errors.splitlines())) == (1, "", 1)
 
 
 @pytest.mark.parametrize("at", ["yesterday", "2026-12-31T00:00:00"])
-async def test_a_time_that_cannot_be_read_is_a_wrong_use(at):
+async def test_an_invalid_time_is_a_usage_error(at):
     code, _, errors = await mayfly("send", "--at", at, SYNC_WEBHOOK_SECRET=SECRET)
 
     assert code == 2
@@ -135,7 +141,7 @@ async def simulating(*arguments: str):
         await process.communicate()
 
 
-async def test_what_the_simulator_tells_to_set_is_all_that_mayfly_needs(tmp_path):
+async def test_the_simulator_prints_all_variables_that_mayfly_needs(tmp_path):
     async with simulating() as told:
         code, output, _ = await mayfly("doctor", "--json", MAYFLY_DATA_DIR=str(tmp_path / "data"), **told)
 
@@ -144,7 +150,7 @@ async def test_what_the_simulator_tells_to_set_is_all_that_mayfly_needs(tmp_path
     assert (parts["webhook secret"], parts["API key"]) == ("ok", "ok")
 
 
-async def test_the_simulator_makes_samples_and_announces_them(sqlite_database, open_client):
+async def test_the_simulator_makes_samples_and_sends_their_webhooks(sqlite_database, open_client):
     async with open_client(sqlite_database) as client:
         url = str(client.base_url.join("/webhooks/sync"))
         sample = ("--count", "2", "--every", "0.1", "--processing", "0.1", "--webhook-url", url)
@@ -163,14 +169,14 @@ async def test_the_simulator_makes_samples_and_announces_them(sqlite_database, o
     assert {item["id"] for item in items} == {generation["id"] for generation in made}
 
 
-async def test_the_simulator_is_for_this_machine_alone():
+async def test_the_simulator_listens_on_loopback_only():
     code, output, errors = await mayfly("simulate", "--host", "0.0.0.0", "--port", "0")
 
     assert (code, output, len(errors.splitlines())) == (1, "", 1)
     assert "--allow-remote" in errors
 
 
-async def test_a_port_that_is_taken_is_one_line(simulator):
+async def test_a_port_in_use_is_reported_in_one_line(simulator):
     code, _, errors = await mayfly("simulate", "--port", str(httpx.URL(simulator.url).port))
 
     assert (code, len(errors.splitlines())) == (1, 1)
@@ -192,7 +198,7 @@ async def examined(tmp_path, simulator, **environment: str):
     return code, {finding["part"]: finding for finding in json.loads(output)["findings"]}
 
 
-async def test_a_fresh_machine_is_fit_and_stays_as_it_was(tmp_path, simulator):
+async def test_doctor_passes_on_a_fresh_machine_and_changes_nothing(tmp_path, simulator):
     code, found = await examined(tmp_path, simulator)
 
     assert code == 0
@@ -209,7 +215,7 @@ async def test_a_fresh_machine_is_fit_and_stays_as_it_was(tmp_path, simulator):
     assert [call.operation for call in simulator.calls] == ["LIST", "SECRET"]
 
 
-async def test_postgresql_and_redis_that_are_fit_are_told(tmp_path, simulator, postgres_url, redis_url):
+async def test_doctor_passes_with_postgresql_and_redis(tmp_path, simulator, postgres_url, redis_url):
     url = postgres_url.render_as_string(hide_password=False)
 
     with redis_server(tmp_path, appendonly="yes") as durable:
@@ -234,9 +240,7 @@ async def test_postgresql_and_redis_that_are_fit_are_told(tmp_path, simulator, p
         ({"MAYFLY_DATA_DIR": "/etc/passwd/data"}, "data dir", "MAYFLY_DATA_DIR"),
     ],
 )
-async def test_what_fails_is_named_with_the_variable_and_the_rest_is_looked_at(
-    tmp_path, simulator, environment, part, named
-):
+async def test_doctor_names_the_variable_of_each_failure_and_continues(tmp_path, simulator, environment, part, named):
     code, found = await examined(tmp_path, simulator, **environment)
 
     assert code == 1
@@ -245,7 +249,71 @@ async def test_what_fails_is_named_with_the_variable_and_the_rest_is_looked_at(
     assert "hunter2" not in found[part]["detail"]
 
 
-async def test_a_secret_of_another_organisation_is_failing(tmp_path, simulator):
+@pytest.mark.parametrize("side", ["up", "worker"])
+async def test_a_key_of_another_organisation_refuses_to_start_in_one_sentence(tmp_path, simulator, side):
+    simulator.webhook_secret = "whsec_of_another_organisation"
+    environment = {
+        "SYNC_BASE_URL": simulator.url,
+        "SYNC_API_KEY": simulator.api_key,
+        "SYNC_WEBHOOK_SECRET": SECRET,
+        "MAYFLY_DATA_DIR": str(tmp_path / "data"),
+    }
+    ended = await asyncio.to_thread(
+        subprocess.run,
+        [*MAYFLY, side],
+        env={"PATH": os.environ["PATH"], **environment},
+        capture_output=True,
+        text=True,
+        timeout=_SECONDS,
+        check=False,
+    )
+
+    assert (ended.returncode, ended.stdout) == (2, "")
+    assert ended.stderr == f"mayfly: {OTHER_ORGANISATION}\n"
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
+    ("status", "body", "expected"),
+    [
+        (200, b'{"secret":"whsec_a"}', True),
+        (200, b'{"secret":"whsec_b","createdAt":null}', True),
+        (200, b'{"secret":"whsec_c"}', False),
+        (200, b'{"secret":"whsec_c****"}', None),
+        (200, b'{"secret":null}', None),
+        (200, b"{}", None),
+        (200, b"[]", None),
+        (200, b"<html>", None),
+        (200, b"\xff", None),
+        (401, b'{"secret":"whsec_c"}', None),
+        (404, b"", None),
+        (500, b"{}", None),
+    ],
+)
+def test_only_a_whole_other_secret_shows_another_organisation(status, body, expected):
+    secrets = (Secret("whsec_a"), Secret("whsec_b"))
+
+    assert is_same_organisation(status, body, secrets) is expected
+    assert is_same_organisation(status, body, ()) is None
+
+
+async def test_an_api_that_does_not_answer_at_start_only_warns(tmp_path):
+    settings = read_settings(
+        {
+            "SYNC_BASE_URL": "http://127.0.0.1:9",
+            "SYNC_API_KEY": "sk-x",
+            "SYNC_WEBHOOK_SECRET": SECRET,
+            "MAYFLY_DATA_DIR": str(tmp_path),
+        }
+    )
+
+    with capture_logs() as logs:
+        warn_if_not_compared(await check_organisation(settings))
+
+    assert [(line["event"], line["log_level"]) for line in logs] == [("organisation.not_compared", "warning")]
+
+
+async def test_doctor_fails_with_a_secret_of_another_organisation(tmp_path, simulator):
     simulator.webhook_secret = "whsec_of_another_organisation"
     code, found = await examined(tmp_path, simulator)
 
@@ -254,12 +322,12 @@ async def test_a_secret_of_another_organisation_is_failing(tmp_path, simulator):
 
 
 @pytest.mark.parametrize(("status", "body"), [(200, b"<html>"), (402, b"{}"), (403, b""), (404, b"{}"), (301, b"")])
-def test_what_is_not_the_api_or_does_not_take_the_key_is_failing(status, body):
-    assert _judged(status, body).status == "failing"
-    assert _judged(200, b"[]").status == "ok"
+def test_doctor_fails_if_the_url_or_the_key_is_wrong(status, body):
+    assert _judge_answer(status, body).status == "failing"
+    assert _judge_answer(200, b"[]").status == "ok"
 
 
-async def test_deletions_that_are_late_are_failing(tmp_path, simulator, sqlite_database, sqlite_url):
+async def test_doctor_fails_if_deletions_are_late(tmp_path, simulator, sqlite_database, sqlite_url):
     await store(sqlite_database, due_in=-HOUR)
     code, found = await examined(tmp_path, simulator, MAYFLY_DATABASE_URL=f"sqlite:///{sqlite_url.database}")
 
@@ -267,7 +335,7 @@ async def test_deletions_that_are_late_are_failing(tmp_path, simulator, sqlite_d
     assert "60 min overdue" in found["deletions"]["detail"]
 
 
-async def test_a_redis_that_would_drop_jobs_is_failing(tmp_path, simulator):
+async def test_doctor_fails_if_redis_would_drop_jobs(tmp_path, simulator):
     with redis_server(tmp_path, maxmemory_policy="allkeys-lru") as url:
         code, found = await examined(tmp_path, simulator, MAYFLY_REDIS_URL=url)
 
@@ -275,7 +343,7 @@ async def test_a_redis_that_would_drop_jobs_is_failing(tmp_path, simulator):
     assert "noeviction" in found["redis"]["detail"]
 
 
-async def test_tables_that_are_missing_and_a_dry_run_are_told(tmp_path, simulator, postgres):
+async def test_doctor_reports_missing_tables_and_a_dry_run(tmp_path, simulator, postgres):
     url = await postgres.empty()
     text = url.render_as_string(hide_password=False)
     code, found = await examined(tmp_path, simulator, MAYFLY_DATABASE_URL=text, MAYFLY_DRY_RUN="true")
@@ -287,7 +355,7 @@ async def test_tables_that_are_missing_and_a_dry_run_are_told(tmp_path, simulato
 
 
 @pytest.mark.parametrize(("off", "status"), [(0, "ok"), (120, "warning"), (3600, "failing")])
-def test_the_clock_is_held_against_the_api(off, status):
+def test_doctor_compares_the_clock_with_the_api(off, status):
     theirs = format_datetime(datetime.now(UTC) + timedelta(seconds=off), usegmt=True)
 
-    assert [finding.status for finding in _clock(theirs, timedelta(minutes=5))] == [status]
+    assert [finding.status for finding in _check_clock(theirs, timedelta(minutes=5))] == [status]

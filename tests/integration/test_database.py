@@ -1,4 +1,4 @@
-"""Writes take turns, each alone in its transaction, whoever else writes or stops waiting; a read sees one state."""
+"""Writes run one after another, each in its transaction, also beside other programs; a read sees one snapshot."""
 
 import asyncio
 import sqlite3
@@ -72,7 +72,7 @@ async def test_a_postgresql_transaction_that_is_abandoned_gives_its_locks_back(p
             await frozen
 
 
-async def test_a_write_waits_for_another_programs_and_leaves_the_loop_free(words, other):
+async def test_a_write_waits_for_another_program_without_blocking_the_loop(words, other):
     other.execute("BEGIN IMMEDIATE")
     write = asyncio.create_task(words.write(adding("late")))
     begun = time.monotonic()
@@ -85,7 +85,7 @@ async def test_a_write_waits_for_another_programs_and_leaves_the_loop_free(words
     assert await all_words(words) == ["late"]
 
 
-async def test_writes_get_their_turns_beside_a_program_that_hardly_pauses(words, other):
+async def test_writes_succeed_beside_a_program_that_writes_constantly(words, other):
     is_over = threading.Event()
 
     def write_on_and_on():
@@ -107,7 +107,7 @@ async def test_writes_get_their_turns_beside_a_program_that_hardly_pauses(words,
     assert await all_words(words) == [str(number) for number in range(20)]
 
 
-async def test_what_fails_leaves_nothing_behind_and_the_next_write_is_well(words):
+async def test_a_failed_write_is_rolled_back_and_the_next_one_succeeds(words):
     def fail(connection):
         adding("half")(connection)
         raise RuntimeError("in the middle")
@@ -119,7 +119,7 @@ async def test_what_fails_leaves_nothing_behind_and_the_next_write_is_well(words
     assert await all_words(words) == ["whole"]
 
 
-async def test_a_caller_that_stops_waiting_does_not_undo_its_write(words):
+async def test_a_cancelled_caller_does_not_undo_its_write(words):
     has_begun = threading.Event()
 
     def add_slowly(connection):
@@ -138,7 +138,7 @@ async def test_a_caller_that_stops_waiting_does_not_undo_its_write(words):
     assert await all_words(words) == [str(number) for number in range(10)]
 
 
-async def test_a_write_whose_caller_stops_waiting_before_its_turn_is_not_made(words, other):
+async def test_a_queued_write_whose_caller_is_cancelled_is_not_made(words, other):
     other.execute("BEGIN IMMEDIATE")
     first = asyncio.create_task(words.write(adding("first")))
     second = asyncio.create_task(words.write(adding("second")))
@@ -152,7 +152,7 @@ async def test_a_write_whose_caller_stops_waiting_before_its_turn_is_not_made(wo
     assert await all_words(words) == ["first", "third"]
 
 
-async def test_a_write_that_took_too_long_for_its_caller_does_not_break_the_next(sqlite_url, other):
+async def test_a_write_that_timed_out_does_not_break_the_next_one(sqlite_url, other):
     async with open_database(sqlite_url, write_seconds=0.3) as database:
         await database.write(lambda connection: connection.execute(text("CREATE TABLE words (word TEXT)")))
         other.execute("BEGIN IMMEDIATE")
@@ -166,7 +166,7 @@ async def test_a_write_that_took_too_long_for_its_caller_does_not_break_the_next
         assert await all_words(database) == ["late", "next"]
 
 
-async def test_a_commit_that_cannot_be_made_leaves_nothing_behind_and_the_next_write_is_well(words, other):
+async def test_a_failed_commit_is_rolled_back_and_the_next_write_succeeds(words, other):
     other.execute("CREATE TABLE parent (id INTEGER PRIMARY KEY)")
     other.execute("CREATE TABLE child (id INTEGER REFERENCES parent DEFERRABLE INITIALLY DEFERRED)")
     words._writing.dispose()
@@ -183,7 +183,7 @@ async def test_a_commit_that_cannot_be_made_leaves_nothing_behind_and_the_next_w
     assert await all_words(words) == ["kept"]
 
 
-async def test_a_second_opening_does_not_let_another_program_take_the_log_away(words, sqlite_url):
+async def test_a_second_opening_does_not_let_another_program_remove_the_wal(words, sqlite_url):
     # Closing any descriptor of a file drops all locks that the process has on it, SQLite's as well; a program that
     # then closes the database takes itself for the last one, and removes the log in which later commits are lost.
     await words.write(adding("before"))
@@ -204,7 +204,7 @@ async def test_a_second_opening_does_not_let_another_program_take_the_log_away(w
     assert await all_words(words) == ["before", "first", "second"]
 
 
-async def test_the_files_are_their_owners_alone_wherever_they_are(tmp_path):
+async def test_database_files_are_readable_by_their_owner_only(tmp_path):
     tmp_path.chmod(0o755)
     url = URL.create("sqlite", database=str(tmp_path / "ledger.db"))
     async with open_database(url) as database:
@@ -214,7 +214,7 @@ async def test_the_files_are_their_owners_alone_wherever_they_are(tmp_path):
     assert modes == dict.fromkeys(("ledger.db", "ledger.db-shm", "ledger.db-wal"), 0o600)
 
 
-async def test_a_slow_write_leaves_the_loop_free(words):
+async def test_a_slow_write_does_not_block_the_loop(words):
     write = asyncio.create_task(words.write(lambda _connection: time.sleep(0.3)))
     turns = 0
     while not write.done():
@@ -230,7 +230,7 @@ async def test_a_read_sees_what_was_committed_before_it(words):
         assert (await all_words(words))[-1] == str(number)
 
 
-async def test_all_statements_of_a_read_see_one_state(database_url):
+async def test_all_statements_of_a_read_see_one_snapshot(database_url):
     has_seen, may_go_on = threading.Event(), threading.Event()
     counting = select(func.count()).select_from(records)
 
@@ -268,7 +268,7 @@ async def test_a_read_on_postgresql_cannot_write(postgres_url):
         assert await count(database) == 1
 
 
-async def test_writes_that_wait_while_the_database_closes_are_refused_and_none_is_half_made(sqlite_url, other):
+async def test_queued_writes_are_refused_when_the_database_closes(sqlite_url, other):
     async with open_database(sqlite_url) as database:
         await database.write(lambda connection: connection.execute(text("CREATE TABLE words (word TEXT)")))
         writes = [asyncio.create_task(database.write(adding(str(number)))) for number in range(20)]
@@ -280,7 +280,7 @@ async def test_writes_that_wait_while_the_database_closes_are_refused_and_none_i
     assert [word for (word,) in other.execute("SELECT word FROM words")] == made
 
 
-async def test_a_write_that_cannot_be_handed_to_its_thread_is_not_made_later(words, other, monkeypatch):
+async def test_a_write_that_gets_no_thread_is_not_made_later(words, other, monkeypatch):
     def refuse(_threads, _function, *_arguments: object):
         raise MemoryError
 
@@ -295,7 +295,7 @@ async def test_a_write_that_cannot_be_handed_to_its_thread_is_not_made_later(wor
     assert await all_words(words) == ["next"]
 
 
-async def test_a_thread_that_cannot_be_started_fails_the_opening(sqlite_url, monkeypatch):
+async def test_opening_fails_if_the_thread_cannot_start(sqlite_url, monkeypatch):
     def refuse(_thread):
         raise RuntimeError("can't start new thread")
 
@@ -309,7 +309,7 @@ async def test_a_thread_that_cannot_be_started_fails_the_opening(sqlite_url, mon
         assert await database.write(lambda _connection: "well") == "well"
 
 
-async def test_a_lock_that_is_held_for_too_long_is_named(sqlite_url, other):
+async def test_the_error_names_a_lock_that_lasts_too_long(sqlite_url, other):
     async with open_database(sqlite_url, write_seconds=0.3) as database:
         other.execute("BEGIN IMMEDIATE")
         with pytest.raises(LedgerUnavailableError, match="did not answer in time"):

@@ -1,9 +1,9 @@
-"""The parts the tests run on work together: a signed webhook is taken by a real application over real resources."""
+"""The fixtures work together: a real application over real resources accepts a signed webhook."""
 
 from tests.support.webhooks import webhook
 
 
-async def test_a_signed_webhook_is_taken_on_both_databases(app_client):
+async def test_a_signed_webhook_is_stored_on_both_databases(app_client):
     sent = webhook()
     answer = await app_client.post("/webhooks/sync", content=sent.body, headers=sent.headers)
 

@@ -1,4 +1,4 @@
-"""What the outside sees: alive, ready with the parts that fail, numbers, and the description of the routes."""
+"""Health checks, metrics, and the OpenAPI document."""
 
 import asyncio
 import sqlite3
@@ -18,7 +18,7 @@ from service.ledger.pausing import Kind, Pause
 from service.web.app import make_app
 from service.web.security_headers import SECURITY_HEADERS
 from service.web.server import serving
-from tests.conftest import http_client
+from tests.conftest import API_TOKEN, http_client
 from tests.support.ledger import HOUR, claim, confirmed, given_up, settle, store
 from tests.support.waiting import eventually
 from tests.support.webhooks import webhook
@@ -44,7 +44,7 @@ async def numbers_of(client):
     return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
-async def test_alive_and_ready_with_all_parts_well(app_client):
+async def test_health_is_ok_with_all_parts_ok(app_client):
     async def well():
         answer = await app_client.get("/health/ready")
         return answer if answer.status_code == 200 else None
@@ -59,7 +59,7 @@ async def test_alive_and_ready_with_all_parts_well(app_client):
     }
 
 
-async def test_a_redis_that_is_away_degrades_and_is_named(serve, sqlite_database, tmp_path):
+async def test_an_unreachable_redis_degrades_health_and_is_named(serve, sqlite_database, tmp_path):
     pool = connection.connect(Secret(f"unix://{tmp_path}/none.sock"), retries=0)
     async with serve(sqlite_database, pool) as port, http_client(f"http://127.0.0.1:{port}") as client:
         answer = await client.get("/health/ready")
@@ -78,7 +78,7 @@ async def test_a_redis_that_is_away_degrades_and_is_named(serve, sqlite_database
     ],
     ids=["postgresql", "sqlite"],
 )
-async def test_a_ledger_that_is_away_is_503_and_named_and_the_process_still_lives(serve, pool, url):
+async def test_an_unreachable_ledger_is_503_and_named_while_the_process_is_alive(serve, pool, url):
     async with (
         open_database(url) as database,
         serve(database, pool) as port,
@@ -109,14 +109,14 @@ async def test_tables_of_another_release_are_503_with_what_to_do(app_client, dat
     ("kind", "advice"),
     [
         (Kind.OPERATOR, "mayfly resume ends it"),
-        (Kind.UNAUTHORIZED, "see to SYNC_API_KEY"),
+        (Kind.UNAUTHORIZED, "check SYNC_API_KEY"),
         (Kind.DAILY_LIMIT, "MAYFLY_MAX_DELETES_PER_DAY is reached"),
-        (Kind.THROTTLED, "when the time is over that the API asked for"),
+        (Kind.THROTTLED, "after the time that the API asked for"),
     ],
 )
-async def test_a_pause_degrades_and_says_who_why_and_what_ends_it(sqlite_database, open_client, kind, advice):
+async def test_a_pause_degrades_health_and_names_its_actor_reason_and_end(sqlite_database, open_client, kind, advice):
     since = datetime(2026, 11, 23, 12, tzinfo=UTC)
-    wanted = Pause(kind, since, "a person", "moving house", since + timedelta(days=999))
+    wanted = Pause(kind, since, "an operator", "moving house", since + timedelta(days=999))
     await sqlite_database.write(partial(pausing.pause, wanted=wanted))
     async with open_client(sqlite_database) as client:
         answer = await client.get("/health/ready")
@@ -124,12 +124,12 @@ async def test_a_pause_degrades_and_says_who_why_and_what_ends_it(sqlite_databas
 
     part = answer.json()["parts"]["deletions"]
     assert (answer.status_code, answer.json()["status"], part["status"]) == (200, "degraded", "paused")
-    assert part["detail"].startswith("since 2026-11-23 12:00:00 UTC by a person: moving house; ")
+    assert part["detail"].startswith("since 2026-11-23 12:00:00 UTC by an operator: moving house; ")
     assert advice in part["detail"]
     assert {one: numbers["mayfly_pauses", one] for one in Kind} == {one: float(one is kind) for one in Kind}
 
 
-async def test_a_ledger_that_takes_no_writes_is_503(serve, pool, sqlite_url, postgres_url):
+async def test_a_ledger_that_refuses_writes_is_503(serve, pool, sqlite_url, postgres_url):
     blocker = sqlite3.connect(sqlite_url.database, isolation_level=None)
     blocker.execute("BEGIN IMMEDIATE")
     reads_only = postgres_url.update_query_dict({"options": "-c default_transaction_read_only=on"})
@@ -144,11 +144,11 @@ async def test_a_ledger_that_takes_no_writes_is_503(serve, pool, sqlite_url, pos
             parts.append((answer.status_code, answer.json()["parts"]["ledger"]))
             blocker.close()
 
-    detail = "the database takes no writes: webhooks are refused with 503 until it does"
+    detail = "the database accepts no writes: webhooks are answered 503 until it does"
     assert parts == [(503, {"status": "failing", "detail": detail})] * 2
 
 
-async def test_deletions_that_are_late_or_only_rehearsed_degrade(sqlite_database, open_client):
+async def test_late_deletions_and_a_dry_run_degrade_health(sqlite_database, open_client):
     await store(sqlite_database, due_in=-HOUR)
     async with open_client(sqlite_database) as client, open_client(sqlite_database, MAYFLY_DRY_RUN="true") as dry:
         late, rehearsed = [(await one.get("/health/ready")).json() for one in (client, dry)]
@@ -157,7 +157,7 @@ async def test_deletions_that_are_late_or_only_rehearsed_degrade(sqlite_database
         well = (await client.get("/health/ready")).json()
 
     assert (late["status"], late["parts"]["deletions"]["status"]) == ("degraded", "late")
-    assert "60 min overdue: see that a worker runs" in late["parts"]["deletions"]["detail"]
+    assert "60 min overdue: check that a worker runs" in late["parts"]["deletions"]["detail"]
     assert rehearsed["parts"]["deletions"] == {"status": "paused", "detail": "MAYFLY_DRY_RUN is on: nothing is deleted"}
     assert well["parts"]["deletions"] == {"status": "ok"}
 
@@ -176,7 +176,21 @@ async def test_the_numbers_of_the_ledger_are_in_the_metrics(app_client, database
     assert 3590 < numbers["mayfly_oldest_overdue_seconds",] < 3700
 
 
-async def test_a_record_that_a_worker_is_at_is_not_overdue(sqlite_database, open_client):
+async def test_held_records_are_counted_by_what_holds_them(app_client):
+    held = {"ttl=0s": 3, "hold=legal": 2, "ttl=9d": 1}
+    for query, number in held.items():
+        for _ in range(number):
+            sent = webhook(webhookUrl=f"https://hooks.example.com/webhooks/sync?{query}")
+            await app_client.post("/webhooks/sync", content=sent.body, headers=sent.headers)
+    token = {"Authorization": f"Bearer {API_TOKEN}"}
+    await app_client.post(f"/api/records/{sent.id}/hold", json={"reason": "invalid override"}, headers=token)
+    numbers = await numbers_of(app_client)
+
+    causes = {"invalid_override": 3.0, "override": 2.0, "operator": 1.0}
+    assert {one: numbers["mayfly_held_records", one] for one in causes} == causes
+
+
+async def test_a_claimed_record_is_not_overdue(sqlite_database, open_client):
     await store(sqlite_database)
     items = await claim(sqlite_database)
     async with open_client(sqlite_database) as client:
@@ -190,7 +204,7 @@ async def test_a_record_that_a_worker_is_at_is_not_overdue(sqlite_database, open
 
 async def test_webhooks_are_counted_by_how_they_were_answered(sqlite_database, open_client):
     known, running = webhook(), webhook(status="PROCESSING")
-    broken, forged = webhook(b"{}"), webhook(secret="whsec_of_somebody_else_entirely")
+    broken, forged = webhook(b"{}"), webhook(secret="whsec_of_another_account_entirely")
     async with open_client(sqlite_database) as client:
         for sent in (known, known, running, broken, forged):
             await client.post("/webhooks/sync", content=sent.body, headers=sent.headers)
@@ -210,7 +224,7 @@ async def test_another_body_for_a_known_generation_is_counted(sqlite_database, o
     assert numbers["mayfly_conflicts_total",] == 1
 
 
-async def test_the_description_has_every_route_and_says_what_needs_the_token(sqlite_database, open_client):
+async def test_openapi_has_every_route_and_says_which_need_the_token(sqlite_database, open_client):
     async with open_client(sqlite_database) as client:
         described = (await client.get("/schema/openapi.json")).json()
 
@@ -227,7 +241,7 @@ async def test_the_description_has_every_route_and_says_what_needs_the_token(sql
     }
 
 
-async def test_the_description_tells_which_bodies_may_be_left_out(sqlite_database, open_client):
+async def test_openapi_says_which_bodies_are_optional(sqlite_database, open_client):
     async with open_client(sqlite_database) as client:
         paths = (await client.get("/schema/openapi.json")).json()["paths"]
     routes = ("/webhooks/sync", "/api/pause", "/api/records/{generation_id}/{move}")
@@ -236,7 +250,7 @@ async def test_the_description_tells_which_bodies_may_be_left_out(sqlite_databas
     assert [one["name"] for one in paths["/webhooks/sync"]["post"]["parameters"]] == ["Sync-Signature"]
 
 
-async def test_a_path_that_is_not_there_is_a_problem_and_no_crash(sqlite_database, open_client):
+async def test_an_unknown_path_is_answered_with_a_problem(sqlite_database, open_client):
     paths = ["/", "/nowhere", "/webhooks", "/webhooks/sync/", "/api", "/%00", "/..%2f..%2fetc"]
     async with open_client(sqlite_database) as client:
         statuses = {path: (await client.get(path)).status_code for path in paths}
@@ -244,7 +258,7 @@ async def test_a_path_that_is_not_there_is_a_problem_and_no_crash(sqlite_databas
     assert set(statuses.values()) <= {401, 403, 404, 405}
 
 
-async def test_no_answer_names_the_server_may_be_kept_framed_or_read_by_another_site(sqlite_database, open_client):
+async def test_every_response_has_security_headers_and_no_server_name(sqlite_database, open_client):
     paths = ("/health/live", "/metrics", "/schema", "/api/records", "/nowhere", "/webhooks/sync")
     async with open_client(sqlite_database) as client:
         answers = [await client.get(path, headers={"origin": "https://elsewhere.example"}) for path in paths]
@@ -259,7 +273,7 @@ async def test_no_answer_names_the_server_may_be_kept_framed_or_read_by_another_
         assert not [name for name in headers if name.startswith("access-control-")]
 
 
-async def test_the_description_is_json_and_no_page_that_loads_the_scripts_of_others(sqlite_database, open_client):
+async def test_openapi_is_json_and_not_a_page_with_foreign_scripts(sqlite_database, open_client):
     pages = ("/schema/swagger", "/schema/redoc", "/schema/elements", "/schema/rapidoc", "/schema/scalar")
     async with open_client(sqlite_database) as client:
         described = await client.get("/schema")
@@ -270,7 +284,7 @@ async def test_the_description_is_json_and_no_page_that_loads_the_scripts_of_oth
     assert statuses == [404] * len(pages)
 
 
-async def test_two_parts_that_hang_are_told_within_a_second(serve):
+async def test_health_reports_two_hanging_parts_within_a_second(serve):
     async def swallow(reader, writer):
         await reader.read()
         writer.close()

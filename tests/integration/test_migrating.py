@@ -1,4 +1,4 @@
-"""The migrations make the tables that the code believes in, once, whoever runs them and how often."""
+"""The migrations make the tables that the code expects, once, also when they run concurrently or again."""
 
 import asyncio
 from contextlib import asynccontextmanager
@@ -96,7 +96,7 @@ async def test_migrating_again_changes_nothing(empty):
     assert await empty.write(migrating.migrate) == (migrating.HEAD, migrating.HEAD)
 
 
-async def test_two_that_migrate_at_once_wait_for_each_other(empty_url):
+async def test_concurrent_migrations_run_one_after_another(empty_url):
     @asynccontextmanager
     async def pair():
         async with open_database(empty_url) as one, open_database(empty_url) as other:
@@ -108,17 +108,17 @@ async def test_two_that_migrate_at_once_wait_for_each_other(empty_url):
     assert sorted(before or "" for before, _ in results) == ["", migrating.HEAD]
 
 
-async def test_tables_that_are_not_there_or_old_are_named_with_what_to_do(empty):
-    with pytest.raises(SchemaError, match=r"^the ledger's tables are not there yet, 0\d+ is needed: run mayfly mig"):
+async def test_missing_and_old_tables_are_reported_with_what_to_do(empty):
+    with pytest.raises(SchemaError, match=r"^the ledger's tables are missing, 0\d+ is needed: run mayfly mig"):
         await empty.read(migrating.check)
     await empty.write(migrating.migrate)
     await set_revision(empty, "0000")
 
-    with pytest.raises(SchemaError, match="are 0000, 0"):
+    with pytest.raises(SchemaError, match="are at 0000, 0"):
         await empty.read(migrating.check)
 
 
-async def test_the_tables_of_this_release_and_of_a_newer_one_can_be_worked_with(database):
+async def test_the_tables_of_this_release_and_of_a_newer_one_are_usable(database):
     await database.read(migrating.check)
     await set_revision(database, "9999")
     await database.read(migrating.check)
@@ -130,17 +130,17 @@ async def test_a_ledger_of_before_the_first_release_is_refused(database):
     await database.write(lambda connection: connection.execute(text("CREATE INDEX records_state_seq ON records (seq)")))
     await set_revision(database, "0003")
 
-    with pytest.raises(SchemaError, match="before the first release, and is not upgraded"):
+    with pytest.raises(SchemaError, match="before the first release made this ledger; it cannot be upgraded"):
         await database.read(migrating.check)
 
 
-async def test_a_newer_releases_tables_are_left_as_they_are(database):
+async def test_the_tables_of_a_newer_release_are_not_changed(database):
     await set_revision(database, "9999")
 
     assert await database.write(migrating.migrate) == ("9999", "9999")
 
 
-async def test_a_migration_that_fails_leaves_nothing_behind(empty):
+async def test_a_failed_migration_is_rolled_back(empty):
     def migrate_and_fail(connection):
         migrating.migrate(connection)
         raise ZeroDivisionError
@@ -150,7 +150,7 @@ async def test_a_migration_that_fails_leaves_nothing_behind(empty):
     assert await empty.read(lambda connection: inspect(connection).get_table_names()) == []
 
 
-async def test_a_database_that_cannot_be_reached_says_so_without_its_password():
+async def test_the_error_of_an_unreachable_database_has_no_password():
     url = URL.create("postgresql", "mayfly", "verysecret", "127.0.0.1", 1, "mayfly")
     async with open_database(url) as database:
         with pytest.raises(LedgerUnavailableError) as trouble:
@@ -159,7 +159,7 @@ async def test_a_database_that_cannot_be_reached_says_so_without_its_password():
     assert "verysecret" not in f"{trouble.value} {trouble.value!r}"
 
 
-async def test_a_folder_that_is_not_there_is_a_ledger_that_is_not_available(tmp_path):
+async def test_a_missing_folder_makes_the_ledger_unavailable(tmp_path):
     async with open_database(URL.create("sqlite", database=str(tmp_path / "gone" / "ledger.db"))) as database:
         with pytest.raises(LedgerUnavailableError, match="unable to open"):
             await database.read(migrating.check)

@@ -1,4 +1,4 @@
-"""One record per generation, whichever processes announce it at the same time, and however their writes end."""
+"""One record per generation, also when several processes store its webhooks and some writes are rolled back."""
 
 import asyncio
 from collections import defaultdict
@@ -79,7 +79,7 @@ async def check(databases, rounds):
         assert list(moves) == list(range(1, 1 + sum(receipt.is_moved for receipt in receipts)))
 
 
-def test_a_generation_has_one_record_whoever_announces_it_at_once(database_url):
+def test_concurrent_webhooks_for_a_generation_make_one_record(database_url):
     async def play_one(rounds):
         async with AsyncExitStack() as stack:
             databases = [await stack.enter_async_context(open_database(database_url)) for _ in range(PROCESSES)]

@@ -1,4 +1,4 @@
-"""The safety net finds what has no job and gives it one, or cleans it from the ledger where Redis is of no use."""
+"""The safety net enqueues jobs that are missing, and cleans due records itself without Redis."""
 
 import asyncio
 import time
@@ -19,7 +19,7 @@ from service.jobs.enqueue import CleanupJob
 from service.ledger import claiming, pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
-from service.runtime.tasks import end
+from service.runtime.tasks import cancel_and_wait
 from service.sync.rate_limit import Budget
 from tests.support.ledger import (
     ACTOR,
@@ -59,7 +59,7 @@ class Net:
         self.budget = Budget(rate, pool, Secret("sk-1"), clock=clock, stopping=self.stopping)
         self.attempts = Attempts(self.clean, limit=10)
         self.overdue = Overdue(
-            ledger=LedgerCalls(self.look_ahead, self.end_leases, self.claim),
+            ledger=LedgerCalls(self.read_outlook, self.end_leases, self.claim),
             enqueue=self.enqueue,
             budget=self.budget,
             attempts=self.attempts,
@@ -73,11 +73,11 @@ class Net:
     def beat(self):
         self.beats += 1
 
-    async def look_ahead(self, since, until):
+    async def read_outlook(self, since, until):
         self.rounds += 1
         if self.faults:
             raise self.faults.pop()
-        read = partial(claiming.look_ahead, now=utc_now(), late=LATE, since=since, until=until, limit=AT_ONCE)
+        read = partial(claiming.read_outlook, now=utc_now(), late=LATE, since=since, until=until, limit=AT_ONCE)
         return await self.database.read(read)
 
     async def end_leases(self):
@@ -122,9 +122,7 @@ async def rounds(net, number=2):
     await eventually(lambda: net.rounds >= wanted)
 
 
-async def test_what_is_due_and_what_comes_within_the_horizon_has_a_job_and_nothing_else(
-    net, sqlite_database, monkeypatch
-):
+async def test_exactly_the_records_due_within_the_horizon_get_a_job(net, sqlite_database, monkeypatch):
     late = await store(sqlite_database, due_in=-MINUTE)
     soon = await store(sqlite_database, due_in=HOUR)
     await store(sqlite_database, due_in=72 * HOUR)
@@ -136,7 +134,7 @@ async def test_what_is_due_and_what_comes_within_the_horizon_has_a_job_and_nothi
     assert await net.jobs() == {f"default:{late.id}:1", f"default:{soon.id}:1"}
 
 
-async def test_a_late_job_is_brought_forward_and_one_that_is_there_stays_as_it_is(net, sqlite_database, monkeypatch):
+async def test_a_late_job_is_brought_forward_and_any_other_is_unchanged(net, sqlite_database, monkeypatch):
     key = await store(sqlite_database, due_in=-MINUTE)
     job_id = f"default:{key.id}:1"
     for score, is_moved in ((int((utc_now() + HOUR).timestamp() * 1000), True), (1, False)):
@@ -170,7 +168,7 @@ async def test_an_emptied_redis_is_noticed_although_another_wrote_to_it_first(ne
     assert await net.jobs() == {f"default:{key.id}:1", "default:new:1"}
 
 
-async def test_after_redis_was_emptied_what_comes_within_the_horizon_has_its_job_again(
+async def test_after_redis_was_emptied_records_within_the_horizon_get_their_jobs_again(
     net, sqlite_database, monkeypatch
 ):
     key = await store(sqlite_database, due_in=HOUR)
@@ -183,9 +181,7 @@ async def test_after_redis_was_emptied_what_comes_within_the_horizon_has_its_job
     assert await net.jobs() == {f"default:{key.id}:1"}
 
 
-async def test_leases_of_dead_workers_end_and_their_records_have_jobs_for_the_next_attempt(
-    net, sqlite_database, monkeypatch
-):
+async def test_records_of_dead_workers_get_a_job_for_the_next_attempt(net, sqlite_database, monkeypatch):
     key = await store(sqlite_database, due_in=-MINUTE)
     await claim(sqlite_database)
     await end_lease(sqlite_database, key)
@@ -223,7 +219,7 @@ async def test_a_refused_key_is_probed_by_one_job(net, sqlite_database, monkeypa
     assert len(await net.jobs()) == 1
 
 
-async def test_without_redis_what_is_due_is_cleaned_from_the_ledger(net, sqlite_database, monkeypatch):
+async def test_without_redis_the_safety_net_cleans_due_records_itself(net, sqlite_database, monkeypatch):
     keys = [await store(sqlite_database) for _ in range(25)]
     net.redis_faults = [ConnectionError()]
     async with running(net, monkeypatch, every=0.5):
@@ -233,9 +229,7 @@ async def test_without_redis_what_is_due_is_cleaned_from_the_ledger(net, sqlite_
     assert await net.jobs() == set()
 
 
-async def test_from_the_ledger_no_more_is_begun_than_the_budget_and_the_places_allow(
-    sqlite_database, pool, metrics, monkeypatch
-):
+async def test_the_safety_net_starts_no_more_than_budget_and_places_allow(sqlite_database, pool, metrics, monkeypatch):
     net = Net(sqlite_database, pool, metrics, rate=Rate(10, 3600))
     for _ in range(10):
         await store(sqlite_database)
@@ -244,23 +238,19 @@ async def test_from_the_ledger_no_more_is_begun_than_the_budget_and_the_places_a
         await rounds(net, 3)
 
         assert len(net.cleaned) <= 5
-        assert (await sqlite_database.read(reading.counts))[State.DELETING] == 0
+        assert (await sqlite_database.read(reading.count_by_state))[State.DELETING] == 0
 
 
-async def test_a_record_that_is_stuck_is_cleaned_from_the_ledger_although_redis_answers(
-    net, sqlite_database, monkeypatch
-):
+async def test_the_safety_net_cleans_a_stuck_record_although_redis_answers(net, sqlite_database, monkeypatch):
     # No arq worker runs here, as if it held the id of a worker that was killed.
     stuck = await store(sqlite_database, due_in=-timedelta(seconds=11))
     async with running(net, monkeypatch, every=0.5):
         await eventually(lambda: net.cleaned == [stuck], seconds=5)
 
 
-async def test_it_works_on_after_a_ledger_that_did_not_answer_and_after_a_fault(
-    net, sqlite_database, metrics, monkeypatch
-):
+async def test_the_safety_net_continues_after_a_ledger_outage_and_an_error(net, sqlite_database, metrics, monkeypatch):
     await store(sqlite_database, due_in=-MINUTE)
-    net.faults = [LedgerUnavailableError("away"), ZeroDivisionError()]
+    net.faults = [LedgerUnavailableError("unavailable"), ZeroDivisionError()]
     with capture_logs() as logs:
         async with running(net, monkeypatch):
             await rounds(net, 5)
@@ -274,7 +264,7 @@ async def test_it_works_on_after_a_ledger_that_did_not_answer_and_after_a_fault(
     assert net.beats >= 5  # also while the ledger did not answer
 
 
-async def test_a_stop_ends_it_at_once(net, monkeypatch):
+async def test_a_stop_ends_the_safety_net_at_once(net, monkeypatch):
     async with running(net, monkeypatch, every=60):
         await eventually(lambda: net.rounds == 1)
         begun = time.monotonic()
@@ -282,7 +272,7 @@ async def test_a_stop_ends_it_at_once(net, monkeypatch):
     assert time.monotonic() - begun < 1
 
 
-def test_a_worker_is_alive_for_a_minute_after_its_last_beat(tmp_path):
+def test_a_worker_is_alive_for_a_minute_after_its_last_heartbeat(tmp_path):
     now = utc_now().timestamp()
     assert not is_alive(tmp_path, now_seconds=now)
     beat(tmp_path)
@@ -291,14 +281,14 @@ def test_a_worker_is_alive_for_a_minute_after_its_last_beat(tmp_path):
     assert not is_alive(tmp_path, now_seconds=now + 61)
 
 
-def test_a_heartbeat_that_cannot_be_written_keeps_nobody_from_work(tmp_path):
+def test_a_heartbeat_that_cannot_be_written_raises_nothing(tmp_path):
     with capture_logs() as logs:
         beat(tmp_path / "gone")
 
     assert [entry["event"] for entry in logs] == ["heartbeat.failed"]
 
 
-async def test_a_helper_that_loses_a_cancellation_is_cancelled_again():
+async def test_a_task_that_loses_a_cancellation_is_cancelled_again():
     lost: list[int] = []
 
     async def careless():
@@ -313,7 +303,7 @@ async def test_a_helper_that_loses_a_cancellation_is_cancelled_again():
     helpers = [asyncio.create_task(careless()), asyncio.create_task(asyncio.sleep(60))]
     await asyncio.sleep(0)
     async with asyncio.timeout(5):
-        await end(helpers)
+        await cancel_and_wait(helpers)
 
     assert len(lost) == 2
     assert all(helper.cancelled() for helper in helpers)

@@ -1,4 +1,4 @@
-"""One record per generation, however often, in whatever order and from wherever it is announced."""
+"""One record per generation, whatever the number, order and sender of its webhooks."""
 
 import asyncio
 import json
@@ -9,13 +9,13 @@ import msgspec
 import pytest
 from sqlalchemy import event
 
-from service.core.generation import read
+from service.core.generation import read_generation
 from service.core.key import Key
 from service.core.lifecycle import Move, State
 from service.ledger import moving, receiving
-from service.ledger.columns import DESCRIBED, described
+from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.opening import open_database
-from service.ledger.settling import Copied
+from service.ledger.settling import CopyResult
 from tests.support.ledger import (
     ACTOR,
     HOUR,
@@ -35,7 +35,7 @@ from tests.support.ledger import (
 )
 
 
-async def test_a_first_announcement_is_scheduled_with_its_body_kept_as_it_came(database):
+async def test_a_first_webhook_schedules_a_record_and_stores_its_body_unchanged(database):
     item = arrival(due_in=HOUR, error="Größe ✂", novelty={"a": [1.0]})
     (receipt,) = await receive(database, item)
     row = await row_of(database, item.key)
@@ -55,7 +55,7 @@ async def test_a_first_announcement_is_scheduled_with_its_body_kept_as_it_came(d
     assert await moves_of(database, item.key) == [Move.RECEIVE]
 
 
-async def test_an_announcement_without_a_due_time_is_kept_and_never_wakes_a_worker(database):
+async def test_a_webhook_without_a_due_time_makes_a_kept_record_that_never_wakes(database):
     key = await store(database, due_in=None)
     row = await row_of(database, key)
 
@@ -64,7 +64,7 @@ async def test_an_announcement_without_a_due_time_is_kept_and_never_wakes_a_work
     assert await moves_of(database, key) == [Move.KEEP]
 
 
-async def test_a_later_announcement_moves_the_due_time_of_a_held_record_and_not_the_hold(database):
+async def test_a_later_webhook_changes_the_due_time_of_a_held_record_but_not_its_hold(database):
     (held,) = await receive(database, arrival(id="g1", due_in=timedelta(hours=1), hold="legal"))
 
     (again,) = await receive(database, arrival(id="g1", due_in=timedelta(days=3)))
@@ -76,7 +76,7 @@ async def test_a_later_announcement_moves_the_due_time_of_a_held_record_and_not_
     assert (row.hold_reason, row.wake_at) == ("legal", None)
 
 
-async def test_an_announcement_with_a_hold_is_scheduled_and_at_once_held(database):
+async def test_a_webhook_with_a_hold_makes_a_held_record(database):
     key = await store(database, hold="legal case")
     row = await row_of(database, key)
 
@@ -85,7 +85,7 @@ async def test_an_announcement_with_a_hold_is_scheduled_and_at_once_held(databas
     assert await moves_of(database, key) == [Move.RECEIVE, Move.HOLD]
 
 
-async def test_the_same_announcement_again_changes_nothing(database):
+async def test_a_duplicate_webhook_changes_nothing(database):
     item = arrival(due_in=HOUR)
     (first,) = await receive(database, item)
     (second,) = await receive(database, item)
@@ -96,7 +96,7 @@ async def test_the_same_announcement_again_changes_nothing(database):
     assert await count(database) == 1
 
 
-async def test_another_body_for_a_known_generation_is_told_and_the_first_is_kept(database):
+async def test_a_different_body_for_a_known_generation_is_reported_and_not_stored(database):
     first = arrival(id="g1", status="COMPLETED", due_in=HOUR)
     await receive(database, first)
     (receipt,) = await receive(database, arrival(id="g1", status="FAILED", due_in=timedelta(0)))
@@ -106,7 +106,7 @@ async def test_another_body_for_a_known_generation_is_told_and_the_first_is_kept
     assert (row.status, row.notification) == ("COMPLETED", first.body)
 
 
-async def test_of_two_announcements_the_later_due_time_wins(database):
+async def test_of_two_webhooks_the_later_due_time_wins(database):
     await store(database, id="g1", due_in=HOUR)
     (later,) = await receive(database, arrival(id="g1", due_in=3 * HOUR))
     (sooner,) = await receive(database, arrival(id="g1", due_in=2 * HOUR))
@@ -118,7 +118,7 @@ async def test_of_two_announcements_the_later_due_time_wins(database):
     assert await moves_of(database, Key("default", "g1")) == [Move.RECEIVE, Move.RECEIVE]
 
 
-async def test_for_ever_wins_over_any_due_time_and_stays(database):
+async def test_forever_wins_over_any_due_time(database):
     await store(database, id="g1", due_in=HOUR)
     (kept,) = await receive(database, arrival(id="g1", due_in=None))
     (after,) = await receive(database, arrival(id="g1", due_in=9 * HOUR))
@@ -129,7 +129,7 @@ async def test_for_ever_wins_over_any_due_time_and_stays(database):
     assert await moves_of(database, Key("default", "g1")) == [Move.RECEIVE, Move.KEEP]
 
 
-async def test_a_later_hold_wins_over_a_due_time_which_it_keeps_for_a_release(database):
+async def test_a_later_hold_wins_over_a_due_time_and_keeps_it_for_a_release(database):
     (first,) = await receive(database, arrival(id="g1", due_in=HOUR))
     (held,) = await receive(database, arrival(id="g1", due_in=timedelta(0), hold="wait"))
     row = await row_of(database, Key("default", "g1"))
@@ -138,14 +138,14 @@ async def test_a_later_hold_wins_over_a_due_time_which_it_keeps_for_a_release(da
     assert (row.wake_at, row.due_at, row.hold_reason) == (None, first.due_at, "wait")
 
 
-async def test_a_hold_is_not_ended_by_another_announcement(database):
+async def test_another_webhook_does_not_end_a_hold(database):
     key = await store(database, id="g1", hold="wait")
     await receive(database, arrival(id="g1", due_in=timedelta(0)))
 
     assert (await row_of(database, key)).state == State.HELD
 
 
-async def test_an_announcement_after_the_end_changes_nothing(database):
+async def test_a_webhook_after_the_deletion_changes_nothing(database):
     key = await store(database, id="g1")
     await settle(database, confirmed(await claim_one(database)))
     (receipt,) = await receive(database, arrival(id="g1", due_in=9 * HOUR, hold="too late"))
@@ -155,16 +155,18 @@ async def test_an_announcement_after_the_end_changes_nothing(database):
 
 
 @pytest.mark.parametrize(
-    ("wish", "then"),
+    ("later", "then"),
     [({"due_in": 9 * HOUR}, State.SCHEDULED), ({"due_in": None}, State.KEPT), ({"hold": "legal"}, State.HELD)],
 )
-async def test_what_is_announced_of_a_record_that_was_given_up_counts_once_it_is_tried_again(database, wish, then):
+async def test_a_webhook_for_a_failed_record_takes_effect_at_its_retry(database, later, then):
     key = await store(database, id="g1")
     await settle(database, given_up(await claim_one(database)))
-    (receipt,) = await receive(database, arrival(id="g1", **wish))
+    (receipt,) = await receive(database, arrival(id="g1", **later))
     (again,) = await receive(database, arrival(id="g1", due_in=HOUR))
-    assert (receipt.state, receipt.is_moved, again.is_moved) == (State.FAILED, True, "hold" in wish)
-    await database.write(partial(moving.move, key=key, wanted=Move.RETRY, now=utc_now(), actor=ACTOR, reason=None))
+    assert (receipt.state, receipt.is_moved, again.is_moved) == (State.FAILED, True, "hold" in later)
+    await database.write(
+        partial(moving.move_record, key=key, wanted=Move.RETRY, now=utc_now(), actor=ACTOR, reason=None)
+    )
     row = await row_of(database, key)
 
     assert row.state == then
@@ -172,44 +174,44 @@ async def test_what_is_announced_of_a_record_that_was_given_up_counts_once_it_is
 
 
 @pytest.mark.parametrize(
-    ("wish", "then", "moves"),
+    ("later", "then", "moves"),
     [
         ({"due_in": 9 * HOUR}, State.SCHEDULED, [Move.LOSE_LEASE]),
         ({"due_in": None}, State.KEPT, [Move.LOSE_LEASE, Move.KEEP]),
         ({"hold": "legal"}, State.HELD, [Move.LOSE_LEASE, Move.HOLD]),
     ],
 )
-async def test_an_announcement_stops_a_worker_that_has_no_copy_yet(database, wish, then, moves):
+async def test_a_webhook_stops_a_worker_that_has_no_copy_yet(database, later, then, moves):
     key = await store(database, id="g1", due_in=-2 * HOUR)
     claim = await claim_one(database)
-    (receipt,) = await receive(database, arrival(id="g1", **wish))
+    (receipt,) = await receive(database, arrival(id="g1", **later))
 
     assert (receipt.state, receipt.is_moved) == (then, True)
-    assert await copy(database, claim) is Copied.LOST
+    assert await copy(database, claim) is CopyResult.LOST
     assert await settle(database, confirmed(claim)) == [False]
     assert (await row_of(database, key)).state == then
     assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM, *moves]
 
 
-@pytest.mark.parametrize("wish", [{"due_in": 9 * HOUR}, {"due_in": None}, {"hold": "legal"}])
-async def test_an_announcement_is_too_late_once_the_copy_is_made(database, wish):
+@pytest.mark.parametrize("later", [{"due_in": 9 * HOUR}, {"due_in": None}, {"hold": "legal"}])
+async def test_a_webhook_is_too_late_after_the_copy(database, later):
     key = await store(database, id="g1")
     claim = await claim_one(database)
-    assert await copy(database, claim) is Copied.KEPT
-    (receipt,) = await receive(database, arrival(id="g1", **wish))
+    assert await copy(database, claim) is CopyResult.KEPT
+    (receipt,) = await receive(database, arrival(id="g1", **later))
 
     assert (receipt.state, receipt.is_moved) == (State.DELETING, False)
     assert await settle(database, confirmed(claim)) == [True]
     assert (await row_of(database, key)).state == State.DELETED
 
 
-async def test_an_announcement_that_is_due_all_the_same_does_not_stop_a_worker(database):
+async def test_a_webhook_that_leaves_the_record_due_does_not_stop_a_worker(database):
     await store(database, id="g1", due_in=-2 * HOUR)
     claim = await claim_one(database)
     (receipt,) = await receive(database, arrival(id="g1", due_in=-HOUR))
 
     assert (receipt.state, receipt.is_moved) == (State.DELETING, False)
-    assert await copy(database, claim) is Copied.KEPT
+    assert await copy(database, claim) is CopyResult.KEPT
 
 
 async def test_a_copy_of_an_earlier_attempt_does_not_make_it_too_late(database):
@@ -221,11 +223,11 @@ async def test_a_copy_of_an_earlier_attempt_does_not_make_it_too_late(database):
     (receipt,) = await receive(database, arrival(id="g1", hold="legal"))
 
     assert receipt.state is State.HELD
-    assert await copy(database, later) is Copied.LOST
+    assert await copy(database, later) is CopyResult.LOST
     assert (await row_of(database, key)).state == State.HELD
 
 
-async def test_an_attempt_that_was_put_off_is_not_made_sooner_by_a_later_due_time(database):
+async def test_a_later_due_time_does_not_make_a_deferred_attempt_earlier(database):
     key = await store(database, id="g1", due_in=-2 * HOUR)
     retry_at = utc_now() + 5 * HOUR
     await settle(database, deferred(await claim_one(database), retry_at=retry_at))
@@ -236,7 +238,7 @@ async def test_an_attempt_that_was_put_off_is_not_made_sooner_by_a_later_due_tim
     assert (row.due_at, row.wake_at) == (receipt.due_at, retry_at)
 
 
-async def test_a_transaction_with_the_same_generation_several_times_writes_one_record(database):
+async def test_a_batch_with_the_same_generation_several_times_makes_one_record(database):
     items = [arrival(id="g1", due_in=number * HOUR) for number in (1, 3, 2)]
     receipts = await receive(database, *items)
 
@@ -255,7 +257,7 @@ async def test_the_same_id_in_two_accounts_is_two_records(database):
     assert await count(database) == 2
 
 
-async def test_two_processes_that_write_the_same_generations_in_any_order_end_with_one_record_each(database_url):
+async def test_two_processes_that_store_the_same_generations_never_deadlock(database_url):
     async with open_database(database_url) as one, open_database(database_url) as other:
         for number in range(5):
             arrivals = [arrival(id=f"g{number}-{index}", due_in=HOUR) for index in range(40)]
@@ -281,7 +283,7 @@ async def test_texts_of_any_length_and_script_survive(database):
     assert json.loads((await row_of(database, item.key)).notification) == json.loads(item.body)
 
 
-async def test_every_column_that_describes_the_generation_is_filled_at_receipt(database):
+async def test_receipt_fills_every_column_that_describes_the_generation(database):
     item = arrival(
         id="g1",
         error="no face",
@@ -294,14 +296,14 @@ async def test_every_column_that_describes_the_generation_is_filled_at_receipt(d
     )
     await receive(database, item)
     row = await row_of(database, item.key)
-    columns = described(item.generation)
+    columns = generation_values(item.generation)
 
     assert {name: getattr(row, name) for name in columns} == columns
-    assert columns.keys() == {"status", *DESCRIBED}
+    assert columns.keys() == {"status", *GENERATION_COLUMNS}
     assert None not in columns.values()
 
 
-async def test_the_copy_replaces_what_the_webhook_said_but_for_what_it_leaves_out(database):
+async def test_the_copy_replaces_the_webhooks_values_except_where_it_has_none(database):
     item = arrival(id="g1", model="announced", error="odd", outputFileName="take", options={"a": 1})
     await receive(database, item)
     claimed = await claim_one(database)
@@ -312,26 +314,26 @@ async def test_the_copy_replaces_what_the_webhook_said_but_for_what_it_leaves_ou
 
 
 @pytest.mark.parametrize(("escape", "stored"), [("\\ud83d", "\\ufffd"), ("\\u0000", "\\u0000")])
-async def test_half_characters_and_nul_in_the_raw_parts_break_neither_database(database, escape, stored):
+async def test_lone_surrogates_and_nul_in_raw_parts_break_neither_database(database, escape, stored):
     item = arrival(id="g1", input=[{"script": "ODD"}], options={"ODD": "ODD"}, segments=["ODD"])
     body = item.body.replace("ODD", escape)
-    await receive(database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    await receive(database, msgspec.structs.replace(item, body=body, generation=read_generation(body.encode())))
     row = await row_of(database, item.key)
 
     assert row.notification == body
     assert (row.input, row.segments) == (f'[{{"script": "{stored}"}}]', f'["{stored}"]')
 
 
-async def test_half_a_character_in_a_text_column_is_stored_as_a_replacement(database):
+async def test_a_lone_surrogate_in_a_text_column_is_stored_as_a_replacement(database):
     item = arrival(id="g1", error="HALF", outputFileName="HALF")
     body = item.body.replace("HALF", "cut \\ud83d")
-    await receive(database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    await receive(database, msgspec.structs.replace(item, body=body, generation=read_generation(body.encode())))
     row = await row_of(database, item.key)
 
     assert (row.error, row.output_file_name) == ("cut \ufffd", "cut \ufffd")
 
 
-async def test_known_generations_are_found_by_the_index_however_many_records_there_are(sqlite_database):
+async def test_known_generations_are_found_by_the_index(sqlite_database):
     one = arrival(id="g1")
     items = [
         one,

@@ -1,4 +1,4 @@
-"""Reading records needs the token; pages and filters show what there is, newest first, in sync.so's own names."""
+"""The operator API: the token, pages and filters of records, moves, pauses."""
 
 import json
 from datetime import datetime, timedelta, timezone
@@ -7,11 +7,12 @@ from urllib.parse import quote
 import msgspec
 import pytest
 
-from service.core.generation import read
+from service.core.attempts import Outcome
+from service.core.generation import read_generation
 from service.core.key import Key
 from service.ledger import reading
 from service.ledger.receiving import Arrival
-from service.ledger.settling import Copied
+from service.ledger.settling import CopyResult
 from tests.conftest import API_TOKEN
 from tests.support.ledger import (
     HOUR,
@@ -21,6 +22,8 @@ from tests.support.ledger import (
     confirmed,
     copy,
     deferred,
+    given_up,
+    gone_already,
     receive,
     row_of,
     settle,
@@ -56,7 +59,7 @@ async def ids_of(client, **params):
 # Who may ask
 
 
-async def test_without_the_token_nothing_is_shown(sqlite_database, open_client):
+async def test_a_request_without_the_token_is_refused(sqlite_database, open_client):
     headers = [None, "", "Bearer", "Bearer wrong", f"Basic {API_TOKEN}", API_TOKEN, "Bearer \xff"]
     async with open_client(sqlite_database) as client:
         answers = [
@@ -70,7 +73,7 @@ async def test_without_the_token_nothing_is_shown(sqlite_database, open_client):
     assert {answer.headers["content-type"] for answer in answers} == {"application/problem+json"}
 
 
-async def test_with_no_token_set_the_operator_api_is_closed_to_all(sqlite_database, open_client):
+async def test_without_a_configured_token_the_operator_api_is_closed(sqlite_database, open_client):
     async with open_client(sqlite_database, MAYFLY_API_TOKEN="") as client:
         answers = [await client.get("/api/records", headers=headers) for headers in ({}, BEARER)]
 
@@ -86,6 +89,39 @@ async def test_the_scheme_of_the_token_is_read_in_any_case(sqlite_database, open
         ]
 
     assert [answer.json() for answer in answers] == [{"items": [], "nextCursor": None}] * 3
+
+
+# Query parameters
+
+
+@pytest.mark.parametrize(
+    ("path", "detail"),
+    [
+        ("/api/records?stat=deleted", "unknown query parameter 'stat': did you mean state?"),
+        ("/api/records?project_id=p", "unknown query parameter 'project_id': did you mean projectId?"),
+        ("/api/records?STATE=held", "unknown query parameter 'STATE': did you mean state?"),
+        ("/api/records/g1?acount=other", "unknown query parameter 'acount': did you mean account?"),
+        ("/api/stats?x=1", "unknown query parameter 'x': there are none here"),
+    ],
+)
+async def test_an_unknown_query_parameter_is_400_and_names_the_nearest_one(sqlite_client, path, detail):
+    answer = await sqlite_client.get(path)
+
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert answer.json() == {"status": 400, "title": "Bad Request", "detail": detail}
+
+
+async def test_an_unknown_query_parameter_that_is_like_no_other_is_400(sqlite_client):
+    answer = await sqlite_client.get("/api/records?zzz=1&limit=5")
+    moved = await sqlite_client.post("/api/records/g1/release?grace=60")
+
+    assert (answer.status_code, moved.status_code) == (400, 400)
+    assert "'zzz': there are cursor, from, limit," in answer.json()["detail"]
+
+
+async def test_without_the_token_no_parameter_is_named(sqlite_database, open_client):
+    async with open_client(sqlite_database) as client:
+        assert (await client.get("/api/records?stat=deleted")).status_code == 401
 
 
 # Pages
@@ -106,7 +142,7 @@ async def test_pages_are_newest_first_and_each_record_is_on_one_of_them(client, 
     assert pages == [newest_first[:3], newest_first[3:6], newest_first[6:]]
 
 
-async def test_a_record_that_comes_between_two_pages_moves_none_of_the_others(client, database):
+async def test_a_record_that_arrives_between_two_pages_shifts_no_other(client, database):
     keys = [await store(database, due_in=HOUR) for _ in range(4)]
     first = (await client.get("/api/records", params={"limit": 2})).json()
     await store(database, due_in=HOUR)
@@ -125,7 +161,7 @@ async def statuses_of(client, paths):
     return {path: (await client.get(f"/api/records{path}")).status_code for path in paths}
 
 
-async def test_a_query_that_makes_no_sense_is_400(sqlite_client):
+async def test_an_invalid_query_is_400(sqlite_client):
     queries = [
         *("?limit=0", "?limit=501", "?limit=-1", "?limit=x", "?limit=1e9", "?state=gone", "?state=", "?from=yesterday"),
         *("?from=2026-01-01T00:00:00", "?to=2026-13-01T00:00:00Z", "?cursor=", "?cursor=x", "?cursor=%00"),
@@ -135,7 +171,7 @@ async def test_a_query_that_makes_no_sense_is_400(sqlite_client):
     assert await statuses_of(sqlite_client, queries) == dict.fromkeys(queries, 400)
 
 
-async def test_what_is_wrong_with_a_query_is_said_in_the_clients_own_words(sqlite_client):
+async def test_the_error_of_a_query_uses_the_clients_parameter_names(sqlite_client):
     answer = await sqlite_client.get("/api/records?limit=0&state=gone")
 
     assert answer.headers["content-type"] == "application/problem+json"
@@ -146,7 +182,7 @@ async def test_what_is_wrong_with_a_query_is_said_in_the_clients_own_words(sqlit
     assert "in_state" not in answer.text
 
 
-async def test_a_record_that_is_not_there_is_404_as_a_problem(sqlite_client):
+async def test_a_missing_record_is_404_as_a_problem(sqlite_client):
     answer = await sqlite_client.get("/api/records/nowhere")
 
     assert answer.json() == {"status": 404, "title": "Not Found", "detail": "No record of this generation"}
@@ -174,7 +210,7 @@ async def test_an_id_with_a_slash_is_listed_but_has_no_path_of_its_own(sqlite_cl
     assert [(item["id"], item["state"]) for item in page["items"]] == [(generation_id, "scheduled")]
 
 
-async def test_no_query_makes_it_fail(client):
+async def test_no_query_causes_an_internal_error(client):
     queries = [
         *("?q=%00", "?q=%25", "?q=%5C", "?q='", "?q=%ED%A0%80", "?status=%00", "?projectId=%00", "?status=%FF", "?x=1"),
         *("?from=9999-12-31T23:59:59-14:00", "?to=0001-01-01T00:00:00%2B14:00", "?cursor=f_________8"),
@@ -183,7 +219,7 @@ async def test_no_query_makes_it_fail(client):
     assert set((await statuses_of(client, queries)).values()) <= {200, 400}
 
 
-async def test_no_id_makes_it_fail(client):
+async def test_no_id_causes_an_internal_error(client):
     ids = ["/%00", "/%FF", "/..", "/a%2Fb", "/%F0%9F%AA%B0", "/" + "x" * 3000]
 
     assert set((await statuses_of(client, ids)).values()) <= {400, 404, 405}
@@ -203,7 +239,9 @@ async def test_records_are_found_by_state_and_status(client, database):
     assert await ids_of(client, state="held") == [held.id]
     assert await ids_of(client, state="kept") == [kept.id]
     assert await ids_of(client, state="deleted") == [deleted.id]
-    assert await ids_of(client, status="FAILED") == [waiting.id]
+    for status in ("FAILED", "failed", "Failed"):
+        assert await ids_of(client, status=status) == [waiting.id]
+    assert await ids_of(client, status="completed") == [deleted.id, kept.id, held.id]
     assert await ids_of(client, state="held", status="FAILED") == []
 
 
@@ -231,7 +269,7 @@ async def test_records_are_found_by_the_time_of_their_receipt(client, database):
     assert await ids_of(client, to=(utc_now() - 48 * HOUR).isoformat()) == []
 
 
-async def test_a_search_looks_at_so_many_records_a_page_and_its_cursor_goes_on(client, database, monkeypatch):
+async def test_a_search_reads_a_limited_number_of_records_per_page_and_continues(client, database, monkeypatch):
     monkeypatch.setattr(reading, "SEARCHED", 10)
     wanted = [await store(database, id=f"needle-{number}") for number in range(3)]
     await receive(database, *(arrival() for _ in range(25)))
@@ -245,7 +283,7 @@ async def test_a_search_looks_at_so_many_records_a_page_and_its_cursor_goes_on(c
     assert pages == [[], [], [key.id for key in reversed(wanted)]]
 
 
-async def test_records_are_found_by_a_part_of_their_id_or_file_name_and_signs_of_patterns_are_plain(client, database):
+async def test_a_search_matches_parts_of_id_and_file_name_without_wildcards(client, database):
     named = await store(database, id="abc-100%-x")
     await copy(database, await claim_one(database), outputFileName="Take_07")
     other = await store(database, id="def-100-x")
@@ -258,14 +296,14 @@ async def test_records_are_found_by_a_part_of_their_id_or_file_name_and_signs_of
 
 
 @pytest.mark.parametrize("field", ["id", "outputFileName", "model", "error", "error_code"])
-async def test_a_search_finds_what_the_webhook_said_before_any_copy(client, database, field):
+async def test_a_search_finds_the_webhooks_values_before_the_copy(client, database, field):
     key = await store(database, due_in=HOUR, **{field: "half a Needle ✂"})
     await store(database, due_in=HOUR)
 
     assert await ids_of(client, q="needle") == [key.id]
 
 
-async def test_pages_are_in_the_order_of_receipt_even_if_written_in_another(client, database):
+async def test_pages_have_the_order_of_receipt_whatever_the_order_of_inserts(client, database):
     at = utc_now()
     late, early = [await store(database, received_at=at - minutes * HOUR / 60) for minutes in (1, 2)]
     first = (await client.get("/api/records", params={"limit": 1})).json()
@@ -290,7 +328,7 @@ async def test_records_received_at_the_same_instant_are_each_on_one_page(client,
 # One record
 
 
-async def test_the_bodies_are_shown_as_they_came_with_one_record_and_not_in_a_page(client, database):
+async def test_one_record_shows_the_bodies_as_received_and_a_page_does_not(client, database):
     item = arrival(id="g1", novelty={"a": [1.0]}, error="half \\ud83d")
     await receive(database, item)
     waiting = (await client.get("/api/records/g1")).json()
@@ -304,7 +342,7 @@ async def test_the_bodies_are_shown_as_they_came_with_one_record_and_not_in_a_pa
     assert not {"notification", "copy", "events"} & listed.keys()
 
 
-async def test_a_page_shows_each_record_as_it_is_shown_alone(client, database):
+async def test_a_page_and_a_single_record_show_the_same_fields(client, database):
     item = arrival(
         id="g1", due_in=HOUR, segments=[{"startTime": 0}], outputFileName="take", synthesizedAudioUrl="https://a"
     )
@@ -316,7 +354,7 @@ async def test_a_page_shows_each_record_as_it_is_shown_alone(client, database):
     assert (listed["segments"], listed["outputFileName"]) == ([{"startTime": 0}], "take")
 
 
-async def test_a_record_that_waits_is_shown_as_it_was_announced(client, database):
+async def test_a_scheduled_record_shows_the_webhooks_values(client, database):
     item = arrival(id="g1", due_in=HOUR, status="FAILED", error="no face", error_code="generation_no_face")
     await receive(database, item)
     record = (await client.get("/api/records/g1")).json()
@@ -355,7 +393,7 @@ async def test_a_deleted_record_shows_its_copy_its_receipt_and_its_history(clien
     assert record["events"][-1]["detail"] == {"attempt": 1, "verdict": "done", "outcome": "deleted"}
 
 
-async def test_what_the_api_did_not_show_is_shown_as_announced(sqlite_client, sqlite_database):
+async def test_where_the_api_showed_nothing_the_webhooks_value_is_shown(sqlite_client, sqlite_database):
     item = arrival(id="g1", model="sync-3", error="odd", outputUrl="https://a", options={"x": 1})
     await receive(sqlite_database, item)
     nothing = dict.fromkeys(["model", "error", "outputUrl", "outputDuration", "options", "input"])
@@ -367,19 +405,17 @@ async def test_what_the_api_did_not_show_is_shown_as_announced(sqlite_client, sq
     assert record["input"] == json.loads(item.body)["input"]
 
 
-async def test_a_part_with_a_number_that_no_float_can_be_is_shown_as_the_text_it_came_as(
-    sqlite_client, sqlite_database
-):
+async def test_a_part_with_a_number_beyond_float_is_shown_as_text(sqlite_client, sqlite_database):
     item = arrival(id="g1", options={"x": 17})
     body = item.body.replace("17", "1e999")
-    await receive(sqlite_database, msgspec.structs.replace(item, body=body, generation=read(body.encode())))
+    await receive(sqlite_database, msgspec.structs.replace(item, body=body, generation=read_generation(body.encode())))
     record = (await sqlite_client.get("/api/records/g1")).json()
 
     assert (record["options"], record["notification"]) == ('{"x": 1e999}', body)
     assert (await sqlite_client.get("/api/records")).status_code == 200
 
 
-async def test_a_put_off_record_shows_when_and_why(sqlite_client, sqlite_database):
+async def test_a_deferred_record_shows_the_next_attempt_and_the_error(sqlite_client, sqlite_database):
     key = await store(sqlite_database)
     retry_at = utc_now() + HOUR
     await settle(sqlite_database, deferred(await claim_one(sqlite_database), retry_at=retry_at))
@@ -398,14 +434,14 @@ async def test_a_held_record_shows_who_holds_it_and_why(sqlite_client, sqlite_da
     assert record["nextAttemptAt"] is None
 
 
-async def test_a_record_that_is_not_there_is_404(sqlite_client):
+async def test_a_missing_record_is_404(sqlite_client):
     answer = await sqlite_client.get("/api/records/nowhere")
 
     assert answer.status_code == 404
     assert answer.headers["content-type"] == "application/problem+json"
 
 
-async def test_a_record_of_another_account_is_shown_when_asked_for(sqlite_client, sqlite_database):
+async def test_a_record_of_another_account_is_shown_on_request(sqlite_client, sqlite_database):
     one = arrival(id="g1")
     await receive(sqlite_database, Arrival(Key("other", "g1"), one.generation, one.body, one.retention, utc_now()))
 
@@ -416,11 +452,15 @@ async def test_a_record_of_another_account_is_shown_when_asked_for(sqlite_client
 # An operator's moves
 
 
+def seconds_until(text):
+    return (datetime.fromisoformat(text) - utc_now()).total_seconds()
+
+
 async def move(client, key, name, body=None):
     return await client.post(f"/api/records/{key.id}/{name}", json=body)
 
 
-async def test_a_person_holds_and_releases_a_record(client, database):
+async def test_hold_and_release_move_a_record(client, database):
     key = await store(database, due_in=HOUR)
     held = await move(client, key, "hold", {"reason": "legal case"})
     released = await move(client, key, "release")
@@ -433,14 +473,178 @@ async def test_a_person_holds_and_releases_a_record(client, database):
     assert [event["move"] for event in released.json()["events"]] == ["receive", "hold", "release"]
 
 
-async def test_a_released_record_whose_time_has_come_is_due_now(client, database):
+async def test_a_released_record_whose_time_has_come_waits_for_the_minimum_ttl(client, database):
     key = await store(database, hold="wait")
-    await move(client, key, "release")
+    answer = await move(client, key, "release")
+
+    assert 55 < seconds_until(answer.json()["dueAt"]) <= 60
+    assert answer.json()["dueAt"] == answer.json()["nextAttemptAt"]
+    assert answer.json()["retention"] == {"rule": "MAYFLY_TTL", "ttl": "-1h"}
+    assert await claim(database) == []
+
+
+@pytest.mark.parametrize(("seconds", "least", "most"), [(7200, 7190, 7200), (30, 25, 30)])
+async def test_a_release_gives_the_grace_that_it_asks_for(client, database, seconds, least, most):
+    key = await store(database, hold="wait")
+    answer = await move(client, key, "release", {"graceSeconds": seconds})
+
+    assert least < seconds_until(answer.json()["dueAt"]) <= most
+    assert answer.json()["events"][-1]["detail"] == {"dueAt": answer.json()["dueAt"]}
+
+
+async def test_a_grace_of_zero_lets_an_overdue_record_be_deleted_at_once(client, database):
+    key = await store(database, hold="wait")
+    await move(client, key, "release", {"graceSeconds": 0})
 
     assert (await claim_one(database)).key == key
 
 
-async def test_a_released_record_that_was_to_be_kept_for_ever_is_never_deleted(client, database):
+async def test_a_grace_makes_no_record_due_earlier(client, database):
+    key = await store(database, hold="wait", due_in=HOUR)
+    answer = await move(client, key, "release", {"graceSeconds": 1})
+
+    assert 3500 < seconds_until(answer.json()["dueAt"]) <= 3600
+
+
+@pytest.mark.parametrize("name", ["hold", "keep", "retry"])
+async def test_a_grace_for_another_move_is_refused(sqlite_client, sqlite_database, name):
+    key = await store(sqlite_database, due_in=HOUR)
+    answer = await move(sqlite_client, key, name, {"graceSeconds": 60})
+
+    assert (answer.status_code, answer.json()["detail"]) == (400, "graceSeconds is for release and reopen alone")
+
+
+@pytest.mark.parametrize("body", [{}, {"graceSeconds": 5}])
+async def test_a_kept_record_is_released_with_a_fresh_minimum_ttl(client, database, body):
+    key = await store(database, due_in=-HOUR)
+    await move(client, key, "keep")
+    answer = await move(client, key, "release", body)
+
+    assert (answer.json()["state"], answer.json()["retention"]) == (
+        "scheduled",
+        {"rule": "released by operator", "ttl": "1m"},
+    )
+    assert 55 < seconds_until(answer.json()["dueAt"]) <= 60
+    assert answer.json()["dueAt"] == answer.json()["nextAttemptAt"]
+    assert await claim(database) == []
+
+
+async def stored_in(database, state):
+    """Store a record in *state*, overdue unless it is kept."""
+    if state == "kept":
+        return await store(database, due_in=None)
+    key = await store(database, hold="wait" if state == "held" else None)
+    if state == "failed":
+        await settle(database, given_up(await claim_one(database)))
+    elif state == "deleted":
+        await settle(database, gone_already(await claim_one(database)))
+    return key
+
+
+MOVES = [
+    ("scheduled", "hold", "held"),
+    ("scheduled", "keep", "kept"),
+    ("held", "keep", "kept"),
+    ("held", "release", "scheduled"),
+    ("failed", "keep", "kept"),
+    ("failed", "hold", "held"),
+    ("failed", "retry", "scheduled"),
+    ("kept", "release", "scheduled"),
+    ("deleted", "reopen", "scheduled"),
+]
+DONE = [
+    ("scheduled", "release"),
+    ("scheduled", "retry"),
+    ("scheduled", "reopen"),
+    ("held", "hold"),
+    ("kept", "keep"),
+]
+NAMES = ("hold", "release", "keep", "retry", "reopen")
+LEGAL = {*DONE, *((before, name) for before, name, _ in MOVES)}
+REFUSED = [(s, n) for s in ("scheduled", "held", "kept", "failed", "deleted") for n in NAMES if (s, n) not in LEGAL]
+
+
+@pytest.mark.parametrize(("before", "name", "then"), MOVES)
+async def test_each_move_of_an_operator_leads_where_the_table_says(client, database, before, name, then):
+    key = await stored_in(database, before)
+    answer = await move(client, key, name, {"reason": "so"})
+
+    assert (answer.status_code, answer.json()["state"]) == (200, then)
+    assert answer.json()["events"][-1]["move"] == name
+    assert answer.json()["events"][-1]["detail"]["reason"] == "so"
+    assert (answer.json()["hold"] is not None) == (then == "held")
+
+
+@pytest.mark.parametrize(("state", "name"), DONE)
+async def test_a_move_to_the_state_it_is_in_succeeds_and_changes_nothing(client, database, state, name):
+    key = await stored_in(database, state)
+    before = (await client.get(f"/api/records/{key.id}")).json()
+    answer = await move(client, key, name, {"reason": "again"})
+
+    assert (answer.status_code, answer.json()) == (200, before)
+
+
+@pytest.mark.parametrize(("state", "name"), REFUSED)
+async def test_a_move_that_is_not_in_the_table_is_409_and_changes_nothing(client, database, state, name):
+    key = await stored_in(database, state)
+    before = (await client.get(f"/api/records/{key.id}")).json()
+    answer = await move(client, key, name)
+
+    assert answer.status_code == 409
+    assert answer.headers["content-type"] == "application/problem+json"
+    assert (await client.get(f"/api/records/{key.id}")).json() == before
+
+
+async def test_a_hold_that_came_by_a_keep_is_over(client, database):
+    key = await store(database, hold="legal")
+    await move(client, key, "keep")
+    await move(client, key, "release")
+
+    row = await row_of(database, key)
+    assert (row.state, row.hold_by, row.hold_reason) == ("scheduled", None, None)
+
+
+async def test_a_reopened_record_is_called_deleted_no_longer(client, database):
+    key = await stored_in(database, "deleted")
+    deleted = (await client.get(f"/api/records/{key.id}")).json()
+    answer = (await move(client, key, "reopen", {"reason": "wrong key"})).json()
+
+    assert (deleted["outcome"], deleted["receipt"]["status"]) == ("already_gone", 404)
+    assert (answer["state"], answer["outcome"], answer["deletedAt"], answer["receipt"]) == ("scheduled", *[None] * 3)
+    assert 55 < seconds_until(answer["dueAt"]) <= 60
+    assert answer["events"][-1]["detail"] == {
+        "reason": "wrong key",
+        "dueAt": answer["dueAt"],
+        "outcome": "already_gone",
+        "deletedAt": deleted["deletedAt"],
+        "receipt": {"status": 404},
+    }
+    assert answer["nextAttemptAt"] == answer["dueAt"]
+    assert await claim(database) == []
+
+
+@pytest.mark.parametrize("outcome", [Outcome.DELETED, Outcome.ALREADY_GONE])
+async def test_a_record_with_a_copy_cannot_be_reopened(client, database, outcome):
+    key = await store(database)
+    item = await claim_one(database)
+    await copy(database, item)
+    await settle(database, gone_already(item) if outcome is Outcome.ALREADY_GONE else confirmed(item))
+    answer = await move(client, key, "reopen")
+
+    assert answer.status_code == 409
+    assert "the API had shown its generation" in answer.json()["detail"]
+    assert (await row_of(database, key)).outcome == outcome
+
+
+async def test_an_unknown_field_in_the_body_of_a_move_is_400(sqlite_client, sqlite_database):
+    key = await store(sqlite_database, hold="wait")
+    answers = [await move(sqlite_client, key, "release", body) for body in ({"grace": 60}, {"graceSeconds": -1})]
+
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert (await row_of(sqlite_database, key)).state == "held"
+
+
+async def test_a_released_record_without_a_due_time_is_never_deleted(client, database):
     key = await store(database, due_in=None, hold="wait")
     answer = await move(client, key, "release")
 
@@ -457,30 +661,20 @@ async def test_a_kept_record_is_never_deleted(client, database):
     assert await claim(database) == []
 
 
-@pytest.mark.parametrize("name", ["release", "retry"])
-async def test_a_move_that_the_table_does_not_have_is_409_and_changes_nothing(client, database, name):
-    key = await store(database, due_in=HOUR)
-    answer = await move(client, key, name)
-
-    assert answer.status_code == 409
-    assert answer.headers["content-type"] == "application/problem+json"
-    assert (await row_of(database, key)).state == "scheduled"
-
-
 @pytest.mark.parametrize(("name", "state"), [("hold", "held"), ("keep", "kept")])
-async def test_a_worker_is_stopped_until_it_has_made_the_copy_and_not_after(client, database, name, state):
+async def test_a_hold_stops_a_worker_until_its_copy_and_not_after(client, database, name, state):
     key, other = await store(database), await store(database)
     items = {item.key: item for item in await claim(database)}
     await copy(database, items[other])
     stopped, refused = [await move(client, one, name, {"reason": "wait"}) for one in (key, other)]
 
     assert (stopped.status_code, stopped.json()["state"]) == (200, state)
-    assert await copy(database, items[key]) is Copied.LOST
+    assert await copy(database, items[key]) is CopyResult.LOST
     assert refused.status_code == 409
-    assert "its DELETE may be under way" in refused.json()["detail"]
+    assert "its DELETE may be in progress" in refused.json()["detail"]
 
 
-async def test_a_move_that_nobody_knows_or_cannot_read_is_refused(sqlite_client, sqlite_database):
+async def test_an_unknown_move_or_an_invalid_body_is_refused(sqlite_client, sqlite_database):
     key = await store(sqlite_database, due_in=HOUR)
     reasons: list[object] = [{"reason": ""}, {"reason": "x" * 501}, {"reason": 5}, [], "x"]
     unknown = [(await move(sqlite_client, key, name)).status_code for name in ("vanish", "claim", "confirm")]
@@ -491,11 +685,11 @@ async def test_a_move_that_nobody_knows_or_cannot_read_is_refused(sqlite_client,
     assert (await row_of(sqlite_database, key)).state == "scheduled"
 
 
-async def test_a_move_of_a_record_that_is_not_there_is_404(sqlite_client):
+async def test_a_move_of_a_missing_record_is_404(sqlite_client):
     assert (await move(sqlite_client, Key("default", "nowhere"), "hold", {"reason": "x"})).status_code == 404
 
 
-async def test_a_person_pauses_and_resumes_all_deletions(client, database):
+async def test_pause_and_resume_apply_to_all_deletions(client, database):
     await store(database)
     paused = await client.post("/api/pause", json={"reason": "moving house"})
     assert await claim(database) == []
@@ -506,7 +700,7 @@ async def test_a_person_pauses_and_resumes_all_deletions(client, database):
     assert len(await claim(database)) == 1
 
 
-async def test_the_numbers_of_the_ledger_are_shown(client, database):
+async def test_stats_show_the_numbers_of_the_ledger(client, database):
     await store(database, due_in=-HOUR)
     await store(database, due_in=HOUR)
     await store(database, due_in=None)

@@ -1,4 +1,4 @@
-"""The stand-in for the Sync API does on the wire what the real one does, and each fault it promises."""
+"""The simulator answers like the Sync API, and has each documented fault."""
 
 import asyncio
 import contextlib
@@ -20,6 +20,7 @@ import pytest
 from service.simulator import Operation, Simulator, serve_forever
 from service.simulator.answers import OTHER_ID
 from service.simulator.control import control_app
+from service.simulator.faults import ABSENT_BODIES
 
 SECRET = "whsec_test_0123456789abcdef0123456789abcdef"
 PROJECT = "612bb64a-e7f4-40c1-977b-3e9797845637"
@@ -235,7 +236,7 @@ async def test_list_and_count_filter_by_status_ids_and_project(simulator, client
 
 
 @pytest.mark.parametrize("query", ["limit=0", "limit=101", "limit=x", "cursor=abc", "status=completed", "projectId=7"])
-async def test_a_list_query_that_makes_no_sense_is_answered_400(client, query):
+async def test_an_invalid_list_query_is_answered_400(client, query):
     assert (await client.get(f"/v2/generations?{query}")).status_code == 400
 
 
@@ -250,12 +251,12 @@ async def test_the_webhook_secret_can_be_asked_for_and_masked(client):
 async def test_a_created_generation_is_processed_and_then_announced(simulator, client, inbox):
     url, received = inbox
     simulator.switches.processing_seconds = 0.2
-    wish = {
+    request = {
         "model": "sync-3",
         "input": [{"type": "video", "url": "https://cdn.example.com/a.mp4"}],
         "webhookUrl": url,
     }
-    created = await client.post("/v2/generate", json=wish)
+    created = await client.post("/v2/generate", json=request)
     path = f"/v2/generate/{created.json()['id']}"
     await asyncio.sleep(0.1)
     meanwhile = (await client.get(path)).json()
@@ -264,7 +265,7 @@ async def test_a_created_generation_is_processed_and_then_announced(simulator, c
     assert (created.status_code, created.json()["status"], created.json()["input"]) == (
         201,
         "PENDING",
-        wish["input"],
+        request["input"],
     )
     assert meanwhile["status"] == "PROCESSING"
     assert (await client.get(path)).json()["status"] == "COMPLETED"
@@ -313,7 +314,7 @@ async def test_a_webhook_is_delivered_as_often_as_asked_for(simulator, inbox):
     assert body == simulator.webhook(generation.id)[0]
 
 
-async def test_a_webhook_nobody_takes_is_not_sent_again(simulator):
+async def test_an_undelivered_webhook_is_not_sent_again(simulator):
     generation = simulator.add(webhook_url="http://127.0.0.1:9/", processing_seconds=0.05, status="REJECTED")
     await eventually(lambda: simulator.deliveries)
     await asyncio.sleep(0.1)
@@ -364,7 +365,7 @@ async def test_an_error_answer_has_its_shape_and_leaves_the_generation(simulator
 
 
 @pytest.mark.parametrize(("fault", "status"), [("502", 502), ("403-html", 403), ("html", 200)])
-async def test_what_stands_before_the_api_answers_in_html_and_deletes_nothing(simulator, client, fault, status):
+async def test_a_proxy_before_the_api_answers_in_html_and_deletes_nothing(simulator, client, fault, status):
     generation = simulator.add(faults={"DELETE": [fault]})
     answer = await delete(client, generation)
 
@@ -407,12 +408,30 @@ async def test_a_redirect_points_where_the_script_says(simulator, client, status
 
 
 @pytest.mark.parametrize("fault", ["404", "410"])
-async def test_a_generation_that_is_gone_was_deleted_by_somebody_else(simulator, client, fault):
+async def test_a_gone_fault_deletes_the_generation(simulator, client, fault):
     generation = simulator.add(faults={"GET": [fault]})
     answer = await get(client, generation)
 
     assert answer.status_code == int(fault)
     assert generation.id in simulator.deleted
+
+
+@pytest.mark.parametrize("operation", ["GET", "DELETE"])
+@pytest.mark.parametrize("status", [404, 410])
+@pytest.mark.parametrize("body", sorted(ABSENT_BODIES))
+async def test_a_404_or_410_with_any_body_leaves_the_generation(simulator, client, operation, status, body):
+    generation = simulator.add(faults={operation: [f"{status}:answer={body}"]})
+    answer = await (get if operation == "GET" else delete)(client, generation)
+
+    assert answer.status_code == status
+    assert (b"generation_not_found" in answer.content) == (body == "own")
+    assert (answer.content == b"") == (body == "empty")
+    assert generation.id in simulator.generations
+
+
+def test_an_unknown_body_of_a_404_is_refused(simulator):
+    with pytest.raises(ValueError, match="answer is not one of"):
+        simulator.add(faults={"GET": ["404:answer=nothing"]})
 
 
 @pytest.mark.parametrize(("fault", "has_body"), [("202", True), ("204", False)])
@@ -425,7 +444,7 @@ async def test_a_deletion_may_be_answered_202_or_204(simulator, client, fault, h
     assert generation.id in simulator.deleted
 
 
-async def test_the_effect_of_an_odd_answer_can_be_chosen(simulator, client):
+async def test_whether_a_faulty_answer_has_an_effect_can_be_chosen(simulator, client):
     kept, gone = (
         simulator.add(faults={"DELETE": ["204:effect=0"]}),
         simulator.add(faults={"DELETE": ["500:effect=1"]}),
@@ -527,7 +546,7 @@ async def test_a_call_held_after_its_effect_has_had_it(simulator, client):
 # How faults are dealt out
 
 
-async def test_a_script_is_met_call_by_call_and_by_its_method_alone(simulator, client):
+async def test_a_script_applies_call_by_call_and_to_its_method_only(simulator, client):
     generation = simulator.add(faults={"DELETE": ["409*2", "500"]})
     read = await get(client, generation)
     deletes = [await delete(client, generation) for _ in range(4)]
@@ -536,7 +555,7 @@ async def test_a_script_is_met_call_by_call_and_by_its_method_alone(simulator, c
     assert [answer.status_code for answer in deletes] == [409, 409, 500, 200]
 
 
-async def test_a_fault_may_be_met_for_ever_by_one_generation(simulator, client):
+async def test_a_fault_can_repeat_forever_for_one_generation(simulator, client):
     poisoned, healthy = simulator.add(faults={"DELETE": ["422*"]}), simulator.add()
     answers = [await delete(client, poisoned) for _ in range(3)]
 
@@ -544,7 +563,7 @@ async def test_a_fault_may_be_met_for_ever_by_one_generation(simulator, client):
     assert (await delete(client, healthy)).status_code == 200
 
 
-async def test_a_standing_fault_is_met_by_all_until_it_is_lifted(simulator, client):
+async def test_a_standing_fault_applies_to_all_calls_until_it_is_removed(simulator, client):
     simulator.plan.stand("LIST", "503")
     during = [(await client.get("/v2/generations")).status_code for _ in range(2)]
     simulator.plan.stand("LIST", None)
@@ -553,7 +572,7 @@ async def test_a_standing_fault_is_met_by_all_until_it_is_lifted(simulator, clie
     assert (await client.get("/v2/generations")).status_code == 200
 
 
-def test_the_same_seed_deals_the_same_random_faults_in_whatever_order():
+def test_a_seed_gives_the_same_random_faults_in_any_order_of_calls():
     simulator, other = Simulator(seed=0), Simulator(seed=0)
     ids = [simulator.add().id for _ in range(200)]
     for plan in (simulator.plan, other.plan):
@@ -619,11 +638,11 @@ async def test_calls_beyond_the_rate_are_answered_429(simulator, client):
 
 
 async def test_other_processes_add_script_and_read_over_http(client):
-    wishes = [
+    requests = [
         {"count": 2, "status": "FAILED", "overrides": {"model": "react-1"}},
         {"faults": {"DELETE": ["500"]}, "webhook_url": "http://127.0.0.1:9/"},
     ]
-    ids = (await client.post("/simulator/generations", json=wishes)).json()
+    ids = (await client.post("/simulator/generations", json=requests)).json()
     scripted = await client.post(
         "/simulator/faults", json=[{"operation": "GET", "faults": ["404:effect=0"], "generation_id": ids[0]}]
     )
@@ -713,7 +732,7 @@ async def test_gates_webhooks_and_removals_are_driven_over_http(simulator, clien
         ("GET", "/simulator/nowhere", None, 404),
     ],
 )
-async def test_a_control_call_that_makes_no_sense_says_why(client, method, path, body, status):
+async def test_an_invalid_control_call_is_answered_with_the_reason(client, method, path, body, status):
     answer = await client.request(method, path, json=body)
 
     assert answer.status_code == status
@@ -721,7 +740,7 @@ async def test_a_control_call_that_makes_no_sense_says_why(client, method, path,
 
 
 @pytest.mark.parametrize(("headers", "status"), [({}, 401), ({"x-api-key": "sk-other"}, 401), (KEY, 200)])
-async def test_from_elsewhere_the_control_routes_need_the_key(simulator, headers, status):
+async def test_control_routes_need_the_key_from_other_machines(simulator, headers, status):
     app: Any = control_app(simulator)  # httpx and Litestar spell the type of an ASGI application differently
     transport = httpx.ASGITransport(app, client=("203.0.113.9", 40000))
     async with httpx.AsyncClient(transport=transport, base_url="http://sim", headers=headers) as client:
@@ -741,13 +760,13 @@ async def test_thousands_are_added_by_one_call(client):
 # Being served
 
 
-async def test_it_refuses_to_be_reachable_from_elsewhere_unless_told():
+async def test_the_simulator_refuses_a_remote_address_by_default():
     with pytest.raises(ValueError, match="loopback"):
         async with Simulator().serve(host="0.0.0.0"):
             pass
 
 
-async def test_told_so_it_listens_everywhere_and_the_control_routes_still_serve_this_machine():
+async def test_with_allow_remote_the_control_routes_still_serve_this_machine():
     async with (
         Simulator().serve(host="0.0.0.0", allow_remote=True) as url,
         httpx.AsyncClient(verify=NO_TLS, trust_env=False) as client,
@@ -757,7 +776,7 @@ async def test_told_so_it_listens_everywhere_and_the_control_routes_still_serve_
     assert answer.status_code == 200
 
 
-async def test_it_stops_at_once_with_calls_held_and_keeps_what_it_holds(caplog):
+async def test_the_simulator_stops_at_once_with_held_calls_and_keeps_its_state(caplog):
     simulator = Simulator(api_key="sk-sim")
     generation = simulator.add(faults={"DELETE": ["hold", "slow"]})
     async with httpx.AsyncClient(headers=KEY, verify=NO_TLS, trust_env=False) as client:
@@ -776,7 +795,7 @@ async def test_it_stops_at_once_with_calls_held_and_keeps_what_it_holds(caplog):
     assert not [record for record in caplog.records if record.levelno >= logging.WARNING]
 
 
-async def test_it_stops_at_once_while_a_client_does_not_read_a_huge_answer():
+async def test_the_simulator_stops_at_once_while_a_client_does_not_read_a_huge_answer():
     simulator = Simulator(api_key="sk-sim")
     generation = simulator.add(faults={"GET": ["huge:megabytes=64"]})
     async with simulator.serve() as url:
@@ -790,7 +809,7 @@ async def test_it_stops_at_once_while_a_client_does_not_read_a_huge_answer():
     assert stopped_in < 1
 
 
-async def test_it_serves_ipv6():
+async def test_the_simulator_serves_ipv6():
     async with (
         Simulator().serve(host="::1") as url,
         httpx.AsyncClient(verify=NO_TLS, trust_env=False) as client,
@@ -835,7 +854,7 @@ async def test_a_request_that_cannot_be_parsed_is_answered_400(simulator, sent):
     assert simulator.calls == []
 
 
-async def test_left_to_itself_it_makes_samples_and_announces_them(inbox, capfd):
+async def test_serve_forever_makes_samples_and_sends_their_webhooks(inbox, capfd):
     url, received = inbox
     ready: asyncio.Future[Simulator] = asyncio.Future()
     serving = asyncio.create_task(

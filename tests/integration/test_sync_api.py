@@ -1,4 +1,4 @@
-"""Every answer of the Sync API has one meaning; whatever is odd never means that a generation is gone."""
+"""Every answer of the Sync API has one meaning; a faulty answer never means that a generation is gone."""
 
 import asyncio
 import contextlib
@@ -12,6 +12,7 @@ import pytest
 from service.core.attempts import Verdict
 from service.core.secret import Secret
 from service.simulator import Simulator
+from service.simulator.faults import ABSENT_BODIES
 from service.sync import answers, client
 from service.sync.client import SyncApi, open_sync_api
 from tests.conftest import API_KEY
@@ -37,6 +38,8 @@ TABLE = [
     ("409", RUNNING, RUNNING),
     ("409-conflict", RUNNING, RUNNING),
     ("410", GONE, GONE),
+    *((f"{status}:answer={body}", RETRY, RETRY) for status in (404, 410) for body in sorted(ABSENT_BODIES - {"own"})),
+    ("404:answer=own", GONE, GONE),
     ("422", REFUSED, REFUSED),
     ("429", RETRY, RETRY),
     ("500", RETRY, RETRY),
@@ -128,11 +131,11 @@ async def test_an_unfinished_generation_is_still_running_for_get_and_delete(simu
 
 
 @pytest.mark.parametrize("status", ["PAUSED", "completed"])
-async def test_a_status_that_is_not_known_is_looked_at_again_and_not_deleted(simulator, api, status):
+async def test_an_unknown_status_is_retried_and_not_deleted(simulator, api, status):
     assert (await api.get(simulator.add(status=status).id)).verdict is RETRY
 
 
-async def test_a_delete_is_done_with_the_generation_as_it_was(simulator, api):
+async def test_a_delete_returns_the_deleted_generation(simulator, api):
     generation = simulator.add()
     answer = await api.delete(generation.id)
 
@@ -143,7 +146,7 @@ async def test_a_delete_is_done_with_the_generation_as_it_was(simulator, api):
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_a_generation_that_is_not_there_is_gone(api, method):
+async def test_a_missing_generation_is_gone(api, method):
     answer = await call(api, method, "11111111-1111-4111-8111-111111111111")
 
     assert (answer.verdict, answer.status) == (GONE, 404)
@@ -163,7 +166,7 @@ async def test_each_answer_means_what_the_table_says(simulator, api, *, fault, o
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_a_body_that_drips_is_ended_by_the_time_for_the_whole_call(simulator, api, method, monkeypatch):
+async def test_a_slow_body_is_ended_by_the_timeout_of_the_whole_call(simulator, api, method, monkeypatch):
     monkeypatch.setattr(client, f"{method}_SECONDS", 0.3)
     generation = simulator.add(faults={method: ["slow:interval=0.02"]})
     loop = asyncio.get_running_loop()
@@ -177,7 +180,7 @@ async def test_a_body_that_drips_is_ended_by_the_time_for_the_whole_call(simulat
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_an_answer_that_never_comes_is_ended_too(simulator, api, method, monkeypatch):
+async def test_a_call_without_an_answer_times_out(simulator, api, method, monkeypatch):
     monkeypatch.setattr(client, f"{method}_SECONDS", 0.3)
     generation = simulator.add(faults={method: ["hold"]})
     answer = await call(api, method, generation.id)
@@ -187,7 +190,7 @@ async def test_an_answer_that_never_comes_is_ended_too(simulator, api, method, m
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_nobody_listening_is_tried_again(metrics, method):
+async def test_a_refused_connection_is_retried(metrics, method):
     async with open_sync_api("http://127.0.0.1:9", Secret(API_KEY), connections=1, metrics=metrics) as api:
         answer = await call(api, method, "g1")
 
@@ -208,7 +211,7 @@ async def test_a_redirect_is_not_followed_and_the_key_goes_nowhere_else(raw_serv
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("location", ["mailto:x", "http:x", "a:b:c", "//", "http://[", "http://xn--ä/", "x" * 70_000])
-async def test_a_location_that_is_no_url_is_a_redirect_like_others(raw_server, metrics, method, location):
+async def test_a_redirect_with_an_invalid_location_is_retried(raw_server, metrics, method, location):
     answer = await raw_answer(raw_server, metrics, method, http(302, b"", f"Location: {location}"))
 
     assert answer.verdict is RETRY
@@ -225,7 +228,7 @@ async def test_a_location_that_is_no_url_is_a_redirect_like_others(raw_server, m
     ],
     ids=lambda error: type(error).__name__,
 )
-async def test_whatever_breaks_below_is_tried_again_and_named_by_its_kind(metrics, method, error):
+async def test_a_network_error_is_retried_and_named_by_its_type(metrics, method, error):
     def break_off(_request):
         raise error
 
@@ -251,13 +254,32 @@ async def test_a_cookie_is_not_sent_back(raw_server, metrics):
 @pytest.mark.parametrize(
     ("status", "body", "verdict"),
     [
-        (404, b"<html>404</html>", REFUSED),
-        (410, b"<html>410</html>", REFUSED),
-        (404, b"not found", REFUSED),
-        (404, b"[]", REFUSED),
-        pytest.param(404, b"<" * (answers.MAX_BYTES + 1), REFUSED, id="404 and a page without end"),
-        (404, b"", GONE),
-        (404, b'{"statusCode":404}', GONE),
+        (404, b"<html>404</html>", RETRY),
+        (410, b"<html>410</html>", RETRY),
+        (404, b"not found", RETRY),
+        (404, b"[]", RETRY),
+        (404, b"null", RETRY),
+        (404, b'"generation_not_found"', RETRY),
+        (404, b'["generation_not_found"]', RETRY),
+        (404, b'{"errorCode":"generation_not_found"', RETRY),
+        (404, b'{"message":"generation_not_found"}', RETRY),
+        (404, b'{"error":{"errorCode":"generation_not_found"}}', RETRY),
+        (404, b'{"errorCode":["generation_not_found"]}', RETRY),
+        (404, b'{"errorCode":"GENERATION_NOT_FOUND"}', RETRY),
+        (404, b'{"errorCode":"organization_not_found"}', RETRY),
+        (404, b'{"errorCode":"organization_not_found","error_code":"generation_not_found"}', RETRY),
+        (404, b'{"error_code":"asset_not_found"}', RETRY),
+        pytest.param(404, b"<" * (answers.MAX_BYTES + 1), RETRY, id="404 and a page without end"),
+        (404, b"", RETRY),
+        (410, b"", RETRY),
+        (404, b"{}", RETRY),
+        (404, b'{"statusCode":404}', RETRY),
+        (404, b'{"errorCode":"generation_not_found"}', GONE),
+        (404, b'{"error_code":"generation_not_found"}', GONE),
+        (404, b'{"errorCode":null,"error_code":"generation_not_found"}', GONE),
+        (410, b'{"errorCode":"generation_not_found"}', GONE),
+        (400, b'{"errorCode":"generation_not_found"}', REFUSED),
+        (500, b'{"errorCode":"generation_not_found"}', RETRY),
         (402, b"{}", UNAUTHORIZED),
         (408, b"", RETRY),
         (425, b"", RETRY),
@@ -281,12 +303,12 @@ async def test_a_cookie_is_not_sent_back(raw_server, metrics):
         (400, b"[" * 100_000, REFUSED),
     ],
 )
-async def test_odd_answers_never_mean_more_than_they_say(raw_server, metrics, *, method, status, body, verdict):
+async def test_a_faulty_answer_never_confirms_a_deletion(raw_server, metrics, *, method, status, body, verdict):
     assert (await raw_answer(raw_server, metrics, method, http(status, body))).verdict is verdict
 
 
 @pytest.mark.parametrize("method", METHODS)
-async def test_a_compressed_answer_is_not_unpacked(raw_server, metrics, method):
+async def test_a_compressed_answer_is_not_decompressed(raw_server, metrics, method):
     import gzip
 
     body = gzip.compress(b'{"id":"g1","status":"COMPLETED"}')
@@ -298,7 +320,7 @@ async def test_a_compressed_answer_is_not_unpacked(raw_server, metrics, method):
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("bytes_", [b"", b"\r\n", b"SSH-2.0-OpenSSH\r\n", b"HTTP/1.1 abc\r\n\r\n", b"\x00" * 100])
-async def test_what_is_no_http_is_tried_again(raw_server, metrics, method, bytes_):
+async def test_an_answer_that_is_not_http_is_retried(raw_server, metrics, method, bytes_):
     assert (await raw_answer(raw_server, metrics, method, bytes_)).verdict is RETRY
 
 
@@ -316,14 +338,14 @@ async def test_what_is_no_http_is_tried_again(raw_server, metrics, method, bytes
         ("503:retry_after=Wed", None),
     ],
 )
-async def test_what_the_api_asks_for_is_told(simulator, api, fault, seconds):
+async def test_an_answer_has_the_retry_after_of_the_api(simulator, api, fault, seconds):
     answer = await api.get(simulator.add(faults={"GET": [fault]}).id)
 
     assert answer.retry_after == (None if seconds is None else timedelta(seconds=seconds))
 
 
 @pytest.mark.parametrize("seconds", [60, -3600])
-async def test_a_date_in_retry_after_is_told_as_the_time_until_then(simulator, api, seconds):
+async def test_a_date_in_retry_after_is_read_as_the_time_until_then(simulator, api, seconds):
     answer = await api.get(simulator.add(faults={"GET": [f"429:date={seconds}"]}).id)
 
     assert answer.retry_after is not None
@@ -332,15 +354,13 @@ async def test_a_date_in_retry_after_is_told_as_the_time_until_then(simulator, a
 
 @pytest.mark.parametrize("method", METHODS)
 @pytest.mark.parametrize("status", [404, 410])
-async def test_a_route_that_is_not_there_says_nothing_of_the_generation(raw_server, metrics, method, status):
+async def test_an_unknown_route_says_nothing_about_the_generation(raw_server, metrics, method, status):
     body = b'{"message":"Cannot %s /v2/v2/generate/g1","error":"Not Found","statusCode":404}' % method.encode()
 
-    assert (await raw_answer(raw_server, metrics, method, http(status, body))).verdict is REFUSED
+    assert (await raw_answer(raw_server, metrics, method, http(status, body))).verdict is RETRY
 
 
-async def test_a_call_that_is_given_up_is_ended_on_the_wire_and_its_connection_is_free_again(
-    raw_server, metrics, monkeypatch
-):
+async def test_a_call_that_times_out_closes_its_connection_and_frees_its_place(raw_server, metrics, monkeypatch):
     monkeypatch.setattr(client, "GET_SECONDS", 0.3)
     monkeypatch.setattr(client, "DELETE_SECONDS", 0.3)
     raw_server.gate.clear()
@@ -359,7 +379,7 @@ async def test_a_call_that_is_given_up_is_ended_on_the_wire_and_its_connection_i
         assert (await api.get("g3")).verdict is GONE
 
 
-async def test_a_429_is_told_to_the_budget_of_calls(simulator, metrics):
+async def test_a_429_closes_the_budget(simulator, metrics):
     told: list[float] = []
 
     async with open_sync_api(
@@ -371,7 +391,7 @@ async def test_a_429_is_told_to_the_budget_of_calls(simulator, metrics):
     assert told == [7.0]
 
 
-async def test_a_delete_whose_answer_is_lost_has_happened_and_the_next_look_says_so(simulator, api):
+async def test_after_a_delete_whose_answer_is_lost_the_next_get_is_gone(simulator, api):
     generation = simulator.add(faults={"DELETE": ["lost"]})
     first = await api.delete(generation.id)
 
@@ -380,7 +400,7 @@ async def test_a_delete_whose_answer_is_lost_has_happened_and_the_next_look_says
     assert (await api.get(generation.id)).verdict is GONE
 
 
-async def test_a_lost_answer_is_not_asked_for_a_second_time_in_the_same_attempt(simulator, api):
+async def test_a_call_whose_answer_is_lost_is_not_repeated(simulator, api):
     generation = simulator.add(faults={"DELETE": ["drop*"]})
     await api.get(generation.id)
     await api.delete(generation.id)
@@ -429,7 +449,7 @@ async def test_no_proxy_of_the_environment_is_used(simulator, metrics, monkeypat
         assert (await api.get(simulator.add().id)).verdict is DONE
 
 
-async def test_a_wrong_key_is_the_keys_trouble(simulator, metrics):
+async def test_a_wrong_key_is_unauthorized(simulator, metrics):
     async with open_sync_api(simulator.url, Secret("sk-wrong"), connections=1, metrics=metrics) as api:
         answer = await api.get(simulator.add().id)
 

@@ -1,4 +1,4 @@
-"""Each connection to the Sync API carries one call at a time, and whatever ends a call, none is lost."""
+"""Each connection to the Sync API carries one call at a time, and its place is freed however a call ends."""
 
 import asyncio
 import contextlib
@@ -111,7 +111,7 @@ async def test_calls_in_a_row_use_one_connection(client, server):
     assert server.accepted == 1
 
 
-async def test_a_response_is_closed_as_often_as_one_likes(client, server):
+async def test_a_response_can_be_closed_twice(client, server):
     async with client.stream("GET", "/whole") as response:
         await response.aread()
         await response.aclose()
@@ -120,7 +120,7 @@ async def test_a_response_is_closed_as_often_as_one_likes(client, server):
     await assert_that_all_are_usable(client, server)
 
 
-async def test_a_body_that_breaks_off_leaves_its_place_to_the_next_call(client, server):
+async def test_an_incomplete_body_frees_its_place(client, server):
     for _ in range(2 * COUNT):
         with pytest.raises(httpx.RemoteProtocolError):
             await client.get("/break")
@@ -139,7 +139,7 @@ async def test_a_body_that_is_not_read_to_its_end_ends_its_connection(client, se
     await assert_that_all_are_usable(client, server)
 
 
-async def test_calls_that_cannot_connect_leave_their_places(server):
+async def test_calls_that_cannot_connect_free_their_places(server):
     limits = httpx.Limits(max_connections=1)
     connections = Connections(partial(httpx.AsyncHTTPTransport, verify=False, trust_env=False, limits=limits), COUNT)
     async with httpx.AsyncClient(transport=connections, trust_env=False, timeout=5) as client:
@@ -152,7 +152,7 @@ async def test_calls_that_cannot_connect_leave_their_places(server):
 
 
 @pytest.mark.parametrize("path", ["/hold", "/half"])
-async def test_a_cancelled_call_ends_on_the_wire_and_leaves_its_place(client, server, path):
+async def test_a_cancelled_call_closes_its_connection_and_leaves_its_place(client, server, path):
     calls = [asyncio.create_task(client.get(path)) for _ in range(COUNT + 2)]
     await eventually(lambda: len(server.requests) == COUNT)
     for call in calls:
@@ -165,7 +165,7 @@ async def test_a_cancelled_call_ends_on_the_wire_and_leaves_its_place(client, se
     await assert_that_all_are_usable(client, server)
 
 
-async def test_calls_cancelled_at_any_moment_and_twice_leave_no_place_taken(client, server):
+async def test_calls_cancelled_at_any_moment_and_twice_free_all_places(client, server):
     async def interrupt(call, turns):
         for _ in range(2):
             for _ in range(turns):

@@ -1,4 +1,4 @@
-"""What POST /webhooks/sync answers, and that the answer comes after the commit or says that there was none."""
+"""POST /webhooks/sync: what it answers, and that a 202 comes after the commit."""
 
 import asyncio
 import json
@@ -92,7 +92,7 @@ async def test_a_hundred_webhooks_at_once_make_a_hundred_records(app_client, dat
 @pytest.mark.parametrize(
     ("query", "state"), [("ttl=72h", "scheduled"), ("ttl=forever", "kept"), ("hold=case", "held"), ("ttl=x", "held")]
 )
-async def test_the_generations_own_wish_decides(client, sqlite_database, query, state):
+async def test_the_generations_own_override_decides(client, sqlite_database, query, state):
     sent = webhook(webhookUrl=f"https://hooks.example.com/webhooks/sync?{query}")
     answer = await send(client, sent)
 
@@ -100,7 +100,7 @@ async def test_the_generations_own_wish_decides(client, sqlite_database, query, 
     assert (await row_of(sqlite_database, Key("default", sent.id))).state == state
 
 
-async def test_a_hold_is_kept_whatever_its_reason_holds(app_client, database):
+async def test_a_hold_is_stored_with_any_reason(app_client, database):
     sent = webhook(webhookUrl="https://hooks.example.com/webhooks/sync?hold=%00%FF%F0%9F%AA%B0")
     answer = await send(app_client, sent)
 
@@ -108,14 +108,67 @@ async def test_a_hold_is_kept_whatever_its_reason_holds(app_client, database):
     assert (await row_of(database, Key("default", sent.id))).hold_reason == "\ufffd🪰"
 
 
-async def test_only_the_signed_bodys_query_is_a_wish_and_not_the_requests(client, sqlite_database):
+@pytest.mark.parametrize(
+    ("query", "state", "rule"),
+    [
+        ("ttl=1s", "scheduled", "MAYFLY_TTL"),
+        ("ttl=forever", "kept", "override: ttl"),
+        ("ttl=9d", "scheduled", "override: ttl"),
+        ("hold=legal", "held", "override: hold"),
+        ("keep=1", "held", "invalid override"),
+    ],
+)
+async def test_the_requests_own_query_can_lengthen_or_hold(client, sqlite_database, query, state, rule):
+    sent = webhook(webhookUrl=None)
+    answer = await client.post(f"/webhooks/sync?{query}", content=sent.body, headers=sent.headers)
+
+    assert (answer.status_code, answer.json()["state"]) == (202, state)
+    assert (await row_of(sqlite_database, Key("default", sent.id))).rule == rule
+
+
+@pytest.mark.parametrize("url", [{}, 7, ["https://hooks.example.com/"], {"url": "https://hooks.example.com/"}])
+async def test_a_webhook_url_that_is_no_text_is_202_and_held(app_client, database, url):
+    sent = webhook(webhookUrl=url)
+    answer = await send(app_client, sent)
+    row = await row_of(database, Key("default", sent.id))
+
+    assert (answer.status_code, answer.json()["state"]) == (202, "held")
+    assert "not a URL" in row.hold_reason
+    assert row.notification.encode() == sent.body
+
+
+def logged(capsys):
+    """Return the log events written since the last call."""
+    return [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]
+
+
+async def test_one_line_is_logged_for_each_stored_webhook_and_no_other(client, capsys):
+    logging.configure_logging("json")
     sent = webhook()
-    await client.post("/webhooks/sync?ttl=1s", content=sent.body, headers=sent.headers)
+    answer = await send(client, sent)
+    await send(client, sent)
+    await client.post("/webhooks/sync", content=b"{}", headers=JSON)
+    stored = [event for event in logged(capsys) if event["event"] == "webhook.stored"]
 
-    assert (await row_of(sqlite_database, Key("default", sent.id))).rule == "MAYFLY_TTL"
+    assert [event.keys() for event in stored] == [{"event", "generation", "due_at", "state", "level", "timestamp"}]
+    assert (stored[0]["generation"], stored[0]["state"]) == (sent.id, "scheduled")
+    assert datetime.fromisoformat(stored[0]["due_at"]) == datetime.fromisoformat(answer.json()["dueAt"])
 
 
-async def test_a_webhook_signed_with_the_secret_that_is_being_replaced_is_taken(sqlite_database, open_client):
+async def test_an_invalid_override_is_logged_without_its_value(client, capsys):
+    logging.configure_logging("json")
+    sent = webhook(webhookUrl="https://hooks.example.com/webhooks/sync?token=t0ken5&keep=s3cret")
+    await send(client, sent)
+    await send(client, sent)
+    events = logged(capsys)
+    (event,) = [event for event in events if event["event"] == "webhook.override_invalid"]
+
+    assert (event["generation"], event["name"], event["value_length"]) == (sent.id, "keep", 6)
+    assert "s3cret" not in json.dumps(events)
+    assert "t0ken5" not in json.dumps(events)
+
+
+async def test_a_webhook_signed_with_the_previous_secret_is_accepted(sqlite_database, open_client):
     old = "whsec_old_0123456789abcdef"
     async with open_client(sqlite_database, SYNC_WEBHOOK_SECRET=f"{SECRET},{old}") as client:
         assert (await send(client, webhook(secret=old))).status_code == 202
@@ -141,7 +194,7 @@ async def test_a_batch_is_answered_202_and_counted(client, sqlite_database, metr
     assert metrics.registry.get_sample_value("mayfly_webhooks_total", {"answer": "batch"}) == 1
 
 
-async def test_json_is_taken_under_each_of_its_names(client):
+async def test_each_content_type_of_json_is_accepted(client):
     names = [
         *("application/json", "application/json; charset=utf-8", 'application/json;charset="UTF-8"', ""),
         *("APPLICATION/JSON", "application/cloudevents+json", "application/json; charset=utf8; version=1"),
@@ -151,10 +204,10 @@ async def test_json_is_taken_under_each_of_its_names(client):
     assert statuses == dict.fromkeys(names, 202)
 
 
-# Refused, with nothing left behind
+# Refused, with nothing stored
 
 
-async def test_a_webhook_that_is_not_proven_is_401_and_stored_nowhere(client, sqlite_database, metrics):
+async def test_a_webhook_without_a_valid_signature_is_401_and_not_stored(client, sqlite_database, metrics):
     headers: dict[str, list[str | None]] = {
         "missing": [None, ""],
         "malformed": ["v1=00", "t=" + "9" * 400 + ",v1=00", "\xff" * 3000],
@@ -163,8 +216,8 @@ async def test_a_webhook_that_is_not_proven_is_401_and_stored_nowhere(client, sq
     }
     for reason, values in headers.items():
         for value in values:
-            proof = {} if value is None else {"Sync-Signature": value.encode("latin-1")}
-            answer = await client.post("/webhooks/sync", content=webhook().body, headers={**JSON, **proof})
+            signature = {} if value is None else {"Sync-Signature": value.encode("latin-1")}
+            answer = await client.post("/webhooks/sync", content=webhook().body, headers={**JSON, **signature})
 
             assert_problem(answer, 401)
             assert answer.headers["www-authenticate"] == "Sync-Signature"
@@ -174,21 +227,24 @@ async def test_a_webhook_that_is_not_proven_is_401_and_stored_nowhere(client, sq
 
 
 @pytest.mark.parametrize("minutes", [6, -6])
-async def test_a_webhook_of_another_time_is_401(client, sqlite_database, minutes):
+async def test_a_webhook_with_a_stale_signature_is_401(client, sqlite_database, minutes):
     at = datetime.now(UTC).timestamp() + 60 * minutes
 
-    assert_problem(await send(client, webhook(at=at)), 401)
+    answer = await send(client, webhook(at=at))
+
+    assert_problem(answer, 401)
+    assert f"{'ahead of' if minutes > 0 else 'behind'} Mayfly's clock (300 s allowed)" in answer.json()["detail"]
     assert await count(sqlite_database) == 0
 
 
-async def test_a_replay_within_another_tolerance_is_taken(sqlite_database, open_client):
+async def test_a_replay_within_a_configured_tolerance_is_accepted(sqlite_database, open_client):
     async with open_client(sqlite_database, MAYFLY_WEBHOOK_TOLERANCE="1h") as client:
         answer = await send(client, webhook(at=datetime.now(UTC).timestamp() - 1800))
 
     assert answer.status_code == 202
 
 
-async def test_a_body_changed_on_the_way_is_401(client):
+async def test_a_changed_body_is_401(client):
     sent = webhook()
 
     assert_problem(await send(client, Webhook(sent.body + b" ", sent.headers)), 401)
@@ -203,7 +259,7 @@ SHAPES = [
 ]
 
 
-async def test_a_proven_body_of_another_shape_is_400_and_stored_nowhere(client, sqlite_database):
+async def test_a_signed_body_of_another_shape_is_400_and_not_stored(client, sqlite_database):
     answers = [await send(client, webhook(body)) for body in SHAPES]
 
     for answer in answers:
@@ -211,7 +267,7 @@ async def test_a_proven_body_of_another_shape_is_400_and_stored_nowhere(client, 
     assert await count(sqlite_database) == 0
 
 
-async def test_half_a_character_in_a_text_is_stored_as_it_came_and_shown_as_a_sign_for_it(app_client, database):
+async def test_a_lone_surrogate_is_stored_unchanged_and_shown_as_a_replacement(app_client, database):
     sent = webhook(b'{"id":"g1","status":"FAILED","error":"cut \\ud83d","options":{"a":"\\ude00"}}')
     answer = await send(app_client, sent)
     token = {"Authorization": f"Bearer {API_TOKEN}"}
@@ -222,7 +278,7 @@ async def test_half_a_character_in_a_text_is_stored_as_it_came_and_shown_as_a_si
     assert (await row_of(database, Key("default", "g1"))).notification.encode() == sent.body
 
 
-async def test_a_nested_input_is_refused_or_can_be_shown_again(client):
+async def test_a_nested_input_is_refused_or_can_be_read_back(client):
     for depth in (50, 200, 500, 900, 1000, 3000):
         nested = b"[" * depth + b"]" * depth
         sent = webhook(b'{"id":"g%d","status":"COMPLETED","input":%s}' % (depth, nested))
@@ -233,11 +289,11 @@ async def test_a_nested_input_is_refused_or_can_be_shown_again(client):
     assert shown.status_code == 200
 
 
-async def test_an_unproven_body_is_401_whatever_its_shape(client):
+async def test_an_unsigned_body_is_401_whatever_its_shape(client):
     assert_problem(await client.post("/webhooks/sync", content=b"{", headers={"Content-Type": "application/json"}), 401)
 
 
-async def test_what_says_it_is_not_json_in_utf8_is_415(client, sqlite_database):
+async def test_a_content_type_other_than_json_in_utf8_is_415(client, sqlite_database):
     names = [
         *("text/plain", "application/x-www-form-urlencoded", "multipart/form-data; boundary=x", "json"),
         *("application/json; charset=utf-16", "application/json;charset=latin1", "application/jsonp", "\xff/\xfe"),
@@ -268,7 +324,7 @@ async def test_a_body_over_the_limit_is_413_without_a_length_too(client, sqlite_
     assert await count(sqlite_database) == 0
 
 
-async def test_a_body_just_under_the_limit_is_taken_in_pieces(client):
+async def test_a_body_just_under_the_limit_is_accepted_in_chunks(client):
     empty = len(json.dumps(notification(error="")).encode())
     sent = webhook(error="x" * (MAX_BODY_BYTES - empty))
 
@@ -300,9 +356,7 @@ async def head_of(reader):
     return (await asyncio.wait_for(reader.readuntil(b"\r\n\r\n"), 5)).decode()
 
 
-async def test_large_bodies_that_arrive_at_once_are_bounded_together_and_leave_room_when_they_are_gone(
-    client, monkeypatch, metrics
-):
+async def test_concurrent_large_bodies_share_a_memory_limit_that_they_free(client, monkeypatch, metrics):
     monkeypatch.setattr(webhooks, "MAX_UNREAD_BYTES", 250_000)
     large = webhook(error="x" * 120_000)
     async with AsyncExitStack() as stack:
@@ -328,7 +382,7 @@ async def test_large_bodies_that_arrive_at_once_are_bounded_together_and_leave_r
 
 
 @pytest.mark.parametrize("signature", ["", "t=1,v1=00", f"t=1761300005,v1={'0' * 64}"])
-async def test_a_body_whose_signature_cannot_be_one_is_not_waited_for(client, signature, metrics):
+async def test_a_body_with_a_malformed_signature_is_not_read(client, signature, metrics):
     sent = webhook()
     sent.headers["Sync-Signature"] = signature
     async with half_sent(client, sent, size=50) as (reader, _):
@@ -336,7 +390,7 @@ async def test_a_body_whose_signature_cannot_be_one_is_not_waited_for(client, si
     assert metrics.registry.get_sample_value("mayfly_webhooks_total", {"answer": "refused"}) == 1
 
 
-async def test_a_body_that_does_not_arrive_in_time_is_408_and_ends_the_connection(client, monkeypatch, metrics):
+async def test_a_body_that_arrives_too_slowly_is_408_and_ends_the_connection(client, monkeypatch, metrics):
     monkeypatch.setattr(webhooks, "BODY_SECONDS", 0.3)
     async with half_sent(client, webhook(), size=50) as (reader, _):
         answer = (await asyncio.wait_for(reader.read(), 5)).decode()
@@ -376,7 +430,7 @@ async def test_another_method_is_405(client):
     assert {answer.headers["allow"] for answer in answers} == {"POST, OPTIONS"}
 
 
-async def test_a_sender_that_breaks_off_leaves_nothing_behind(client, sqlite_database):
+async def test_a_sender_that_disconnects_stores_nothing(client, sqlite_database):
     sent = webhook()
     reader, writer = await asyncio.open_connection("127.0.0.1", client.base_url.port)
     head = "".join(f"{name}: {value}\r\n" for name, value in sent.headers.items())
@@ -433,7 +487,7 @@ async def test_a_locked_postgresql_ledger_is_503_with_retry_after_and_no_row(pos
         assert (await send(client, webhook())).status_code == 202
 
 
-async def test_a_redis_that_is_away_delays_no_answer(sqlite_database, settings, metrics, tmp_path):
+async def test_an_unreachable_redis_delays_no_answer(sqlite_database, settings, metrics, tmp_path):
     from service.core.secret import Secret
     from service.web.app import make_app
     from service.web.server import serving
@@ -450,9 +504,7 @@ async def test_a_redis_that_is_away_delays_no_answer(sqlite_database, settings, 
     assert await count(sqlite_database) == 1
 
 
-async def test_jobs_beyond_what_may_wait_for_redis_are_counted(
-    sqlite_database, open_client, pool, metrics, monkeypatch
-):
+async def test_jobs_beyond_the_waiting_limit_are_counted(sqlite_database, open_client, pool, metrics, monkeypatch):
     monkeypatch.setattr("service.jobs.enqueue._MAX_WAITING", 3)
     async with open_client(sqlite_database) as client:
         await asyncio.gather(*(send(client, webhook()) for _ in range(5)))

@@ -1,4 +1,4 @@
-"""Running a mayfly command inside the test: a process of its own takes a second to start, these many commands."""
+"""Running a mayfly command inside the test process: a new process takes a second to start."""
 
 import logging
 import os

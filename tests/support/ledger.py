@@ -1,4 +1,4 @@
-"""The ledger from a test's point of view: records as webhooks would make them, claims as workers would."""
+"""Helpers on the ledger: records as webhooks make them, claims and outcomes as workers make them."""
 
 import json
 from collections.abc import Sequence
@@ -9,7 +9,7 @@ from typing import Any
 from sqlalchemy import Row, update
 
 from service.core.attempts import Outcome, Progress, Step, Verdict
-from service.core.generation import Generation, read
+from service.core.generation import Generation, read_generation
 from service.core.key import Key
 from service.core.lifecycle import Move
 from service.core.retention import Retention
@@ -18,10 +18,11 @@ from service.ledger.claiming import Claim
 from service.ledger.database import Database
 from service.ledger.receiving import Arrival, Receipt
 from service.ledger.schema import records
-from service.ledger.settling import Copied, Copy, Settlement
+from service.ledger.settling import Copy, CopyResult, Settlement
 from tests.support.webhooks import notification
 
 ACCOUNT = "default"
+KEY_ID = "a-key"
 ACTOR = "worker of a test"
 LEASE = timedelta(seconds=60)
 HOUR = timedelta(hours=1)
@@ -35,10 +36,10 @@ def utc_now() -> datetime:
 def arrival(
     *, due_in: timedelta | None = -HOUR, hold: str | None = None, received_at: datetime | None = None, **fields: object
 ) -> Arrival:
-    """Return a proven webhook, due *due_in* from now (None: never); *fields* are the notification's."""
+    """Return a verified webhook, due *due_in* from now (None: never); *fields* are the notification's."""
     now = received_at or utc_now()
     body = json.dumps(notification(**fields), ensure_ascii=False)
-    generation = read(body.encode())
+    generation = read_generation(body.encode())
     retention = Retention("MAYFLY_TTL", due_in, None if due_in is None else now + due_in, hold)
     return Arrival(Key(ACCOUNT, generation.id), generation, body, retention, now)
 
@@ -60,7 +61,7 @@ async def claim(
 ) -> list[Claim]:
     """Claim due records."""
     at = now or utc_now()
-    return await database.write(partial(claiming.claim, now=at, lease=lease, limit=limit, actor=ACTOR))
+    return await database.write(partial(claiming.claim_due, now=at, lease=lease, limit=limit, actor=ACTOR))
 
 
 async def claim_one(database: Database, **options: Any) -> Claim:  # noqa: ANN401 - handed on
@@ -71,24 +72,31 @@ async def claim_one(database: Database, **options: Any) -> Claim:  # noqa: ANN40
 
 async def copy(
     database: Database, item: Claim, *, now: datetime | None = None, limit: int | None = None, **fields: object
-) -> Copied:
+) -> CopyResult:
     """Keep a copy of the generation as the API would show it."""
     body = json.dumps(notification(id=item.key.id, **fields), ensure_ascii=False)
-    copies = [Copy(item, read(body.encode()), body)]
-    write = partial(settling.copy, copies=copies, now=now or utc_now(), limit=limit, actor=ACTOR)
+    copies = [Copy(item, read_generation(body.encode()), body)]
+    write = partial(settling.store_copies, copies=copies, now=now or utc_now(), limit=limit, actor=ACTOR)
     (copied,) = await database.write(write)
     return copied
 
 
 async def settle(database: Database, *items: Settlement, now: datetime | None = None) -> list[bool]:
     """Write how attempts ended."""
-    return await database.write(partial(settling.settle, settlements=items, now=now or utc_now(), actor=ACTOR))
+    write = partial(settling.settle_attempts, settlements=items, now=now or utc_now(), actor=ACTOR, key_id=KEY_ID)
+    return await database.write(write)
 
 
 def confirmed(item: Claim) -> Settlement:
     """Return the end of an attempt that deleted."""
     step = Step(Move.CONFIRM, item.progress, outcome=Outcome.DELETED)
     return Settlement(item, Verdict.DONE, step, receipt='{"status":200}')
+
+
+def gone_already(item: Claim) -> Settlement:
+    """Return the end of an attempt whose generation the API did not know."""
+    step = Step(Move.CONFIRM, item.progress, outcome=Outcome.ALREADY_GONE)
+    return Settlement(item, Verdict.DONE, step, receipt='{"status":404}')
 
 
 def deferred(item: Claim, *, verdict: Verdict = Verdict.RETRY, retry_at: datetime | None = None) -> Settlement:
@@ -105,12 +113,12 @@ def given_up(item: Claim) -> Settlement:
 
 async def lose_leases(database: Database, *, now: datetime | None = None, limit: int = 100) -> int:
     """Take back records whose lease ran out."""
-    return await database.write(partial(claiming.lose_leases, now=now or utc_now(), limit=limit, actor=ACTOR))
+    return await database.write(partial(claiming.end_expired_leases, now=now or utc_now(), limit=limit, actor=ACTOR))
 
 
 async def row_of(database: Database, key: Key) -> Row[Any]:
     """Return the record of *key*, which is there."""
-    row = await database.read(partial(reading.find, key=key))
+    row = await database.read(partial(reading.find_row, key=key))
     assert row is not None
     return row
 
@@ -118,12 +126,12 @@ async def row_of(database: Database, key: Key) -> Row[Any]:
 async def moves_of(database: Database, key: Key) -> list[Move]:
     """Return the moves of the record of *key*, oldest first."""
     row = await row_of(database, key)
-    return [entry.move for entry in await database.read(partial(history.read, record=row.seq))]
+    return [entry.move for entry in await database.read(partial(history.read_entries, record=row.seq))]
 
 
 async def count(database: Database) -> int:
     """Return how many records there are."""
-    return sum((await database.read(reading.counts)).values())
+    return sum((await database.read(reading.count_by_state)).values())
 
 
 async def end_lease(database: Database, key: Key) -> None:
@@ -141,4 +149,4 @@ def ids(rows: Sequence[Any]) -> list[str]:
 
 def generation_of(**fields: object) -> Generation:
     """Return a generation as it is read from the wire."""
-    return read(json.dumps(notification(**fields)).encode())
+    return read_generation(json.dumps(notification(**fields)).encode())

@@ -1,4 +1,4 @@
-"""A real PostgreSQL for the tests: the wheel's, else the one that the system has installed."""
+"""A real PostgreSQL for the tests: from the wheel, else the installed one."""
 
 import os
 import shutil
@@ -71,7 +71,7 @@ def postgres_server() -> Iterator[Postgres]:
     Raises: NoPostgresError.
     """
     # Short, for the socket's path, and not pytest's own folder, which only its user may enter: as root the server
-    # runs as somebody else.
+    # runs as another user.
     folder = Path(tempfile.mkdtemp(prefix="mayfly-pg-"))
     try:
         folder.chmod(0o755)

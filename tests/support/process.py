@@ -68,7 +68,7 @@ class Mayfly:
         return await self.start()
 
     async def kill9(self) -> None:
-        """Kill it with SIGKILL; its embedded Redis is left behind, as it would be."""
+        """Kill it with SIGKILL; its embedded Redis keeps running."""
         assert self._process is not None
         self._note_children()
         self._process.kill()

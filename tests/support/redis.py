@@ -1,4 +1,4 @@
-"""A real Redis for the tests: the program that the embedded one uses, on a unix socket of its own."""
+"""A real Redis for the tests: the server of the embedded one, on a unix socket."""
 
 import subprocess
 import time

@@ -1,4 +1,4 @@
-"""Waiting for what has no event."""
+"""Waiting by polling."""
 
 import asyncio
 import inspect

@@ -1,4 +1,4 @@
-"""Webhooks as sync.so would send them, built by hand: nothing here uses Mayfly's own signing."""
+"""Webhooks as sync.so sends them; the signature does not use Mayfly's code."""
 
 import hashlib
 import hmac
@@ -19,7 +19,7 @@ def signature(body: bytes, *, secret: str = SECRET, at: float | None = None) -> 
 
 @dataclass(frozen=True)
 class Webhook:
-    """A body with the headers that prove it."""
+    """A body with its signature header."""
 
     body: bytes
     headers: dict[str, str] = field(default_factory=dict)

@@ -1,10 +1,11 @@
-"""What an attempt leads to: done, later, or a person; and how much later."""
+"""What follows from an attempt: done, a retry and when, or an operator."""
 
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from service.core.attempts import (
+    ANSWER_LOST,
     MAX_FREE_LOSSES,
     MAX_REFUSALS,
     Outcome,
@@ -32,12 +33,35 @@ def judged(verdict, progress=FRESH, *, retry_after=None, jitter=0.5):
 @pytest.mark.parametrize(
     ("verdict", "outcome"), [(Verdict.DONE, Outcome.DELETED), (Verdict.GONE, Outcome.ALREADY_GONE)]
 )
-def test_a_generation_that_is_gone_is_confirmed_however_long_it_took(verdict, outcome, progress):
+def test_a_generation_that_is_gone_is_confirmed_at_any_age(verdict, outcome, progress):
     assert judged(verdict, progress) == Step(Move.CONFIRM, progress, outcome=outcome)
 
 
+@pytest.mark.parametrize(
+    ("verdict", "has_unanswered_delete", "outcome", "detail"),
+    [
+        (Verdict.DONE, False, Outcome.DELETED, None),
+        (Verdict.DONE, True, Outcome.DELETED, None),
+        (Verdict.GONE, False, Outcome.ALREADY_GONE, None),
+        (Verdict.GONE, True, Outcome.DELETED, ANSWER_LOST),
+    ],
+)
+def test_a_lost_answer_to_our_delete_explains_a_generation_not_found(verdict, has_unanswered_delete, outcome, detail):
+    step = after_attempt(
+        verdict,
+        FRESH,
+        now=NOW,
+        give_up_after=WEEK,
+        retry_after=None,
+        jitter=0.5,
+        has_unanswered_delete=has_unanswered_delete,
+    )
+
+    assert step == Step(Move.CONFIRM, FRESH, outcome=outcome, detail=detail)
+
+
 @pytest.mark.parametrize("verdict", [*RETRYABLE, Verdict.REFUSED])
-def test_the_first_failure_is_put_off_and_starts_the_clock(verdict):
+def test_the_first_failure_is_deferred_and_starts_the_give_up_clock(verdict):
     step = judged(verdict)
 
     assert step.move is Move.DEFER
@@ -47,7 +71,7 @@ def test_the_first_failure_is_put_off_and_starts_the_clock(verdict):
 
 
 @pytest.mark.parametrize("verdict", RETRYABLE)
-def test_what_can_be_retried_is_never_given_up_for_its_count(verdict):
+def test_a_retryable_failure_is_never_given_up_because_of_its_count(verdict):
     step = judged(verdict, Progress(NOW - WEEK + timedelta(seconds=1), 10**6, 0))
 
     assert step.move is Move.DEFER
@@ -56,7 +80,7 @@ def test_what_can_be_retried_is_never_given_up_for_its_count(verdict):
 
 
 @pytest.mark.parametrize("verdict", [*RETRYABLE, Verdict.REFUSED])
-def test_what_fails_for_as_long_as_was_set_is_given_up(verdict):
+def test_a_failure_older_than_give_up_after_is_given_up(verdict):
     step = judged(verdict, LONG_AGO)
 
     assert step.move is Move.GIVE_UP
@@ -73,21 +97,21 @@ def test_a_refusal_is_given_up_after_a_few_in_a_row():
     assert moves == [Move.DEFER] * (MAX_REFUSALS - 1) + [Move.GIVE_UP]
 
 
-def test_any_other_answer_between_refusals_begins_their_count_anew():
+def test_another_answer_between_refusals_resets_their_count():
     step = judged(Verdict.RETRY, Progress(NOW, 4, MAX_REFUSALS - 1))
 
     assert step.progress == Progress(NOW, 5, 0)
 
 
 @pytest.mark.parametrize("progress", [FRESH, LONG_AGO, Progress(NOW - 9 * WEEK, 9, 2)])
-def test_trouble_with_the_key_uses_nothing_up(progress):
+def test_a_refused_key_counts_as_no_failure(progress):
     step = judged(Verdict.UNAUTHORIZED, progress)
 
     assert step.move is Move.DEFER
     assert step.progress == Progress(None, 0, progress.refusals)
 
 
-def test_what_the_api_asks_for_is_obeyed():
+def test_retry_after_is_obeyed():
     step = judged(Verdict.RETRY, retry_after=timedelta(minutes=10), jitter=0)
 
     assert step.retry_at == NOW + timedelta(minutes=10)
@@ -106,7 +130,7 @@ def test_the_wait_grows_from_five_seconds_to_an_hour_with_full_jitter(failures, 
     ("asked", "low", "high"),
     [(-3600, 1, 1.1), (0, 1, 1.1), (2, 2, 2.2), (600, 600, 630), (86400, 86400, 86430), (10**8, 86400, 86430)],
 )
-def test_retry_after_is_clamped_to_a_second_and_a_day_and_never_undercut(asked, low, high):
+def test_retry_after_is_clamped_and_the_wait_is_never_shorter(asked, low, high):
     assert backoff(5, retry_after=timedelta(seconds=asked), jitter=0) == timedelta(seconds=low)
     assert backoff(5, retry_after=timedelta(seconds=asked), jitter=1) == timedelta(seconds=high)
 
@@ -117,7 +141,7 @@ def test_a_record_whose_worker_died_is_tried_again_at_once():
     assert step == Step(Move.LOSE_LEASE, Progress(None, 1, 1), retry_at=NOW)
 
 
-def test_a_record_that_takes_its_workers_down_is_tried_ever_more_slowly_and_never_given_up():
+def test_a_record_that_crashes_workers_is_retried_more_slowly_and_never_given_up():
     steps, progress = [], Progress(NOW - 9 * WEEK, 0, 0)
     for _ in range(30):
         steps.append(after_lost_lease(progress, now=NOW))

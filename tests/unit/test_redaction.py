@@ -1,4 +1,4 @@
-"""No log line shows a secret, whatever a library puts into its texts."""
+"""Secrets are masked in log events, also in those of libraries."""
 
 import pytest
 

@@ -1,11 +1,11 @@
-"""When a generation may go: durations, wishes, and the clock they start at."""
+"""When a generation may be deleted: durations, overrides, and when they start to count."""
 
 from datetime import UTC, datetime, timedelta
 
 import pytest
 
 from service.core.durations import MAX_TTL, format_duration, parse_duration, parse_ttl
-from service.core.retention import Policy, Retention, decide, reconsider
+from service.core.retention import Policy, Retention, decide_retention, reconsider_retention
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -13,7 +13,9 @@ POLICY = Policy(ttl=DAY, min_ttl=timedelta(minutes=1))
 
 
 def decided(query="", *, policy=POLICY, sent_at=NOW, now=NOW):
-    return decide(policy, webhook_url=f"https://hooks.example.com/webhooks/sync?{query}", sent_at=sent_at, now=now)
+    return decide_retention(
+        policy, webhook_url=f"https://hooks.example.com/webhooks/sync?{query}", sent_at=sent_at, now=now
+    )
 
 
 @pytest.mark.parametrize(
@@ -40,7 +42,7 @@ def test_a_number_with_a_unit_is_a_duration(text, duration):
         *("36501d", "5215w", "999999999w", "9999999999s"),
     ],
 )
-def test_any_other_duration_is_refused_without_being_repeated(text):
+def test_any_other_duration_is_refused_and_not_repeated(text):
     with pytest.raises(ValueError, match="a number with a unit") as refusal:
         parse_duration(text)
 
@@ -61,49 +63,49 @@ def test_a_formatted_duration_reads_back_as_itself(text):
     assert parse_duration(format_duration(seconds)) == parse_duration(text)
 
 
-def test_without_a_wish_the_policy_decides():
+def test_without_an_override_the_policy_decides():
     assert decided() == Retention("MAYFLY_TTL", DAY, NOW + DAY)
-    assert decide(POLICY, webhook_url=None, sent_at=NOW, now=NOW) == Retention("MAYFLY_TTL", DAY, NOW + DAY)
+    assert decide_retention(POLICY, webhook_url=None, sent_at=NOW, now=NOW) == Retention("MAYFLY_TTL", DAY, NOW + DAY)
 
 
-def test_a_policy_of_for_ever_keeps():
+def test_a_policy_of_forever_keeps_the_generation():
     assert decided(policy=Policy(None, timedelta(minutes=1))) == Retention("MAYFLY_TTL", None, None)
 
 
-def test_the_wish_for_a_ttl_wins_over_the_policy():
-    assert decided("ttl=72h") == Retention("wish: ttl", 3 * DAY, NOW + 3 * DAY)
-    assert decided("ttl=forever") == Retention("wish: ttl", None, None)
+def test_a_ttl_override_wins_over_the_policy():
+    assert decided("ttl=72h") == Retention("override: ttl", 3 * DAY, NOW + 3 * DAY)
+    assert decided("ttl=forever") == Retention("override: ttl", None, None)
 
 
-def test_a_wish_wins_over_a_policy_of_for_ever():
+def test_an_override_wins_over_a_policy_of_forever():
     assert decided("ttl=1h", policy=Policy(None, timedelta(minutes=1))).due_at == NOW + timedelta(hours=1)
 
 
 @pytest.mark.parametrize("text", ["2026-12-31T00:00:00Z", "2026-12-31T01:00:00%2B01:00", "2026-12-30T19:00:00-05:00"])
-def test_the_wish_for_an_instant_is_kept_to_in_utc(text):
+def test_an_expires_override_is_converted_to_utc(text):
     retention = decided(f"expires={text}")
 
-    assert retention.rule == "wish: expires"
+    assert retention.rule == "override: expires"
     assert retention.due_at == datetime(2026, 12, 31, tzinfo=UTC)
     assert retention.ttl == datetime(2026, 12, 31, tzinfo=UTC) - NOW
 
 
-@pytest.mark.parametrize("query", ["ttl=0s", "ttl=59s", "expires=2026-11-23T12:00:30Z", "expires=2001-01-01T00:00:00Z"])
-def test_no_wish_keeps_for_less_than_the_least_time(query):
+@pytest.mark.parametrize("query", ["ttl=1s", "ttl=59s", "expires=2026-11-23T12:00:30Z", "expires=2001-01-01T00:00:00Z"])
+def test_no_override_keeps_a_generation_for_less_than_min_ttl(query):
     retention = decided(query)
 
     assert retention.due_at == NOW + POLICY.min_ttl
     assert retention.ttl == POLICY.min_ttl
 
 
-def test_the_policy_itself_keeps_for_no_less_than_the_least_time():
+def test_the_policys_ttl_is_never_less_than_min_ttl():
     assert decided(policy=Policy(timedelta(0), timedelta(hours=1))).due_at == NOW + timedelta(hours=1)
 
 
-def test_a_wish_to_hold_stands_beside_the_due_time_that_a_release_brings_back():
+def test_a_hold_override_keeps_the_due_time_for_a_release():
     retention = decided("hold=legal%20case&ttl=72h")
 
-    assert retention == Retention("wish: hold", 3 * DAY, NOW + 3 * DAY, hold_reason="legal case")
+    assert retention == Retention("override: hold", 3 * DAY, NOW + 3 * DAY, hold_reason="legal case")
 
 
 def test_a_hold_without_a_reason_is_a_hold():
@@ -111,82 +113,84 @@ def test_a_hold_without_a_reason_is_a_hold():
 
 
 def test_the_reason_of_a_hold_is_cut_to_what_a_list_can_show():
-    assert len(decided("hold=" + "x" * 9000).hold_reason) == 500
+    assert len(decided("hold=" + "x" * 8000).hold_reason) == 500
 
 
 @pytest.mark.parametrize(
     "query",
     [
         *("ttl=24", "ttl=", "ttl", "ttl=soon", "ttl=-1h", "ttl=0", "ttl=1.5h", "ttl=99999999w"),
-        *("expires=", "expires=tomorrow", "expires=1761300005", "expires=2026-12-31T00:00:00", "expires=2026-12-31"),
+        *("ttl=0s", "ttl=0w", "ttl=15M", "ttl=1%20h"),
+        *("expires=", "expires=tomorrow", "expires=1761300005", "expires=2026-12-31T00:00:00", "expires=20261231"),
+        "expires=2026-12-31%2000:00",
         *("ttl=1h&ttl=forever", "ttl=1h&expires=2026-12-31T00:00:00Z", "hold=a&hold=b"),
         *("expires=9999-12-31T23:59:59-14:00", "expires=0001-01-01T00:00:00%2B14:00", "expires=2500-01-01T00:00:00Z"),
     ],
 )
-def test_a_wish_that_cannot_be_read_holds_the_generation_for_a_person_to_look_at(query):
+def test_an_invalid_override_puts_the_record_on_hold(query):
     retention = decided(query)
 
-    assert retention.rule == "unreadable wish"
-    assert retention.hold_reason == "the wish in its webhookUrl cannot be read"
+    assert retention.rule == "invalid override"
+    assert retention.hold_reason.startswith("invalid override in its webhookUrl: `")
     assert retention.due_at == NOW + DAY
 
 
 @pytest.mark.parametrize(
     "url", ["http://[", "https://[::1/x?ttl=1h", "//[?", "not a url at all", "?" * 50, "\udcff", ""]
 )
-def test_a_webhook_url_that_is_none_never_shortens_the_time(url):
-    retention = decide(POLICY, webhook_url=url, sent_at=NOW, now=NOW)
+def test_an_invalid_webhook_url_never_shortens_the_ttl(url):
+    retention = decide_retention(POLICY, webhook_url=url, sent_at=NOW, now=NOW)
 
     assert retention.due_at == NOW + DAY
 
 
-@pytest.mark.parametrize("query", ["x=ttl%3D1h", "utm=1", "title=x", "t=1", "token=x", "url=x", "expiry=x", "id=hold"])
-def test_other_parts_of_the_query_are_no_wishes(query):
+@pytest.mark.parametrize("query", ["utm=1", "title=x", "t=1", "token=x", "url=x", "expiry=x", "id=hold"])
+def test_other_query_parameters_are_no_overrides(query):
     assert decided(query).rule == "MAYFLY_TTL"
 
 
 @pytest.mark.parametrize(
     "query",
     [
-        *("TTL=forever", "Hold=legal", "ttl%20=forever", "ttl%0A=forever", "x=1&amp;ttl=forever"),
-        *("tll=forever", "tl=forever", "tttl=forever", "hodl=legal", "hol=legal", "expire=2027-01-01T00:00:00Z"),
+        *("x=ttl%3D1h", "tll=forever", "tl=forever", "tttl=forever", "hodl=legal", "hol=legal"),
+        "expire=2027-01-01T00:00:00Z",
         *("ttl=forever&Ttl=1h", "#ttl=forever", "#a?hold=legal"),
     ],
 )
-def test_the_name_of_a_wish_that_is_misspelt_or_out_of_place_holds_too(query):
-    assert decided(query).rule == "unreadable wish"
+def test_a_misspelt_or_misplaced_override_puts_the_record_on_hold(query):
+    assert decided(query).rule == "invalid override"
     assert decided(query).hold_reason is not None
 
 
 @pytest.mark.parametrize("query", ["", "ttl=1m", "expires=2026-11-23T12:00:00Z"])
-def test_nothing_is_due_before_the_least_time_from_now_however_old_the_signature(query):
+def test_nothing_is_due_before_min_ttl_from_now(query):
     policy = Policy(timedelta(minutes=1), timedelta(minutes=1))
 
     assert decided(query, policy=policy, sent_at=NOW - timedelta(minutes=5)).due_at == NOW + policy.min_ttl
 
 
 def reconsidered(query, rule="MAYFLY_TTL", ttl=DAY):
-    return reconsider(rule=rule, due_at=NOW + DAY, ttl=ttl, webhook_url=f"https://h/webhooks/sync?{query}")
+    return reconsider_retention(rule=rule, due_at=NOW + DAY, ttl=ttl, webhook_url=f"https://h/webhooks/sync?{query}")
 
 
-def test_a_wish_that_only_the_api_shows_keeps_longer():
-    assert reconsidered("ttl=3d") == Retention("wish: ttl", 3 * DAY, NOW + 3 * DAY)
-    assert reconsidered("ttl=forever") == Retention("wish: ttl", None, None)
+def test_an_override_that_only_the_api_shows_extends_the_ttl():
+    assert reconsidered("ttl=3d") == Retention("override: ttl", 3 * DAY, NOW + 3 * DAY)
+    assert reconsidered("ttl=forever") == Retention("override: ttl", None, None)
     assert reconsidered("hold=legal").hold_reason == "legal"
-    assert reconsidered("Hold=legal").rule == "unreadable wish"
+    assert reconsidered("hodl=legal").rule == "invalid override"
 
 
 @pytest.mark.parametrize("query", ["", "ttl=1h", "ttl=1d", "expires=2026-11-23T13:00:00Z", "utm=1"])
-def test_a_wish_that_only_the_api_shows_never_shortens(query):
+def test_an_override_that_only_the_api_shows_never_shortens_the_ttl(query):
     assert reconsidered(query) is None
 
 
-def test_a_hold_that_only_the_api_shows_stands_beside_the_due_time_that_was_promised():
+def test_a_hold_that_only_the_api_shows_keeps_the_due_time():
     assert reconsidered("hold=legal").due_at == NOW + DAY
 
 
-@pytest.mark.parametrize("rule", ["wish: ttl", "wish: hold", "unreadable wish", "kept by a person"])
-def test_what_was_decided_by_a_wish_or_a_person_is_not_decided_again(rule):
+@pytest.mark.parametrize("rule", ["override: ttl", "override: hold", "invalid override", "kept by an operator"])
+def test_a_decision_by_an_override_or_an_operator_is_not_reconsidered(rule):
     assert reconsidered("hold=legal", rule=rule) is None
     assert reconsidered("hold=legal", ttl=None) is None
 
@@ -195,7 +199,7 @@ def test_the_clock_starts_at_the_signed_send_time():
     assert decided(sent_at=NOW - timedelta(minutes=4)).due_at == NOW - timedelta(minutes=4) + DAY
 
 
-def test_a_send_time_ahead_of_us_counts_as_now():
+def test_a_send_time_in_the_future_counts_as_now():
     assert decided(sent_at=NOW + timedelta(minutes=4)).due_at == NOW + DAY
 
 
@@ -210,5 +214,5 @@ def test_a_send_time_ahead_of_us_counts_as_now():
         (None, None, False),
     ],
 )
-def test_the_later_due_time_is_told_with_none_as_for_ever(due_at, other, is_later):
+def test_is_later_than_treats_none_as_forever(due_at, other, is_later):
     assert Retention("x", None, due_at).is_later_than(other) is is_later

@@ -1,4 +1,4 @@
-"""What the API asks for in Retry-After is read whatever its form, and junk is nothing asked for."""
+"""Retry-After is read in each of its forms; anything else counts as absent."""
 
 from datetime import UTC, datetime, timedelta
 
@@ -24,7 +24,7 @@ NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
         ("Mon, 23 Nov 2026 13:00:30 +0100", 30),
     ],
 )
-def test_seconds_and_dates_are_read(text, seconds):
+def test_seconds_and_dates_in_retry_after_are_read(text, seconds):
     assert parse_retry_after(text, now=NOW) == timedelta(seconds=seconds)
 
 
@@ -37,7 +37,7 @@ def test_seconds_and_dates_are_read(text, seconds):
         *("Mon, 23 Nov 2026 12:00:30 +9999", "Sat, 01 Jan 0001 00:00:00 +2359", "Fri, 31 Dec 9999 23:59:59 -2359"),
     ],
 )
-def test_anything_else_is_nothing_asked_for_and_no_crash(text):
+def test_any_other_retry_after_is_none(text):
     found = parse_retry_after(text, now=NOW)
 
     assert found is None or abs(found) > timedelta(days=300)

@@ -1,4 +1,4 @@
-"""Each variable is read, each bad value is named, and no value is ever repeated."""
+"""Each variable is read, each invalid one is reported, and no value is repeated."""
 
 from datetime import timedelta
 from pathlib import Path
@@ -89,7 +89,7 @@ def test_a_value_of_a_variable_is_read(field, text, value):
 
 
 @pytest.mark.parametrize("scheme", ["postgres", "postgresql", "postgresql+asyncpg"])
-def test_a_postgresql_url_is_taken_in_each_spelling(scheme):
+def test_each_form_of_a_postgresql_url_is_accepted(scheme):
     text = (
         f"{scheme}://u:p@db:5433/mayfly?sslmode=require&channel_binding=require&connect_timeout=10&application_name=m"
     )
@@ -122,6 +122,7 @@ def test_a_postgresql_url_is_taken_in_each_spelling(scheme):
         ("api_key", "sk-1 234"),
         ("ttl", "24"),
         ("ttl", "0"),
+        ("ttl", "0s"),
         ("ttl", "24hours"),
         ("min_ttl", "0s"),
         ("min_ttl", "forever"),
@@ -164,14 +165,14 @@ def test_a_postgresql_url_is_taken_in_each_spelling(scheme):
         ("log_format", "yaml"),
     ],
 )
-def test_a_bad_value_is_named_with_what_is_accepted_and_not_repeated(field, text):
+def test_an_invalid_value_is_reported_with_what_is_accepted_and_not_repeated(field, text):
     option = OPTIONS[field]
     problems = problems_of(**{option.name: text})
 
-    assert problems == [f"{option.name} is not usable: it accepts {option.accepts}"]
+    assert problems == [f"{option.name} is invalid: it accepts {option.accepts}"]
 
 
-def test_all_problems_are_told_at_once():
+def test_all_problems_are_reported_at_once():
     problems = problems_of(MAYFLY_PORT="x", MAYFLY_TTL="24", MAYFLY_DRYRUN="1")
 
     assert [problem.split()[0] for problem in problems] == ["MAYFLY_DRYRUN", "MAYFLY_TTL", "MAYFLY_PORT"]
@@ -183,7 +184,7 @@ def test_an_empty_value_counts_as_not_set(name):
 
 
 @pytest.mark.parametrize("option", [option for option in OPTIONS.values() if option.is_secret])
-def test_a_secret_may_stand_in_a_file(option, tmp_path):
+def test_a_secret_can_be_read_from_a_file(option, tmp_path):
     texts = {
         "SYNC_WEBHOOK_SECRET": SECRET,
         "MAYFLY_DATABASE_URL": "postgresql://u:p@db/mayfly",
@@ -210,7 +211,7 @@ def test_a_secrets_file_that_cannot_be_read_is_named_with_the_reason(tmp_path):
     assert problem == "SYNC_API_KEY_FILE cannot be read: No such file or directory"
 
 
-def test_a_secrets_file_with_bytes_that_are_no_text_is_a_problem_and_no_crash(tmp_path):
+def test_a_secrets_file_that_is_not_text_is_reported(tmp_path):
     path = tmp_path / "secret"
     path.write_bytes(b"\xff\xfe")
 
@@ -227,7 +228,7 @@ def test_a_secrets_file_with_bytes_that_are_no_text_is_a_problem_and_no_crash(tm
         ("MAYFLY_MAX_DELETE_PER_DAY", "MAYFLY_MAX_DELETES_PER_DAY"),
     ],
 )
-def test_a_slip_of_the_pen_is_not_ignored_in_silence(name, meant):
+def test_a_typo_in_a_variable_is_reported(name, meant):
     assert problems_of(**{name: "true"}) == [f"{name} is not an option: did you mean {meant}?"]
 
 
@@ -238,13 +239,13 @@ def test_a_slip_of_the_pen_is_not_ignored_in_silence(name, meant):
         *("MAYFLY_TOLERANCE", "MAYFLY_HOOK_URL_OF_MY_OWN", "MAYFLY_X"),
     ],
 )
-def test_no_variable_that_begins_like_ours_is_ignored_however_far_off(name):
+def test_no_variable_that_starts_with_mayfly_is_ignored(name):
     (problem,) = problems_of(**{name: "true"})
 
     assert problem.startswith(f"{name} is not an option")
 
 
-def test_a_variable_that_nothing_resembles_is_named_without_a_guess():
+def test_a_variable_without_a_similar_option_is_reported_without_a_suggestion():
     assert problems_of(MAYFLY_QQQQQQQQQQQQ="1") == ["MAYFLY_QQQQQQQQQQQQ is not an option"]
 
 
@@ -256,11 +257,11 @@ def test_a_variable_that_nothing_resembles_is_named_without_a_guess():
         *("MAYFLY_API_PORT_80_TCP", "MAYFLY_API_PORT_80_TCP_ADDR", "MAYFLY_1_NAME", "MAYFLY_1_ENV_HOME"),
     ],
 )
-def test_variables_of_others_are_none_of_our_business(name):
+def test_variables_of_other_programs_are_ignored(name):
     assert read_settings({name: "x"}) == read_settings({})
 
 
-def test_a_file_for_a_secret_that_is_empty_is_not_taken_for_no_secret(tmp_path):
+def test_an_empty_secrets_file_is_reported(tmp_path):
     path = tmp_path / "secret"
     path.write_text("\n")
 
@@ -272,7 +273,7 @@ def test_an_option_of_a_later_release_is_refused_rather_than_ignored(name):
     assert problems_of(**{name: "x"}) == [f"{name} is set, but this release does not support it yet: unset it"]
 
 
-def test_what_a_command_cannot_do_without_is_named_with_what_to_set():
+def test_a_missing_required_option_is_reported_with_what_to_set():
     with pytest.raises(SettingsError, match=r"^SYNC_WEBHOOK_SECRET is not set: copy the whsec_"):
         require_webhook_secret(read_settings({}))
     with pytest.raises(SettingsError, match=r"^SYNC_API_KEY is not set: put an API key"):

@@ -1,4 +1,4 @@
-"""What a user would write instead, to compare with: FastAPI, arq and httpx with the same contract and no ledger.
+"""An alternative stack, to compare with: FastAPI, arq and httpx with the same contract and no ledger.
 
 Runs in the suite's own environment (requirements.lock): ``uvicorn tests.bench.stacks.fastapi_arq:app`` and
 ``arq tests.bench.stacks.fastapi_arq.WorkerSettings``, both as their documentation shows them.
@@ -47,8 +47,8 @@ async def receive(request: Request) -> dict[str, str]:
     if abs(now.timestamp() - int(at)) > TOLERANCE_SECONDS:
         raise HTTPException(status_code=401)
     generation = json.loads(body)
-    wish = parse_qs(urlsplit(generation["webhookUrl"]).query).get("expires")
-    due_at = datetime.fromisoformat(wish[0]) if wish else now + timedelta(hours=24)
+    expires = parse_qs(urlsplit(generation["webhookUrl"]).query).get("expires")
+    due_at = datetime.fromisoformat(expires[0]) if expires else now + timedelta(hours=24)
     redis = request.app.state.redis
     await redis.enqueue_job("delete_generation", generation, _job_id=generation["id"], _defer_until=due_at)
     return {"id": generation["id"], "state": "scheduled", "dueAt": due_at.isoformat()}

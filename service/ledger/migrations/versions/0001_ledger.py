@@ -28,11 +28,18 @@ def upgrade() -> None:
     op.create_table(
         "pauses",
         sa.Column("account", sa.String(64), primary_key=True),
-        sa.Column("kind", sa.String(16), primary_key=True),
+        sa.Column("kind", sa.String(32), primary_key=True),
         sa.Column("since", _INSTANT, nullable=False),
         sa.Column("actor", sa.Text, nullable=False),
         sa.Column("reason", sa.Text, nullable=False),
         sa.Column("until", _INSTANT),
+    )
+    op.create_table(
+        "keys",
+        sa.Column("account", sa.String(64), primary_key=True),
+        sa.Column("key_id", sa.String(16), primary_key=True),
+        sa.Column("is_trusted", sa.Boolean, nullable=False),
+        sa.Column("unknown", sa.Integer, nullable=False),
     )
     op.create_table(
         "tallies",
@@ -61,6 +68,7 @@ def _records() -> None:
         sa.Column("wake_at", _INSTANT),
         sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
         sa.Column("copied_attempt", sa.Integer),
+        sa.Column("unanswered_attempt", sa.Integer),
         sa.Column("counted_on", sa.Date),
         sa.Column("failing_since", _INSTANT),
         sa.Column("failures", sa.Integer, nullable=False, server_default="0"),

@@ -21,8 +21,8 @@ async function web() {
     const expected = createHmac('sha256', secret).update(`${at}.`).update(request.body).digest()
     if (!timingSafeEqual(expected, Buffer.from(given, 'hex'))) return reply.code(401).send()
     const generation = JSON.parse(request.body)
-    const wish = new URL(generation.webhookUrl).searchParams.get('expires')
-    const dueAt = wish ? Date.parse(wish) : Date.now() + DAY_MS
+    const expires = new URL(generation.webhookUrl).searchParams.get('expires')
+    const dueAt = expires ? Date.parse(expires) : Date.now() + DAY_MS
     await queue.add('delete', generation, {
       jobId: generation.id, delay: Math.max(0, dueAt - Date.now()), removeOnComplete: true,
     })

@@ -1,4 +1,4 @@
-"""Many callers share a commit, and each gets what became of its own part."""
+"""Many callers share a commit, and each gets the result of its own item."""
 
 import asyncio
 from collections.abc import Sequence
@@ -42,12 +42,12 @@ async def submit_all(group, items):
     return await asyncio.gather(*(group.submit(item) for item in items), return_exceptions=True)
 
 
-async def test_one_alone_does_not_wait_for_others(group, commits):
+async def test_a_single_item_does_not_wait_for_others(group, commits):
     assert await group.submit(1) == 2
     assert commits.batches == [[1]]
 
 
-async def test_what_comes_during_a_commit_is_in_the_next_one_together(group, commits):
+async def test_items_that_arrive_during_a_commit_share_the_next_one(group, commits):
     commits.gate.clear()
     first = asyncio.create_task(group.submit(1))
     await asyncio.sleep(0)
@@ -60,7 +60,7 @@ async def test_what_comes_during_a_commit_is_in_the_next_one_together(group, com
     assert commits.batches == [[1], [2, 3, 4]]
 
 
-async def test_what_comes_turn_by_turn_before_the_commit_is_in_it_as_well(group, commits):
+async def test_items_that_arrive_turn_by_turn_before_a_commit_share_it(group, commits):
     submissions = []
     for number in range(5):
         submissions.append(asyncio.create_task(group.submit(number)))
@@ -83,23 +83,23 @@ async def test_a_bad_item_fails_alone(group):
     assert results[2] == 6
 
 
-async def test_a_ledger_that_is_away_fails_all_at_once_and_is_asked_once(group, commits):
-    commits.fault = LedgerUnavailableError("away")
+async def test_an_unavailable_ledger_fails_the_whole_batch_after_one_call(group, commits):
+    commits.fault = LedgerUnavailableError("unavailable")
     results = await submit_all(group, [1, 2, 3])
 
     assert results == [commits.fault] * 3
     assert commits.batches == [[1, 2, 3]]
 
 
-async def test_it_works_on_after_a_failure(group, commits):
-    commits.fault = LedgerUnavailableError("away")
+async def test_group_commit_continues_after_a_failure(group, commits):
+    commits.fault = LedgerUnavailableError("unavailable")
     await submit_all(group, [1])
     commits.fault = None
 
     assert await group.submit(5) == 10
 
 
-async def test_a_caller_that_is_cancelled_takes_nothing_from_the_others(group, commits):
+async def test_a_cancelled_caller_does_not_affect_the_others(group, commits):
     commits.gate.clear()
     first, second = asyncio.create_task(group.submit(1)), asyncio.create_task(group.submit(2))
     await asyncio.sleep(0)

@@ -1,4 +1,4 @@
-"""A job makes one attempt and ends with it; in a pause, at a stop or beyond the budget it begins nothing."""
+"""A job makes one attempt and ends with it; in a pause, at a stop or without budget it starts none."""
 
 import asyncio
 import time
@@ -21,7 +21,7 @@ from service.ledger import claiming, pausing
 from service.ledger.claiming import Wanted
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
-from service.runtime.tasks import end
+from service.runtime.tasks import cancel_and_wait
 from service.sync.rate_limit import Budget
 from tests.support.ledger import ACTOR, HOUR, LEASE, confirmed, deferred, row_of, settle, store, utc_now
 from tests.support.waiting import eventually
@@ -61,7 +61,7 @@ class Work:
         await asyncio.sleep(self.peek_seconds)
         if self.peek_fault is not None:
             raise self.peek_fault
-        return await self.database.read(partial(pausing.peek, now=utc_now()))
+        return await self.database.read(partial(pausing.peek_allowance, now=utc_now()))
 
     async def claim(self, wanted):
         if self.faults:
@@ -89,7 +89,7 @@ async def pause(database, kind=Kind.OPERATOR):
     await database.write(partial(pausing.pause, wanted=Pause(kind, utc_now(), ACTOR, "a reason", None)))
 
 
-async def test_the_end_of_the_job_is_the_end_of_the_attempt(work, sqlite_database):
+async def test_a_job_ends_with_its_attempt(work, sqlite_database):
     key = await store(sqlite_database)
     work.gate.clear()
     job = asyncio.create_task(work.run(key))
@@ -113,7 +113,7 @@ async def test_a_duplicate_or_stale_job_does_nothing(work, sqlite_database):
     assert work.begun == [key]
 
 
-async def test_an_early_job_comes_back_when_its_record_is_due(work, sqlite_database):
+async def test_an_early_job_is_retried_when_its_record_is_due(work, sqlite_database):
     key = await store(sqlite_database, due_in=timedelta(seconds=30))
     with pytest.raises(Retry) as raised:
         await work.run(key)
@@ -128,7 +128,7 @@ async def test_a_job_that_is_days_early_is_left_to_the_ledger(work, sqlite_datab
     assert work.begun == []
 
 
-async def test_a_job_in_a_pause_ends_and_a_thousand_of_them_cost_one_look(work, sqlite_database):
+async def test_jobs_in_a_pause_end_and_a_thousand_of_them_read_the_pauses_once(work, sqlite_database):
     key = await store(sqlite_database)
     await pause(sqlite_database)
     await asyncio.gather(*(work.run(key) for _ in range(1000)))
@@ -149,9 +149,7 @@ async def test_a_pause_that_ended_is_seen_within_half_a_second(work, sqlite_data
     assert work.ended == [key]
 
 
-async def test_without_a_place_in_the_budget_nothing_is_claimed_and_the_job_starts_anew(
-    sqlite_database, pool, monkeypatch
-):
+async def test_without_budget_a_job_claims_nothing_and_is_retried(sqlite_database, pool, monkeypatch):
     monkeypatch.setattr(cleanup, "BUDGET_SECONDS", 0.2)
     work = Work(sqlite_database, pool, rate=Rate(1, 3600))
     first, second = [await store(sqlite_database) for _ in range(2)]
@@ -163,7 +161,7 @@ async def test_without_a_place_in_the_budget_nothing_is_claimed_and_the_job_star
     assert (await row_of(sqlite_database, second)).attempts == 0
 
 
-async def test_a_job_that_finds_nothing_to_do_gives_its_place_in_the_budget_back(sqlite_database, pool):
+async def test_a_job_without_a_claim_returns_its_attempt_to_the_budget(sqlite_database, pool):
     work = Work(sqlite_database, pool, rate=Rate(1, 3600))
     key = await store(sqlite_database)
     await work.run(Key("default", "nobody's"))
@@ -172,7 +170,7 @@ async def test_a_job_that_finds_nothing_to_do_gives_its_place_in_the_budget_back
     assert work.ended == [key]
 
 
-async def test_after_a_stop_jobs_that_arq_has_read_begin_nothing_and_stay(work, sqlite_database):
+async def test_after_a_stop_jobs_that_arq_has_read_start_nothing_and_stay_queued(work, sqlite_database):
     key = await store(sqlite_database)
     work.stopping.set()
     with pytest.raises(Retry) as raised:
@@ -182,10 +180,10 @@ async def test_after_a_stop_jobs_that_arq_has_read_begin_nothing_and_stay(work, 
     assert (await row_of(sqlite_database, key)).attempts == 0
 
 
-async def test_a_ledger_that_does_not_answer_makes_the_job_start_anew(work, sqlite_database, monkeypatch):
+async def test_a_job_is_retried_if_the_ledger_does_not_answer(work, sqlite_database, monkeypatch):
     monkeypatch.setattr(cleanup, "_LEDGER_AGAIN_SECONDS", 0.01)
     key = await store(sqlite_database)
-    work.faults = [LedgerUnavailableError("away")]
+    work.faults = [LedgerUnavailableError("unavailable")]
     with pytest.raises(Retry):
         await work.run(key)
     await work.run(key)
@@ -212,7 +210,7 @@ async def test_a_cancelled_job_does_not_cancel_the_attempt(work, sqlite_database
     work.gate.clear()
     job = asyncio.create_task(work.run(key))
     await eventually(lambda: work.begun == [key])
-    await end([job])
+    await cancel_and_wait([job])
     assert work.attempts.room == 9
     assert not await work.attempts.wait(0.05)
     work.gate.set()
@@ -254,7 +252,7 @@ async def test_arq_runs_the_jobs_that_are_enqueued_when_they_are_due(work, pool,
     assert (await row_of(sqlite_database, soon)).deleted_at >= (await row_of(sqlite_database, soon)).due_at
 
 
-async def test_a_record_whose_attempt_is_put_off_is_deleted_by_the_next_job(work, pool, metrics, sqlite_database):
+async def test_a_record_whose_attempt_is_deferred_is_deleted_by_the_next_job(work, pool, metrics, sqlite_database):
     key = await store(sqlite_database)
 
     async def clean(claim):
@@ -273,9 +271,7 @@ async def test_a_record_whose_attempt_is_put_off_is_deleted_by_the_next_job(work
     assert (await row_of(sqlite_database, key)).attempts == 2
 
 
-async def test_a_stop_waits_for_what_is_under_way_and_leaves_the_rest_in_the_queue(
-    work, pool, metrics, sqlite_database
-):
+async def test_a_stop_waits_for_running_attempts_and_leaves_the_rest_in_the_queue(work, pool, metrics, sqlite_database):
     keys = [await store(sqlite_database) for _ in range(30)]
     work.gate.clear()
     running = asyncio.create_task(workers.main._run_jobs(pool, work.jobs, 5, metrics, work.stopping))
@@ -339,7 +335,7 @@ async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(wor
     assert all(one.timeout_s is None and one.max_tries is None for one in worker.functions.values())
 
 
-async def test_wanted_is_what_the_job_says(work):
+async def test_a_job_claims_by_its_arguments(work):
     found = []
 
     async def run(wanted):

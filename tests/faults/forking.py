@@ -1,7 +1,7 @@
 """Starts Mayfly's processes by forking one that has imported everything: 50 ms each instead of a second or more.
 
-They are whole processes with their own sessions, ended and killed by their own ids. Orders come as JSON lines on
-standard input and are answered with the process id; an exit code is written beside the log once there is one.
+They are processes with sessions of their own. Orders are JSON lines on standard input, answered with the process id.
+The exit code of each is written to a file beside its log.
 """
 
 import contextlib
@@ -36,7 +36,7 @@ def main() -> None:
     for name in _PRELOADED:
         importlib.import_module(name)
     signal.signal(signal.SIGCHLD, _reap)
-    # A signal that comes just before the read of the next order does not interrupt it: look now and then as well.
+    # A signal that comes just before the read of the next order does not interrupt it: a timer reaps as well.
     signal.signal(signal.SIGALRM, _reap)
     signal.setitimer(signal.ITIMER_REAL, _LOOK_SECONDS, _LOOK_SECONDS)
     print(json.dumps({"ready": os.getpid()}), flush=True)

@@ -1,4 +1,4 @@
-"""All workers together make no more calls than the budget has, and fewer when they cannot ask each other."""
+"""All workers together stay within the budget of calls, and use a fixed share each without Redis."""
 
 import asyncio
 import time
@@ -8,7 +8,7 @@ import pytest
 from service.core.rate import Rate
 from service.core.secret import Secret
 from service.jobs import connection
-from service.sync.rate_limit import ALONE_SHARE, CALLS, Budget, spread
+from service.sync.rate_limit import ALONE_SHARE, CALLS, Budget, spread_rate
 
 KEY = Secret("sk-1")
 
@@ -61,12 +61,12 @@ async def no_pool(tmp_path):
         (Rate(1000, 1), (500, 1)),
     ],
 )
-def test_a_rate_of_calls_is_spread_over_short_windows_of_attempts_and_never_exceeded(rate, attempts):
-    assert spread(rate) == attempts
+def test_a_rate_is_spread_over_short_windows_and_never_exceeded(rate, attempts):
+    assert spread_rate(rate) == attempts
     assert CALLS * attempts[0] / attempts[1] <= rate.calls / rate.seconds
 
 
-async def test_within_the_budget_nobody_waits(pool):
+async def test_an_attempt_within_the_budget_does_not_wait(pool):
     budget = budget_of(Rate(1000, 1), pool)
     begun = time.monotonic()
     granted = [await budget.grant(2) for _ in range(50)]
@@ -75,7 +75,7 @@ async def test_within_the_budget_nobody_waits(pool):
     assert time.monotonic() - begun < 1
 
 
-async def test_what_is_granted_is_what_there_is_and_nobody_is_kept_waiting_for_more(pool):
+async def test_grant_returns_what_is_available_without_waiting_for_more(pool):
     budget = budget_of(Rate(10, 1), pool)
     begun = time.monotonic()
 
@@ -84,7 +84,7 @@ async def test_what_is_granted_is_what_there_is_and_nobody_is_kept_waiting_for_m
     assert time.monotonic() - begun < 0.5
 
 
-async def test_what_is_put_back_is_granted_again_within_its_window_and_not_hoarded_beyond(pool):
+async def test_an_attempt_put_back_is_granted_again_within_its_window_only(pool):
     now = [1000.0]
     budget = Budget(Rate(10, 1), pool, KEY, clock=lambda: now[0], stopping=asyncio.Event())
     assert await budget.grant(5) == 5
@@ -96,19 +96,19 @@ async def test_what_is_put_back_is_granted_again_within_its_window_and_not_hoard
     assert await budget.grant(100) <= 5  # of the new window alone
 
 
-async def test_one_who_needs_little_leaves_the_rest_to_the_others(pool, other_pool):
+async def test_a_worker_that_needs_little_leaves_the_rest_to_the_others(pool, other_pool):
     small, large = (budget_of(Rate(200, 1), one) for one in (pool, other_pool))
     assert await small.grant(1) == 1
 
     assert await large.grant(100) >= 80
 
 
-async def test_whoever_waits_is_served_in_turn_and_within_the_rate(pool):
+async def test_waiting_attempts_are_granted_in_order_and_within_the_rate(pool):
     budget = budget_of(Rate(40, 1), pool)
     served = []
 
     async def wait_for(number):
-        if await budget.take(10):
+        if await budget.acquire(10):
             served.append((number, time.monotonic()))
 
     await asyncio.gather(*(wait_for(number) for number in range(60)))
@@ -119,21 +119,21 @@ async def test_whoever_waits_is_served_in_turn_and_within_the_rate(pool):
     assert budget.waiting == 0
 
 
-async def test_whoever_waits_too_long_is_told_and_asks_for_no_more(pool):
+async def test_acquire_returns_false_at_its_timeout_and_stops_asking(pool):
     budget = budget_of(Rate(1, 3600), pool)
-    assert await budget.take(1)
+    assert await budget.acquire(1)
     begun = time.monotonic()
 
-    assert await asyncio.gather(*(budget.take(0.3) for _ in range(5))) == [False] * 5
+    assert await asyncio.gather(*(budget.acquire(0.3) for _ in range(5))) == [False] * 5
     assert time.monotonic() - begun < 1
     assert budget.waiting == 0
 
 
-async def test_a_stop_ends_all_waiting_at_once(pool):
+async def test_a_stop_ends_all_waits_at_once(pool):
     stopping = asyncio.Event()
     budget = Budget(Rate(1, 3600), pool, KEY, clock=time.monotonic, stopping=stopping)
-    assert await budget.take(1)
-    waiting = [asyncio.create_task(budget.take(30)) for _ in range(100)]
+    assert await budget.acquire(1)
+    waiting = [asyncio.create_task(budget.acquire(30)) for _ in range(100)]
     await asyncio.sleep(0.05)
     stopping.set()
 
@@ -142,7 +142,7 @@ async def test_a_stop_ends_all_waiting_at_once(pool):
 
 
 @pytest.mark.parametrize("rate", [Rate(60, 60), Rate(300, 60), Rate(1, 3600)])
-async def test_with_nothing_left_waiting_does_not_spin(pool, rate, monkeypatch):
+async def test_waiting_with_an_empty_budget_does_not_busy_loop(pool, rate, monkeypatch):
     budget = budget_of(rate, pool)
     await budget.grant(100)
     asked = []
@@ -153,12 +153,12 @@ async def test_with_nothing_left_waiting_does_not_spin(pool, rate, monkeypatch):
         return await grant(wanted)
 
     monkeypatch.setattr(budget, "grant", counting)
-    await budget.take(0.5)
+    await budget.acquire(0.5)
 
     assert 1 <= len(asked) <= 15
 
 
-async def test_windows_do_not_meet_at_their_edges(pool):
+async def test_no_window_edge_allows_twice_the_rate(pool):
     budget = budget_of(Rate(40, 1), pool)
     times = []
     end = time.monotonic() + 4
@@ -188,14 +188,14 @@ async def test_workers_with_different_keys_have_a_budget_each(pool):
     assert not [key for key in await pool.keys("*") if b"sk-" in key]
 
 
-async def test_without_redis_a_worker_takes_its_share_alone(no_pool):
+async def test_without_redis_a_worker_uses_its_own_share(no_pool):
     budget = budget_of(Rate(16 * ALONE_SHARE, 1), no_pool)
     (attempts,) = await granted_within(1.5, [budget])
 
     assert 8 <= attempts <= 24
 
 
-async def test_while_closed_nothing_is_granted_and_whoever_has_no_time_to_wait_is_told(pool):
+async def test_a_closed_budget_grants_nothing_and_reports_a_deadline_it_cannot_meet(pool):
     budget = budget_of(Rate(1000, 1), pool)
     assert await budget.is_open_within(0.1)
     budget.close_for(1.3)
@@ -203,7 +203,7 @@ async def test_while_closed_nothing_is_granted_and_whoever_has_no_time_to_wait_i
     begun = time.monotonic()
 
     assert await budget.grant(1) == 0
-    assert not await budget.take(0.1)
+    assert not await budget.acquire(0.1)
     assert not await budget.is_open_within(0.1)
     assert await budget.is_open_within(5)
     assert 1.25 <= time.monotonic() - begun < 2

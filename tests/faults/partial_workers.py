@@ -1,4 +1,4 @@
-"""Workers with one part left out or wrong, to prove what it is for; nothing in the product can be set to this."""
+"""Workers with one part left out or wrong, to show what it is for; no setting of Mayfly does this."""
 
 import asyncio
 import signal
@@ -10,7 +10,7 @@ import structlog
 
 import workers.main
 from service import cli
-from service.ledger.settling import Copied, Copy
+from service.ledger.settling import Copy, CopyResult
 from workers.attempt import Cleaner
 
 
@@ -25,24 +25,24 @@ class NoSafetyNet:
         await self._stopping.wait()
 
 
-async def no_copy(_copy: Copy) -> Copied:
-    """Say that a copy was kept, and keep none."""
-    return Copied.KEPT
+async def no_copy(_copy: Copy) -> CopyResult:
+    """Report a stored copy without storing one."""
+    return CopyResult.KEPT
 
 
-def careless(**parts: Any) -> Cleaner:  # noqa: ANN401
-    """Build a cleaner without its copy step."""
+def without_copy(**parts: Any) -> Cleaner:  # noqa: ANN401
+    """Return a cleaner without its copy step."""
     return Cleaner(**(parts | {"copy": no_copy}))
 
 
 def crashing_at(generation_id: str) -> Callable[..., Cleaner]:
-    """Build cleaners that have a fault of their own with one generation."""
+    """Return a factory of cleaners that raise an error for one generation."""
 
     def build(**parts: Any) -> Cleaner:  # noqa: ANN401
-        async def copy(item: Copy) -> Copied:
+        async def copy(item: Copy) -> CopyResult:
             if item.claim.key.id == generation_id:
                 raise KeyError("a fault")
-            kept: Copied = await parts["copy"](item)
+            kept: CopyResult = await parts["copy"](item)
             return kept
 
         return Cleaner(**(parts | {"copy": copy}))
@@ -59,7 +59,7 @@ class Clock:
         signal.signal(signal.SIGUSR2, lambda *_: self._jump(timedelta(hours=-1)))
 
     def now(self) -> datetime:
-        """Tell the time, rightly or wrongly."""
+        """Return the time of this clock."""
         return datetime.now(UTC) + self._off
 
     def _jump(self, difference: timedelta) -> None:
@@ -74,7 +74,7 @@ def main(arguments: Sequence[str]) -> None:
     if left_out == "safety net":
         parts.Overdue = NoSafetyNet
     elif left_out == "copy":
-        parts.Cleaner = careless
+        parts.Cleaner = without_copy
     elif left_out.startswith("crash"):
         parts.Cleaner = crashing_at(left_out.removeprefix("crash"))
     elif left_out == "a steady clock":

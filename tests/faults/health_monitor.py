@@ -1,4 +1,4 @@
-"""The pulse: every web side is asked how it is, all the time; it must answer within a second and not lie (I7)."""
+"""The health monitor polls every web side: each answer must be correct and come within a second (I7)."""
 
 import asyncio
 import contextlib
@@ -15,28 +15,28 @@ EVERY_SECONDS = 1.0
 # A second, and a half for a machine that others use.
 LIMIT_SECONDS = 1.5
 _PATIENCE_SECONDS = 5.0
-# A server that went away a moment ago may still have answered.
+# A server that stopped just before may still have answered.
 _SETTLED_SECONDS = 0.3
 _PATHS = ("/health/ready", "/metrics", "/health/live")
 _TICK_SECONDS = 0.05
 
 
 @dataclass(slots=True)
-class Pulse:
-    """What was asked and what was wrong with the answers; *redis* and *database* are what may be away."""
+class HealthMonitor:
+    """The number of requests, and the wrong answers; *redis* and *database* are what the tests make unreachable."""
 
     client: httpx.AsyncClient
     redis: Reach
     database: Reach | None
     asked: int = 0
     breaches: list[str] = field(default_factory=list)
-    _stalled: float = 0.0  # for how long our own event loop, and not a web side, kept answers waiting
+    _stalled: float = 0.0  # seconds for which this event loop, not a web side, delayed answers
     _tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
     @contextlib.asynccontextmanager
-    async def beating(self) -> AsyncIterator["Pulse"]:
-        """Watch the event loop, and what follow() was told of, until the block ends."""
-        self._tasks.append(asyncio.create_task(self._watch_ourselves()))
+    async def running(self) -> AsyncIterator["HealthMonitor"]:
+        """Measure stalls of the event loop, and poll the followed web sides, until the block ends."""
+        self._tasks.append(asyncio.create_task(self._measure_own_stalls()))
         try:
             yield self
         finally:
@@ -45,7 +45,7 @@ class Pulse:
             await asyncio.gather(*self._tasks, return_exceptions=True)
 
     def follow(self, process: Process, port: int) -> None:
-        """Ask the web side at *port* from now on, as long as *process* runs."""
+        """Poll the web side at *port* for as long as *process* runs."""
         self._tasks.append(asyncio.create_task(self._ask_on(process, port)))
 
     async def _ask_on(self, process: Process, port: int) -> None:
@@ -64,30 +64,30 @@ class Pulse:
         else:
             seconds = time.monotonic() - begun - (self._stalled - stalled)
             found = [f"I7 {url} answered after {seconds:.2f} s"] if seconds > LIMIT_SECONDS else []
-            found += [f"I7 {url} {lie}" for lie in self._lies(url, answer, begun)]
+            found += [f"I7 {url} {error}" for error in self._errors_in(url, answer, begun)]
         if process.is_left_alone and process.signalled_at < begun:
             self.asked += 1
             self.breaches += found
 
-    def _lies(self, url: str, answer: httpx.Response, begun: float) -> list[str]:
-        """Return what *answer*, asked for at *begun*, says against what is known."""
+    def _errors_in(self, url: str, answer: httpx.Response, begun: float) -> list[str]:
+        """Return what is wrong in *answer*, requested at *begun*."""
         settled = begun - _SETTLED_SECONDS
-        is_redis_away = self.redis.is_away_since(settled)
-        is_database_away = self.database is not None and self.database.is_away_since(settled)
+        is_redis_unreachable = self.redis.is_away_since(settled)
+        is_database_unreachable = self.database is not None and self.database.is_away_since(settled)
         if url.endswith("/live"):
             return [] if answer.status_code == 200 else [f"says {answer.status_code} of a process that lives"]
         if url.endswith("/metrics"):
             is_up = "\nmayfly_ledger_up 1.0" in answer.text
-            return ["says that a ledger is up that is not"] if is_database_away and is_up else []
+            return ["reports a ledger that does not answer as up"] if is_database_unreachable and is_up else []
         parts: dict[str, Any] = answer.json()["parts"]
-        lies = []
-        if is_redis_away and parts["redis"]["status"] != "failing":
-            lies.append("says that a Redis is well that is not")
-        if is_database_away and (answer.status_code != 503 or parts["ledger"]["status"] != "failing"):
-            lies.append("says that a ledger is well that is not")
-        return lies
+        errors = []
+        if is_redis_unreachable and parts["redis"]["status"] != "failing":
+            errors.append("reports a Redis that does not answer as ok")
+        if is_database_unreachable and (answer.status_code != 503 or parts["ledger"]["status"] != "failing"):
+            errors.append("reports a ledger that does not answer as ok")
+        return errors
 
-    async def _watch_ourselves(self) -> None:
+    async def _measure_own_stalls(self) -> None:
         while True:
             begun = time.monotonic()
             await asyncio.sleep(_TICK_SECONDS)

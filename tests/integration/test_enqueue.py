@@ -1,4 +1,4 @@
-"""Jobs are arq's own, in one form for web and worker; many are enqueued at once as arq enqueues one."""
+"""Web and worker enqueue the same arq jobs; many at once have the form that arq gives to one."""
 
 import asyncio
 import pickle
@@ -20,7 +20,7 @@ from service.core.secret import Secret
 from service.jobs import connection, enqueue
 from service.jobs.connection import QueueError
 from service.jobs.enqueue import CleanupJob
-from service.runtime.tasks import end
+from service.runtime.tasks import cancel_and_wait
 from tests.support.ledger import HOUR, utc_now
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually
@@ -65,7 +65,7 @@ async def consuming(redis_url):
     try:
         yield found
     finally:
-        await end([task])
+        await cancel_and_wait([task])
         await pool.aclose(close_connection_pool=True)
 
 
@@ -105,7 +105,7 @@ async def test_many_jobs_at_once_are_written_as_arq_writes_one(pool, delay):
     assert abs(lives[0] - lives[1]) < 1000
 
 
-async def test_arq_runs_many_jobs_with_their_arguments_when_they_are_due_and_leaves_nothing(pool, redis_url):
+async def test_arq_runs_many_jobs_when_they_are_due_and_leaves_no_keys(pool, redis_url):
     async with consuming(redis_url) as found:
         await put(pool, job("now", delay=-HOUR, attempt=3), job("soon", delay=timedelta(seconds=1)), job("later"))
         await eventually(lambda: found == [("default", "now", 3)], seconds=3)
@@ -145,7 +145,7 @@ async def test_no_number_of_tries_drops_a_job(pool, redis_url):
         await eventually(lambda: len(found) == 1, seconds=3)
 
 
-async def test_an_abort_that_somebody_sent_neither_drops_a_job_nor_stays_in_its_way(pool, redis_url):
+async def test_an_abort_in_redis_neither_drops_nor_blocks_a_job(pool, redis_url):
     await pool.zadd(abort_jobs_ss, {"default:g1:1": int(time.time() * 1000)})
     await put(pool, job(delay=timedelta(seconds=0.3)))
     async with consuming(redis_url) as found:
@@ -173,7 +173,7 @@ async def test_jobs_in_another_form_run_no_code(pool, redis_url, tmp_path):
     assert not target.exists()
 
 
-async def test_a_job_that_is_later_than_it_should_be_is_brought_forward(pool):
+async def test_a_job_later_than_its_new_time_is_brought_forward(pool):
     await put(pool, job(delay=9 * HOUR))
     sooner = job(delay=HOUR)
     await put(pool, sooner)
@@ -181,7 +181,7 @@ async def test_a_job_that_is_later_than_it_should_be_is_brought_forward(pool):
     assert await scores(pool) == {ID: int(sooner.at.timestamp() * 1000) + 1}
 
 
-async def test_a_job_that_is_sooner_than_it_should_be_is_left_alone(pool):
+async def test_a_job_earlier_than_its_new_time_is_unchanged(pool):
     sooner = job(delay=HOUR)
     await put(pool, sooner)
     await put(pool, job(delay=9 * HOUR))
@@ -189,7 +189,7 @@ async def test_a_job_that_is_sooner_than_it_should_be_is_left_alone(pool):
     assert await scores(pool) == {ID: int(sooner.at.timestamp() * 1000) + 1}
 
 
-async def test_a_job_whose_payload_is_gone_has_it_again(pool):
+async def test_a_job_without_its_payload_gets_it_again(pool):
     await put(pool, job())
     await pool.delete(job_key_prefix + ID.decode())
     await put(pool, job())
@@ -205,7 +205,7 @@ async def test_a_job_for_the_past_is_due_now(pool):
 
 
 @pytest.mark.parametrize("is_one", [True, False])
-async def test_a_job_outlives_its_time_by_weeks_so_that_a_long_stop_does_not_drop_it(pool, is_one):
+async def test_a_job_stays_in_redis_for_weeks_after_its_time(pool, is_one):
     item = job(delay=48 * HOUR)
     await (enqueue.enqueue_job(pool, item, now=utc_now()) if is_one else put(pool, item))
     left = timedelta(milliseconds=await pool.pttl(job_key_prefix + ID.decode()))
@@ -283,15 +283,15 @@ async def test_a_redis_that_would_drop_jobs_is_refused(short_path):
     with redis_server(short_path, maxmemory_policy="allkeys-lru") as url:
         pool = connection.connect(Secret(url), retries=0)
         with pytest.raises(QueueError, match="maxmemory-policy allkeys-lru and would drop jobs: set it to noeviction"):
-            await connection.check(pool)
+            await connection.check_config(pool)
         await pool.aclose(close_connection_pool=True)
 
 
 @pytest.mark.parametrize(("appendonly", "warnings"), [("no", 1), ("yes", 0)])
-async def test_a_redis_without_a_log_of_its_commands_is_warned_of(short_path, appendonly, warnings):
+async def test_a_redis_without_an_append_only_file_is_warned_about(short_path, appendonly, warnings):
     with redis_server(short_path, appendonly=appendonly) as url:
         pool = connection.connect(Secret(url), retries=0)
-        found = await connection.check(pool)
+        found = await connection.check_config(pool)
         await pool.aclose(close_connection_pool=True)
 
     assert [warning.partition(":")[0] for warning in found] == ["Redis has appendonly no"] * warnings

