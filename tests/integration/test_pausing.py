@@ -15,6 +15,7 @@ from service.ledger.opening import open_database
 from service.ledger.pausing import PROBE_EVERY, Kind, Pause
 from tests.support.ledger import (
     ACTOR,
+    KEY_ID,
     arrival,
     claim,
     claim_one,
@@ -245,7 +246,9 @@ async def test_a_look_at_pauses_and_the_end_of_attempts_never_wait_for_ever(post
             await one.write(partial(pausing.pause, wanted=Pause(kind, since, "a worker", "a reason", past)))
         ends = [replace(deferred(accepted), is_key_good=True), replace(deferred(throttled), throttle=60 * SECOND)]
         writes = [
-            one.write(slowly(partial(settling.settle_attempts, settlements=ends, now=utc_now(), actor=ACTOR))),
+            one.write(
+                slowly(partial(settling.settle_attempts, settlements=ends, now=utc_now(), actor=ACTOR, key_id=KEY_ID))
+            ),
             other.write(slowly(partial(pausing.take_allowance, now=utc_now()))),
         ]
         results = await asyncio.gather(*(reversed(writes) if is_look_first else writes))
