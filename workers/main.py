@@ -6,10 +6,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
@@ -22,11 +22,8 @@ from service.core.key import Key
 from service.core.secret import Secret
 from service.jobs import connection, enqueue
 from service.jobs.enqueue import CleanupJob
-from service.ledger import claiming, pausing, settling
-from service.ledger.claiming import Claim, NotYet, Outlook, Wanted
 from service.ledger.database import Database
 from service.ledger.group_commit import GroupCommit
-from service.ledger.settling import CopyResult
 from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
@@ -35,15 +32,12 @@ from service.sync.rate_limit import Budget
 from workers.attempt import Cleaner
 from workers.cleanup import BUDGET_SECONDS, Attempts, CleanupJobs, cleanup
 from workers.heartbeat import beat
-from workers.overdue import AT_ONCE, LATE, LedgerCalls, Overdue
+from workers.ledger import LEASE, WorkerLedger
+from workers.overdue import LedgerCalls, Overdue
 
 log = structlog.get_logger()
 
-# Longer than the longest attempt (a GET of 10 s, a DELETE of 30 s, three commits), and short, because the record of a
-# worker that died waits for its end.
-LEASE: Final = timedelta(seconds=60)
 STOP_SECONDS: Final = LEASE.total_seconds() + 5
-_LEASES_AT_ONCE: Final = 500
 _ARQ_RESTART_SECONDS: Final = 2.0
 # The longest lag of a job while there is room; arq starts at most max_jobs jobs per poll. With 0.5, arq's default, the
 # median lag was 310 ms, with 0.1 it is 88 ms; an idle worker takes 0.6 % of a core.
@@ -97,7 +91,8 @@ async def _open_parts(
     """Connect the job and the safety net to the ledger, the queue, the budget and the API with *key*."""
     budget = Budget(settings.api_rate, pool, key, clock=time.monotonic, stopping=stopping)
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
-    ledger = _Ledger(database, limit=limit, actor=f"worker {socket.gethostname()}:{os.getpid()}")
+    actor = f"worker {socket.gethostname()}:{os.getpid()}"
+    ledger = WorkerLedger(database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor)
     async with _open_cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
         attempts = Attempts(cleaner.clean, limit=_max_jobs(settings.concurrency))
         jobs = CleanupJobs(
@@ -109,7 +104,7 @@ async def _open_parts(
             stopping=stopping,
         )
         overdue = Overdue(
-            ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.claim),
+            ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.claim, ledger.beat),
             enqueue=lambda items: enqueue.enqueue_jobs(pool, items, now=_now()),
             budget=budget,
             attempts=attempts,
@@ -124,7 +119,7 @@ async def _open_parts(
 
 @asynccontextmanager
 async def _open_cleaner(
-    settings: Settings, key: Secret, *, ledger: "_Ledger", budget: Budget, pool: ArqRedis, metrics: Metrics
+    settings: Settings, key: Secret, *, ledger: WorkerLedger, budget: Budget, pool: ArqRedis, metrics: Metrics
 ) -> AsyncIterator[Cleaner]:
     async with open_sync_api(
         settings.base_url,
@@ -145,49 +140,6 @@ async def _open_cleaner(
             is_dry_run=settings.is_dry_run,
             metrics=metrics,
         )
-
-
-class _Ledger:
-    """The ledger's calls that jobs, attempts and the safety net need."""
-
-    def __init__(self, database: Database, *, limit: int | None, actor: str) -> None:
-        self._database = database
-        self._limit = limit
-        self._actor = actor
-
-    async def peek(self) -> int:
-        """Return how many records the pauses allow."""
-        return await self._database.read(partial(pausing.peek_allowance, now=_now()))
-
-    async def read_outlook(self, since: datetime | None, until: datetime) -> Outlook:
-        """Read what the safety net needs to know."""
-        read = partial(claiming.read_outlook, now=_now(), late=LATE, since=since, until=until, limit=AT_ONCE)
-        return await self._database.read(read)
-
-    async def end_leases(self) -> int:
-        """End the leases of workers that died."""
-        write = partial(claiming.end_expired_leases, now=_now(), limit=_LEASES_AT_ONCE, actor=self._actor)
-        return await self._database.write(write)
-
-    async def claim(self, limit: int) -> Sequence[Claim]:
-        """Claim due records."""
-        write = partial(claiming.claim_due, now=_now(), lease=LEASE, limit=limit, actor=self._actor)
-        return await self._database.write(write)
-
-    async def claim_wanted(self, wanted: Sequence[Wanted]) -> Sequence[Claim | NotYet | None]:
-        """Claim the records that jobs ask for."""
-        write = partial(claiming.claim_wanted, wanted=wanted, now=_now(), lease=LEASE, actor=self._actor)
-        return await self._database.write(write)
-
-    async def copy(self, items: Sequence[settling.Copy]) -> Sequence[CopyResult]:
-        """Commit copies."""
-        write = partial(settling.store_copies, copies=items, now=_now(), limit=self._limit, actor=self._actor)
-        return await self._database.write(write)
-
-    async def settle(self, items: Sequence[settling.Settlement]) -> Sequence[bool]:
-        """Commit the outcomes of attempts."""
-        write = partial(settling.settle_attempts, settlements=items, now=_now(), actor=self._actor)
-        return await self._database.write(write)
 
 
 @asynccontextmanager

@@ -36,6 +36,7 @@ class LedgerCalls:
     read_outlook: Callable[[datetime | None, datetime], Awaitable[Outlook]]  # from and to which due time
     end_leases: Callable[[], Awaitable[int]]  # of workers that died
     claim: Callable[[int], Awaitable[Sequence[Claim]]]
+    beat: Callable[[], Awaitable[None]]  # a worker was seen
 
 
 class Overdue:
@@ -80,6 +81,7 @@ class Overdue:
             await self._sleep(EVERY)
 
     async def _round(self) -> None:
+        await self._ledger.beat()
         now = self._now()
         horizon = now + self._horizon
         outlook = await self._ledger.read_outlook(self._enqueued_until, horizon)

@@ -13,7 +13,7 @@ from service.core.attempts import Step, Verdict
 from service.core.generation import Generation
 from service.core.lifecycle import Move, State, state_after
 from service.core.retention import Retention
-from service.ledger import daily_limit, pausing
+from service.ledger import daily_limit, history, pausing
 from service.ledger.claiming import Claim
 from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.history import Entry, append_entries
@@ -54,6 +54,14 @@ class CopyResult(StrEnum):
     PAUSED = "paused"  # stored, but an operator paused deletions after the claim
 
 
+class Settled(StrEnum):
+    """What became of a settlement."""
+
+    SETTLED = "settled"
+    ALREADY = "already"  # by an earlier try, whose commit succeeded although its answer was lost
+    LOST = "lost"  # not stored: the lease is over, and the next claim decides
+
+
 def store_copies(
     connection: Connection, copies: Sequence[Copy], *, now: datetime, limit: int | None, actor: str
 ) -> list[CopyResult]:
@@ -78,8 +86,8 @@ def store_copies(
 
 def settle_attempts(
     connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str
-) -> list[bool]:
-    """Write the outcome of each attempt; False where the lease is over, and the next claim decides."""
+) -> list[Settled]:
+    """Write the outcome of each attempt that is still claimed."""
     mine = _lock_claimed(connection, [item.claim for item in settlements])
     valid = [item for item in settlements if item.claim.seq in mine]
     for statement, values in (
@@ -94,7 +102,15 @@ def settle_attempts(
     counted = [mine[item.claim.seq].counted_on for item in valid if item.is_refund]
     daily_limit.refund_deletes(connection, [day for day in counted if day is not None])
     _update_pauses(connection, settlements, now, actor)
-    return [item.claim.seq in mine for item in settlements]
+    return [Settled.SETTLED if item.claim.seq in mine else _find_settled(connection, item) for item in settlements]
+
+
+def _find_settled(connection: Connection, item: Settlement) -> Settled:
+    """Tell a settlement that was committed before from one that is lost: its move is in the history."""
+    for entry in history.read_entries(connection, item.claim.seq):
+        if entry.move is item.step.move and (entry.detail or {}).get("attempt") == item.claim.attempt:
+            return Settled.ALREADY
+    return Settled.LOST
 
 
 _select_claimed = (

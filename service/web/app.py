@@ -59,6 +59,7 @@ def make_app(
         [webhook_handler(intake, metrics), health.live, health.ready, health.show_metrics, operator],
         dependencies={name: _provide(value) for name, value in dependencies_by_name.items()},
         plugins=[problems.plugin],
+        request_class=problems.JsonRequest,
         response_headers=SECURITY_HEADERS,
         exception_handlers=problems.exception_handlers,
         after_exception=[problems.log_fault],

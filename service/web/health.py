@@ -108,7 +108,7 @@ def _explain_pause(pause: Pause) -> str:
     advice = {
         Kind.OPERATOR: "mayfly resume ends it",
         Kind.UNAUTHORIZED: "check SYNC_API_KEY; one record a minute tests whether it works again",
-        Kind.DAILY_LIMIT: "MAYFLY_MAX_DELETES_PER_DAY is reached; it ends at midnight UTC",
+        Kind.DAILY_LIMIT: "MAYFLY_MAX_DELETES_PER_DAY is reached; it ends at midnight UTC, or with a higher limit",
         Kind.THROTTLED: "it ends after the time that the API asked for",
     }
     return f"since {pause.since:%Y-%m-%d %H:%M:%S} UTC by {pause.actor}: {pause.reason}; {advice[pause.kind]}"

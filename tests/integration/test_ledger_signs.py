@@ -244,7 +244,7 @@ async def test_an_error_in_the_commit_is_not_repeated_and_leaves_it_unknown(post
     assert runs == [1]
 
 
-# Durability (C6) and encoding (C7)
+# What PostgreSQL is set to (C6, C7)
 
 
 async def test_a_commit_is_synchronous_whatever_the_role_sets(postgres_url):
@@ -258,16 +258,6 @@ async def test_a_commit_is_synchronous_whatever_the_role_sets(postgres_url):
         await owner.close()
 
     assert shown == "on"
-
-
-@pytest.fixture
-async def latin_url(postgres_url):
-    """A database that cannot store every character."""
-    owner = await connect(postgres_url)
-    await owner.execute("CREATE DATABASE latin ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
-    yield postgres_url.set(database="latin")
-    await owner.execute("DROP DATABASE latin WITH (FORCE)")
-    await owner.close()
 
 
 async def test_a_database_in_another_encoding_is_refused(latin_url):

@@ -10,6 +10,7 @@ from service.core.lifecycle import State
 from service.ledger import pausing
 from service.ledger.opening import open_database
 from service.ledger.pausing import PROBE_EVERY, Kind, Pause
+from service.ledger.settling import Settled
 from tests.support.ledger import (
     ACTOR,
     arrival,
@@ -192,7 +193,7 @@ async def test_workers_refused_at_the_same_moment_all_commit_their_attempts(data
         )
         states = {(await row_of(one, item.key)).state for item in claims}
 
-        assert results == [[True]] * 8
+        assert results == [[Settled.SETTLED]] * 8
         assert states == {State.SCHEDULED}
         assert await kinds(one) == [Kind.UNAUTHORIZED]
 

@@ -18,7 +18,7 @@ from service.ledger.claiming import Claim
 from service.ledger.database import Database
 from service.ledger.receiving import Arrival, Receipt
 from service.ledger.schema import records
-from service.ledger.settling import Copy, CopyResult, Settlement
+from service.ledger.settling import Copy, CopyResult, Settled, Settlement
 from tests.support.webhooks import notification
 
 ACCOUNT = "default"
@@ -80,7 +80,7 @@ async def copy(
     return copied
 
 
-async def settle(database: Database, *items: Settlement, now: datetime | None = None) -> list[bool]:
+async def settle(database: Database, *items: Settlement, now: datetime | None = None) -> list[Settled]:
     """Write how attempts ended."""
     return await database.write(partial(settling.settle_attempts, settlements=items, now=now or utc_now(), actor=ACTOR))
 
