@@ -91,7 +91,7 @@ def worker(*, check: bool) -> None:
         sys.exit(0 if is_alive(settings_or_exit().data_dir, now_seconds=time.time()) else 1)
     from workers.main import run_worker  # noqa: PLC0415
 
-    _run_service([run_worker], require_api_key)
+    _run_service([run_worker], require_api_key, is_listening=False)
 
 
 @main.command()
@@ -115,12 +115,17 @@ def migrate() -> None:
     run(work(settings_or_exit()))
 
 
-def _run_service(sides: list[Side], *requirements: Callable[[Settings], None], is_migrating: bool = False) -> None:
+def _run_service(
+    sides: list[Side],
+    *requirements: Callable[[Settings], None],
+    is_migrating: bool = False,
+    is_listening: bool = True,
+) -> None:
     from service.commands.running import run, settings_or_exit  # noqa: PLC0415
 
     settings = settings_or_exit(*requirements)
     _collect_rarely()
-    run(_run_sides(settings, sides, is_migrating=is_migrating))
+    run(_run_sides(settings, sides, is_migrating=is_migrating, is_listening=is_listening))
 
 
 def _collect_rarely() -> None:
@@ -133,7 +138,7 @@ def _collect_rarely() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: bool) -> None:
+async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: bool, is_listening: bool) -> None:
     """Run *sides* over one set of resources until a signal comes or one of them ends.
 
     Raises: what the first of them raised, after the others have finished.
@@ -144,6 +149,10 @@ async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: boo
     stop = asyncio.Event()
     on_stop(stop.set)
     metrics = Metrics()
+    if is_listening:
+        from service.web.server import check_address  # noqa: PLC0415
+
+        check_address(settings.host, settings.port)
     async with open_resources(settings, is_migrating=is_migrating) as resources:
         # Not a TaskGroup: it would cancel the other side in the middle of its deletions.
         running = [_stop_after(side(settings, resources, metrics, stop), stop) for side in sides]

@@ -25,6 +25,7 @@ from service.jobs.enqueue import CleanupJob
 from service.ledger.database import Database
 from service.ledger.group_commit import GroupCommit
 from service.resources import Resources, open_queue
+from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
 from service.sync.client import open_sync_api
@@ -156,7 +157,7 @@ async def _enqueue_next(pool: ArqRedis, metrics: Metrics, key: Key, attempt: int
     except connection.QUEUE_ERRORS as error:
         metrics.enqueue_failures.inc()
         what_now = "the worker will find the record in the ledger when it is due"
-        log.warning("enqueue.failed", generation=key.id, error=type(error).__name__, what_now=what_now)
+        log.warning("enqueue.failed", generation=key.id, error=describe_cause(error), what_now=what_now)
 
 
 async def _run_jobs(
@@ -197,7 +198,7 @@ async def _after_failure(pool: ArqRedis, error: BaseException | None) -> None:
     """Log why arq ended, and remove jobs that it cannot read."""
     if isinstance(error, connection.QUEUE_ERRORS) and not connection.is_wrong_type(error):
         what_now = "the ledger starts deletions meanwhile"
-        log.warning("jobs.interrupted", error=type(error).__name__, what_now=what_now)
+        log.warning("jobs.interrupted", error=describe_cause(error), what_now=what_now)
         return
     what_now = "due jobs are removed from Redis; the safety net enqueues those of records again"
     log.error("jobs.crashed", exc_info=error, what_now=what_now)

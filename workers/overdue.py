@@ -13,6 +13,7 @@ from service.jobs.connection import QUEUE_ERRORS
 from service.jobs.enqueue import CleanupJob
 from service.ledger.claiming import Claim, Outlook
 from service.ledger.database import LedgerUnavailableError
+from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.sync.rate_limit import Budget
 from workers.cleanup import Attempts
@@ -104,7 +105,7 @@ class Overdue:
             self._enqueued_until = None
             self._metrics.loops_failed.labels("enqueue").inc()
             what_now = "the ledger starts deletions until Redis accepts jobs"
-            log.warning("overdue.not_enqueued", records=len(jobs), error=type(error).__name__, what_now=what_now)
+            log.warning("overdue.not_enqueued", records=len(jobs), error=describe_cause(error), what_now=what_now)
             return False
         if not is_kept and self._enqueued_until is not None:
             self._enqueued_until = None  # Redis was emptied: the next round starts from the beginning

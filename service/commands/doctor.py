@@ -38,6 +38,7 @@ from service.ledger import heartbeats, migrating
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.ledger.views import Stats, read_stats
+from service.runtime.causes import describe_cause
 from service.runtime.terminal import console
 from service.web.health import LATE
 
@@ -204,7 +205,7 @@ async def _check_redis_at(url: Secret, detail: str) -> list[Finding]:
     except QueueError as error:
         return [Finding("redis", "failing", str(error))]
     except connection.QUEUE_ERRORS as error:
-        return [Finding("redis", "failing", f"it does not answer ({type(error).__name__}); check MAYFLY_REDIS_URL")]
+        return [Finding("redis", "failing", f"it does not answer ({describe_cause(error)}); check MAYFLY_REDIS_URL")]
     finally:
         await pool.aclose(close_connection_pool=True)
     if warnings:
@@ -223,7 +224,7 @@ async def _check_api(settings: Settings) -> list[Finding]:
             answer = await client.get(f"{settings.base_url}/v2/generations", params={"limit": 1}, headers=headers)
             secret = await client.get(f"{settings.base_url}/v2/organizations/webhook/secret", headers=headers)
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-        detail = f"the API is unreachable ({type(error).__name__}); check SYNC_BASE_URL and the network"
+        detail = f"the API is unreachable ({describe_cause(error)}); check SYNC_BASE_URL and the network"
         return [Finding("API key", "failing", detail)]
     return [
         _judge_answer(answer.status_code, answer.content),
