@@ -1,8 +1,8 @@
 """The ledger's calls that jobs, attempts and the safety net of a worker need."""
 
 import time
-from collections.abc import Sequence
-from datetime import UTC, datetime, timedelta
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
 from functools import partial
 from typing import Final
 
@@ -27,17 +27,20 @@ _BEAT_SECONDS: Final = 10.0
 class WorkerLedger:
     """The ledger's calls that jobs, attempts and the safety net need."""
 
-    def __init__(self, database: Database, *, limit: int | None, is_dry_run: bool, actor: str) -> None:
+    def __init__(
+        self, database: Database, *, limit: int | None, is_dry_run: bool, actor: str, now: Callable[[], datetime]
+    ) -> None:
         self._database = database
         self._limit = limit
         self._is_dry_run = is_dry_run
         self._actor = actor
+        self._now = now
         self._beat_again_at = float("-inf")
         self._is_started = False
 
     async def peek(self) -> int:
         """Return how many records the pauses allow."""
-        return await self._database.read(partial(pausing.peek_allowance, now=_now()))
+        return await self._database.read(partial(pausing.peek_allowance, now=self._now()))
 
     async def beat(self) -> None:
         """Store that a worker was seen, at most every ten seconds; at first end what another configuration left."""
@@ -48,7 +51,7 @@ class WorkerLedger:
         self._beat_again_at = time.monotonic() + _BEAT_SECONDS
 
     def _write_beat(self, connection: Connection) -> None:
-        now = _now()
+        now = self._now()
         heartbeats.record_beat(connection, heartbeats.WORKER, now=now)
         if self._is_started:
             return
@@ -61,34 +64,30 @@ class WorkerLedger:
 
     async def read_outlook(self, since: datetime | None, until: datetime) -> Outlook:
         """Read what the safety net needs to know."""
-        read = partial(claiming.read_outlook, now=_now(), late=LATE, since=since, until=until, limit=AT_ONCE)
+        read = partial(claiming.read_outlook, now=self._now(), late=LATE, since=since, until=until, limit=AT_ONCE)
         return await self._database.read(read)
 
     async def end_leases(self) -> int:
         """End the leases of workers that died."""
-        write = partial(claiming.end_expired_leases, now=_now(), limit=_LEASES_AT_ONCE, actor=self._actor)
+        write = partial(claiming.end_expired_leases, now=self._now(), limit=_LEASES_AT_ONCE, actor=self._actor)
         return await self._database.write(write)
 
     async def claim(self, limit: int) -> Sequence[Claim]:
         """Claim due records."""
-        write = partial(claiming.claim_due, now=_now(), lease=LEASE, limit=limit, actor=self._actor)
+        write = partial(claiming.claim_due, now=self._now(), lease=LEASE, limit=limit, actor=self._actor)
         return await self._database.write(write)
 
     async def claim_wanted(self, wanted: Sequence[Wanted]) -> Sequence[Claim | NotYet | None]:
         """Claim the records that jobs ask for."""
-        write = partial(claiming.claim_wanted, wanted=wanted, now=_now(), lease=LEASE, actor=self._actor)
+        write = partial(claiming.claim_wanted, wanted=wanted, now=self._now(), lease=LEASE, actor=self._actor)
         return await self._database.write(write)
 
     async def copy(self, items: Sequence[settling.Copy]) -> Sequence[CopyResult]:
         """Commit copies."""
-        write = partial(settling.store_copies, copies=items, now=_now(), limit=self._limit, actor=self._actor)
+        write = partial(settling.store_copies, copies=items, now=self._now(), limit=self._limit, actor=self._actor)
         return await self._database.write(write)
 
     async def settle(self, items: Sequence[settling.Settlement]) -> Sequence[Settled]:
         """Commit the outcomes of attempts."""
-        write = partial(settling.settle_attempts, settlements=items, now=_now(), actor=self._actor)
+        write = partial(settling.settle_attempts, settlements=items, now=self._now(), actor=self._actor)
         return await self._database.write(write)
-
-
-def _now() -> datetime:
-    return datetime.now(UTC)

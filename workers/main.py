@@ -93,7 +93,7 @@ async def _open_parts(
     budget = Budget(settings.api_rate, pool, key, clock=time.monotonic, stopping=stopping)
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
     actor = f"worker {socket.gethostname()}:{os.getpid()}"
-    ledger = WorkerLedger(database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor)
+    ledger = WorkerLedger(database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor, now=_now)
     async with _open_cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
         attempts = Attempts(cleaner.clean, limit=_max_jobs(settings.concurrency))
         jobs = CleanupJobs(

@@ -65,4 +65,6 @@ def translate_error(error: Exception) -> Exception:
         return RefusedDataError("the database refuses one of the values")
     if isinstance(error, TimeoutError):
         return LedgerUnavailableError("the database did not answer in time")
+    if "unsupported startup parameter" in str(cause):
+        return LedgerUnavailableError("pgbouncer is not supported: connect to PostgreSQL itself")
     return LedgerUnavailableError(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"[:300])
