@@ -89,4 +89,4 @@ lock: setup ## resolve the dependencies anew
 	$(UV) export --quiet --frozen --all-groups --no-emit-project --output-file requirements-dev.lock
 
 clean: ## remove what the other targets made
-	rm -rf .venv .venv-deploy .mayfly .pytest_cache .mypy_cache .ruff_cache build dist
+	rm -rf .venv .venv-deploy .pytest_cache .mypy_cache .ruff_cache build dist

@@ -92,7 +92,7 @@ def worker(*, check: bool) -> None:
         sys.exit(0 if is_alive(settings_or_exit().data_dir, now_seconds=time.time()) else 1)
     from workers.main import run_worker  # noqa: PLC0415
 
-    _run_service([run_worker], require_api_key, is_deleting=True)
+    _run_service([run_worker], require_api_key, is_deleting=True, is_listening=False)
 
 
 @main.command()
@@ -121,12 +121,13 @@ def _run_service(
     *requirements: Callable[[Settings], None],
     is_migrating: bool = False,
     is_deleting: bool = False,
+    is_listening: bool = True,
 ) -> None:
     from service.commands.running import run, settings_or_exit  # noqa: PLC0415
 
     settings = settings_or_exit(*requirements)
     _collect_rarely()
-    run(_run_sides(settings, sides, is_migrating=is_migrating, is_deleting=is_deleting))
+    run(_run_sides(settings, sides, is_migrating=is_migrating, is_deleting=is_deleting, is_listening=is_listening))
 
 
 def _collect_rarely() -> None:
@@ -139,7 +140,9 @@ def _collect_rarely() -> None:
     gc.set_threshold(10_000, 10, 10)
 
 
-async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: bool, is_deleting: bool) -> None:
+async def _run_sides(
+    settings: Settings, sides: list[Side], *, is_migrating: bool, is_deleting: bool, is_listening: bool
+) -> None:
     """Run *sides* over one set of resources until a signal comes or one of them ends.
 
     Raises: SettingsError where the key is another organisation's; else what the first of them raised, after the others
@@ -153,6 +156,10 @@ async def _run_sides(settings: Settings, sides: list[Side], *, is_migrating: boo
     on_stop(stop.set)
     uncompared = await check_organisation(settings) if is_deleting else None
     metrics = Metrics()
+    if is_listening:
+        from service.web.server import check_address  # noqa: PLC0415
+
+        check_address(settings.host, settings.port)
     async with open_resources(settings, is_migrating=is_migrating) as resources:
         warn_if_not_compared(uncompared)
         # Not a TaskGroup: it would cancel the other side in the middle of its deletions.

@@ -15,6 +15,7 @@ from service.jobs.embedded_redis import embedded_redis, prepare_data_dir
 from service.ledger import migrating
 from service.ledger.database import MIGRATION_SECONDS, Database
 from service.ledger.opening import open_database
+from service.runtime.causes import describe_cause
 
 log = structlog.get_logger()
 
@@ -63,7 +64,7 @@ async def open_queue(url: Secret, *, retries: int) -> AsyncIterator[ArqRedis]:
         except connection.QUEUE_ERRORS as error:
             log.warning(
                 "queue.unreachable",
-                error=type(error).__name__,
+                error=describe_cause(error),
                 what_now="the ledger starts deletions instead",
             )
         yield pool

@@ -88,6 +88,14 @@ async def postgres_url(postgres: Postgres) -> URL:
     return await postgres.migrated()
 
 
+@pytest.fixture
+async def latin_url(postgres: Postgres) -> AsyncIterator[URL]:
+    """A PostgreSQL database that cannot store every character."""
+    url = await postgres.empty("ENCODING 'LATIN1' LOCALE 'C' TEMPLATE template0")
+    yield url
+    await postgres.drop(url)
+
+
 @pytest.fixture(scope="session")
 def _sqlite_template(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return tmp_path_factory.mktemp("sqlite") / "migrated.db"

@@ -129,3 +129,10 @@ def test_a_command_that_reads_the_ledger_loads_no_web_framework_and_no_queue(tmp
 
     assert "there is no ledger" in found.stderr
     assert found.returncode == 0, found.stderr
+
+
+def test_make_clean_removes_no_data():
+    printed = subprocess.run(["make", "--dry-run", "clean"], cwd=ROOT, capture_output=True, text=True, check=True)
+
+    assert ".venv" in printed.stdout
+    assert ".mayfly" not in printed.stdout

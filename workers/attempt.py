@@ -19,9 +19,9 @@ from service.core.generation import Generation
 from service.core.key import Key
 from service.core.lifecycle import Move
 from service.core.retention import Retention, reconsider_retention
-from service.ledger.claiming import Claim
+from service.ledger.claiming import DRY_RUN, Claim
 from service.ledger.database import LedgerUnavailableError
-from service.ledger.settling import Copy, CopyResult, Settlement
+from service.ledger.outcomes import Copy, CopyResult, Settled, Settlement
 from service.runtime.metrics import Metrics
 from service.sync.answers import Answer
 from service.sync.client import DELETE_SECONDS, GET_SECONDS, SyncApi
@@ -50,7 +50,7 @@ class Cleaner:
 
     api: SyncApi
     copy: Callable[[Copy], Awaitable[CopyResult]]
-    settle: Callable[[Settlement], Awaitable[bool]]
+    settle: Callable[[Settlement], Awaitable[Settled]]
     enqueue_next: Callable[[Key, int, datetime], Awaitable[None]]
     # Waits for a place for one call to the API; yields False if there is none by the given instant.
     call_slot: Callable[[datetime], AbstractAsyncContextManager[bool]]
@@ -162,8 +162,7 @@ class Cleaner:
 
     async def _settle_dry_run(self, claim: Claim) -> Verdict | None:
         step = Step(Move.DEFER, claim.progress, retry_at=self.now() + DRY_RUN_AGAIN)
-        error = "dry run: it would have been deleted"
-        settlement = Settlement(claim, Verdict.DONE, step, error=error, is_key_good=True, is_shown=True)
+        settlement = Settlement(claim, Verdict.DONE, step, error=DRY_RUN, is_key_good=True, is_shown=True)
         if not await self._settle(settlement):
             return self._log_lost_lease(claim)
         log.info("cleanup.simulated", **_log_fields(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
@@ -180,7 +179,7 @@ class Cleaner:
     async def _settle(self, settlement: Settlement) -> bool:
         """Commit the outcome of the attempt, then enqueue the next attempt if there is one."""
         claim = settlement.claim
-        is_mine = await self._commit(claim, lambda: self.settle(settlement))
+        is_mine = await self._commit(claim, lambda: self.settle(settlement)) is not Settled.LOST
         if is_mine and (at := _next_attempt_at(settlement)) is not None:
             await self.enqueue_next(claim.key, claim.attempt + 1, at)
         return is_mine

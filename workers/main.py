@@ -6,10 +6,10 @@ import os
 import signal
 import socket
 import time
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
@@ -22,12 +22,11 @@ from service.core.key import Key
 from service.core.secret import Secret
 from service.jobs import connection, enqueue
 from service.jobs.enqueue import CleanupJob
-from service.ledger import claiming, key_history, pausing, settling
-from service.ledger.claiming import Claim, NotYet, Outlook, Wanted
+from service.ledger import key_history
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.group_commit import GroupCommit
-from service.ledger.settling import CopyResult
 from service.resources import Resources, open_queue
+from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
 from service.sync.client import open_sync_api
@@ -36,17 +35,14 @@ from workers.attempt import Cleaner
 from workers.cleanup import BUDGET_SECONDS, Attempts, CleanupJobs, cleanup
 from workers.heartbeat import beat
 from workers.key_proof import KeyProof
-from workers.overdue import AT_ONCE, LATE, LedgerCalls, Overdue
+from workers.ledger import LEASE, WorkerLedger
+from workers.overdue import LedgerCalls, Overdue
 
 log = structlog.get_logger()
 
-# Longer than the longest attempt (a GET of 10 s, a DELETE of 30 s, three commits), and short, because the record of a
-# worker that died waits for its end.
-LEASE: Final = timedelta(seconds=60)
 STOP_SECONDS: Final = LEASE.total_seconds() + 5
 # How long a proof of the key waits for the budget; the attempt's GET and DELETE are used up.
 _PROOF_SECONDS: Final = 5.0
-_LEASES_AT_ONCE: Final = 500
 _ARQ_RESTART_SECONDS: Final = 2.0
 # The longest lag of a job while there is room; arq starts at most max_jobs jobs per poll. With 0.5, arq's default, the
 # median lag was 310 ms, with 0.1 it is 88 ms; an idle worker takes 0.6 % of a core.
@@ -100,7 +96,10 @@ async def _open_parts(
     """Connect the job and the safety net to the ledger, the queue, the budget and the API with *key*."""
     budget = Budget(settings.api_rate, pool, key, clock=time.monotonic, stopping=stopping)
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
-    ledger = _Ledger(database, limit=limit, actor=f"worker {socket.gethostname()}:{os.getpid()}", key_id=key.identify())
+    actor = f"worker {socket.gethostname()}:{os.getpid()}"
+    ledger = WorkerLedger(
+        database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor, key_id=key.identify(), now=_now
+    )
     with contextlib.suppress(LedgerUnavailableError):  # then the pause stays
         await database.write(partial(key_history.resume_for_key, key_id=ledger.key_id))
     async with _open_cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
@@ -114,7 +113,7 @@ async def _open_parts(
             stopping=stopping,
         )
         overdue = Overdue(
-            ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.claim),
+            ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.claim, ledger.beat),
             enqueue=lambda items: enqueue.enqueue_jobs(pool, items, now=_now()),
             budget=budget,
             attempts=attempts,
@@ -129,7 +128,7 @@ async def _open_parts(
 
 @asynccontextmanager
 async def _open_cleaner(
-    settings: Settings, key: Secret, *, ledger: "_Ledger", budget: Budget, pool: ArqRedis, metrics: Metrics
+    settings: Settings, key: Secret, *, ledger: WorkerLedger, budget: Budget, pool: ArqRedis, metrics: Metrics
 ) -> AsyncIterator[Cleaner]:
     async with open_sync_api(
         settings.base_url,
@@ -154,50 +153,6 @@ async def _open_cleaner(
         )
 
 
-class _Ledger:
-    """The ledger's calls that jobs, attempts and the safety net need."""
-
-    def __init__(self, database: Database, *, limit: int | None, actor: str, key_id: str) -> None:
-        self.key_id = key_id
-        self._database = database
-        self._limit = limit
-        self._actor = actor
-
-    async def peek(self) -> int:
-        """Return how many records the pauses allow."""
-        return await self._database.read(partial(pausing.peek_allowance, now=_now()))
-
-    async def read_outlook(self, since: datetime | None, until: datetime) -> Outlook:
-        """Read what the safety net needs to know."""
-        read = partial(claiming.read_outlook, now=_now(), late=LATE, since=since, until=until, limit=AT_ONCE)
-        return await self._database.read(read)
-
-    async def end_leases(self) -> int:
-        """End the leases of workers that died."""
-        write = partial(claiming.end_expired_leases, now=_now(), limit=_LEASES_AT_ONCE, actor=self._actor)
-        return await self._database.write(write)
-
-    async def claim(self, limit: int) -> Sequence[Claim]:
-        """Claim due records."""
-        write = partial(claiming.claim_due, now=_now(), lease=LEASE, limit=limit, actor=self._actor)
-        return await self._database.write(write)
-
-    async def claim_wanted(self, wanted: Sequence[Wanted]) -> Sequence[Claim | NotYet | None]:
-        """Claim the records that jobs ask for."""
-        write = partial(claiming.claim_wanted, wanted=wanted, now=_now(), lease=LEASE, actor=self._actor)
-        return await self._database.write(write)
-
-    async def copy(self, items: Sequence[settling.Copy]) -> Sequence[CopyResult]:
-        """Commit copies."""
-        write = partial(settling.store_copies, copies=items, now=_now(), limit=self._limit, actor=self._actor)
-        return await self._database.write(write)
-
-    async def settle(self, items: Sequence[settling.Settlement]) -> Sequence[bool]:
-        """Commit the outcomes of attempts."""
-        write = partial(settling.settle_attempts, settlements=items, now=_now(), actor=self._actor, key_id=self.key_id)
-        return await self._database.write(write)
-
-
 @asynccontextmanager
 async def _call_slot(places: asyncio.Semaphore, budget: Budget, until: datetime) -> AsyncIterator[bool]:
     """Wait for a place at the API, and yield whether calls are allowed by *until*."""
@@ -212,7 +167,7 @@ async def _enqueue_next(pool: ArqRedis, metrics: Metrics, key: Key, attempt: int
     except connection.QUEUE_ERRORS as error:
         metrics.enqueue_failures.inc()
         what_now = "the worker will find the record in the ledger when it is due"
-        log.warning("enqueue.failed", generation=key.id, error=type(error).__name__, what_now=what_now)
+        log.warning("enqueue.failed", generation=key.id, error=describe_cause(error), what_now=what_now)
 
 
 async def _run_jobs(
@@ -253,7 +208,7 @@ async def _after_failure(pool: ArqRedis, error: BaseException | None) -> None:
     """Log why arq ended, and remove jobs that it cannot read."""
     if isinstance(error, connection.QUEUE_ERRORS) and not connection.is_wrong_type(error):
         what_now = "the ledger starts deletions meanwhile"
-        log.warning("jobs.interrupted", error=type(error).__name__, what_now=what_now)
+        log.warning("jobs.interrupted", error=describe_cause(error), what_now=what_now)
         return
     what_now = "due jobs are removed from Redis; the safety net enqueues those of records again"
     log.error("jobs.crashed", exc_info=error, what_now=what_now)

@@ -13,6 +13,7 @@ from service.jobs.connection import QUEUE_ERRORS
 from service.jobs.enqueue import CleanupJob
 from service.ledger.claiming import Claim, Outlook
 from service.ledger.database import LedgerUnavailableError
+from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.sync.rate_limit import Budget
 from workers.cleanup import Attempts
@@ -36,6 +37,7 @@ class LedgerCalls:
     read_outlook: Callable[[datetime | None, datetime], Awaitable[Outlook]]  # from and to which due time
     end_leases: Callable[[], Awaitable[int]]  # of workers that died
     claim: Callable[[int], Awaitable[Sequence[Claim]]]
+    beat: Callable[[], Awaitable[None]]  # a worker was seen
 
 
 class Overdue:
@@ -81,6 +83,7 @@ class Overdue:
             await self._sleep(EVERY)
 
     async def _round(self) -> None:
+        await self._ledger.beat()
         now = self._now()
         horizon = now + self._horizon
         outlook = await self._ledger.read_outlook(self._enqueued_until, horizon)
@@ -103,7 +106,7 @@ class Overdue:
             self._enqueued_until = None
             self._metrics.loops_failed.labels("enqueue").inc()
             what_now = "the ledger starts deletions until Redis accepts jobs"
-            log.warning("overdue.not_enqueued", records=len(jobs), error=type(error).__name__, what_now=what_now)
+            log.warning("overdue.not_enqueued", records=len(jobs), error=describe_cause(error), what_now=what_now)
             return False
         is_emptied, self._mark = mark != self._mark, mark
         if is_emptied and self._enqueued_until is not None:

@@ -8,6 +8,7 @@ from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
 from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
+from functools import partial
 from pathlib import Path
 from typing import Final, Literal
 
@@ -16,6 +17,7 @@ import httpx
 import msgspec
 from rich.markup import escape
 from rich.table import Table
+from sqlalchemy import Connection, text
 
 from service.commands.running import (
     EXIT_FAILED,
@@ -27,13 +29,16 @@ from service.commands.running import (
     settings_or_exit,
 )
 from service.config.settings import Settings, SettingsError, require_api_key, require_webhook_secret
+from service.core.lifecycle import State
 from service.core.secret import Secret
 from service.jobs import connection
 from service.jobs.connection import QueueError
 from service.jobs.embedded_redis import EmbeddedRedisError, embedded_redis
-from service.ledger import pausing, reading
+from service.ledger import heartbeats, migrating
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.migrating import SchemaError
+from service.ledger.views import Stats, read_stats
+from service.runtime.causes import describe_cause
 from service.runtime.terminal import console
 from service.sync.organisation import OTHER_ORGANISATION, SECRET_PATH, is_same_organisation
 from service.web.health import LATE
@@ -61,13 +66,20 @@ class Report(msgspec.Struct, frozen=True):
 
 @click.command()
 @as_json
-def doctor(*, is_json: bool) -> None:
+@click.option(
+    "--role",
+    type=click.Choice(["up", "api", "worker"]),
+    default="up",
+    show_default=True,
+    help="The command to check for: api needs no SYNC_API_KEY, worker no SYNC_WEBHOOK_SECRET.",
+)
+def doctor(*, is_json: bool, role: str) -> None:
     """Check the settings, the ledger, Redis, the API key and the clock, and say what to do.
 
-    It changes nothing. It asks the API for a page of one generation. The exit code is 0 if nothing is failing, 1 if
-    something is, 2 if the settings are invalid.
+    It changes no record, but commits a row of its own. It asks the API for a page of one generation. The exit code is 0
+    if nothing is failing, 1 if something is, 2 if the settings are invalid.
     """
-    findings = run(examine(settings_or_exit()))
+    findings = run(examine(settings_or_exit(), role))
     report = Report(all(finding.status != "failing" for finding in findings), findings)
     if is_json:
         print_json(report)
@@ -83,11 +95,18 @@ def _print_report(report: Report) -> None:
     console().print(table)
 
 
-async def examine(settings: Settings) -> list[Finding]:
-    """Run all checks, also when some fail."""
+async def examine(settings: Settings, role: str = "up") -> list[Finding]:
+    """Run all checks, also when some fail; *role* is the command that runs with these settings."""
     checks = (_check_webhook_secret, _check_data_dir, _check_ledger, _check_redis, _check_api, _check_dry_run)
     found = await asyncio.gather(*(check(settings) for check in checks))
-    return [finding for findings in found for finding in findings]
+    return [_excuse(finding, settings, role) for findings in found for finding in findings]
+
+
+def _excuse(finding: Finding, settings: Settings, role: str) -> Finding:
+    """Accept that a secret is missing which *role* does not use."""
+    is_unneeded = (role, finding.part) in {("api", "API key"), ("worker", "webhook secret")}
+    is_set = settings.api_key if role == "api" else settings.webhook_secrets
+    return Finding(finding.part, "ok", f"not set, and not needed by {role}") if is_unneeded and not is_set else finding
 
 
 async def _check_webhook_secret(settings: Settings) -> list[Finding]:
@@ -120,21 +139,51 @@ async def _check_data_dir(settings: Settings) -> list[Finding]:
 async def _check_ledger(settings: Settings) -> list[Finding]:
     if is_ledger_missing(settings):
         return [Finding("ledger", "ok", "SQLite, does not exist yet: the first start makes it")]
+    now = datetime.now(UTC)
     try:
         async with open_ledger(settings) as database:
-            pauses = await database.read(pausing.find_pauses)
-            next_wake = await database.read(reading.next_wake)
+            await database.write(partial(migrating.check_commits, now=now))
+            stats = await database.read(partial(read_stats, now=now))
+            found = await database.read(_check_durability)
     except SchemaError as error:
         return [Finding("ledger", "failing", str(error))]
     except LedgerUnavailableError as error:
-        return [Finding("ledger", "failing", f"{error}; check MAYFLY_DATABASE_URL")]
+        return [Finding("ledger", "failing", f"{error}; check MAYFLY_DATABASE_URL and the disk")]
     kind = "PostgreSQL" if settings.ledger_url.get_backend_name() == "postgresql" else "SQLite"
-    paused = [Finding("deletions", "warning", f"paused ({one.kind}): {one.reason}") for one in pauses]
-    late = datetime.now(UTC) - next_wake if next_wake is not None and not pauses else timedelta(0)
-    if late > LATE:
+    return [
+        Finding("ledger", "ok", f"{kind}, its tables fit this release, and it commits"),
+        *found,
+        *_judge(stats, now),
+    ]
+
+
+def _judge(stats: Stats, now: datetime) -> list[Finding]:
+    """Judge what the ledger says of workers, deletions and records that wait for an operator."""
+    is_running, sentence = heartbeats.describe_worker(stats.worker_seen_at, now=now)
+    found = [Finding("worker", "ok" if is_running else "warning", sentence)]
+    found += [Finding("deletions", "warning", f"paused ({one.kind}): {one.reason}") for one in stats.pauses]
+    late = timedelta(seconds=stats.oldest_overdue_seconds)
+    if late > LATE and not stats.pauses:
         detail = f"the oldest is {late // timedelta(minutes=1)} min overdue: check that a worker runs"
-        paused.append(Finding("deletions", "failing", detail))
-    return [Finding("ledger", "ok", f"{kind}, its tables fit this release"), *paused]
+        found.append(Finding("deletions", "failing", detail))
+    if failed := stats.records[State.FAILED]:
+        detail = f"{failed} given up, each needs an operator: mayfly records list --state failed"
+        found.append(Finding("failed records", "warning", detail))
+    if held := stats.records[State.HELD]:
+        found.append(Finding("held records", "ok", f"{held} on hold: mayfly records list --state held"))
+    return found
+
+
+def _check_durability(connection: Connection) -> list[Finding]:
+    """Warn of a PostgreSQL that may lose what it has committed; synchronous_commit is set by Mayfly itself."""
+    if connection.dialect.name != "postgresql":
+        return []
+    names = ("fsync", "full_page_writes")
+    off = [n for n in names if connection.scalar(text("SELECT current_setting(:name)"), {"name": n}) == "off"]
+    if not off:
+        return []
+    detail = f"{' and '.join(off)} off: a power cut can lose or destroy the ledger; set to on in postgresql.conf"
+    return [Finding("durability", "warning", detail)]
 
 
 async def _check_redis(settings: Settings) -> list[Finding]:
@@ -157,7 +206,7 @@ async def _check_redis_at(url: Secret, detail: str) -> list[Finding]:
     except QueueError as error:
         return [Finding("redis", "failing", str(error))]
     except connection.QUEUE_ERRORS as error:
-        return [Finding("redis", "failing", f"it does not answer ({type(error).__name__}); check MAYFLY_REDIS_URL")]
+        return [Finding("redis", "failing", f"it does not answer ({describe_cause(error)}); check MAYFLY_REDIS_URL")]
     finally:
         await pool.aclose(close_connection_pool=True)
     if warnings:
@@ -176,7 +225,7 @@ async def _check_api(settings: Settings) -> list[Finding]:
             answer = await client.get(f"{settings.base_url}/v2/generations", params={"limit": 1}, headers=headers)
             secret = await client.get(f"{settings.base_url}{SECRET_PATH}", headers=headers)
     except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-        detail = f"the API is unreachable ({type(error).__name__}); check SYNC_BASE_URL and the network"
+        detail = f"the API is unreachable ({describe_cause(error)}); check SYNC_BASE_URL and the network"
         return [Finding("API key", "failing", detail)]
     return [
         _judge_answer(answer.status_code, answer.content),

@@ -9,7 +9,7 @@ from rich.table import Table
 from service.commands.running import actor, as_json, open_ledger, print_json, run, settings_or_exit
 from service.config.settings import Settings
 from service.core.lifecycle import State
-from service.ledger import key_history, pausing
+from service.ledger import heartbeats, key_history, pausing
 from service.ledger.pausing import Kind, Pause
 from service.ledger.views import Stats, read_stats
 from service.runtime.terminal import console, format_time, plain
@@ -50,7 +50,12 @@ def _print_stats(found: Stats) -> None:
     console().print(table)
     late = f", the longest for {found.oldest_overdue_seconds:.0f} s" if found.due else ""
     click.echo(f"\nDue now: {found.due}{late}.")
-    click.echo("Deletions are running." if not found.pauses else "Deletions are paused:")
+    is_running, sentence = heartbeats.describe_worker(found.worker_seen_at, now=datetime.now(UTC))
+    click.echo(f"{sentence[0].upper()}{sentence[1:]}.")
+    if not found.pauses:
+        click.echo("Deletions are running." if is_running else "Deletions are not paused, but need a worker that runs.")
+    else:
+        click.echo("Deletions are paused:")
     for pause in found.pauses:
         until = f", until {format_time(pause.until)}" if pause.until else ""
         since = f"since {format_time(pause.since)}{until}"

@@ -82,7 +82,7 @@ def run(work: Coroutine[Any, Any, T]) -> T:
 
 
 def on_stop(act: Callable[[], object]) -> None:
-    """Call *act* on the running loop at Ctrl-C or SIGTERM, also if the shell ignores Ctrl-C or this is pid 1.
+    """Call *act* on the running loop at Ctrl-C, SIGTERM or SIGHUP, also if the shell ignores Ctrl-C or this is pid 1.
 
     It is called once: uvicorn raises the signal again after it has stopped, during an orderly shutdown.
     """
@@ -93,7 +93,10 @@ def on_stop(act: Callable[[], object]) -> None:
             pending.pop()()
 
     loop = asyncio.get_running_loop()
-    for number in (signal.SIGINT, signal.SIGTERM):
+    numbers = [signal.SIGINT, signal.SIGTERM]
+    if signal.getsignal(signal.SIGHUP) is not signal.SIG_IGN:  # nohup ignores it, and means it
+        numbers.append(signal.SIGHUP)
+    for number in numbers:
         loop.add_signal_handler(number, handle)
 
 

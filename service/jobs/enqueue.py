@@ -18,6 +18,7 @@ from arq.jobs import serialize_job
 
 from service.core.key import Key
 from service.jobs.connection import QUEUE, QUEUE_ERRORS
+from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 
 log = structlog.get_logger()
@@ -155,6 +156,6 @@ class Enqueuer:
                 except QUEUE_ERRORS as error:
                     self._metrics.enqueue_failures.inc(len(jobs))
                     what_now = "the worker will find these records in the ledger"
-                    log.warning("enqueue.failed", records=len(jobs), error=type(error).__name__, what_now=what_now)
+                    log.warning("enqueue.failed", records=len(jobs), error=describe_cause(error), what_now=what_now)
         finally:
             self._runner = None

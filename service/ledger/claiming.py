@@ -20,6 +20,8 @@ from service.ledger.history import Entry, append_entries
 from service.ledger.schema import KEYS_OF_ACCOUNT, Instant, group_by_account, records
 
 LOST_LEASE = "its worker did not finish"
+# The last_error of a record that a dry run has rehearsed.
+DRY_RUN = "dry run: it would have been deleted"
 
 
 @dataclass(frozen=True, slots=True)
@@ -273,3 +275,9 @@ def _lost_lease_values(row: Row[Any], step: Step) -> dict[str, Any]:
 
 def _progress_from_row(row: Row[Any]) -> Progress:
     return Progress(row.failing_since, row.failures, row.refusals)
+
+
+def bring_forward_rehearsed(connection: Connection, *, now: datetime) -> int:
+    """Make due what a dry run has rehearsed and put off, and return the number of records."""
+    put_off = (records.c.state == State.SCHEDULED, records.c.wake_at > now, records.c.last_error == DRY_RUN)
+    return connection.execute(update(records).where(*put_off).values(wake_at=now)).rowcount

@@ -52,3 +52,14 @@ def day_of(now: datetime) -> date:
 
 def _next_day(now: datetime) -> datetime:
     return datetime.combine(day_of(now) + timedelta(days=1), time(), UTC)
+
+
+def end_pause(connection: Connection, *, limit: int | None, now: datetime) -> bool:
+    """End the pause of the daily limit where today's deletions are below *limit*; return whether there was one."""
+    if limit is not None:
+        used = connection.scalar(
+            select(tallies.c.deletes).where(tallies.c.account == ACCOUNT, tallies.c.day == day_of(now))
+        )
+        if (used or 0) >= limit:
+            return False
+    return bool(pausing.resume(connection, [Kind.DAILY_LIMIT]))

@@ -15,6 +15,8 @@ READ_TIMEOUT_SECONDS = 10.0
 MIGRATION_SECONDS = 3600.0
 # The classes of SQLSTATE for values that do not fit: data exceptions, constraints, limits such as an index entry's.
 _REFUSED_STATES = ("22", "23", "54")
+# A character that the database's encoding does not have: the database is at fault, not the value.
+_UNTRANSLATABLE = "22P05"
 
 
 class RefusedDataError(Exception):
@@ -22,7 +24,15 @@ class RefusedDataError(Exception):
 
 
 class LedgerUnavailableError(Exception):
-    """The database cannot be reached, or cannot commit; whether anything was written is unknown."""
+    """The database cannot be reached, or cannot commit; nothing was written."""
+
+
+class UnknownOutcomeError(LedgerUnavailableError):
+    """The database did not confirm a commit: it is not known whether anything was written."""
+
+
+class LedgerMovedError(LedgerUnavailableError):
+    """The ledger's file is not at its path any more: what is written into it would be lost."""
 
 
 @runtime_checkable  # Litestar checks what it injects
@@ -32,7 +42,8 @@ class Database(Protocol):
     async def write(self, function: Callable[[Connection], T]) -> T:
         """Run *function* in a transaction and return its result after the commit.
 
-        Raises: RefusedDataError, LedgerUnavailableError; whatever *function* raises, after a rollback.
+        Raises: RefusedDataError; LedgerUnavailableError, also as UnknownOutcomeError; whatever *function* raises,
+        after a rollback.
         """
 
     async def read(self, function: Callable[[Connection], T]) -> T:
@@ -49,8 +60,11 @@ def translate_error(error: Exception) -> Exception:
     """Translate a database error, without its statement and parameters, which contain URLs and users' texts."""
     cause = error.orig if isinstance(error, DBAPIError) and error.orig is not None else error
     is_refused = isinstance(cause, (sqlite3.DataError, sqlite3.IntegrityError))
-    if is_refused or str(getattr(cause, "sqlstate", "")).startswith(_REFUSED_STATES):
+    state = str(getattr(cause, "sqlstate", ""))
+    if is_refused or (state.startswith(_REFUSED_STATES) and state != _UNTRANSLATABLE):
         return RefusedDataError("the database refuses one of the values")
     if isinstance(error, TimeoutError):
         return LedgerUnavailableError("the database did not answer in time")
+    if "unsupported startup parameter" in str(cause):
+        return LedgerUnavailableError("pgbouncer is not supported: connect to PostgreSQL itself")
     return LedgerUnavailableError(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"[:300])

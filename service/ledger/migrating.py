@@ -1,11 +1,13 @@
 """Migrating the tables to this release, and checking their revision."""
 
+from datetime import datetime
 from pathlib import Path
 from typing import Final
 
 from sqlalchemy import Connection, inspect, text
 
 from service.core.errors import ExplainedError
+from service.ledger import heartbeats
 
 # The newest revision; a test compares it with the folder. A constant, because only a migration needs to load Alembic.
 HEAD: Final = "0001"
@@ -17,7 +19,11 @@ class SchemaError(ExplainedError):
 
 
 def migrate(connection: Connection) -> tuple[str | None, str]:
-    """Run the missing migrations and return the revisions before and after; concurrent calls run one by one."""
+    """Run the missing migrations and return the revisions before and after; concurrent calls run one by one.
+
+    Raises: SchemaError for a database that cannot store every text.
+    """
+    _check_encoding(connection)
     from alembic import command  # noqa: PLC0415 - 10 MB that api and worker never need
     from alembic.config import Config  # noqa: PLC0415
 
@@ -41,6 +47,7 @@ def check(connection: Connection) -> None:
 
     Raises: SchemaError, which says what to do.
     """
+    _check_encoding(connection)
     revision = current(connection)
     if revision is None or revision < HEAD:
         found = f"at {revision}" if revision else "missing"
@@ -57,8 +64,26 @@ def check_writable(connection: Connection) -> None:
     Raises: SchemaError.
     """
     check(connection)
-    # It changes nothing, but fails where any write would; on SQLite the transaction itself takes the lock.
+    # It changes nothing, but fails where the tables are read-only; on SQLite the transaction itself takes the lock.
     connection.execute(text("UPDATE alembic_version SET version_num = version_num WHERE 1 = 0"))
+
+
+def check_commits(connection: Connection, *, now: datetime) -> None:
+    """Write a row: with the commit that follows, it also fails on a full disk, which check_writable() does not.
+
+    Raises: SchemaError.
+    """
+    check(connection)
+    heartbeats.record_beat(connection, heartbeats.READINESS, now=now)
+
+
+def _check_encoding(connection: Connection) -> None:
+    if connection.dialect.name != "postgresql":
+        return
+    encoding = connection.scalar(text("SELECT current_setting('server_encoding')"))
+    if encoding != "UTF8":
+        advice = "make another with CREATE DATABASE … ENCODING 'UTF8' TEMPLATE template0"
+        raise SchemaError(f"the database's encoding is {encoding} and cannot store every text: {advice}")
 
 
 def current(connection: Connection) -> str | None:

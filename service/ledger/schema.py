@@ -215,3 +215,11 @@ tallies = Table(
     Column("day", Date, primary_key=True),
     Column("deletes", Integer, nullable=False),
 )
+
+# When something was last seen; see heartbeats.
+heartbeats = Table(
+    "heartbeats",
+    metadata,
+    Column("name", String(64), primary_key=True),
+    Column("at", Instant, nullable=False),
+)

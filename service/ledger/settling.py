@@ -1,61 +1,25 @@
 """Writes of a worker to the records it has claimed: the copy, and the outcome of the attempt. A fence guards each."""
 
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
-from datetime import datetime, timedelta
-from enum import StrEnum
+from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from datetime import datetime
 from typing import Any
 
 from sqlalchemy import Connection, Date, Row, bindparam, func, select, update
 from sqlalchemy import Text as TextType
 
 from service.core.attempts import Outcome, Step, Verdict
-from service.core.generation import Generation
 from service.core.lifecycle import Move, State, state_after
 from service.core.retention import Retention
-from service.ledger import daily_limit, key_history, pausing
+from service.ledger import daily_limit, history, key_history, pausing
 from service.ledger.claiming import Claim
 from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.history import Entry, append_entries
+from service.ledger.outcomes import Copy, CopyResult, Settled, Settlement
 from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import records
 
 _UNKNOWN_TO_KEY = "the API does not know it, nor any other generation yet; check SYNC_API_KEY"
-
-
-@dataclass(frozen=True, slots=True)
-class Copy:
-    """The generation as the API showed it, to be stored before the DELETE."""
-
-    claim: Claim
-    generation: Generation
-    body: str
-    is_rehearsal: bool = False  # no DELETE follows
-
-
-@dataclass(frozen=True, slots=True)
-class Settlement:
-    """The outcome of an attempt: *receipt* is the API's final answer as JSON, *error* a sentence without secrets."""
-
-    claim: Claim
-    verdict: Verdict
-    step: Step
-    receipt: str | None = None
-    error: str | None = None
-    is_refund: bool = False  # its DELETE was allowed, and certainly deleted nothing
-    is_key_good: bool = False  # the API gives this answer only to a valid key
-    is_shown: bool = False  # the API showed the generation
-    throttle: timedelta | None = None  # for how long the API wants no calls
-    retention: Retention | None = None  # from an override that only the API showed; with a DEFER
-
-
-class CopyResult(StrEnum):
-    """Whether a copy was stored, and whether the DELETE may follow."""
-
-    KEPT = "kept"  # stored; the DELETE may follow
-    LOST = "lost"  # not stored: the lease is over, and the next claim decides
-    LIMITED = "limited"  # stored, but the daily limit is reached
-    PAUSED = "paused"  # stored, but an operator paused deletions after the claim
 
 
 def store_copies(
@@ -82,8 +46,8 @@ def store_copies(
 
 def settle_attempts(
     connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str, key_id: str
-) -> list[bool]:
-    """Write the outcome of each attempt; False where the lease is over or the key in doubt, and the next claim decides.
+) -> list[Settled]:
+    """Write the outcome of each attempt that is still claimed, and whose answer is no doubt about the key.
 
     *key_id* identifies the API key that the attempts used.
     """
@@ -103,7 +67,23 @@ def settle_attempts(
     counted = [mine[item.claim.seq].counted_on for item in valid if item.is_refund]
     daily_limit.refund_deletes(connection, [day for day in counted if day is not None])
     _update_pauses(connection, settlements, now, actor)
-    return [item.claim.seq in mine and item.claim.seq not in doubted for item in settlements]
+    return [_outcome(connection, item, mine, doubted) for item in settlements]
+
+
+def _outcome(
+    connection: Connection, item: Settlement, mine: Mapping[int, Row[Any]], doubted: Mapping[int, Settlement]
+) -> Settled:
+    if item.claim.seq in doubted:
+        return Settled.LOST
+    return Settled.SETTLED if item.claim.seq in mine else _find_settled(connection, item)
+
+
+def _find_settled(connection: Connection, item: Settlement) -> Settled:
+    """Tell a settlement that was committed before from one that is lost: its move is in the history."""
+    for entry in history.read_entries(connection, item.claim.seq):
+        if entry.move is item.step.move and (entry.detail or {}).get("attempt") == item.claim.attempt:
+            return Settled.ALREADY
+    return Settled.LOST
 
 
 def _doubt_unknown(

@@ -12,7 +12,13 @@ from typing import Any, TypeVar
 from sqlalchemy import URL, Connection, Engine, create_engine, event
 from sqlalchemy.exc import OperationalError, SQLAlchemyError
 
-from service.ledger.database import READ_TIMEOUT_SECONDS, LedgerUnavailableError, translate_error
+from service.ledger.database import (
+    READ_TIMEOUT_SECONDS,
+    LedgerMovedError,
+    LedgerUnavailableError,
+    UnknownOutcomeError,
+    translate_error,
+)
 
 T = TypeVar("T")
 
@@ -29,8 +35,10 @@ class SqliteDatabase:
         self._write_seconds = write_seconds
         if url.database:
             _make_private(url.database)
+        self._files = _Files(url.database)
         self._writing = _engine(url, connections=1, busy_seconds=0, begin=_begin_immediate)
         self._reading = _engine(url, connections=_READ_THREADS, busy_seconds=BUSY_TIMEOUT_SECONDS, begin=_begin)
+        event.listen(self._writing, "connect", self._files.forget_wal)
         self._writer = ThreadPoolExecutor(1, "ledger-writer")
         self._readers = ThreadPoolExecutor(_READ_THREADS, "ledger-reader")
         self._is_closed = False
@@ -38,8 +46,13 @@ class SqliteDatabase:
         self._writer.submit(int)
 
     async def write(self, function: Callable[[Connection], T]) -> T:
-        """See Database. Cancelling the caller does not stop a write that has started."""
-        return await self._run(self._writer, self._write, function, self._write_seconds)
+        """See Database. Neither a timeout nor cancelling the caller stops a write that has started."""
+        try:
+            return await self._run(self._writer, self._write, function, self._write_seconds)
+        except LedgerUnavailableError as error:
+            if isinstance(error.__cause__, TimeoutError):
+                raise UnknownOutcomeError(str(error)) from error
+            raise
 
     async def read(self, function: Callable[[Connection], T]) -> T:
         """See Database."""
@@ -63,10 +76,16 @@ class SqliteDatabase:
     def _write(self, function: Callable[[Connection], T]) -> T:
         if self._is_closed:
             raise LedgerUnavailableError("the ledger is closed")
+        self._files.check()
         with self._writing.begin() as connection:
-            return function(connection)
+            self._files.check_all()
+            result = function(connection)
+            self._files.check_all()
+        self._files.check_all()  # moved during the commit
+        return result
 
     def _read(self, function: Callable[[Connection], T]) -> T:
+        self._files.check()
         with self._reading.begin() as connection:
             return function(connection)
 
@@ -77,6 +96,52 @@ class SqliteDatabase:
         await asyncio.to_thread(self._readers.shutdown)
         self._writing.dispose()
         self._reading.dispose()
+
+
+class _Files:
+    """Notices when the ledger's file, or its write-ahead log, is moved or removed: SQLite goes on without them.
+
+    Two calls of stat() take 4 µs; a commit waits for the disk.
+    """
+
+    def __init__(self, path: str | None) -> None:
+        self._path = path if path and path != ":memory:" else None
+        self._main = self._identity("")
+        self._wal: tuple[int, int] | None = None
+
+    def check(self) -> None:
+        """Return if the file is the one that was opened; before a connection, which would make an empty one.
+
+        Raises: LedgerMovedError.
+        """
+        main = self._identity("")
+        self._main = self._main or main
+        if main != self._main:
+            raise LedgerMovedError("the ledger's file was taken away: put it back, or restart Mayfly with another one")
+
+    def check_all(self) -> None:
+        """Do the same for both files; call it in a write transaction, which opens the log.
+
+        Raises: LedgerMovedError.
+        """
+        self.check()
+        wal = self._identity("-wal")
+        self._wal = self._wal or wal
+        if wal != self._wal:
+            raise LedgerMovedError("the ledger's write-ahead log was taken away: restart Mayfly")
+
+    def forget_wal(self, _connection: object, _record: object) -> None:
+        """Accept another log: SQLite removes it with the last connection, and a new connection makes one."""
+        self._wal = None
+
+    def _identity(self, suffix: str) -> tuple[int, int] | None:
+        if self._path is None:
+            return None
+        try:
+            status = os.stat(f"{self._path}{suffix}")
+        except OSError:
+            return None
+        return status.st_dev, status.st_ino
 
 
 def _make_private(path: str) -> None:

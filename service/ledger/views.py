@@ -9,7 +9,7 @@ from sqlalchemy import Connection, Row
 from service.core.durations import format_duration
 from service.core.key import Key
 from service.core.lifecycle import Move, State
-from service.ledger import history, pausing, reading
+from service.ledger import heartbeats, history, pausing, reading
 from service.ledger.columns import GENERATION_COLUMNS
 from service.ledger.pausing import Kind
 
@@ -31,13 +31,15 @@ class Stats(msgspec.Struct, rename="camel", frozen=True):
     oldest_overdue_seconds: float
     due: int
     pauses: list[PauseShown]
+    worker_seen_at: datetime | None
 
 
 def read_stats(connection: Connection, *, now: datetime) -> Stats:
     """Read the ledger's statistics."""
     backlog = reading.read_backlog(connection, now=now)
     counts = reading.count_by_state(connection)
-    return Stats(counts, backlog.oldest_overdue.total_seconds(), backlog.due, _read_pauses(connection))
+    seen_at = heartbeats.last_beat(connection, heartbeats.WORKER)
+    return Stats(counts, backlog.oldest_overdue.total_seconds(), backlog.due, _read_pauses(connection), seen_at)
 
 
 def _read_pauses(connection: Connection) -> list[PauseShown]:

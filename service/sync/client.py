@@ -16,6 +16,7 @@ import httpx
 from service import __version__
 from service.core.attempts import Verdict
 from service.core.secret import Secret
+from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.sync.answers import MAX_BYTES, Answer, Reply, read_delete, read_get, read_list
 from service.sync.connections import Connections
@@ -79,7 +80,7 @@ class SyncApi:
             # InvalidURL: httpx parses the Location of a redirect that it does not follow. OSError: httpx does not
             # translate the ssl.SSLError of an established connection that breaks.
             self._metrics.api_calls.labels(method, "network").inc()
-            return Answer(Verdict.RETRY, error=f"the {method} did not get through: {type(error).__name__}")
+            return Answer(Verdict.RETRY, error=f"the {method} did not get through: {describe_cause(error)}")
         self._metrics.api_calls.labels(method, f"{reply.status // 100}xx").inc()
         answer = read(reply)
         if answer.throttle is not None:

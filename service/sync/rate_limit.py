@@ -17,6 +17,7 @@ from limits.errors import StorageError
 
 from service.core.rate import Rate
 from service.core.secret import Secret
+from service.runtime.causes import describe_cause
 
 log = structlog.get_logger()
 
@@ -145,7 +146,7 @@ class Budget:
             except (StorageError, OSError, TimeoutError) as error:
                 self._ask_again_at = self._clock() + _ASK_AGAIN_SECONDS
                 what_now = f"this worker uses a 1/{ALONE_SHARE} share of MAYFLY_API_RATE until Redis answers"
-                log.warning("budget.unshared", error=type(error).__name__, what_now=what_now)
+                log.warning("budget.unshared", error=describe_cause(error), what_now=what_now)
         return await self._ask_limiter(self._alone)
 
     async def _ask_limiter(self, limit: "_Limit") -> bool:

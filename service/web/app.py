@@ -22,6 +22,7 @@ from service.runtime.metrics import Metrics
 from service.web import health, problems
 from service.web.auth import OperatorToken
 from service.web.intake import Intake
+from service.web.ledger_check import LedgerCheck
 from service.web.operator import OperatorController
 from service.web.parameters import refuse_unknown_parameters
 from service.web.records import RecordsController
@@ -42,8 +43,10 @@ def make_app(
 ) -> Litestar:
     """Build the ASGI application; the resources are open already."""
     enqueuer = Enqueuer(queue_pool, horizon=settings.queue_horizon, now=now, metrics=metrics)
+    ledger_check = LedgerCheck(database, now=now)
     dependencies_by_name = {
         "database": database,
+        "ledger_check": ledger_check,
         "queue_pool": queue_pool,
         "metrics": metrics,
         "now": now,
@@ -55,11 +58,12 @@ def make_app(
         route_handlers=[RecordsController, OperatorController],
         guards=[OperatorToken(settings.api_token), refuse_unknown_parameters],
     )
-    intake = _intake(settings, database, enqueuer, metrics, now)
+    intake = _intake(settings, database, enqueuer, metrics, now, ledger_check)
     return Litestar(
         [webhook_handler(intake, metrics), health.live, health.ready, health.show_metrics, operator],
         dependencies={name: _provide(value) for name, value in dependencies_by_name.items()},
         plugins=[problems.plugin],
+        request_class=problems.JsonRequest,
         response_headers=SECURITY_HEADERS,
         exception_handlers=problems.exception_handlers,
         after_exception=[problems.log_fault],
@@ -69,8 +73,13 @@ def make_app(
     )
 
 
-def _intake(
-    settings: Settings, database: Database, enqueuer: Enqueuer, metrics: Metrics, now: Callable[[], datetime]
+def _intake(  # noqa: PLR0917 - the parts of make_app()
+    settings: Settings,
+    database: Database,
+    enqueuer: Enqueuer,
+    metrics: Metrics,
+    now: Callable[[], datetime],
+    ledger_check: LedgerCheck,
 ) -> Intake:
     return Intake(
         database=database,
@@ -80,6 +89,7 @@ def _intake(
         policy=settings.policy,
         now=now,
         metrics=metrics,
+        note_commit=ledger_check.note_commit,
     )
 
 

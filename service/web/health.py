@@ -13,12 +13,12 @@ from litestar.openapi import ResponseSpec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.jobs.connection import QUEUE_ERRORS
-from service.ledger import migrating, pausing, reading
+from service.ledger import pausing, reading
 from service.ledger.database import Database, LedgerUnavailableError
-from service.ledger.migrating import SchemaError
 from service.ledger.pausing import Kind, Pause
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import run_within
+from service.web.ledger_check import LedgerCheck
 
 _TEXT = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")  # Litestar adds the charset
 _CHECK_SECONDS = 0.9
@@ -54,6 +54,7 @@ async def live() -> Health:
 )
 async def ready(
     database: NamedDependency[Database],
+    ledger_check: NamedDependency[LedgerCheck],
     queue_pool: NamedDependency[ArqRedis],
     now: NamedDependency[Callable[[], datetime]],
     is_dry_run: NamedDependency[bool],
@@ -63,7 +64,7 @@ async def ready(
     An unreachable Redis only delays deletions. Refusing webhooks would lose them, because sync.so does not retry.
     """
     ledger, redis, deletions = await asyncio.gather(
-        _check_ledger(database), _check_redis(queue_pool), _check_deletions(database, now(), is_dry_run=is_dry_run)
+        _check_ledger(ledger_check), _check_redis(queue_pool), _check_deletions(database, now(), is_dry_run=is_dry_run)
     )
     parts = {"ledger": ledger, "redis": redis, "deletions": deletions}
     if parts["ledger"].status == "failing":
@@ -72,14 +73,9 @@ async def ready(
     return Response(Health("ok" if is_well else "degraded", parts))
 
 
-async def _check_ledger(database: Database) -> Part:
-    try:
-        await run_within(_CHECK_SECONDS, database.write(migrating.check_writable))
-    except SchemaError as error:
-        return Part("failing", str(error))
-    except (LedgerUnavailableError, TimeoutError):
-        return Part("failing", "the database accepts no writes: webhooks are answered 503 until it does")
-    return Part("ok")
+async def _check_ledger(ledger_check: LedgerCheck) -> Part:
+    failure = await ledger_check.find_failure()
+    return Part("ok") if failure is None else Part("failing", failure)
 
 
 async def _check_redis(queue_pool: ArqRedis) -> Part:
@@ -112,7 +108,7 @@ def _explain_pause(pause: Pause) -> str:
     advice = {
         Kind.OPERATOR: "mayfly resume ends it",
         Kind.UNAUTHORIZED: "check SYNC_API_KEY; one record a minute tests whether it works again",
-        Kind.DAILY_LIMIT: "MAYFLY_MAX_DELETES_PER_DAY is reached; it ends at midnight UTC",
+        Kind.DAILY_LIMIT: "MAYFLY_MAX_DELETES_PER_DAY is reached; it ends at midnight UTC, or with a higher limit",
         Kind.WRONG_ORGANISATION: "check SYNC_API_KEY with mayfly doctor; mayfly resume ends it if they are really gone",
         Kind.THROTTLED: "it ends after the time that the API asked for",
     }
@@ -121,15 +117,19 @@ def _explain_pause(pause: Pause) -> str:
 
 @get("/metrics", tags=["health"], summary="Prometheus metrics", media_type=_TEXT)
 async def show_metrics(
-    database: NamedDependency[Database], metrics: NamedDependency[Metrics], now: NamedDependency[Callable[[], datetime]]
+    database: NamedDependency[Database],
+    ledger_check: NamedDependency[LedgerCheck],
+    metrics: NamedDependency[Metrics],
+    now: NamedDependency[Callable[[], datetime]],
 ) -> Response[bytes]:
     """Answer the metrics of this process, and gauges read from the ledger."""
-    await _read_gauges(database, metrics, now())
+    failure, is_read = await asyncio.gather(ledger_check.find_failure(), _read_gauges(database, metrics, now()))
+    metrics.ledger_up.set(failure is None and is_read)
     return Response(generate_latest(metrics.registry), media_type=_TEXT)
 
 
-async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> None:
-    """Read the ledger's gauges; if it does not answer, they keep their values and mayfly_ledger_up is 0."""
+async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> bool:
+    """Read the ledger's gauges; False if it does not answer, and they keep their values."""
     try:
         backlog, held, pauses = await run_within(
             _CHECK_SECONDS,
@@ -142,9 +142,7 @@ async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> N
             ),
         )
     except (LedgerUnavailableError, TimeoutError):
-        metrics.ledger_up.set(0)
-        return
-    metrics.ledger_up.set(1)
+        return False
     metrics.oldest_overdue_seconds.set(backlog.oldest_overdue.total_seconds())
     metrics.due_records.set(backlog.due)
     metrics.failed_records.set(backlog.failed)
@@ -152,3 +150,4 @@ async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> N
         metrics.held_records.labels(cause).set(number)
     for kind in Kind:
         metrics.pauses.labels(kind).set(any(pause.kind is kind for pause in pauses))
+    return True

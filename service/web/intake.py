@@ -15,7 +15,7 @@ from service.core.retention import Policy, decide_retention
 from service.core.signature import SignatureError, check_form, verify
 from service.jobs.enqueue import CleanupJob
 from service.ledger import receiving
-from service.ledger.database import Database
+from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.group_commit import GroupCommit
 from service.ledger.receiving import Arrival, Receipt
 from service.runtime.metrics import Metrics
@@ -44,6 +44,7 @@ class Intake:
         policy: Policy,
         now: Callable[[], datetime],
         metrics: Metrics,
+        note_commit: Callable[..., None],  # of readiness: has_failed=
     ) -> None:
         self._database = database
         self._enqueue = enqueue
@@ -52,6 +53,7 @@ class Intake:
         self._policy = policy
         self._now = now
         self._metrics = metrics
+        self._note_commit = note_commit
         self._stored = metrics.webhooks.labels("stored")
         self._known = metrics.webhooks.labels("known")
         self._group: GroupCommit[Arrival, Receipt] = GroupCommit(self._commit)
@@ -104,7 +106,12 @@ class Intake:
             log.warning("webhook.status_unknown", **names, what_now="the webhook is ignored, nothing is deleted")
 
     async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
-        receipts = await self._database.write(partial(receiving.receive, arrivals=arrivals))
+        try:
+            receipts = await self._database.write(partial(receiving.receive, arrivals=arrivals))
+        except LedgerUnavailableError:
+            self._note_commit(has_failed=True)
+            raise
+        self._note_commit(has_failed=False)
         new = sum([receipt.is_new for receipt in receipts])
         self._stored.inc(new)
         self._known.inc(len(receipts) - new)

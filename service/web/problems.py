@@ -15,7 +15,7 @@ from litestar.response import Response
 from service.core.generation import MalformedError
 from service.core.lifecycle import IllegalMoveError
 from service.core.signature import SignatureError
-from service.ledger.database import LedgerUnavailableError, RefusedDataError
+from service.ledger.database import LedgerMovedError, LedgerUnavailableError, RefusedDataError, UnknownOutcomeError
 from service.ledger.reading import CursorError
 from service.web.security_headers import SECURITY_HEADERS
 
@@ -43,7 +43,7 @@ def documented(*statuses: int) -> dict[int, ResponseSpec]:
         409: "the record's state does not allow this move",
         413: "the body is larger than 1 MiB",
         415: "the body is not JSON in UTF-8",
-        503: "nothing was stored: the database does not answer, or too many large bodies arrive at once",
+        503: "not stored, or not known to be: the database does not answer, or too many large bodies arrive at once",
     }
     return {
         status: ResponseSpec(
@@ -88,8 +88,10 @@ def _from_http_exception(error: HTTPException) -> ProblemDetailsException:
     return problem(error.status_code, title, "; ".join(reasons) or error.detail, error.headers)
 
 
-def _from_unavailable(_error: LedgerUnavailableError) -> ProblemDetailsException:
+def _from_unavailable(error: LedgerUnavailableError) -> ProblemDetailsException:
     detail = "the ledger is unavailable; nothing was stored, send the request again"
+    if isinstance(error, UnknownOutcomeError):
+        detail = "the ledger did not answer in time; it is not known whether it was stored; send it again"
     return problem(503, "Ledger unavailable", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
 
 
@@ -104,6 +106,8 @@ plugin = ProblemDetailsPlugin(
             HTTPException: _from_http_exception,
             SignatureError: _from_signature_error,
             LedgerUnavailableError: _from_unavailable,
+            LedgerMovedError: _from_unavailable,
+            UnknownOutcomeError: _from_unavailable,
             RefusedDataError: lambda error: problem(400, "Not storable", str(error)),
             MalformedError: lambda error: problem(400, "Not a generation", str(error)),
             IllegalMoveError: lambda error: problem(409, "Not possible now", str(error)),
@@ -118,3 +122,17 @@ async def log_fault(error: Exception, scope: Any) -> None:  # noqa: ANN401 - Lit
     """Log what is answered with a 500; Litestar does not log its own, which are HTTP exceptions."""
     if getattr(error, "status_code", 500) == 500 and type(error) not in plugin.config.exception_to_problem_detail_map:
         log.error("request.crashed", path=scope.get("path"), exc_info=error)
+
+
+class JsonRequest(Request[Any, Any, Any]):
+    """A request whose JSON may be nested without end: msgspec raises RecursionError, which Litestar answers 500."""
+
+    async def json(self) -> Any:  # noqa: ANN401 - any JSON value
+        """Return the body.
+
+        Raises: ProblemDetailsException.
+        """
+        try:
+            return await super().json()
+        except RecursionError:
+            raise problem(400, "Bad Request", "the body is nested too deeply") from None

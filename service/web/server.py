@@ -1,6 +1,7 @@
 """Serving an ASGI application with uvicorn, inside a running event loop."""
 
 import asyncio
+import os
 import resource
 import socket
 from collections.abc import AsyncIterator
@@ -8,6 +9,8 @@ from contextlib import asynccontextmanager
 from typing import Any, Final
 
 import uvicorn
+
+from service.core.errors import ExplainedError
 
 # The most requests in progress, and the most connections; beyond either, uvicorn answers a request 503.
 MAX_CONCURRENT: Final = 4096
@@ -34,8 +37,7 @@ async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa
     Raises: OSError when the address cannot be listened on.
     """
     _allow_open_files(MAX_CONCURRENT + _OTHER_FILES)
-    family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    with socket.create_server((host, port), family=family, backlog=_BACKLOG) as listener:
+    with _listen(host, port) as listener:
         config = uvicorn.Config(
             _Guarded(app),
             http="httptools",
@@ -80,6 +82,27 @@ class _Guarded:
             await send({"type": "http.response.body", "body": text})
         else:
             await self._app(scope, receive, send)
+
+
+class AddressError(ExplainedError):
+    """The address cannot be listened on."""
+
+
+def check_address(host: str, port: int) -> None:
+    """Return if *host* and *port* can be listened on; call it before anything starts.
+
+    Raises: AddressError.
+    """
+    try:
+        _listen(host, port).close()
+    except OSError as error:
+        where = f"{host} port {port}: {os.strerror(error.errno) if error.errno and error.errno > 0 else error.strerror}"
+        raise AddressError(f"cannot listen on {where}; check MAYFLY_HOST and MAYFLY_PORT") from error
+
+
+def _listen(host: str, port: int) -> socket.socket:
+    family = socket.AF_INET6 if ":" in host else socket.AF_INET
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
 
 
 def _allow_open_files(wanted: int) -> None:

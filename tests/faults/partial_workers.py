@@ -10,7 +10,7 @@ import structlog
 
 import workers.main
 from service import cli
-from service.ledger.settling import Copy, CopyResult
+from service.ledger.outcomes import Copy, CopyResult
 from workers.attempt import Cleaner
 
 

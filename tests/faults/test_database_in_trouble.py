@@ -117,6 +117,9 @@ async def test_a_full_disk_under_the_ledger_is_answered_503_and_deletes_nothing(
         await asyncio.sleep(2)
         assert not [call for call in system.simulator.calls if call.operation is Operation.DELETE]
         assert (await system.client.get(f"{system.url}/health/live")).status_code == 200
+        ready = await system.client.get(f"{system.url}/health/ready")
+        assert (ready.status_code, ready.json()["parts"]["ledger"]["status"]) == (503, "failing")
+        assert await system.metric("mayfly_ledger_up") == 0
     await system.accepted(missed)
     await system.expire_leases()
     await system.drain()

@@ -14,10 +14,10 @@ from service.core.key import Key
 from service.core.lifecycle import Move, State
 from service.core.secret import Secret
 from service.ledger import history, moving, pausing, settling
-from service.ledger.database import LedgerUnavailableError
+from service.ledger.database import LedgerUnavailableError, UnknownOutcomeError
 from service.ledger.opening import open_database
+from service.ledger.outcomes import CopyResult, Settled, Settlement
 from service.ledger.pausing import Kind
-from service.ledger.settling import CopyResult, Settlement
 from service.simulator import Operation
 from service.simulator.faults import ABSENT_BODIES
 from service.sync.answers import Reply, read_get
@@ -183,6 +183,25 @@ async def test_the_receipt_survives_a_short_outage_of_the_ledger(cleaner_of, api
     row = await row_of(database, key)
     assert (row.outcome, row.attempts) == (Outcome.DELETED, 1)
     assert json.loads(row.receipt)["status"] == 200
+
+
+async def test_a_settlement_whose_commit_was_reported_late_is_not_logged_as_lost(
+    cleaner_of, api, database, announced, capfd
+):
+    key = await announced()
+    item = await claim_one(database)
+    tries = []
+
+    async def settle_late(settlement):
+        tries.append((await settle(database, settlement))[0])
+        if len(tries) == 1:
+            raise UnknownOutcomeError("the database did not answer in time")
+        return tries[-1]
+
+    assert await cleaner_of(api, settle=settle_late).clean(item) is Verdict.DONE
+    assert tries == [Settled.SETTLED, Settled.ALREADY]
+    assert "lease_lost" not in capfd.readouterr().out
+    assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM, Move.CONFIRM]
 
 
 async def test_an_attempt_waits_for_the_ledger_no_longer_than_its_lease(cleaner_of, api, database, announced):
@@ -657,7 +676,7 @@ async def test_an_attempt_whose_lease_was_lost_enqueues_nothing(cleaner_of, api,
     await announced(faults={"GET": ["500"]})
 
     async def lost(_settlement):
-        return False
+        return Settled.LOST
 
     await cleaner_of(api, settle=lost, enqueue_next=enqueue_next).clean(await claim_one(database))
 
@@ -689,5 +708,5 @@ async def test_a_settled_record_cannot_be_settled_again(database, announced):
     item = await claim_one(database)
     await settle(database, confirmed(item))
 
-    assert await settle(database, confirmed(item)) == [False]
+    assert await settle(database, confirmed(item)) == [Settled.ALREADY]
     assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM, Move.CONFIRM]

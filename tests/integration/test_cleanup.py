@@ -331,7 +331,7 @@ async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(wor
     assert list(worker.functions) == [enqueue.FUNCTION]
     assert worker.queue_read_limit >= 10 * worker.max_jobs
     # It may wait for the budget and then hold a whole lease; and so long arq keeps the id of a worker that died.
-    assert cleanup.BUDGET_SECONDS + workers.main.LEASE.total_seconds() < worker.job_timeout_s <= 90
+    assert cleanup.BUDGET_SECONDS + workers.ledger.LEASE.total_seconds() < worker.job_timeout_s <= 90
     assert all(one.timeout_s is None and one.max_tries is None for one in worker.functions.values())
 
 

@@ -15,7 +15,7 @@ from service.core.generation import read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
 from service.core.retention import Policy, decide_retention
-from service.ledger import pausing, receiving
+from service.ledger import heartbeats, pausing, receiving
 from service.ledger.opening import open_database
 from service.ledger.pausing import Kind, Pause
 from service.ledger.receiving import Arrival
@@ -355,7 +355,23 @@ async def test_stats_show_the_number_per_state_and_the_most_overdue_deletion(may
     assert 300 <= numbers["oldestOverdueSeconds"] < 400
     assert numbers["pauses"] == []
     assert "Due now: 1, the longest for 3" in text
-    assert "Deletions are running." in text
+    assert "No worker has been seen.\nDeletions are not paused, but need a worker that runs." in text
+    assert numbers["workerSeenAt"] is None
+
+
+async def test_stats_say_when_a_worker_was_last_seen(mayfly, ledger):
+    await ledger(heartbeats.record_beat, heartbeats.WORKER, now=datetime.now(UTC))
+    running = (await mayfly("stats")).stdout
+    seen_at = datetime.now(UTC) - timedelta(hours=1)
+    await ledger(heartbeats.record_beat, heartbeats.WORKER, now=seen_at)
+    gone = (await mayfly("stats")).stdout
+    numbers = json.loads((await mayfly("stats", "--json")).stdout)
+
+    assert "A worker was last seen" in running
+    assert "Deletions are running." in running
+    assert "A worker was last seen 360" in gone
+    assert "Deletions are running." not in gone
+    assert datetime.fromisoformat(numbers["workerSeenAt"]) == seen_at
 
 
 async def test_a_second_pause_keeps_the_first_reason(mayfly):

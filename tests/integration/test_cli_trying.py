@@ -9,6 +9,7 @@ import sys
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from email.utils import format_datetime
+from functools import partial
 from uuid import uuid4
 
 import httpx
@@ -18,10 +19,11 @@ from structlog.testing import capture_logs
 from service.commands.doctor import _check_clock, _judge_answer
 from service.config.settings import read_settings
 from service.core.secret import Secret
+from service.ledger import heartbeats
 from service.sync.organisation import OTHER_ORGANISATION, check_organisation, is_same_organisation, warn_if_not_compared
 from tests.conftest import API_TOKEN, http_client
 from tests.support.commands import command
-from tests.support.ledger import HOUR, store
+from tests.support.ledger import HOUR, claim_one, given_up, settle, store
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually
 from tests.support.webhooks import SECRET, webhook
@@ -186,7 +188,7 @@ async def test_a_port_in_use_is_reported_in_one_line(simulator):
 # doctor
 
 
-async def examined(tmp_path, simulator, **environment: str):
+async def examined(tmp_path, simulator, *options: str, **environment: str):
     """Run the doctor; return the exit code and the findings by part."""
     defaults = {
         "SYNC_BASE_URL": simulator.url,
@@ -194,7 +196,7 @@ async def examined(tmp_path, simulator, **environment: str):
         "SYNC_WEBHOOK_SECRET": SECRET,
         "MAYFLY_DATA_DIR": str(tmp_path / "data"),
     }
-    code, output, _ = await mayfly("doctor", "--json", **defaults | environment)
+    code, output, _ = await mayfly("doctor", "--json", *options, **defaults | environment)
     return code, {finding["part"]: finding for finding in json.loads(output)["findings"]}
 
 
@@ -333,6 +335,71 @@ async def test_doctor_fails_if_deletions_are_late(tmp_path, simulator, sqlite_da
 
     assert (code, found["deletions"]["status"]) == (1, "failing")
     assert "60 min overdue" in found["deletions"]["detail"]
+
+
+async def test_doctor_fails_if_a_full_disk_lets_nothing_be_committed(tmp_path, simulator, sqlite_url, redis_url):
+    environment = {
+        "SYNC_BASE_URL": simulator.url,
+        "SYNC_API_KEY": simulator.api_key,
+        "SYNC_WEBHOOK_SECRET": SECRET,
+        "MAYFLY_DATA_DIR": str(tmp_path / "data"),
+        "MAYFLY_DATABASE_URL": f"sqlite:///{sqlite_url.database}",
+        "MAYFLY_REDIS_URL": redis_url,
+    }
+    # No file may grow, as on a full disk; the pipe is none.
+    no_room = ["sh", "-c", 'ulimit -f 0; exec "$@"', "sh", *MAYFLY, "doctor", "--json"]
+    ended = await asyncio.to_thread(subprocess.run, no_room, env=os.environ | environment, capture_output=True)
+    found = {finding["part"]: finding for finding in json.loads(ended.stdout)["findings"]}
+
+    assert (ended.returncode, found["ledger"]["status"]) == (1, "failing")
+    assert "the disk" in found["ledger"]["detail"]
+
+
+async def test_doctor_names_the_worker_and_the_failed_and_held_records(
+    tmp_path, simulator, sqlite_database, sqlite_url
+):
+    url = f"sqlite:///{sqlite_url.database}"
+    await store(sqlite_database)
+    await settle(sqlite_database, given_up(await claim_one(sqlite_database)))
+    await store(sqlite_database, hold="legal", due_in=None)
+    _, before = await examined(tmp_path, simulator, MAYFLY_DATABASE_URL=url)
+    await sqlite_database.write(partial(heartbeats.record_beat, name=heartbeats.WORKER, now=datetime.now(UTC)))
+    code, found = await examined(tmp_path, simulator, MAYFLY_DATABASE_URL=url)
+
+    assert (before["worker"]["status"], before["worker"]["detail"]) == ("warning", "no worker has been seen")
+    assert (code, found["worker"]["status"]) == (0, "ok")
+    assert found["failed records"]["status"] == "warning"
+    assert "1 given up" in found["failed records"]["detail"]
+    assert "1 on hold" in found["held records"]["detail"]
+
+
+async def test_doctor_warns_of_a_postgresql_that_may_lose_commits(tmp_path, simulator, postgres_url):
+    url = postgres_url.render_as_string(hide_password=False)  # the tests' server has fsync off
+    code, found = await examined(tmp_path, simulator, MAYFLY_DATABASE_URL=url)
+
+    assert (code, found["durability"]["status"]) == (0, "warning")
+    assert "fsync off" in found["durability"]["detail"]
+
+
+async def test_doctor_fails_for_a_database_in_another_encoding(tmp_path, simulator, latin_url):
+    code, found = await examined(
+        tmp_path, simulator, MAYFLY_DATABASE_URL=latin_url.render_as_string(hide_password=False)
+    )
+
+    assert (code, found["ledger"]["status"]) == (1, "failing")
+    assert "LATIN1" in found["ledger"]["detail"]
+
+
+@pytest.mark.parametrize(
+    ("role", "missing", "part"),
+    [("api", "SYNC_API_KEY", "API key"), ("worker", "SYNC_WEBHOOK_SECRET", "webhook secret")],
+)
+async def test_doctor_knows_which_secret_a_role_does_not_need(tmp_path, simulator, role, missing, part):
+    code, found = await examined(tmp_path, simulator, "--role", role, **{missing: ""})
+    other, _ = await examined(tmp_path, simulator, **{missing: ""})
+
+    assert (code, found[part]["status"], other) == (0, "ok", 1)
+    assert found[part]["detail"] == f"not set, and not needed by {role}"
 
 
 async def test_doctor_fails_if_redis_would_drop_jobs(tmp_path, simulator):

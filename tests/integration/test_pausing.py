@@ -12,10 +12,10 @@ from service.core.attempts import Verdict
 from service.core.lifecycle import State
 from service.ledger import pausing, settling
 from service.ledger.opening import open_database
+from service.ledger.outcomes import Settled
 from service.ledger.pausing import PROBE_EVERY, Kind, Pause
 from tests.support.ledger import (
     ACTOR,
-    KEY_ID,
     arrival,
     claim,
     claim_one,
@@ -196,7 +196,7 @@ async def test_workers_refused_at_the_same_moment_all_commit_their_attempts(data
         )
         states = {(await row_of(one, item.key)).state for item in claims}
 
-        assert results == [[True]] * 8
+        assert results == [[Settled.SETTLED]] * 8
         assert states == {State.SCHEDULED}
         assert await kinds(one) == [Kind.UNAUTHORIZED]
 
@@ -247,7 +247,7 @@ async def test_a_look_at_pauses_and_the_end_of_attempts_never_wait_for_ever(post
         ends = [replace(deferred(accepted), is_key_good=True), replace(deferred(throttled), throttle=60 * SECOND)]
         writes = [
             one.write(
-                slowly(partial(settling.settle_attempts, settlements=ends, now=utc_now(), actor=ACTOR, key_id=KEY_ID))
+                slowly(partial(settling.settle_attempts, settlements=ends, now=utc_now(), actor=ACTOR, key_id="a key"))
             ),
             other.write(slowly(partial(pausing.take_allowance, now=utc_now()))),
         ]

@@ -15,7 +15,7 @@ from service.core.lifecycle import Move, State
 from service.ledger import moving, receiving
 from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.opening import open_database
-from service.ledger.settling import CopyResult
+from service.ledger.outcomes import CopyResult, Settled
 from tests.support.ledger import (
     ACTOR,
     HOUR,
@@ -188,7 +188,7 @@ async def test_a_webhook_stops_a_worker_that_has_no_copy_yet(database, later, th
 
     assert (receipt.state, receipt.is_moved) == (then, True)
     assert await copy(database, claim) is CopyResult.LOST
-    assert await settle(database, confirmed(claim)) == [False]
+    assert await settle(database, confirmed(claim)) == [Settled.LOST]
     assert (await row_of(database, key)).state == then
     assert await moves_of(database, key) == [Move.RECEIVE, Move.CLAIM, *moves]
 
@@ -201,7 +201,7 @@ async def test_a_webhook_is_too_late_after_the_copy(database, later):
     (receipt,) = await receive(database, arrival(id="g1", **later))
 
     assert (receipt.state, receipt.is_moved) == (State.DELETING, False)
-    assert await settle(database, confirmed(claim)) == [True]
+    assert await settle(database, confirmed(claim)) == [Settled.SETTLED]
     assert (await row_of(database, key)).state == State.DELETED
 
 

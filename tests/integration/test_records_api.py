@@ -11,8 +11,8 @@ from service.core.attempts import Outcome
 from service.core.generation import read_generation
 from service.core.key import Key
 from service.ledger import reading
+from service.ledger.outcomes import CopyResult
 from service.ledger.receiving import Arrival
-from service.ledger.settling import CopyResult
 from tests.conftest import API_TOKEN
 from tests.support.ledger import (
     HOUR,
@@ -709,3 +709,14 @@ async def test_stats_show_the_numbers_of_the_ledger(client, database):
     assert stats["records"] == {"scheduled": 2, "deleting": 0, "deleted": 0, "failed": 0, "held": 0, "kept": 1}
     assert 3590 < stats["oldestOverdueSeconds"] < 3700
     assert stats["due"] == 1
+
+
+@pytest.mark.parametrize("body", [b'{"reason":' + b"[" * 100_000, b"[" * 100_000 + b"]" * 100_000, b'{"a":' * 100_000])
+async def test_json_nested_without_end_is_400(sqlite_database, open_client, body):
+    async with open_client(sqlite_database) as client:
+        headers = {"authorization": f"Bearer {API_TOKEN}", "content-type": "application/json"}
+        routes = ("/api/pause", "/api/records/g1/hold")
+        answers = [await client.post(route, content=body, headers=headers) for route in routes]
+
+    assert [answer.status_code for answer in answers] == [400, 400]
+    assert answers[0].json()["detail"] == "the body is nested too deeply"

@@ -11,7 +11,7 @@ from service.core.attempts import Outcome, Verdict
 from service.core.lifecycle import IllegalMoveError, Move, State
 from service.ledger import moving, pausing
 from service.ledger.opening import open_database
-from service.ledger.settling import CopyResult, Settlement
+from service.ledger.outcomes import CopyResult, Settled, Settlement
 from tests.support.ledger import (
     ACTOR,
     HOUR,
@@ -39,7 +39,7 @@ async def test_a_confirmed_record_is_deleted_with_its_receipt(database):
     await copy(database, item)
     now = utc_now()
 
-    assert await settle(database, confirmed(item), now=now) == [True]
+    assert await settle(database, confirmed(item), now=now) == [Settled.SETTLED]
     row = await row_of(database, key)
     assert (row.state, row.outcome, row.deleted_at) == (State.DELETED, Outcome.DELETED, now)
     assert (row.receipt, row.wake_at, row.last_error) == ('{"status":200}', None, None)
@@ -128,11 +128,11 @@ async def test_an_attempt_after_its_lease_writes_nothing(database, write):
     if write == "copy":
         assert await copy(database, asleep, outputFileName="of the sleeper") is CopyResult.LOST
     else:
-        assert await settle(database, confirmed(asleep)) == [False]
+        assert await settle(database, confirmed(asleep)) == [Settled.LOST]
     row = await row_of(database, key)
     assert (row.state, row.attempts, row.copied_at, row.outcome) == (State.DELETING, successor.attempt, None, None)
     assert Move.CONFIRM not in await moves_of(database, key)
-    assert await settle(database, confirmed(successor)) == [True]
+    assert await settle(database, confirmed(successor)) == [Settled.SETTLED]
 
 
 async def test_an_attempt_is_settled_once(database):
@@ -140,7 +140,7 @@ async def test_an_attempt_is_settled_once(database):
     item = await claim_one(database)
     await settle(database, confirmed(item))
 
-    assert await settle(database, deferred(item)) == [False]
+    assert await settle(database, deferred(item)) == [Settled.LOST]
     assert (await row_of(database, key)).state == State.DELETED
 
 
@@ -150,7 +150,7 @@ async def test_a_lost_lease_in_a_batch_does_not_affect_the_others(database):
     await end_lease(database, lost)
     await lose_leases(database)
 
-    assert await settle(database, *(confirmed(item) for item in claims)) == [False, True]
+    assert await settle(database, *(confirmed(item) for item in claims)) == [Settled.LOST, Settled.SETTLED]
     assert (await row_of(database, lost)).state == State.SCHEDULED
     assert (await row_of(database, kept)).state == State.DELETED
 
@@ -259,4 +259,4 @@ async def test_settling_attempts_never_deadlocks_with_webhooks_for_their_generat
             ends = settle(other, *(confirmed(item) for item in claims))
             results = await asyncio.gather(receive(one, *arrivals), ends, receive(one, *arrivals))
 
-            assert results[1] == [True] * 200
+            assert results[1] == [Settled.SETTLED] * 200

@@ -16,9 +16,9 @@ from service.core.retention import Retention
 from service.ledger import claiming, history, reading, receiving, settling
 from service.ledger.claiming import Claim
 from service.ledger.database import Database
+from service.ledger.outcomes import Copy, CopyResult, Settled, Settlement
 from service.ledger.receiving import Arrival, Receipt
 from service.ledger.schema import records
-from service.ledger.settling import Copy, CopyResult, Settlement
 from tests.support.webhooks import notification
 
 ACCOUNT = "default"
@@ -81,7 +81,7 @@ async def copy(
     return copied
 
 
-async def settle(database: Database, *items: Settlement, now: datetime | None = None) -> list[bool]:
+async def settle(database: Database, *items: Settlement, now: datetime | None = None) -> list[Settled]:
     """Write how attempts ended."""
     write = partial(settling.settle_attempts, settlements=items, now=now or utc_now(), actor=ACTOR, key_id=KEY_ID)
     return await database.write(write)

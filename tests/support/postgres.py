@@ -31,10 +31,10 @@ class Postgres:
         self._numbers = count(1)
         self._has_tables = False
 
-    async def empty(self) -> URL:
+    async def empty(self, options: str = "") -> URL:
         """Make a database without tables."""
         name = f"empty_{next(self._numbers)}"
-        await self._execute(f"CREATE DATABASE {name}")
+        await self._execute(f"CREATE DATABASE {name} {options}")
         return self._url.set(database=name)
 
     async def migrated(self) -> URL:

@@ -1,4 +1,4 @@
-"""The ledger: records, their events, pauses and tallies."""
+"""The ledger: records, their events, pauses, tallies and heartbeats."""
 
 from typing import Any
 
@@ -46,6 +46,11 @@ def upgrade() -> None:
         sa.Column("account", sa.String(64), primary_key=True),
         sa.Column("day", sa.Date, primary_key=True),
         sa.Column("deletes", sa.Integer, nullable=False),
+    )
+    op.create_table(
+        "heartbeats",
+        sa.Column("name", sa.String(64), primary_key=True),
+        sa.Column("at", _INSTANT, nullable=False),
     )
 
 

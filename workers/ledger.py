@@ -1,0 +1,103 @@
+"""The ledger's calls that jobs, attempts and the safety net of a worker need."""
+
+import time
+from collections.abc import Callable, Sequence
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Final
+
+import structlog
+from sqlalchemy import Connection
+
+from service.ledger import claiming, daily_limit, heartbeats, outcomes, pausing, settling
+from service.ledger.claiming import Claim, NotYet, Outlook, Wanted
+from service.ledger.database import Database
+from service.ledger.outcomes import CopyResult, Settled
+from workers.overdue import AT_ONCE, LATE
+
+log = structlog.get_logger()
+
+# Longer than the longest attempt (a GET of 10 s, a DELETE of 30 s, three commits), and short, because the record of a
+# worker that died waits for its end.
+LEASE: Final = timedelta(seconds=60)
+_LEASES_AT_ONCE: Final = 500
+_BEAT_SECONDS: Final = 10.0
+
+
+class WorkerLedger:
+    """The ledger's calls that jobs, attempts and the safety net need."""
+
+    def __init__(
+        self,
+        database: Database,
+        *,
+        limit: int | None,
+        is_dry_run: bool,
+        actor: str,
+        key_id: str,
+        now: Callable[[], datetime],
+    ) -> None:
+        self.key_id = key_id
+        self._database = database
+        self._limit = limit
+        self._is_dry_run = is_dry_run
+        self._actor = actor
+        self._now = now
+        self._beat_again_at = float("-inf")
+        self._is_started = False
+
+    async def peek(self) -> int:
+        """Return how many records the pauses allow."""
+        return await self._database.read(partial(pausing.peek_allowance, now=self._now()))
+
+    async def beat(self) -> None:
+        """Store that a worker was seen, at most every ten seconds; at first end what another configuration left."""
+        if time.monotonic() < self._beat_again_at:
+            return
+        await self._database.write(self._write_beat)
+        self._is_started = True
+        self._beat_again_at = time.monotonic() + _BEAT_SECONDS
+
+    def _write_beat(self, connection: Connection) -> None:
+        now = self._now()
+        heartbeats.record_beat(connection, heartbeats.WORKER, now=now)
+        if self._is_started:
+            return
+        if self._is_dry_run:
+            return
+        if daily_limit.end_pause(connection, limit=self._limit, now=now):
+            log.info("deletions.resumed", what_now="MAYFLY_MAX_DELETES_PER_DAY was raised or removed")
+        if number := claiming.bring_forward_rehearsed(connection, now=now):
+            log.info("deletions.brought_forward", records=number, what_now="MAYFLY_DRY_RUN was switched off")
+
+    async def read_outlook(self, since: datetime | None, until: datetime) -> Outlook:
+        """Read what the safety net needs to know."""
+        read = partial(claiming.read_outlook, now=self._now(), late=LATE, since=since, until=until, limit=AT_ONCE)
+        return await self._database.read(read)
+
+    async def end_leases(self) -> int:
+        """End the leases of workers that died."""
+        write = partial(claiming.end_expired_leases, now=self._now(), limit=_LEASES_AT_ONCE, actor=self._actor)
+        return await self._database.write(write)
+
+    async def claim(self, limit: int) -> Sequence[Claim]:
+        """Claim due records."""
+        write = partial(claiming.claim_due, now=self._now(), lease=LEASE, limit=limit, actor=self._actor)
+        return await self._database.write(write)
+
+    async def claim_wanted(self, wanted: Sequence[Wanted]) -> Sequence[Claim | NotYet | None]:
+        """Claim the records that jobs ask for."""
+        write = partial(claiming.claim_wanted, wanted=wanted, now=self._now(), lease=LEASE, actor=self._actor)
+        return await self._database.write(write)
+
+    async def copy(self, items: Sequence[outcomes.Copy]) -> Sequence[CopyResult]:
+        """Commit copies."""
+        write = partial(settling.store_copies, copies=items, now=self._now(), limit=self._limit, actor=self._actor)
+        return await self._database.write(write)
+
+    async def settle(self, items: Sequence[outcomes.Settlement]) -> Sequence[Settled]:
+        """Commit the outcomes of attempts."""
+        write = partial(
+            settling.settle_attempts, settlements=items, now=self._now(), actor=self._actor, key_id=self.key_id
+        )
+        return await self._database.write(write)
