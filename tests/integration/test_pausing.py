@@ -254,5 +254,5 @@ async def test_a_look_at_pauses_and_the_end_of_attempts_never_wait_for_ever(post
         results = await asyncio.gather(*(reversed(writes) if is_look_first else writes))
         settled = results[1 if is_look_first else 0]
 
-        assert settled == [True, True]
+        assert settled == [Settled.SETTLED] * 2
         assert await kinds(one) == [Kind.THROTTLED]  # the new one, and not ended with the old one
