@@ -15,7 +15,7 @@ import uvloop
 
 from service.simulator import serve_forever
 from tests.bench.processes import PYTHON, BenchError, running, wait_for_port
-from tests.bench.webhooks import API_KEY
+from tests.bench.webhooks import API_KEY, SECRET
 from tests.support.ports import free_port
 
 _POLL_SECONDS = 0.25
@@ -80,4 +80,4 @@ def api(folder: Path) -> Iterator[Api]:
 
 if __name__ == "__main__":
     with contextlib.suppress(KeyboardInterrupt, asyncio.CancelledError):
-        uvloop.run(serve_forever(port=int(sys.argv[1]), api_key=API_KEY))
+        uvloop.run(serve_forever(port=int(sys.argv[1]), api_key=API_KEY, webhook_secret=SECRET))
