@@ -10,7 +10,6 @@ from tests.faults.databases import Ledger, Postgres, PostgresLedger, SqliteLedge
 from tests.faults.processes import ProcessStarter
 from tests.faults.system import System, running
 
-
 # The systems under test are processes of their own, so a socket of this process is one of the tests' clients. httpcore
 # leaves it open when a request is cancelled while it connects, as those of the health monitor are at a test's end.
 _CLIENT_SOCKETS = pytest.mark.filterwarnings(
