@@ -11,12 +11,10 @@ from typing import Final
 import httpx
 
 from service.config.settings import Settings, read_settings
-from service.core.key import Key
 from service.demo.scenes import SCENES, Scene
 from service.ledger import reading
 from service.ledger.database import Database
-from service.ledger.pausing import ACCOUNT
-from service.ledger.views import FullRecord, Record, find_record, present_record
+from service.ledger.views import Record, present_record
 from service.resources import open_queue, open_resources
 from service.runtime.metrics import Metrics
 from service.simulator import Generation, Simulator
@@ -70,10 +68,6 @@ class Stage:
         """Read all records, by generation id, without their history."""
         page = await self.database.read(partial(reading.read_page, wanted=reading.Filter(), limit=100, cursor=None))
         return {row.id: present_record(row) for row in page.rows}
-
-    async def read_record(self, generation_id: str) -> FullRecord | None:
-        """Read one record with its history."""
-        return await self.database.read(partial(find_record, key=Key(ACCOUNT, generation_id)))
 
 
 @asynccontextmanager
