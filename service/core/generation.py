@@ -29,7 +29,7 @@ _NUMBER = re.compile(rb"[-+.0-9eE]+|null")
 _LOOSE_TEXTS = frozenset(
     {
         *("model", "createdAt", "outputUrl", "outputMediaUrl", "segmentOutputUrl", "synthesizedAudioUrl"),
-        *("outputFileName", "projectId", "error", "errorCode", "error_code"),
+        *("outputFileName", "projectId", "source", "error", "errorCode", "error_code"),
         "webhookUrl",  # then it is no URL, so that the record is held
     }
 )
@@ -59,6 +59,7 @@ class Generation(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
     output_duration: float | None = None
     output_file_name: str | None = None
     project_id: str | None = None
+    source: str | None = None
     webhook_url: str | None = None
     error: str | None = None
     error_code: str | None = None

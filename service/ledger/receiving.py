@@ -21,13 +21,14 @@ ACTOR = "webhook"
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):
-    """A verified notification of a terminal generation, and its retention."""
+    """A verified notification of a terminal generation, and its retention; *sent_at* is where the ttl begins."""
 
     key: Key
     generation: Generation
     body: str
     retention: Retention
     received_at: datetime
+    sent_at: datetime
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):
@@ -224,6 +225,7 @@ def _insert_values(arrival: Arrival) -> dict[str, Any]:
         "state": str(state),  # SQLite's driver is slow to adapt a subclass of str
         "notification": arrival.body,
         "received_at": arrival.received_at,
+        "sent_at": arrival.sent_at,
         "due_at": retention.due_at,
         "wake_at": retention.due_at if state is State.SCHEDULED else None,
         "rule": retention.rule,

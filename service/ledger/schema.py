@@ -96,20 +96,26 @@ records = Table(
     Column("output_duration", Float),
     Column("output_file_name", Text),
     Column("project_id", Text),
+    Column("source", Text),
     Column("webhook_url", Text),
     Column("error", Text),
     Column("error_code", Text),
-    # The bodies as received, so that fields unknown today are not lost.
-    Column("notification", Text, nullable=False),
+    # The bodies as received, so that fields unknown today are not lost. No webhook told of a record that was adopted.
+    Column("notification", Text),
     Column("copy", Text),
     Column("receipt", Text),
     Column("received_at", Instant, nullable=False),
+    # Where the ttl begins: the signed send time of the webhook, not after its receipt.
+    Column("sent_at", Instant, nullable=False),
     Column("due_at", Instant),
     Column("copied_at", Instant),
     Column("deleted_at", Instant),
     # When a worker must act next: the next attempt of a scheduled record, the end of the lease of one in deleting,
     # NULL for all others.
     Column("wake_at", Instant),
+    # When the early look at the API is due, NULL once it is over; and how often it failed.
+    Column("look_at", Instant),
+    Column("looks", Integer, nullable=False, server_default="0"),
     Column("attempts", Integer, nullable=False, server_default="0"),
     # The attempt that made the copy: after it the DELETE may be in progress, and it is too late to stop it.
     Column("copied_attempt", Integer),
@@ -125,6 +131,7 @@ records = Table(
     Column("ttl_seconds", BigInteger),
     Column("hold_by", Text),
     Column("hold_reason", Text),
+    Column("hold_until", Instant),
     # One record per account and generation, however many processes insert at once.
     Index("records_account_id", "account", "id", unique=True),
     # Pages are newest first, over all records or those in one state.
@@ -132,13 +139,28 @@ records = Table(
     Index("records_state_received_at", "state", "received_at", "seq"),
     sqlite_autoincrement=True,
 )
-# One index entry shows the next due record. Without the state in the index, SQLite sorts all scheduled rows.
+# One index entry shows the next due record of an account. Without the state in the index, SQLite sorts all scheduled
+# rows; without the account, a worker would read through another account's backlog.
 Index(
-    "records_state_wake_at",
+    "records_account_state_wake_at",
+    records.c.account,
     records.c.state,
     records.c.wake_at,
     sqlite_where=records.c.wake_at.is_not(None),
     postgresql_where=records.c.wake_at.is_not(None),
+)
+Index(
+    "records_account_look_at",
+    records.c.account,
+    records.c.look_at,
+    sqlite_where=records.c.look_at.is_not(None),
+    postgresql_where=records.c.look_at.is_not(None),
+)
+Index(
+    "records_hold_until",
+    records.c.hold_until,
+    sqlite_where=records.c.hold_until.is_not(None),
+    postgresql_where=records.c.hold_until.is_not(None),
 )
 # Nearly all records are COMPLETED, and a page of those needs no index.
 Index(
@@ -184,7 +206,30 @@ events = Table(
     sqlite_with_rowid=False,
 )
 
-# The pauses of all deletions; see pausing.Kind.
+# What the webhookUrl calls the generation by: ``label.customer=acme``.
+labels = Table(
+    "labels",
+    metadata,
+    Column("record", BigInteger, primary_key=True, autoincrement=False),
+    Column("name", String(64), primary_key=True),
+    Column("value", Text, nullable=False),
+    Index("labels_name_value", "name", "value", "record"),
+    sqlite_with_rowid=False,
+)
+
+# Holds of generations without a record; receive() and the claim read them.
+holds = Table(
+    "holds",
+    metadata,
+    Column("account", String(64), primary_key=True),
+    Column("id", String(255), primary_key=True),
+    Column("at", Instant, nullable=False),
+    Column("actor", Text, nullable=False),
+    Column("reason", Text, nullable=False),
+    Column("until", Instant),
+)
+
+# The pauses of an account's deletions; see pausing.Kind.
 pauses = Table(
     "pauses",
     metadata,

@@ -89,6 +89,7 @@ class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_def
     output_duration: float | None
     output_file_name: str | None
     project_id: str | None
+    source: str | None
     webhook_url: str | None
     error: str | None
     error_code: str | None

@@ -91,7 +91,14 @@ class Intake:
             sent_at=sent_at,
             now=now,
         )
-        arrival = Arrival(Key(account, generation.id), generation, body.decode(), retention, now)
+        arrival = Arrival(
+            Key(account, generation.id),
+            generation,
+            body.decode(),
+            retention,
+            received_at=now,
+            sent_at=min(sent_at, now),
+        )
         receipt = await self._group.submit(arrival)
         if receipt.is_conflict:
             self._metrics.conflicts.inc()

@@ -98,9 +98,9 @@ async def test_with_ten_thousand_due_records_the_web_side_stays_fast_and_the_rat
         system.simulator.add(generation_id=f"herd-{number}")
     herd = f"WITH RECURSIVE n(i) AS (SELECT 0 UNION ALL SELECT i + 1 FROM n WHERE i < {HERD} - 1)"  # noqa: S608
     await system.ledger.execute(
-        f"{herd} INSERT INTO records (account, id, state, status, notification, received_at, due_at, wake_at, "  # noqa: S608
+        f"{herd} INSERT INTO records (account, id, state, status, notification, received_at, sent_at, due_at, wake_at, "  # noqa: S608
         "attempts, failures, refusals, rule) SELECT account, 'herd-' || i, state, status, notification, "
-        "received_at, due_at, wake_at, 0, 0, 0, rule FROM records, n"
+        "received_at, sent_at, due_at, wake_at, 0, 0, 0, rule FROM records, n"
     )
     system.sent += [replace(system.sent[0], id=f"herd-{number}") for number in range(HERD)]
     await overdue(system, first)

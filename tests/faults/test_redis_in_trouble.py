@@ -384,9 +384,9 @@ async def a_row_of_an_older_release(system: System) -> Generation:
     generation = system.generation()
     body = f'{{"id":"{generation.id}","status":"COMPLETED"}}'
     await system.ledger.execute(
-        "INSERT INTO records (account, id, state, status, notification, copy, received_at, copied_at, due_at, "  # noqa: S608
+        "INSERT INTO records (account, id, state, status, notification, copy, received_at, sent_at, copied_at, due_at, "  # noqa: S608
         "wake_at, attempts, failures, refusals, rule) "
-        f"SELECT account, '{generation.id}', 'scheduled', status, '{body}', '{body}', received_at, copied_at, "
+        f"SELECT account, '{generation.id}', 'scheduled', status, '{body}', '{body}', received_at, sent_at, copied_at, "
         "due_at, due_at, 3, 3, 1, 'a rule that is no more' FROM records"
     )
     system.sent.append(Sent(generation.id, 202, datetime.now(UTC), (await system.row(generation)).due_at))

@@ -71,7 +71,11 @@ async def test_claims_read_no_record_but_those_that_are_due(sqlite_database):
     used = [plan for statement, plan in plans.items() if "records" in statement]
 
     assert len(claims) == 100
-    assert ["records_state_wake_at" in used[0], "INTEGER PRIMARY KEY" in used[1], len(used)] == [True, True, 2], used
+    assert ["records_account_state_wake_at" in used[0], "INTEGER PRIMARY KEY" in used[1], len(used)] == [
+        True,
+        True,
+        2,
+    ], used
 
 
 async def test_a_record_is_claimed_once_until_its_lease_ends(database):

@@ -50,7 +50,9 @@ def arrive(connection, *, state=State.SCHEDULED, **fields):
     retention = decide_retention(
         Policy(timedelta(hours=1), timedelta(minutes=1)), webhook_url=generation.webhook_url, sent_at=NOW, now=NOW
     )
-    receiving.receive(connection, [Arrival(Key("default", generation.id), generation, body.decode(), retention, NOW)])
+    receiving.receive(
+        connection, [Arrival(Key("default", generation.id), generation, body.decode(), retention, NOW, NOW)]
+    )
     if state is not State.SCHEDULED:
         change = {
             "state": state,

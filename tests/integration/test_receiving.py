@@ -251,7 +251,7 @@ async def test_a_batch_with_the_same_generation_several_times_makes_one_record(d
 
 async def test_the_same_id_in_two_accounts_is_two_records(database):
     one = arrival(id="g1")
-    other = receiving.Arrival(Key("other", "g1"), one.generation, one.body, one.retention, one.received_at)
+    other = receiving.Arrival(Key("other", "g1"), one.generation, one.body, one.retention, one.received_at, one.sent_at)
     await receive(database, one, other)
 
     assert await count(database) == 2
@@ -293,6 +293,7 @@ async def test_receipt_fills_every_column_that_describes_the_generation(database
         synthesizedAudioUrl="https://audio",
         outputFileName="take_07",
         projectId="film",
+        source="api",
     )
     await receive(database, item)
     row = await row_of(database, item.key)
@@ -338,7 +339,7 @@ async def test_known_generations_are_found_by_the_index(sqlite_database):
     items = [
         one,
         arrival(id="g2"),
-        receiving.Arrival(Key("other", "g1"), one.generation, one.body, one.retention, utc_now()),
+        receiving.Arrival(Key("other", "g1"), one.generation, one.body, one.retention, utc_now(), utc_now()),
     ]
     plans: list[str] = []
 

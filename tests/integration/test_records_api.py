@@ -443,7 +443,9 @@ async def test_a_missing_record_is_404(sqlite_client):
 
 async def test_a_record_of_another_account_is_shown_on_request(sqlite_client, sqlite_database):
     one = arrival(id="g1")
-    await receive(sqlite_database, Arrival(Key("other", "g1"), one.generation, one.body, one.retention, utc_now()))
+    await receive(
+        sqlite_database, Arrival(Key("other", "g1"), one.generation, one.body, one.retention, utc_now(), utc_now())
+    )
 
     assert (await sqlite_client.get("/api/records/g1")).status_code == 404
     assert (await sqlite_client.get("/api/records/g1?account=other")).json()["account"] == "other"

@@ -41,7 +41,7 @@ def arrival(
     body = json.dumps(notification(**fields), ensure_ascii=False)
     generation = read_generation(body.encode())
     retention = Retention("MAYFLY_TTL", due_in, None if due_in is None else now + due_in, hold)
-    return Arrival(Key(ACCOUNT, generation.id), generation, body, retention, now)
+    return Arrival(Key(ACCOUNT, generation.id), generation, body, retention, now, now)
 
 
 async def receive(database: Database, *arrivals: Arrival) -> list[Receipt]:

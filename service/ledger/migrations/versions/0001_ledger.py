@@ -1,4 +1,4 @@
-"""The ledger: records, their events, pauses, tallies and heartbeats."""
+"""The ledger: records, their events and labels, holds, pauses, tallies and heartbeats."""
 
 from typing import Any
 
@@ -15,16 +15,7 @@ _NUMBER = sa.BigInteger().with_variant(sa.Integer(), "sqlite")
 def upgrade() -> None:
     """Make the tables."""
     _records()
-    op.create_table(
-        "events",
-        sa.Column("record", sa.BigInteger, primary_key=True, autoincrement=False),
-        sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
-        sa.Column("at", _INSTANT, nullable=False),
-        sa.Column("move", sa.String(16), nullable=False),
-        sa.Column("actor", sa.Text, nullable=False),
-        sa.Column("detail", sa.Text),
-        sqlite_with_rowid=False,
-    )
+    _beside_records()
     op.create_table(
         "pauses",
         sa.Column("account", sa.String(64), primary_key=True),
@@ -54,6 +45,36 @@ def upgrade() -> None:
     )
 
 
+def _beside_records() -> None:
+    op.create_table(
+        "events",
+        sa.Column("record", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("seq", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("at", _INSTANT, nullable=False),
+        sa.Column("move", sa.String(16), nullable=False),
+        sa.Column("actor", sa.Text, nullable=False),
+        sa.Column("detail", sa.Text),
+        sqlite_with_rowid=False,
+    )
+    op.create_table(
+        "labels",
+        sa.Column("record", sa.BigInteger, primary_key=True, autoincrement=False),
+        sa.Column("name", sa.String(64), primary_key=True),
+        sa.Column("value", sa.Text, nullable=False),
+        sqlite_with_rowid=False,
+    )
+    op.create_index("labels_name_value", "labels", ["name", "value", "record"])
+    op.create_table(
+        "holds",
+        sa.Column("account", sa.String(64), primary_key=True),
+        sa.Column("id", sa.String(255), primary_key=True),
+        sa.Column("at", _INSTANT, nullable=False),
+        sa.Column("actor", sa.Text, nullable=False),
+        sa.Column("reason", sa.Text, nullable=False),
+        sa.Column("until", _INSTANT),
+    )
+
+
 def _records() -> None:
     op.create_table(
         "records",
@@ -63,14 +84,17 @@ def _records() -> None:
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("outcome", sa.String(16)),
         *_described(),
-        sa.Column("notification", sa.Text, nullable=False),
+        sa.Column("notification", sa.Text),
         sa.Column("copy", sa.Text),
         sa.Column("receipt", sa.Text),
         sa.Column("received_at", _INSTANT, nullable=False),
+        sa.Column("sent_at", _INSTANT, nullable=False),
         sa.Column("due_at", _INSTANT),
         sa.Column("copied_at", _INSTANT),
         sa.Column("deleted_at", _INSTANT),
         sa.Column("wake_at", _INSTANT),
+        sa.Column("look_at", _INSTANT),
+        sa.Column("looks", sa.Integer, nullable=False, server_default="0"),
         sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
         sa.Column("copied_attempt", sa.Integer),
         sa.Column("unanswered_attempt", sa.Integer),
@@ -83,6 +107,7 @@ def _records() -> None:
         sa.Column("ttl_seconds", sa.BigInteger),
         sa.Column("hold_by", sa.Text),
         sa.Column("hold_reason", sa.Text),
+        sa.Column("hold_until", _INSTANT),
         sqlite_autoincrement=True,
     )
     _indexes()
@@ -93,7 +118,9 @@ def _indexes() -> None:
     op.create_index("records_received_at", "records", ["received_at", "seq"])
     op.create_index("records_state_received_at", "records", ["state", "received_at", "seq"])
     for name, columns, condition in (
-        ("records_state_wake_at", ["state", "wake_at"], "wake_at IS NOT NULL"),
+        ("records_account_state_wake_at", ["account", "state", "wake_at"], "wake_at IS NOT NULL"),
+        ("records_account_look_at", ["account", "look_at"], "look_at IS NOT NULL"),
+        ("records_hold_until", ["hold_until"], "hold_until IS NOT NULL"),
         ("records_status_received_at", ["status", "received_at", "seq"], "status != 'COMPLETED'"),
         ("records_project_id_received_at", ["project_id", "received_at", "seq"], "project_id IS NOT NULL"),
     ):
@@ -115,6 +142,7 @@ def _described() -> list[sa.Column[Any]]:
         sa.Column("output_duration", sa.Float),
         sa.Column("output_file_name", sa.Text),
         sa.Column("project_id", sa.Text),
+        sa.Column("source", sa.Text),
         sa.Column("webhook_url", sa.Text),
         sa.Column("error", sa.Text),
         sa.Column("error_code", sa.Text),
