@@ -10,9 +10,12 @@ import structlog
 from sqlalchemy import Connection
 
 from service.ledger import claiming, daily_limit, heartbeats, outcomes, pausing, settling
-from service.ledger.claiming import Claim, NotYet, Outlook, Wanted
+from service.ledger import outlook as outlooks
+from service.ledger.claiming import Claim, NotYet, Wanted
 from service.ledger.database import Database
+from service.ledger.key_history import KeyOfAccount
 from service.ledger.outcomes import CopyResult, Settled
+from service.ledger.outlook import Outlook
 from workers.overdue import AT_ONCE, LATE
 
 log = structlog.get_logger()
@@ -25,7 +28,7 @@ _BEAT_SECONDS: Final = 10.0
 
 
 class WorkerLedger:
-    """The ledger's calls that jobs, attempts and the safety net need."""
+    """The ledger's calls that jobs, attempts and the safety net of *key*'s account need."""
 
     def __init__(
         self,
@@ -34,10 +37,11 @@ class WorkerLedger:
         limit: int | None,
         is_dry_run: bool,
         actor: str,
-        key_id: str,
+        key: KeyOfAccount,
         now: Callable[[], datetime],
     ) -> None:
-        self.key_id = key_id
+        self._key = key
+        self._account = key.account
         self._database = database
         self._limit = limit
         self._is_dry_run = is_dry_run
@@ -48,7 +52,7 @@ class WorkerLedger:
 
     async def peek(self) -> int:
         """Return how many records the pauses allow."""
-        return await self._database.read(partial(pausing.peek_allowance, now=self._now()))
+        return await self._database.read(partial(pausing.peek_allowance, account=self._account, now=self._now()))
 
     async def beat(self) -> None:
         """Store that a worker was seen, at most every ten seconds; at first end what another configuration left."""
@@ -65,39 +69,67 @@ class WorkerLedger:
             return
         if self._is_dry_run:
             return
-        if daily_limit.end_pause(connection, limit=self._limit, now=now):
+        if daily_limit.end_pause(connection, self._account, limit=self._limit, now=now):
             log.info("deletions.resumed", what_now="MAYFLY_MAX_DELETES_PER_DAY was raised or removed")
-        if number := claiming.bring_forward_rehearsed(connection, now=now):
+        if number := claiming.bring_forward_rehearsed(connection, self._account, now=now):
             log.info("deletions.brought_forward", records=number, what_now="MAYFLY_DRY_RUN was switched off")
 
     async def read_outlook(self, since: datetime | None, until: datetime) -> Outlook:
         """Read what the safety net needs to know."""
-        read = partial(claiming.read_outlook, now=self._now(), late=LATE, since=since, until=until, limit=AT_ONCE)
+        read = partial(
+            outlooks.read_outlook,
+            account=self._account,
+            now=self._now(),
+            late=LATE,
+            since=since,
+            until=until,
+            limit=AT_ONCE,
+        )
         return await self._database.read(read)
 
     async def end_leases(self) -> int:
         """End the leases of workers that died."""
-        write = partial(claiming.end_expired_leases, now=self._now(), limit=_LEASES_AT_ONCE, actor=self._actor)
+        write = partial(
+            claiming.end_expired_leases,
+            account=self._account,
+            now=self._now(),
+            limit=_LEASES_AT_ONCE,
+            actor=self._actor,
+        )
         return await self._database.write(write)
 
     async def claim(self, limit: int) -> Sequence[Claim]:
         """Claim due records."""
-        write = partial(claiming.claim_due, now=self._now(), lease=LEASE, limit=limit, actor=self._actor)
+        write = partial(
+            claiming.claim_due, account=self._account, now=self._now(), lease=LEASE, limit=limit, actor=self._actor
+        )
         return await self._database.write(write)
 
     async def claim_wanted(self, wanted: Sequence[Wanted]) -> Sequence[Claim | NotYet | None]:
         """Claim the records that jobs ask for."""
-        write = partial(claiming.claim_wanted, wanted=wanted, now=self._now(), lease=LEASE, actor=self._actor)
+        write = partial(
+            claiming.claim_wanted,
+            account=self._account,
+            wanted=wanted,
+            now=self._now(),
+            lease=LEASE,
+            actor=self._actor,
+        )
         return await self._database.write(write)
 
     async def copy(self, items: Sequence[outcomes.Copy]) -> Sequence[CopyResult]:
         """Commit copies."""
-        write = partial(settling.store_copies, copies=items, now=self._now(), limit=self._limit, actor=self._actor)
+        write = partial(
+            settling.store_copies,
+            account=self._account,
+            copies=items,
+            now=self._now(),
+            limit=self._limit,
+            actor=self._actor,
+        )
         return await self._database.write(write)
 
     async def settle(self, items: Sequence[outcomes.Settlement]) -> Sequence[Settled]:
         """Commit the outcomes of attempts."""
-        write = partial(
-            settling.settle_attempts, settlements=items, now=self._now(), actor=self._actor, key_id=self.key_id
-        )
+        write = partial(settling.settle_attempts, key=self._key, settlements=items, now=self._now(), actor=self._actor)
         return await self._database.write(write)

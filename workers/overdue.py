@@ -11,8 +11,9 @@ import structlog
 
 from service.jobs.connection import QUEUE_ERRORS
 from service.jobs.enqueue import CleanupJob
-from service.ledger.claiming import Claim, Outlook
+from service.ledger.claiming import Claim
 from service.ledger.database import LedgerUnavailableError
+from service.ledger.outlook import Outlook
 from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.sync.rate_limit import Budget

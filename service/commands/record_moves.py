@@ -14,12 +14,11 @@ from service.commands.running import EXIT_FAILED, actor, open_ledger, run, setti
 from service.config.settings import Settings
 from service.core.durations import parse_duration
 from service.core.errors import ExplainedError
-from service.core.key import Key
+from service.core.key import DEFAULT_ACCOUNT, Key
 from service.core.lifecycle import TARGETS, IllegalMoveError, Move, State
 from service.ledger import moving, reading
 from service.ledger.database import Database
 from service.ledger.moving import Grace
-from service.ledger.pausing import ACCOUNT
 from service.runtime.terminal import format_relative, format_time, plain
 
 _STDIN: Final = "-"
@@ -128,7 +127,7 @@ async def _move_one(database: Database, generation_id: str, wanted: _Wanted) -> 
     """
     if generation_id in wanted.refused:
         raise RefusedError(wanted.refused[generation_id])
-    key = Key(ACCOUNT, generation_id)
+    key = Key(DEFAULT_ACCOUNT, generation_id)
     row = await database.read(partial(reading.find_row, key=key)) if generation_id.isprintable() else None
     try:
         moved = await database.write(partial(_write_move, key=key, wanted=wanted)) if row is not None else None
@@ -144,7 +143,7 @@ async def _find_overdue(settings: Settings, ids: Sequence[str]) -> dict[str, dat
     overdue = {}
     async with open_ledger(settings) as database:
         for generation_id in filter(str.isprintable, ids):
-            row = await database.read(partial(reading.find_row, key=Key(ACCOUNT, generation_id)))
+            row = await database.read(partial(reading.find_row, key=Key(DEFAULT_ACCOUNT, generation_id)))
             is_held = row is not None and row.state == State.HELD and row.due_at is not None
             if row is not None and is_held and row.due_at <= datetime.now(UTC):
                 overdue[generation_id] = row.due_at

@@ -13,10 +13,9 @@ from service.commands.record_moves import move_commands
 from service.commands.running import as_json, fail, open_ledger, print_json, run, settings_or_exit
 from service.config.settings import Settings
 from service.core.attempts import Outcome
-from service.core.key import Key
+from service.core.key import DEFAULT_ACCOUNT, Key
 from service.core.lifecycle import State
 from service.ledger import reading
-from service.ledger.pausing import ACCOUNT
 from service.ledger.reading import MAX_PAGE, Filter
 from service.ledger.views import BLOCKED, FullRecord, Record, RecordPage, find_record, present_record
 from service.runtime.terminal import STATE_STYLES, cell, console, format_relative, format_time, plain
@@ -129,7 +128,7 @@ def show(generation_id: str, *, is_json: bool) -> None:
 
     async def work() -> FullRecord | None:
         async with open_ledger(settings) as database:
-            return await database.read(partial(find_record, key=Key(ACCOUNT, generation_id)))
+            return await database.read(partial(find_record, key=Key(DEFAULT_ACCOUNT, generation_id)))
 
     record = run(work()) if generation_id.isprintable() else None
     if record is None:

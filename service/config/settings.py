@@ -31,6 +31,7 @@ from service.config.parsers import (
 )
 from service.core.durations import parse_ttl
 from service.core.errors import ExplainedError
+from service.core.key import DEFAULT_ACCOUNT
 from service.core.rate import Rate
 from service.core.retention import Policy
 from service.core.secret import Secret
@@ -53,6 +54,17 @@ class Option:
     default: str | None
     accepts: str
     is_secret: bool = False  # then NAME_FILE may name a file that contains it
+
+
+@dataclass(frozen=True, slots=True)
+class Account:
+    """One organisation at sync.so: its API key, None where it is not needed, its secrets, budget and policy."""
+
+    id: str
+    api_key: Secret | None
+    webhook_secrets: tuple[Secret, ...]
+    rate: Rate
+    policy: Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -83,6 +95,11 @@ class Settings:
     def policy(self) -> Policy:
         """The retention policy."""
         return Policy(self.ttl, self.min_ttl)
+
+    @property
+    def accounts(self) -> tuple[Account, ...]:
+        """The accounts whose webhooks are taken and whose generations are deleted."""
+        return (Account(DEFAULT_ACCOUNT, self.api_key, self.webhook_secrets, self.api_rate, self.policy),)
 
     @property
     def ledger_url(self) -> URL:

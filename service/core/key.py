@@ -1,6 +1,11 @@
 """The key of a record."""
 
+from typing import Final
+
 import msgspec
+
+# The account of a service without [[account]] in its configuration.
+DEFAULT_ACCOUNT: Final = "default"
 
 
 class Key(msgspec.Struct, frozen=True, gc=False):

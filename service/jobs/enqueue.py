@@ -1,11 +1,11 @@
-"""The queue: delayed arq jobs in Redis, one for the next attempt at each scheduled record.
+"""The queues: delayed arq jobs in Redis, one for the next attempt at each scheduled record.
 
 A job may be lost, late, duplicated or early, and no record depends on it: the ledger decides what is due, and the
 worker's safety net enqueues what is missing.
 """
 
 import asyncio
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from datetime import datetime, timedelta
 from typing import Final
 from uuid import uuid4
@@ -16,7 +16,7 @@ from arq.connections import ArqRedis
 from arq.constants import job_key_prefix
 from arq.jobs import serialize_job
 
-from service.core.key import Key
+from service.core.key import DEFAULT_ACCOUNT, Key
 from service.jobs.connection import QUEUE, QUEUE_ERRORS
 from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
@@ -33,7 +33,12 @@ _MAX_WAITING: Final = 10_000
 _GATHER_SECONDS: Final = 0.05
 # Written before any job, so that a Redis that takes no writes shows it. Whoever writes first gives it its value, which
 # stays: all others see by another one that Redis was emptied.
-_MARK: Final = f"{QUEUE}:mark"
+_MARK: Final = "mark"
+
+
+def queue_of(account: str) -> str:
+    """Return the name of *account*'s queue. Each has its own: an account that must wait keeps no job of another."""
+    return QUEUE if account == DEFAULT_ACCOUNT else f"{QUEUE}:{account}"
 
 
 class CleanupJob(msgspec.Struct, frozen=True, gc=False):
@@ -62,11 +67,15 @@ async def enqueue_job(pool: ArqRedis, job: CleanupJob, *, now: datetime) -> None
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
         wait = max(job.at - now, timedelta(0))
         # The result says nothing: None may mean an existing job or a lost connection.
-        await pool.enqueue_job(FUNCTION, *job.arguments, _job_id=job.id, _defer_by=wait)
+        await pool.enqueue_job(
+            FUNCTION, *job.arguments, _job_id=job.id, _queue_name=queue_of(job.key.account), _defer_by=wait
+        )
 
 
-async def enqueue_jobs(pool: ArqRedis, jobs: Sequence[CleanupJob], *, now: datetime) -> str:
-    """Enqueue many *jobs* in few round trips and return the mark of this Redis, another one once it was emptied.
+async def enqueue_jobs(pool: ArqRedis, account: str, jobs: Sequence[CleanupJob], *, now: datetime) -> str:
+    """Enqueue many *jobs* of *account* in few round trips and return the mark of its queue.
+
+    It is another one once Redis was emptied.
 
     An existing job is brought forward if its time is later than the new one, which arq's enqueue_job() does not do,
     else it is unchanged. The keys are arq's; a test checks them with arq itself.
@@ -76,7 +85,7 @@ async def enqueue_jobs(pool: ArqRedis, jobs: Sequence[CleanupJob], *, now: datet
     mark = ""
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
         for start in range(0, len(jobs) or 1, _JOBS_AT_ONCE):
-            mark = await _enqueue_batch(pool, jobs[start : start + _JOBS_AT_ONCE], now)
+            mark = await _enqueue_batch(pool, queue_of(account), jobs[start : start + _JOBS_AT_ONCE], now)
     return mark
 
 
@@ -92,7 +101,7 @@ return mark
 """
 
 
-async def _enqueue_batch(pool: ArqRedis, jobs: Sequence[CleanupJob], now: datetime) -> str:
+async def _enqueue_batch(pool: ArqRedis, queue: str, jobs: Sequence[CleanupJob], now: datetime) -> str:
     now_ms = _milliseconds(now)
     arguments: list[str | bytes | int] = [job_key_prefix, uuid4().hex]
     for job in jobs:
@@ -100,19 +109,19 @@ async def _enqueue_batch(pool: ArqRedis, jobs: Sequence[CleanupJob], now: dateti
         # Rounded up: within the due millisecond the record may not be due yet.
         at_ms = max(now_ms, _milliseconds(job.at) + 1)
         arguments += [job.id, payload, at_ms - now_ms + pool.expires_extra_ms, at_ms]
-    mark: bytes = await pool.register_script(_ENQUEUE)(keys=[QUEUE, _MARK], args=arguments)
+    mark: bytes = await pool.register_script(_ENQUEUE)(keys=[queue, f"{queue}:{_MARK}"], args=arguments)
     return mark.decode()
 
 
-async def remove_due_jobs(pool: ArqRedis, *, now: datetime) -> None:
-    """Remove the jobs that are due, whatever their ids are and whoever enqueued them.
+async def remove_due_jobs(pool: ArqRedis, queue: str, *, now: datetime) -> None:
+    """Remove the jobs of *queue* that are due, whatever their ids are and whoever enqueued them.
 
     Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS.
     """
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
-        ids: list[bytes] = await pool.zrangebyscore(QUEUE, "-inf", _milliseconds(now), start=0, num=_JOBS_AT_ONCE)
+        ids: list[bytes] = await pool.zrangebyscore(queue, "-inf", _milliseconds(now), start=0, num=_JOBS_AT_ONCE)
         if ids:
-            await pool.zrem(QUEUE, *ids)
+            await pool.zrem(queue, *ids)
             await pool.delete(*(job_key_prefix.encode() + job_id for job_id in ids))
 
 
@@ -151,11 +160,22 @@ class Enqueuer:
                 jobs, left_out = self._waiting[:_MAX_WAITING], max(0, len(self._waiting) - _MAX_WAITING)
                 self._waiting = []
                 self._metrics.enqueue_failures.inc(left_out)
-                try:
-                    await enqueue_jobs(self._pool, jobs, now=self._now())
-                except QUEUE_ERRORS as error:
-                    self._metrics.enqueue_failures.inc(len(jobs))
-                    what_now = "the worker will find these records in the ledger"
-                    log.warning("enqueue.failed", records=len(jobs), error=describe_cause(error), what_now=what_now)
+                for account, mine in _by_account(jobs).items():
+                    await self._try(account, mine)
         finally:
             self._runner = None
+
+    async def _try(self, account: str, jobs: Sequence[CleanupJob]) -> None:
+        try:
+            await enqueue_jobs(self._pool, account, jobs, now=self._now())
+        except QUEUE_ERRORS as error:
+            self._metrics.enqueue_failures.inc(len(jobs))
+            what_now = "the worker will find these records in the ledger"
+            log.warning("enqueue.failed", records=len(jobs), error=describe_cause(error), what_now=what_now)
+
+
+def _by_account(jobs: Iterable[CleanupJob]) -> dict[str, list[CleanupJob]]:
+    grouped: dict[str, list[CleanupJob]] = {}
+    for job in jobs:
+        grouped.setdefault(job.key.account, []).append(job)
+    return grouped

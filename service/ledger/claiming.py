@@ -80,7 +80,6 @@ _select_keys = select(records.c.account, records.c.id).where(KEYS_OF_ACCOUNT)
 _UNTIL = bindparam("b_until", type_=Instant)
 # The later end by the worker's clock and the database's: with a slow clock a lease keeps its length.
 _LATER_UNTIL = func.greatest(_UNTIL, func.statement_timestamp() + bindparam("b_lease", type_=Interval), type_=Instant)
-_expired = select(records.c.seq).where(records.c.wake_at <= _UNTIL, records.c.state == State.DELETING).limit(1)
 _set_claimed = {
     dialect: update(records)
     # The rows are locked. With the state in the WHERE, SQLite reads all scheduled rows instead.
@@ -88,6 +87,11 @@ _set_claimed = {
     .values(state=state_after(State.SCHEDULED, Move.CLAIM), attempts=records.c.attempts + 1, wake_at=until)
     for dialect, until in (("sqlite", _UNTIL), ("postgresql", _LATER_UNTIL))
 }
+
+
+def in_state(account: str, state: State) -> tuple[ColumnElement[bool], ...]:
+    """Match the records of *account* in *state*; with a bound of wake_at this reads the index, and nothing else."""
+    return records.c.account == account, records.c.state == state
 
 
 def _not_after(connection: Connection, now: datetime) -> ColumnElement[Any]:
@@ -98,17 +102,19 @@ def _not_after(connection: Connection, now: datetime) -> ColumnElement[Any]:
     return func.least(bindparam("now", now, Instant), func.statement_timestamp(), type_=Instant)
 
 
-def claim_due(connection: Connection, *, now: datetime, lease: timedelta, limit: int, actor: str) -> list[Claim]:
-    """Claim up to *limit* due records, most overdue first; rows locked by another worker are skipped.
+def claim_due(
+    connection: Connection, account: str, *, now: datetime, lease: timedelta, limit: int, actor: str
+) -> list[Claim]:
+    """Claim up to *limit* due records of *account*, most overdue first; rows locked by another worker are skipped.
 
     While deletions are paused nothing is claimed, except a probe each minute of a key that was refused.
     """
-    limit = min(limit, pausing.take_allowance(connection, now=now))
+    limit = min(limit, pausing.take_allowance(connection, account, now=now))
     if limit == 0:
         return []
     due = (
         select(*_CLAIM_COLUMNS)
-        .where(records.c.wake_at <= _not_after(connection, now), records.c.state == State.SCHEDULED)
+        .where(*in_state(account, State.SCHEDULED), records.c.wake_at <= _not_after(connection, now))
         .where(records.c.due_at <= _not_after(connection, now))
         .order_by(records.c.wake_at)
         .limit(limit)
@@ -118,9 +124,9 @@ def claim_due(connection: Connection, *, now: datetime, lease: timedelta, limit:
 
 
 def claim_wanted(
-    connection: Connection, wanted: Sequence[Wanted], *, now: datetime, lease: timedelta, actor: str
+    connection: Connection, account: str, wanted: Sequence[Wanted], *, now: datetime, lease: timedelta, actor: str
 ) -> list[Claim | NotYet | None]:
-    """Claim the records that jobs ask for; the result has the order of *wanted*.
+    """Claim the records of *account* that jobs ask for; the result has the order of *wanted*.
 
     None: the record is held, deleted, paused or at another attempt, and the job has nothing to do.
     """
@@ -135,7 +141,7 @@ def claim_wanted(
         for item in wanted
     ]
     due = {row.seq: row for row in found if isinstance(row, Row)}
-    allowed = pausing.take_allowance(connection, now=now) if due else 0
+    allowed = pausing.take_allowance(connection, account, now=now) if due else 0
     leased = _lease_rows(connection, [*due.values()][:allowed], now=now, lease=lease, actor=actor)
     claims = {claim.seq: claim for claim in leased}
     # Of two jobs for one attempt the first gets the claim.
@@ -156,50 +162,6 @@ def _check_wanted(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] 
         return None
     wait: timedelta = max(row.due_at, row.wake_at) - at
     return row if wait <= timedelta(0) else NotYet(wait)
-
-
-def find_waiting(
-    connection: Connection, *, since: datetime | None, until: datetime, limit: int
-) -> list[tuple[Wanted, datetime]]:
-    """Return up to *limit* scheduled records that wake between *since* and *until*, with that time, soonest first."""
-    bounds = [] if since is None else [records.c.wake_at > since]
-    rows = connection.execute(
-        select(records.c.account, records.c.id, records.c.attempts, records.c.wake_at)
-        .where(records.c.state == State.SCHEDULED, records.c.wake_at <= until, *bounds)
-        .order_by(records.c.wake_at)
-        .limit(limit)
-    )
-    return [(Wanted(Key(row.account, row.id), row.attempts + 1), row.wake_at) for row in rows]
-
-
-@dataclass(frozen=True, slots=True)
-class Outlook:
-    """What the safety net needs to know: whether leases have ended, what the pauses allow, and which records wait."""
-
-    has_expired_leases: bool
-    allowed: int
-    late: Sequence[tuple[Wanted, datetime]]
-    near: Sequence[tuple[Wanted, datetime]]
-
-
-def read_outlook(
-    connection: Connection, *, now: datetime, late: timedelta, since: datetime | None, until: datetime, limit: int
-) -> Outlook:
-    """Read in one snapshot what is overdue by more than *late*, and what is due after *since* (or then) until *until*.
-
-    Each has *limit* records at most, and none while deletions are paused.
-    """
-    expired = connection.execute(_expired, {"b_until": now}).first()
-    allowed = pausing.peek_allowance(connection, now=now)
-    if not allowed:
-        return Outlook(expired is not None, 0, (), ())
-    late_at = now - late
-    return Outlook(
-        expired is not None,
-        allowed,
-        find_waiting(connection, since=None, until=late_at, limit=min(allowed, limit)),
-        find_waiting(connection, since=since or late_at, until=until, limit=limit),
-    )
 
 
 def _lease_rows(
@@ -230,11 +192,11 @@ def _claim_from_row(row: Row[Any], *, now: datetime, until: datetime) -> Claim:
     )
 
 
-def end_expired_leases(connection: Connection, *, now: datetime, limit: int, actor: str) -> int:
-    """End up to *limit* leases that have run out, and return how many; their records are scheduled again."""
+def end_expired_leases(connection: Connection, account: str, *, now: datetime, limit: int, actor: str) -> int:
+    """End up to *limit* leases of *account* that have run out: their records are scheduled again. Return how many."""
     expired = (
         select(*_CLAIM_COLUMNS)
-        .where(records.c.wake_at <= _not_after(connection, now), records.c.state == State.DELETING)
+        .where(*in_state(account, State.DELETING), records.c.wake_at <= _not_after(connection, now))
         .order_by(records.c.wake_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -277,7 +239,7 @@ def _progress_from_row(row: Row[Any]) -> Progress:
     return Progress(row.failing_since, row.failures, row.refusals)
 
 
-def bring_forward_rehearsed(connection: Connection, *, now: datetime) -> int:
-    """Make due what a dry run has rehearsed and put off, and return the number of records."""
-    put_off = (records.c.state == State.SCHEDULED, records.c.wake_at > now, records.c.last_error == DRY_RUN)
+def bring_forward_rehearsed(connection: Connection, account: str, *, now: datetime) -> int:
+    """Make due what a dry run of *account* has rehearsed and put off, and return the number of records."""
+    put_off = (*in_state(account, State.SCHEDULED), records.c.wake_at > now, records.c.last_error == DRY_RUN)
     return connection.execute(update(records).where(*put_off).values(wake_at=now)).rowcount

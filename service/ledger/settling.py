@@ -15,6 +15,7 @@ from service.ledger import daily_limit, history, key_history, pausing
 from service.ledger.claiming import Claim
 from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.history import Entry, append_entries
+from service.ledger.key_history import KeyOfAccount
 from service.ledger.outcomes import Copy, CopyResult, Settled, Settlement
 from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import records
@@ -23,19 +24,21 @@ _UNKNOWN_TO_KEY = "the API does not know it, nor any other generation yet; check
 
 
 def store_copies(
-    connection: Connection, copies: Sequence[Copy], *, now: datetime, limit: int | None, actor: str
+    connection: Connection, account: str, copies: Sequence[Copy], *, now: datetime, limit: int | None, actor: str
 ) -> list[CopyResult]:
-    """Store what the API showed of each generation, and count the deletions that follow against the daily *limit*."""
+    """Store what the API showed of *account*'s generations, and count their deletions against the daily *limit*."""
     mine = _lock_claimed(connection, [item.claim for item in copies])
     kept = [item for item in copies if item.claim.seq in mine and item.claim.lease_until > now]
     if not kept:
         return [CopyResult.LOST] * len(copies)
     today = daily_limit.day_of(now)
-    if any(one.kind is Kind.OPERATOR for one in pausing.find_pauses(connection)):
+    if any(one.kind is Kind.OPERATOR for one in pausing.find_pauses(connection, account)):
         outcomes = {item.claim.seq: CopyResult.PAUSED for item in kept}
     else:
         others = [item.claim.seq for item in kept if mine[item.claim.seq].counted_on != today]
-        reserved = daily_limit.reserve_deletes(connection, len(others), limit=limit, now=now, actor=actor)
+        reserved = daily_limit.reserve_deletes(
+            connection, len(others), limit=limit, now=now, actor=actor, account=account
+        )
         if limit is not None and reserved:
             connection.execute(_set_counted, [{"b_seq": seq, "b_day": today} for seq in others[:reserved]])
         beyond = set(others[reserved:])
@@ -45,15 +48,12 @@ def store_copies(
 
 
 def settle_attempts(
-    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str, key_id: str
+    connection: Connection, key: KeyOfAccount, settlements: Sequence[Settlement], *, now: datetime, actor: str
 ) -> list[Settled]:
-    """Write the outcome of each attempt that is still claimed, and whose answer is no doubt about the key.
-
-    *key_id* identifies the API key that the attempts used.
-    """
+    """Write the outcome of each attempt that is still claimed, unless its answer makes *key*, its API key, doubtful."""
     mine = _lock_claimed(connection, [item.claim for item in settlements])
     valid = [item for item in settlements if item.claim.seq in mine]
-    doubted = _doubt_unknown(connection, valid, now=now, actor=actor, key_id=key_id)
+    doubted = _doubt_unknown(connection, key, valid, now=now, actor=actor)
     valid = [doubted.get(item.claim.seq, item) for item in valid]
     for statement, values in (
         (_confirm, [_confirm_values(item, now) for item in valid if item.step.move is Move.CONFIRM]),
@@ -65,8 +65,8 @@ def settle_attempts(
             connection.execute(statement, values)
     append_entries(connection, [entry for item in valid for entry in _entries(item, now, actor)])
     counted = [mine[item.claim.seq].counted_on for item in valid if item.is_refund]
-    daily_limit.refund_deletes(connection, [day for day in counted if day is not None])
-    _update_pauses(connection, settlements, now, actor)
+    daily_limit.refund_deletes(connection, key.account, [day for day in counted if day is not None])
+    _update_pauses(connection, key.account, settlements, now=now, actor=actor)
     return [_outcome(connection, item, mine, doubted) for item in settlements]
 
 
@@ -87,14 +87,12 @@ def _find_settled(connection: Connection, item: Settlement) -> Settled:
 
 
 def _doubt_unknown(
-    connection: Connection, settlements: Sequence[Settlement], *, now: datetime, actor: str, key_id: str
+    connection: Connection, key: KeyOfAccount, settlements: Sequence[Settlement], *, now: datetime, actor: str
 ) -> dict[int, Settlement]:
     """Return deferrals, by record, instead of what is unknown to a key that may be another organisation's."""
     unknown = [item for item in settlements if item.step.outcome is Outcome.ALREADY_GONE]
     is_shown = any(item.is_shown for item in settlements)
-    believed = key_history.note_answers(
-        connection, key_id, is_shown=is_shown, unknown=len(unknown), now=now, actor=actor
-    )
+    believed = key_history.note_answers(connection, key, is_shown=is_shown, unknown=len(unknown), now=now, actor=actor)
     return {
         item.claim.seq: replace(
             item, step=Step(Move.DEFER, item.claim.progress, retry_at=now), receipt=None, error=_UNKNOWN_TO_KEY
@@ -253,13 +251,15 @@ def _entries(item: Settlement, now: datetime, actor: str) -> list[Entry]:
     return [Entry(item.claim.seq, now, move, actor, detail) for move in _moves(item)]
 
 
-def _update_pauses(connection: Connection, settlements: Sequence[Settlement], now: datetime, actor: str) -> None:
-    """Pause deletions when the API refuses our key or has had too many calls; end the first once it takes the key."""
+def _update_pauses(
+    connection: Connection, account: str, settlements: Sequence[Settlement], *, now: datetime, actor: str
+) -> None:
+    """Pause *account*'s deletions when the API refuses its key, or answers 429; end the first once the key works."""
     # Throttled before unauthorized: in the order of their kinds, see resume().
     if waits := [item.throttle for item in settlements if item.throttle is not None]:
-        pausing.throttle(connection, max(waits), now=now, actor=actor)
+        pausing.throttle(connection, max(waits), now=now, actor=actor, account=account)
     if any(item.verdict is Verdict.UNAUTHORIZED for item in settlements):
         reason = "the API refuses the key"
-        pausing.pause(connection, Pause(Kind.UNAUTHORIZED, now, actor, reason, now + pausing.PROBE_EVERY))
+        pausing.pause(connection, Pause(Kind.UNAUTHORIZED, now, actor, reason, now + pausing.PROBE_EVERY, account))
     elif any(item.is_key_good for item in settlements):
-        pausing.resume(connection, [Kind.UNAUTHORIZED])
+        pausing.resume(connection, [Kind.UNAUTHORIZED], account)

@@ -14,7 +14,7 @@ import pytest
 from service.config.settings import OPTIONS
 from tests.deploy.probe import WORKER_IS_ALIVE
 from tests.support.readme import rows
-from workers.main import STOP_SECONDS
+from workers.runner import STOP_SECONDS
 
 
 def _dockerfile(root: Path) -> str:

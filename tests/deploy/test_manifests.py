@@ -31,7 +31,7 @@ from tests.deploy.kubernetes import (
     services_ports,
 )
 from tests.deploy.probe import WORKER_IS_ALIVE
-from workers.main import STOP_SECONDS
+from workers.runner import STOP_SECONDS
 
 # Names of other programs' variables.
 FOREIGN = {"POSTGRES_USER", "POSTGRES_DB", "POSTGRES_PASSWORD", "PGDATA", "PGSSLROOTCERT"}

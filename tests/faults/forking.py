@@ -23,6 +23,7 @@ _PRELOADED = (
     "service.web.app",
     "service.cli",
     "service.commands.running",
+    "workers.account",
     "workers.main",
 )
 

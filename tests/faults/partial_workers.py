@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-import workers.main
+import workers.account
 from service import cli
 from service.ledger.outcomes import Copy, CopyResult
 from workers.attempt import Cleaner
@@ -70,7 +70,7 @@ class Clock:
 def main(arguments: Sequence[str]) -> None:
     """Run ``mayfly worker`` without what the last of *arguments* names."""
     command, left_out = arguments
-    parts: Any = workers.main
+    parts: Any = workers.account
     if left_out == "safety net":
         parts.Overdue = NoSafetyNet
     elif left_out == "copy":

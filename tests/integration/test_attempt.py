@@ -24,6 +24,7 @@ from service.sync.answers import Reply, read_get
 from service.sync.client import open_sync_api
 from tests.conftest import API_KEY
 from tests.support.ledger import (
+    ACCOUNT,
     ACTOR,
     claim,
     claim_one,
@@ -54,7 +55,9 @@ def cleaner_of(database, metrics):
 
     def make(api, now=utc_now, **changes):
         async def copy(item):
-            write = partial(settling.store_copies, copies=[item], now=utc_now(), limit=None, actor=ACTOR)
+            write = partial(
+                settling.store_copies, account=ACCOUNT, copies=[item], now=utc_now(), limit=None, actor=ACTOR
+            )
             return (await database.write(write))[0]
 
         async def settle_one(item):
@@ -567,7 +570,7 @@ async def test_at_the_daily_limit_the_copy_is_stored_and_the_delete_waits(
     cleaner_of, api, database, simulator, announced
 ):
     async def copy(item):
-        write = partial(settling.store_copies, copies=[item], now=utc_now(), limit=0, actor=ACTOR)
+        write = partial(settling.store_copies, account=ACCOUNT, copies=[item], now=utc_now(), limit=0, actor=ACTOR)
         return (await database.write(write))[0]
 
     key = await announced()

@@ -11,11 +11,12 @@ from sqlalchemy import event
 
 from service.core.key import Key
 from service.core.lifecycle import Move, State
-from service.ledger import claiming, pausing
+from service.ledger import claiming, outlook, pausing
 from service.ledger.claiming import Claim, NotYet, Wanted
 from service.ledger.opening import open_database
 from service.ledger.pausing import Kind, Pause
 from tests.support.ledger import (
+    ACCOUNT,
     ACTOR,
     HOUR,
     LEASE,
@@ -31,7 +32,9 @@ from tests.support.ledger import (
 
 
 async def claim_wanted(database, *wanted: Wanted, now=None):
-    write = partial(claiming.claim_wanted, wanted=wanted, now=now or utc_now(), lease=LEASE, actor=ACTOR)
+    write = partial(
+        claiming.claim_wanted, account=ACCOUNT, wanted=wanted, now=now or utc_now(), lease=LEASE, actor=ACTOR
+    )
     return await database.write(write)
 
 
@@ -49,12 +52,12 @@ async def locked_by_another(url, key):
 
 
 async def find_waiting(database, **bounds):
-    read = partial(claiming.find_waiting, **({"since": None, "until": utc_now(), "limit": 10} | bounds))
+    read = partial(outlook.find_waiting, account=ACCOUNT, **({"since": None, "until": utc_now(), "limit": 10} | bounds))
     return await database.read(read)
 
 
 async def peek(database):
-    return await database.read(partial(pausing.peek_allowance, now=utc_now()))
+    return await database.read(partial(pausing.peek_allowance, account=ACCOUNT, now=utc_now()))
 
 
 async def pause(database, kind, *, until=None):
@@ -101,7 +104,7 @@ async def test_a_claim_by_key_reads_no_record_but_those_asked_for(sqlite_databas
     def explained(connection):
         event.listen(connection, "before_cursor_execute", explain)
         wanted = [Wanted(key, 1) for key in keys]
-        return claiming.claim_wanted(connection, wanted, now=utc_now(), lease=LEASE, actor=ACTOR)
+        return claiming.claim_wanted(connection, ACCOUNT, wanted, now=utc_now(), lease=LEASE, actor=ACTOR)
 
     claims = await sqlite_database.write(explained)
     by_key, by_number = plans.values()

@@ -12,6 +12,7 @@ from service.ledger import claiming, reading
 from service.ledger.opening import open_database
 from service.ledger.schema import records
 from tests.support.ledger import (
+    ACCOUNT,
     ACTOR,
     HOUR,
     LEASE,
@@ -64,7 +65,7 @@ async def test_claims_read_no_record_but_those_that_are_due(sqlite_database):
 
     def claim_explained(connection):
         event.listen(connection, "before_cursor_execute", explain)
-        return claiming.claim_due(connection, now=utc_now(), lease=LEASE, limit=100, actor=ACTOR)
+        return claiming.claim_due(connection, ACCOUNT, now=utc_now(), lease=LEASE, limit=100, actor=ACTOR)
 
     await receive(sqlite_database, *(arrival() for _ in range(100)))
     claims = await sqlite_database.write(claim_explained)
@@ -133,7 +134,7 @@ async def test_a_claim_reads_no_more_of_postgresql_than_what_is_due(postgres_url
     def explain_claim(connection):
         seen: list[Any] = []
         event.listen(connection, "before_cursor_execute", lambda *given: seen.append(given[2:4]))
-        claiming.claim_due(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
+        claiming.claim_due(connection, ACCOUNT, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
         statement, parameters = next(pair for pair in seen if "SKIP LOCKED" in pair[0])
         connection.exec_driver_sql("SET LOCAL enable_seqscan = off")  # the table is too small to need its index
         return list(connection.exec_driver_sql(f"EXPLAIN {statement}", parameters).scalars())
@@ -229,8 +230,8 @@ async def test_a_claim_reads_no_bodies(database):
 
     def claim_and_listen(connection):
         event.listen(connection, "before_cursor_execute", lambda *given: statements.append(given[2]))
-        claiming.claim_due(connection, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
-        claiming.end_expired_leases(connection, now=utc_now(), limit=10, actor=ACTOR)
+        claiming.claim_due(connection, ACCOUNT, now=utc_now(), lease=LEASE, limit=10, actor=ACTOR)
+        claiming.end_expired_leases(connection, ACCOUNT, now=utc_now(), limit=10, actor=ACTOR)
 
     await store(database)
     await database.write(claim_and_listen)

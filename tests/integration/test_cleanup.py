@@ -9,7 +9,6 @@ from functools import partial
 import pytest
 from arq.worker import Retry
 
-import workers.main
 from service.core.attempts import Verdict
 from service.core.key import Key
 from service.core.lifecycle import State
@@ -23,9 +22,10 @@ from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
 from service.runtime.tasks import cancel_and_wait
 from service.sync.rate_limit import Budget
-from tests.support.ledger import ACTOR, HOUR, LEASE, confirmed, deferred, row_of, settle, store, utc_now
+from tests.support.ledger import ACCOUNT, ACTOR, HOUR, LEASE, confirmed, deferred, row_of, settle, store, utc_now
 from tests.support.waiting import eventually
-from workers import cleanup
+from workers import account, cleanup, runner
+from workers import ledger as worker_ledger
 from workers.cleanup import Attempts, CleanupJobs
 
 UNLIMITED = Rate(100_000, 1)
@@ -61,12 +61,14 @@ class Work:
         await asyncio.sleep(self.peek_seconds)
         if self.peek_fault is not None:
             raise self.peek_fault
-        return await self.database.read(partial(pausing.peek_allowance, now=utc_now()))
+        return await self.database.read(partial(pausing.peek_allowance, account=ACCOUNT, now=utc_now()))
 
     async def claim(self, wanted):
         if self.faults:
             raise self.faults.pop()
-        write = partial(claiming.claim_wanted, wanted=[wanted], now=utc_now(), lease=LEASE, actor=ACTOR)
+        write = partial(
+            claiming.claim_wanted, account=ACCOUNT, wanted=[wanted], now=utc_now(), lease=LEASE, actor=ACTOR
+        )
         return (await self.database.write(write))[0]
 
     async def clean(self, claim):
@@ -226,7 +228,7 @@ async def test_a_cancelled_job_does_not_cancel_the_attempt(work, sqlite_database
 @asynccontextmanager
 async def working(work, pool, metrics):
     """Run what ``mayfly worker`` runs, without the safety net."""
-    running = asyncio.create_task(workers.main._run_jobs(pool, work.jobs, 5, metrics, work.stopping))
+    running = asyncio.create_task(runner.run_jobs(pool, connection.QUEUE, work.jobs, 5, metrics, work.stopping))
     try:
         yield
     finally:
@@ -237,7 +239,7 @@ async def working(work, pool, metrics):
 
 async def put(pool, *keys: Key, at=None):
     jobs = [CleanupJob(key, 1, at or utc_now()) for key in keys]
-    await enqueue.enqueue_jobs(pool, jobs, now=utc_now())
+    await enqueue.enqueue_jobs(pool, ACCOUNT, jobs, now=utc_now())
 
 
 async def test_arq_runs_the_jobs_that_are_enqueued_when_they_are_due(work, pool, metrics, sqlite_database):
@@ -258,7 +260,7 @@ async def test_a_record_whose_attempt_is_deferred_is_deleted_by_the_next_job(wor
     async def clean(claim):
         if claim.attempt == 1:
             await settle(sqlite_database, deferred(claim))
-            await workers.main._enqueue_next(pool, metrics, claim.key, 2, utc_now())
+            await account._enqueue_next(pool, metrics, claim.key, 2, utc_now())
         else:
             await settle(sqlite_database, confirmed(claim))
             work.ended.append(claim.key)
@@ -274,7 +276,7 @@ async def test_a_record_whose_attempt_is_deferred_is_deleted_by_the_next_job(wor
 async def test_a_stop_waits_for_running_attempts_and_leaves_the_rest_in_the_queue(work, pool, metrics, sqlite_database):
     keys = [await store(sqlite_database) for _ in range(30)]
     work.gate.clear()
-    running = asyncio.create_task(workers.main._run_jobs(pool, work.jobs, 5, metrics, work.stopping))
+    running = asyncio.create_task(runner.run_jobs(pool, connection.QUEUE, work.jobs, 5, metrics, work.stopping))
     await put(pool, *keys)
     await eventually(lambda: len(work.begun) == 10)  # twice the places at the API
     work.stopping.set()
@@ -290,7 +292,7 @@ async def test_a_stop_waits_for_running_attempts_and_leaves_the_rest_in_the_queu
 async def test_arq_that_loses_redis_is_started_again_and_attempts_go_on(
     work, pool, metrics, sqlite_database, monkeypatch
 ):
-    monkeypatch.setattr(workers.main, "_ARQ_RESTART_SECONDS", 0.05)
+    monkeypatch.setattr(runner, "_ARQ_RESTART_SECONDS", 0.05)
     first, second = [await store(sqlite_database) for _ in range(2)]
     work.gate.clear()
     async with working(work, pool, metrics):
@@ -310,7 +312,7 @@ def failures(metrics):
 
 
 async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(work, pool):
-    worker = workers.main._arq_worker(pool, work.jobs, 50)
+    worker = runner._arq_worker(pool, connection.QUEUE, work.jobs, 50)
     is_built = {
         "queue_name": connection.QUEUE,
         "keep_result_s": 0,
@@ -331,7 +333,7 @@ async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(wor
     assert list(worker.functions) == [enqueue.FUNCTION]
     assert worker.queue_read_limit >= 10 * worker.max_jobs
     # It may wait for the budget and then hold a whole lease; and so long arq keeps the id of a worker that died.
-    assert cleanup.BUDGET_SECONDS + workers.ledger.LEASE.total_seconds() < worker.job_timeout_s <= 90
+    assert cleanup.BUDGET_SECONDS + worker_ledger.LEASE.total_seconds() < worker.job_timeout_s <= 90
     assert all(one.timeout_s is None and one.max_tries is None for one in worker.functions.values())
 
 

@@ -21,7 +21,7 @@ from service.jobs import connection, enqueue
 from service.jobs.connection import QueueError
 from service.jobs.enqueue import CleanupJob
 from service.runtime.tasks import cancel_and_wait
-from tests.support.ledger import HOUR, utc_now
+from tests.support.ledger import ACCOUNT, HOUR, utc_now
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually
 
@@ -34,7 +34,7 @@ def job(generation_id="g1", *, attempt=1, delay=HOUR):
 
 
 async def put(pool, *jobs: CleanupJob):
-    return await enqueue.enqueue_jobs(pool, jobs, now=utc_now())
+    return await enqueue.enqueue_jobs(pool, ACCOUNT, jobs, now=utc_now())
 
 
 async def scores(pool):
@@ -235,7 +235,7 @@ async def test_a_full_redis_refuses_even_no_jobs(pool):
 async def test_due_jobs_are_removed_whatever_their_ids_are(pool):
     await pool.zadd(connection.QUEUE, {b"\xff\xfe": 1})
     await put(pool, job("due", delay=-HOUR), job("later"))
-    await enqueue.remove_due_jobs(pool, now=utc_now() + timedelta(seconds=1))
+    await enqueue.remove_due_jobs(pool, connection.QUEUE, now=utc_now() + timedelta(seconds=1))
 
     assert [*await scores(pool)] == [b"default:later:1"]
     assert await pool.keys("arq:job:*") == [b"arq:job:default:later:1"]

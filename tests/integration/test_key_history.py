@@ -5,16 +5,21 @@ from functools import partial
 import pytest
 
 from service.ledger import key_history, pausing
-from service.ledger.key_history import MAX_UNKNOWN
+from service.ledger.key_history import MAX_UNKNOWN, KeyOfAccount
 from service.ledger.pausing import Kind
-from tests.support.ledger import ACTOR, utc_now
+from tests.support.ledger import ACCOUNT, ACTOR, utc_now
 
 WRONG = [Kind.WRONG_ORGANISATION]
 
 
 async def believed(database, key_id="one", *, is_shown=False, unknown=0):
     write = partial(
-        key_history.note_answers, key_id=key_id, is_shown=is_shown, unknown=unknown, now=utc_now(), actor=ACTOR
+        key_history.note_answers,
+        key=KeyOfAccount(ACCOUNT, key_id),
+        is_shown=is_shown,
+        unknown=unknown,
+        now=utc_now(),
+        actor=ACTOR,
     )
     return await database.write(write)
 
@@ -28,7 +33,7 @@ async def test_the_fifth_unknown_generation_in_a_row_pauses(database):
     found = [await note(database, unknown=1) for _ in range(MAX_UNKNOWN)]
 
     assert found == [[]] * (MAX_UNKNOWN - 1) + [WRONG]
-    assert await database.read(partial(pausing.peek_allowance, now=utc_now())) == 0
+    assert await database.read(partial(pausing.peek_allowance, account=ACCOUNT, now=utc_now())) == 0
 
 
 async def test_many_unknown_generations_in_one_commit_pause(database):
@@ -76,6 +81,6 @@ async def test_a_resume_of_another_pause_trusts_no_key(database):
 @pytest.mark.parametrize(("key_id", "left"), [("one", WRONG), ("another", [])])
 async def test_a_start_ends_the_pause_of_another_key_only(database, key_id, left):
     await note(database, unknown=MAX_UNKNOWN)
-    await database.write(partial(key_history.resume_for_key, key_id=key_id))
+    await database.write(partial(key_history.resume_for_key, key=KeyOfAccount(ACCOUNT, key_id)))
 
     assert [pause.kind for pause in await database.read(pausing.find_pauses)] == left

@@ -16,12 +16,13 @@ from service.core.rate import Rate
 from service.core.secret import Secret
 from service.jobs import connection, enqueue
 from service.jobs.enqueue import CleanupJob
-from service.ledger import claiming, pausing, reading
+from service.ledger import outlook, pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
 from service.runtime.tasks import cancel_and_wait
 from service.sync.rate_limit import Budget
 from tests.support.ledger import (
+    ACCOUNT,
     ACTOR,
     HOUR,
     claim,
@@ -80,7 +81,9 @@ class Net:
         self.rounds += 1
         if self.faults:
             raise self.faults.pop()
-        read = partial(claiming.read_outlook, now=utc_now(), late=LATE, since=since, until=until, limit=AT_ONCE)
+        read = partial(
+            outlook.read_outlook, account=ACCOUNT, now=utc_now(), late=LATE, since=since, until=until, limit=AT_ONCE
+        )
         return await self.database.read(read)
 
     async def end_leases(self):
@@ -97,7 +100,7 @@ class Net:
     async def enqueue(self, jobs):
         if self.redis_faults:
             raise self.redis_faults[0]
-        return await enqueue.enqueue_jobs(self.pool, jobs, now=utc_now())
+        return await enqueue.enqueue_jobs(self.pool, ACCOUNT, jobs, now=utc_now())
 
     async def jobs(self):
         return {job_id.decode() for job_id in await self.pool.zrange(connection.QUEUE, 0, -1)}
@@ -165,7 +168,7 @@ async def test_an_emptied_redis_is_noticed_although_another_wrote_to_it_first(ne
         await rounds(net)
         await net.pool.flushall()
         of_the_web_side = CleanupJob(Key("default", "new"), 1, utc_now() + HOUR)
-        await enqueue.enqueue_jobs(net.pool, [of_the_web_side], now=utc_now())
+        await enqueue.enqueue_jobs(net.pool, ACCOUNT, [of_the_web_side], now=utc_now())
         await rounds(net, 4)
 
     assert await net.jobs() == {f"default:{key.id}:1", "default:new:1"}

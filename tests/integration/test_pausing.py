@@ -15,7 +15,9 @@ from service.ledger.opening import open_database
 from service.ledger.outcomes import Settled
 from service.ledger.pausing import PROBE_EVERY, Kind, Pause
 from tests.support.ledger import (
+    ACCOUNT,
     ACTOR,
+    KEY,
     arrival,
     claim,
     claim_one,
@@ -32,7 +34,8 @@ SECOND = timedelta(seconds=1)
 
 
 async def pause(database, kind, *, until=None):
-    wanted = Pause(kind, utc_now(), "an operator", "a reason", until)
+    account = pausing.ALL_ACCOUNTS if kind is Kind.OPERATOR else ACCOUNT
+    wanted = Pause(kind, utc_now(), "an operator", "a reason", until, account)
     return await database.write(partial(pausing.pause, wanted=wanted))
 
 
@@ -43,7 +46,7 @@ async def kinds(database):
 async def test_without_a_pause_all_may_be_claimed(database):
     now = utc_now()
 
-    assert await database.write(partial(pausing.take_allowance, now=now)) == pausing.UNLIMITED
+    assert await database.write(partial(pausing.take_allowance, account=ACCOUNT, now=now)) == pausing.UNLIMITED
 
 
 async def test_an_operators_pause_stops_claims_until_the_resume(database):
@@ -59,7 +62,7 @@ async def test_an_operators_pause_stops_claims_until_the_resume(database):
 async def throttle(database, seconds, *, ago=0):
     now = utc_now() - timedelta(seconds=ago)
     wait = timedelta(seconds=seconds)
-    await database.write(partial(pausing.throttle, wait=wait, now=now, actor="a worker"))
+    await database.write(partial(pausing.throttle, wait=wait, now=now, actor="a worker", account=ACCOUNT))
 
 
 async def test_after_a_429_nothing_is_claimed_until_its_time_is_over(database):
@@ -102,7 +105,7 @@ async def test_a_worker_whose_clock_is_ahead_does_not_delay_the_next_probe(postg
         await store(database)
         await pause(database, Kind.UNAUTHORIZED, until=utc_now() - SECOND)
         ahead = utc_now() + timedelta(hours=3)
-        assert await database.write(partial(pausing.take_allowance, now=ahead)) == 1
+        assert await database.write(partial(pausing.take_allowance, account=ACCOUNT, now=ahead)) == 1
         (probe,) = await database.read(pausing.find_pauses)
 
     assert probe.until is not None
@@ -215,8 +218,8 @@ async def test_a_resume_never_deadlocks_with_workers_that_read_the_allowance(pos
             now = utc_now()
             # The later one is written first.
             for kind, since in ((Kind.DAILY_LIMIT, now), (Kind.UNAUTHORIZED, now - SECOND)):
-                await one.write(partial(pausing.pause, wanted=Pause(kind, since, "a worker", "a reason", now)))
-            look = other.write(partial(pausing.take_allowance, now=utc_now()))
+                await one.write(partial(pausing.pause, wanted=Pause(kind, since, "a worker", "a reason", now, ACCOUNT)))
+            look = other.write(partial(pausing.take_allowance, account=ACCOUNT, now=utc_now()))
             await asyncio.gather(look, one.write(partial(pausing.resume, kinds=list(Kind))))
 
             assert await kinds(one) == []
@@ -243,13 +246,11 @@ async def test_a_look_at_pauses_and_the_end_of_attempts_never_wait_for_ever(post
         accepted, throttled = await claim(one, limit=2)
         past = utc_now() - SECOND
         for kind, since in ((Kind.THROTTLED, past - SECOND), (Kind.UNAUTHORIZED, past)):
-            await one.write(partial(pausing.pause, wanted=Pause(kind, since, "a worker", "a reason", past)))
+            await one.write(partial(pausing.pause, wanted=Pause(kind, since, "a worker", "a reason", past, ACCOUNT)))
         ends = [replace(deferred(accepted), is_key_good=True), replace(deferred(throttled), throttle=60 * SECOND)]
         writes = [
-            one.write(
-                slowly(partial(settling.settle_attempts, settlements=ends, now=utc_now(), actor=ACTOR, key_id="a key"))
-            ),
-            other.write(slowly(partial(pausing.take_allowance, now=utc_now()))),
+            one.write(slowly(partial(settling.settle_attempts, key=KEY, settlements=ends, now=utc_now(), actor=ACTOR))),
+            other.write(slowly(partial(pausing.take_allowance, account=ACCOUNT, now=utc_now()))),
         ]
         results = await asyncio.gather(*(reversed(writes) if is_look_first else writes))
         settled = results[1 if is_look_first else 0]

@@ -10,12 +10,25 @@ from service.core.lifecycle import Move, State
 from service.ledger import claiming, daily_limit, heartbeats, pausing
 from service.ledger.outcomes import Settlement
 from service.ledger.pausing import Kind, Pause
-from tests.support.ledger import ACTOR, HOUR, claim, claim_one, copy, deferred, row_of, settle, store, utc_now
+from tests.support.ledger import (
+    ACCOUNT,
+    ACTOR,
+    HOUR,
+    KEY,
+    claim,
+    claim_one,
+    copy,
+    deferred,
+    row_of,
+    settle,
+    store,
+    utc_now,
+)
 from workers.ledger import WorkerLedger
 
 
 def worker(database, *, limit=None, is_dry_run=False):
-    return WorkerLedger(database, limit=limit, is_dry_run=is_dry_run, actor=ACTOR, key_id="a key", now=utc_now)
+    return WorkerLedger(database, limit=limit, is_dry_run=is_dry_run, actor=ACTOR, key=KEY, now=utc_now)
 
 
 async def test_a_worker_is_seen_in_the_ledger_and_writes_rarely(database):
@@ -63,7 +76,7 @@ async def test_a_start_ends_no_other_pause(database):
     await worker(database).beat()
 
     assert await kinds(database) == [Kind.OPERATOR]
-    assert not await database.write(partial(daily_limit.end_pause, limit=None, now=utc_now()))
+    assert not await database.write(partial(daily_limit.end_pause, account=ACCOUNT, limit=None, now=utc_now()))
 
 
 async def test_what_a_dry_run_rehearsed_is_due_once_it_is_switched_off(database):

@@ -10,19 +10,20 @@ from sqlalchemy import Row, update
 
 from service.core.attempts import Outcome, Progress, Step, Verdict
 from service.core.generation import Generation, read_generation
-from service.core.key import Key
+from service.core.key import DEFAULT_ACCOUNT, Key
 from service.core.lifecycle import Move
 from service.core.retention import Retention
 from service.ledger import claiming, history, reading, receiving, settling
 from service.ledger.claiming import Claim
 from service.ledger.database import Database
+from service.ledger.key_history import KeyOfAccount
 from service.ledger.outcomes import Copy, CopyResult, Settled, Settlement
 from service.ledger.receiving import Arrival, Receipt
 from service.ledger.schema import records
 from tests.support.webhooks import notification
 
-ACCOUNT = "default"
-KEY_ID = "a-key"
+ACCOUNT = DEFAULT_ACCOUNT
+KEY = KeyOfAccount(ACCOUNT, "a-key")
 ACTOR = "worker of a test"
 LEASE = timedelta(seconds=60)
 HOUR = timedelta(hours=1)
@@ -61,7 +62,9 @@ async def claim(
 ) -> list[Claim]:
     """Claim due records."""
     at = now or utc_now()
-    return await database.write(partial(claiming.claim_due, now=at, lease=lease, limit=limit, actor=ACTOR))
+    return await database.write(
+        partial(claiming.claim_due, account=ACCOUNT, now=at, lease=lease, limit=limit, actor=ACTOR)
+    )
 
 
 async def claim_one(database: Database, **options: Any) -> Claim:  # noqa: ANN401 - handed on
@@ -76,14 +79,16 @@ async def copy(
     """Keep a copy of the generation as the API would show it."""
     body = json.dumps(notification(id=item.key.id, **fields), ensure_ascii=False)
     copies = [Copy(item, read_generation(body.encode()), body)]
-    write = partial(settling.store_copies, copies=copies, now=now or utc_now(), limit=limit, actor=ACTOR)
+    write = partial(
+        settling.store_copies, account=ACCOUNT, copies=copies, now=now or utc_now(), limit=limit, actor=ACTOR
+    )
     (copied,) = await database.write(write)
     return copied
 
 
 async def settle(database: Database, *items: Settlement, now: datetime | None = None) -> list[Settled]:
     """Write how attempts ended."""
-    write = partial(settling.settle_attempts, settlements=items, now=now or utc_now(), actor=ACTOR, key_id=KEY_ID)
+    write = partial(settling.settle_attempts, key=KEY, settlements=items, now=now or utc_now(), actor=ACTOR)
     return await database.write(write)
 
 
@@ -113,7 +118,9 @@ def given_up(item: Claim) -> Settlement:
 
 async def lose_leases(database: Database, *, now: datetime | None = None, limit: int = 100) -> int:
     """Take back records whose lease ran out."""
-    return await database.write(partial(claiming.end_expired_leases, now=now or utc_now(), limit=limit, actor=ACTOR))
+    return await database.write(
+        partial(claiming.end_expired_leases, account=ACCOUNT, now=now or utc_now(), limit=limit, actor=ACTOR)
+    )
 
 
 async def row_of(database: Database, key: Key) -> Row[Any]:
