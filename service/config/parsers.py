@@ -58,6 +58,14 @@ def read_base_url(text: str) -> str:
     return text.rstrip("/")
 
 
+def read_public_url(text: str) -> str:
+    """Read the URL under which sync.so reaches this service, without its route for webhooks."""
+    parts = urlsplit(text)
+    if parts.scheme != "https" or not parts.hostname or parts.port == 0 or parts.username or "?" in text or "#" in text:
+        raise ValueError
+    return text.rstrip("/").removesuffix("/webhooks/sync")
+
+
 def _is_near(host: str) -> bool:
     """Whether *host* is in a private network: a private address, or a name without a domain."""
     try:

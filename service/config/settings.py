@@ -24,11 +24,13 @@ from service.config.parsers import (
     read_flag,
     read_header_value,
     read_log_format,
+    read_public_url,
     read_rate,
     read_redis_url,
     read_secrets,
     read_token,
 )
+from service.config.rules_file import RulesFile, RulesFileError, read_rules_file
 from service.core.durations import parse_ttl
 from service.core.errors import ExplainedError
 from service.core.key import DEFAULT_ACCOUNT
@@ -90,6 +92,9 @@ class Settings:
     concurrency: int
     queue_horizon: timedelta
     log_format: LogFormat | None
+    config_path: Path | None
+    public_url: str | None
+    rules_file: RulesFile  # what is in the file at config_path
 
     @property
     def policy(self) -> Policy:
@@ -112,8 +117,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
 
     Raises: SettingsError with all problems at once.
     """
-    problems = _unknown_variables(environment)
     values: dict[str, Any] = {}
+    problems: list[str] = []
     for field, option in OPTIONS.items():
         try:
             text = _option_text(option, environment)
@@ -123,9 +128,22 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         except OSError as error:
             problems.append(f"{option.name}_FILE cannot be read: {error.strerror}")
     values["webhook_secrets"] = values.get("webhook_secrets") or ()
+    values["rules_file"] = _read_rules_file(values.get("config_path"), problems)
+    problems = [*_unknown_variables(environment, values["rules_file"].variables), *problems]
     if problems:
         raise SettingsError(problems)
     return Settings(**values)
+
+
+def _read_rules_file(path: Path | None, problems: list[str]) -> RulesFile:
+    """Read the file at *path*, none without one; add to *problems* what is wrong with it."""
+    try:
+        return RulesFile() if path is None else read_rules_file(path)
+    except RulesFileError as error:
+        problems += error.problems
+    except OSError as error:
+        problems.append(f"MAYFLY_CONFIG names {path}, which cannot be read: {error.strerror}")
+    return RulesFile()
 
 
 def require_webhook_secret(settings: Settings) -> None:
@@ -155,16 +173,19 @@ def _option_text(option: Option, environment: Mapping[str, str]) -> str | None:
     return text or option.default
 
 
-def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
-    """Name variables that look like settings and are not: with MAYFLY_DRY ignored, Mayfly would really delete."""
+def _unknown_variables(environment: Mapping[str, str], named: frozenset[str]) -> list[str]:
+    """Name variables that look like settings and are not: with MAYFLY_DRY ignored, Mayfly would really delete.
+
+    *named* are those that the rules file names.
+    """
     known = {option.name for option in OPTIONS.values()}
     known |= {f"{option.name}_FILE" for option in OPTIONS.values() if option.is_secret}
     problems = []
-    for name in sorted(environment.keys() - known):
+    for name in sorted(environment.keys() - known - named):
         near = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if name.startswith("MAYFLY_") else 0.88)
         if name in NOT_SUPPORTED:
             problems.append(f"{name} is set, but this release does not support it yet: unset it")
-        elif name.startswith("MAYFLY_") and not _LINK.search(name) and name not in TOLERATED:
+        elif name.startswith("MAYFLY_") and not _LINK.search(name):
             problems.append(f"{name} is not an option" + (f": did you mean {near[0]}?" if near else ""))
         elif name.startswith("SYNC_") and near:
             problems.append(f"{name} is not an option: did you mean {near[0]}?")
@@ -173,9 +194,7 @@ def _unknown_variables(environment: Mapping[str, str]) -> list[str]:
 
 _DURATION = "a duration such as 90s, 15m, 24h, 7d, 2w"
 # Planned for a later release. Ignoring one of these could delete what it is meant to keep.
-NOT_SUPPORTED: Final = frozenset({"MAYFLY_CONFIG", "MAYFLY_ARCHIVE_URL"})
-# Planned as well, and harmless to ignore.
-TOLERATED: Final = frozenset({"MAYFLY_PUBLIC_URL"})
+NOT_SUPPORTED: Final = frozenset({"MAYFLY_ARCHIVE_URL"})
 # What Kubernetes and container links set for a service called mayfly-something.
 _LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_[0-9]+_(TCP|UDP).*)?$|_ENV_|_NAME$")
 
@@ -223,5 +242,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "give_up_after": Option("MAYFLY_GIVE_UP_AFTER", duration_reader(timedelta(minutes=1)), "7d", _DURATION),
     "concurrency": Option("MAYFLY_CONCURRENCY", number_reader(1, 1000), "50", "a whole number from 1 to 1000"),
     "queue_horizon": Option("MAYFLY_QUEUE_HORIZON", duration_reader(timedelta(minutes=1)), "48h", _DURATION),
+    "config_path": Option("MAYFLY_CONFIG", Path, None, "a TOML file with rules and accounts"),
+    "public_url": Option("MAYFLY_PUBLIC_URL", read_public_url, None, "an https URL without a query"),
     "log_format": Option("MAYFLY_LOG_FORMAT", read_log_format, None, "console or json"),
 }

@@ -1,12 +1,16 @@
-"""Durations with units, as in settings and overrides: parsed and formatted."""
+"""Durations with units and instants, as in settings, rules and overrides: parsed and formatted."""
 
 import re
-from datetime import timedelta
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 _UNITS: Final = {"s": "seconds", "m": "minutes", "h": "hours", "d": "days", "w": "weeks"}
 _DURATION = re.compile(r"([0-9]{1,9})([smhdw])", re.ASCII)
 DURATION_FORMS: Final = "a number with a unit: 90s, 15m, 24h, 7d, 2w"
+
+_TIME: Final = re.compile(r"(.*T[0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?) ([0-9]{2}:?[0-9]{2})", re.ASCII)
+_INSTANT_FORMS: Final = "an instant with its offset, such as 2026-12-31T00:00:00Z, or a date"
+_DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 
 # Later instants might not fit a database column, and a longer ttl is a mistake.
 MAX_TTL: Final = timedelta(days=36500)
@@ -52,3 +56,23 @@ def parse_ttl(text: str) -> timedelta | None:
     if not duration:
         raise ValueError("more than zero")
     return duration
+
+
+def parse_instant(text: str) -> datetime:
+    """Parse an ISO 8601 instant with its offset, or a date as its end in UTC; a time without an offset is ambiguous.
+
+    A ``+`` that was not percent-encoded has become a blank.
+
+    Raises: ValueError, which says what is accepted; OverflowError.
+    """
+    text = text.upper()
+    if _DATE.fullmatch(text):
+        instant = datetime.fromisoformat(f"{text}T00:00:00Z") + timedelta(days=1)
+    else:
+        try:
+            instant = datetime.fromisoformat(_TIME.sub(r"\1+\2", text))
+        except ValueError:
+            raise ValueError(_INSTANT_FORMS) from None
+    if instant.tzinfo is None or not 2000 <= instant.year <= 2200:
+        raise ValueError(_INSTANT_FORMS)
+    return instant.astimezone(UTC)

@@ -15,6 +15,8 @@ from service.core.typos import is_signature, suggest_override
 
 WEBHOOK_PATH: Final = "/webhooks/sync"
 NAMES: Final = frozenset({"ttl", "expires", "hold"})
+# The name of a label, after ``label.``
+LABEL_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 MAX_URL_LENGTH: Final = 8_192
 # Each tool that a URL passes through may encode it once more.
 _MAX_ENCODINGS: Final = 6

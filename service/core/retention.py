@@ -2,12 +2,12 @@
 
 import re
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import datetime, timedelta
 from typing import Final
 
 import msgspec
 
-from service.core.durations import parse_ttl
+from service.core.durations import parse_instant, parse_ttl
 from service.core.overrides import InvalidOverrideError, Overrides, read_overrides
 from service.core.typos import FALSE
 
@@ -18,10 +18,6 @@ INVALID_RULE: Final = "invalid override"
 
 # A URL without any of these has no override.
 _MARKS: Final = re.compile(r"[?#%&;=]")
-
-_TIME: Final = re.compile(r"(.*T[0-9]{2}:[0-9]{2}(?::[0-9]{2}(?:\.[0-9]+)?)?) ([0-9]{2}:?[0-9]{2})", re.ASCII)
-_INSTANT_FORMS: Final = "an instant with its offset, such as 2026-12-31T00:00:00Z, or a date"
-_DATE: Final = re.compile(r"[0-9]{4}-[0-9]{2}-[0-9]{2}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -127,7 +123,7 @@ def _apply_times(overrides: Overrides, clock: _Clock) -> Retention | None:
         try:
             if name == "ttl":
                 return _apply_ttl(_parse_ttl(text), clock, "override: ttl")
-            due_at = max(_parse_instant(text), clock.earliest)
+            due_at = max(parse_instant(text), clock.earliest)
         except (ValueError, OverflowError) as error:
             raise InvalidOverrideError(name, text, str(error)) from None
         return Retention("override: expires", due_at - clock.start, due_at)
@@ -153,21 +149,3 @@ def _apply_ttl(ttl: timedelta | None, clock: _Clock, rule: str) -> Retention:
 def _parse_ttl(text: str) -> timedelta | None:
     """Parse a ttl in any case, except for ``M``: it could mean months."""
     return parse_ttl(text if text.endswith("M") else text.lower())
-
-
-def _parse_instant(text: str) -> datetime:
-    """Parse an ISO 8601 instant with its offset, or a date as its end in UTC; a time without an offset is ambiguous.
-
-    A ``+`` that was not percent-encoded has become a blank.
-    """
-    text = text.upper()
-    if _DATE.fullmatch(text):
-        instant = datetime.fromisoformat(f"{text}T00:00:00Z") + timedelta(days=1)
-    else:
-        try:
-            instant = datetime.fromisoformat(_TIME.sub(r"\1+\2", text))
-        except ValueError:
-            raise ValueError(_INSTANT_FORMS) from None
-    if instant.tzinfo is None or not 2000 <= instant.year <= 2200:
-        raise ValueError(_INSTANT_FORMS)
-    return instant.astimezone(UTC)
