@@ -12,7 +12,7 @@ import click
 
 from service import __version__
 from service.commands.suggesting import SuggestingGroup
-from service.config.settings import Settings, require_api_key, require_webhook_secret
+from service.config.settings import Settings, require_api_key, require_key_or_secret
 from service.runtime.metrics import Metrics
 
 Side = Callable[[Settings, Any, Metrics, asyncio.Event], Awaitable[None]]
@@ -58,24 +58,26 @@ def main() -> None:
 def up() -> None:
     """Run everything in one process: webhooks in, deletions out.
 
-    Needs SYNC_WEBHOOK_SECRET and SYNC_API_KEY. Without MAYFLY_DATABASE_URL and MAYFLY_REDIS_URL it keeps an SQLite
-    ledger and a Redis of its own in MAYFLY_DATA_DIR. Ctrl-C or SIGTERM stops it after the deletions in progress.
+    Needs SYNC_API_KEY; SYNC_WEBHOOK_SECRET is fetched with it unless it is set. Without MAYFLY_DATABASE_URL and
+    MAYFLY_REDIS_URL it keeps an SQLite ledger and a Redis of its own in MAYFLY_DATA_DIR. Ctrl-C or SIGTERM stops it
+    after the deletions in progress.
     """
     from service.web.app import run_web  # noqa: PLC0415 - each command loads what it runs
     from workers.main import run_worker  # noqa: PLC0415
 
-    _run_service([run_web, run_worker], require_webhook_secret, require_api_key, is_migrating=True, is_deleting=True)
+    _run_service([run_web, run_worker], require_api_key, is_migrating=True, is_deleting=True)
 
 
 @main.command()
 def api() -> None:
     """Run the web side: receive webhooks and serve the operator API.
 
-    Needs SYNC_WEBHOOK_SECRET. Run as many as the traffic needs, on one PostgreSQL and one Redis.
+    Needs SYNC_WEBHOOK_SECRET, or SYNC_API_KEY to fetch it with. Run as many as the traffic needs, on one PostgreSQL
+    and one Redis.
     """
     from service.web.app import run_web  # noqa: PLC0415
 
-    _run_service([run_web], require_webhook_secret)
+    _run_service([run_web], require_key_or_secret)
 
 
 @main.command()
@@ -150,11 +152,16 @@ async def _run_sides(
     """
     from service.commands.running import on_stop  # noqa: PLC0415
     from service.resources import open_resources  # noqa: PLC0415
-    from service.sync.organisation import check_organisation, warn_if_not_compared  # noqa: PLC0415
+    from service.sync.organisation import (  # noqa: PLC0415
+        check_organisations,
+        fetch_secrets,
+        warn_if_not_compared,
+    )
 
     stop = asyncio.Event()
     on_stop(stop.set)
-    uncompared = await check_organisation(settings) if is_deleting else None
+    settings = await fetch_secrets(settings) if is_listening else settings
+    uncompared = await check_organisations(settings) if is_deleting else []
     metrics = Metrics()
     if is_listening:
         from service.web.server import check_address  # noqa: PLC0415

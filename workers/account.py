@@ -15,7 +15,8 @@ from typing import Final
 import structlog
 from arq.connections import ArqRedis
 
-from service.config.settings import Account, Settings
+from service.config.accounts import Account
+from service.config.settings import Settings
 from service.core.key import Key
 from service.core.secret import Secret
 from service.jobs import connection, enqueue

@@ -8,7 +8,7 @@ from typing import Any
 
 import structlog
 
-from service.config.settings import NO_API_KEY, Settings, SettingsError
+from service.config.settings import Settings, require_api_key
 from service.jobs.enqueue import queue_of
 from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
@@ -24,9 +24,8 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
 
     Raises: SettingsError without an API key; QueueError for a Redis that would drop jobs.
     """
-    accounts = [(account, account.api_key) for account in settings.accounts if account.api_key is not None]
-    if not accounts:
-        raise SettingsError([NO_API_KEY])
+    require_api_key(settings)
+    accounts = [(account, account.keys.api_key) for account in settings.accounts if account.keys.api_key is not None]
     stopping = asyncio.Event()
     async with open_queue(resources.redis_url, retries=2) as pool, AsyncExitStack() as stack:
         open_account = partial(

@@ -7,7 +7,7 @@ import difflib
 import errno
 import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
@@ -15,6 +15,7 @@ from typing import Any, Final
 
 from sqlalchemy import URL
 
+from service.config.accounts import Account, Keys, join_accounts, read_keys
 from service.config.parsers import (
     LogFormat,
     duration_reader,
@@ -33,7 +34,6 @@ from service.config.parsers import (
 from service.config.rules_file import RulesFile, RulesFileError, read_rules_file
 from service.core.durations import parse_ttl
 from service.core.errors import ExplainedError
-from service.core.key import DEFAULT_ACCOUNT
 from service.core.rate import Rate
 from service.core.retention import Policy
 from service.core.secret import Secret
@@ -56,17 +56,6 @@ class Option:
     default: str | None
     accepts: str
     is_secret: bool = False  # then NAME_FILE may name a file that contains it
-
-
-@dataclass(frozen=True, slots=True)
-class Account:
-    """One organisation at sync.so: its API key, None where it is not needed, its secrets, budget and policy."""
-
-    id: str
-    api_key: Secret | None
-    webhook_secrets: tuple[Secret, ...]
-    rate: Rate
-    policy: Policy
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +84,7 @@ class Settings:
     config_path: Path | None
     public_url: str | None
     rules_file: RulesFile  # what is in the file at config_path
+    keys: Mapping[str, Keys]  # by account
 
     @property
     def policy(self) -> Policy:
@@ -104,7 +94,7 @@ class Settings:
     @property
     def accounts(self) -> tuple[Account, ...]:
         """The accounts whose webhooks are taken and whose generations are deleted."""
-        return (Account(DEFAULT_ACCOUNT, self.api_key, self.webhook_secrets, self.api_rate, self.policy),)
+        return join_accounts(self.keys, self.rules_file.accounts, rate=self.api_rate, policy=self.policy)
 
     @property
     def ledger_url(self) -> URL:
@@ -128,7 +118,9 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         except OSError as error:
             problems.append(f"{option.name}_FILE cannot be read: {error.strerror}")
     values["webhook_secrets"] = values.get("webhook_secrets") or ()
-    values["rules_file"] = _read_rules_file(values.get("config_path"), problems)
+    rules = values["rules_file"] = _read_rules_file(values.get("config_path"), problems)
+    default = Keys(values.get("api_key"), values["webhook_secrets"])
+    values["keys"] = read_keys(rules.accounts, default, environment, problems)
     problems = [*_unknown_variables(environment, values["rules_file"].variables), *problems]
     if problems:
         raise SettingsError(problems)
@@ -147,20 +139,36 @@ def _read_rules_file(path: Path | None, problems: list[str]) -> RulesFile:
 
 
 def require_webhook_secret(settings: Settings) -> None:
-    """Raise SettingsError unless there is a secret to verify webhooks with."""
-    if not settings.webhook_secrets:
-        raise SettingsError(
-            ["SYNC_WEBHOOK_SECRET is not set: copy the whsec_… secret from sync.so/settings/webhooks into it"]
-        )
+    """Raise SettingsError unless each account has a secret to verify webhooks with."""
+    _require(
+        f"{one.secret_name} is not set: copy the whsec_… secret from sync.so/settings/webhooks into it"
+        for one in settings.accounts
+        if not one.keys.webhook_secrets
+    )
 
 
-NO_API_KEY: Final = "SYNC_API_KEY is not set: put an API key of your sync.so organisation into it"
+def require_key_or_secret(settings: Settings) -> None:
+    """Raise SettingsError unless each account has a webhook secret, or an API key to fetch it with."""
+    _require(
+        f"{one.secret_name} is not set: copy the whsec_… secret from sync.so/settings/webhooks into it, or set "
+        f"{one.key_name}, with which Mayfly fetches it"
+        for one in settings.accounts
+        if one.keys == Keys()
+    )
 
 
 def require_api_key(settings: Settings) -> None:
-    """Raise SettingsError unless there is an API key to delete with."""
-    if settings.api_key is None:
-        raise SettingsError([NO_API_KEY])
+    """Raise SettingsError unless each account has an API key to delete with."""
+    _require(
+        f"{one.key_name} is not set: put an API key of your sync.so organisation into it"
+        for one in settings.accounts
+        if one.keys.api_key is None
+    )
+
+
+def _require(problems: Iterable[str]) -> None:
+    if found := list(problems):
+        raise SettingsError(found)
 
 
 def _option_text(option: Option, environment: Mapping[str, str]) -> str | None:

@@ -14,8 +14,8 @@ from typing import Final, Literal
 import msgspec
 
 from service.core.generation import Generation
+from service.core.key import DEFAULT_ACCOUNT
 
-DEFAULT_ACCOUNT: Final = "default"
 # What a record's ``rule`` begins with when a rule of the policy decided.
 RULE_PREFIX: Final = "rule: "
 

@@ -84,9 +84,8 @@ def _intake(  # noqa: PLR0917 - the parts of make_app()
     return Intake(
         database=database,
         enqueue=enqueuer.enqueue,
-        secrets=[secret.reveal().encode() for secret in settings.webhook_secrets],
+        accounts=settings.accounts,
         tolerance=settings.webhook_tolerance,
-        policy=settings.policy,
         now=now,
         metrics=metrics,
         note_commit=ledger_check.note_commit,

@@ -7,6 +7,7 @@ from functools import partial
 import msgspec
 import structlog
 
+from service.config.accounts import Account
 from service.core.generation import RUNNING, Generation, read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
@@ -31,6 +32,17 @@ class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_default
     due_at: datetime | None = None
 
 
+class _Account(msgspec.Struct, frozen=True, gc=False):
+    """What the webhooks of an account are verified with, and how long its generations are kept."""
+
+    secrets: Sequence[bytes]
+    policy: Policy
+
+
+def _secrets(account: Account) -> tuple[bytes, ...]:
+    return tuple(secret.reveal().encode() for secret in account.keys.webhook_secrets)
+
+
 class Intake:
     """Stores webhooks; each one is committed before it is answered."""
 
@@ -39,24 +51,26 @@ class Intake:
         *,
         database: Database,
         enqueue: Callable[[Sequence[CleanupJob]], None],
-        secrets: Sequence[bytes],
+        accounts: Sequence[Account],
         tolerance: timedelta,
-        policy: Policy,
         now: Callable[[], datetime],
         metrics: Metrics,
         note_commit: Callable[..., None],  # of readiness: has_failed=
     ) -> None:
         self._database = database
         self._enqueue = enqueue
-        self._secrets = secrets
+        self._accounts = {account.id: _Account(_secrets(account), account.policy) for account in accounts}
         self._tolerance = tolerance
-        self._policy = policy
         self._now = now
         self._metrics = metrics
         self._note_commit = note_commit
         self._stored = metrics.webhooks.labels("stored")
         self._known = metrics.webhooks.labels("known")
         self._group: GroupCommit[Arrival, Receipt] = GroupCommit(self._commit)
+
+    def knows(self, account: str) -> bool:
+        """Whether *account* is configured."""
+        return account in self._accounts
 
     def check_form(self, header: str) -> None:
         """Return if *header* could be a signature, before the body has been read.
@@ -72,11 +86,13 @@ class Intake:
     async def accept(self, account: str, header: str, body: bytes, *, query: str = "") -> Answer:
         """Verify, read and store one webhook; *query* is that of its request, which no signature covers.
 
-        Raises: SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError; nothing is stored then.
+        Raises: KeyError for an unknown *account*; SignatureError, MalformedError, RefusedDataError,
+        LedgerUnavailableError. Nothing is stored then.
         """
         now = self._now()
+        mine = self._accounts[account]
         try:
-            sent_at = verify(header, body, secrets=self._secrets, now=now, tolerance=self._tolerance)
+            sent_at = verify(header, body, secrets=mine.secrets, now=now, tolerance=self._tolerance)
         except SignatureError as error:
             self._metrics.signatures_refused.labels(error.reason).inc()
             raise
@@ -85,7 +101,7 @@ class Intake:
             self._count_ignored(generation)
             return Answer(generation.id, "ignored")
         retention = decide_retention(
-            self._policy,
+            mine.policy,
             webhook_url=generation.webhook_url,
             request_url=f"https://mayfly{WEBHOOK_PATH}?{query}" if query else None,
             sent_at=sent_at,

@@ -11,9 +11,10 @@ from litestar import Request, post
 from litestar.exceptions import HTTPException, InternalServerException
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
-from litestar.params import HeaderParameter
+from litestar.params import FromPath, HeaderParameter
 
 from service.core.generation import MalformedError
+from service.core.key import DEFAULT_ACCOUNT
 from service.core.overrides import WEBHOOK_PATH
 from service.core.signature import SignatureError
 from service.ledger.database import LedgerUnavailableError, RefusedDataError
@@ -29,7 +30,6 @@ BODY_SECONDS = 10.0
 # The memory limit of all bodies that are still arriving. Small bodies are accepted beyond it.
 MAX_UNREAD_BYTES = 32 * 1024 * 1024
 SMALL_BODY_BYTES = 32 * 1024
-_DEFAULT_ACCOUNT = "default"
 _LOG_EVERY_SECONDS = 1.0
 _REFUSALS = (SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError, HTTPException)
 
@@ -48,31 +48,43 @@ def webhook_handler(intake: Intake, metrics: Metrics) -> HTTPRouteHandler:
     bodies, refusals = _Bodies(), _Refusals(metrics)
 
     @post(
-        WEBHOOK_PATH,
+        [WEBHOOK_PATH, f"{WEBHOOK_PATH}/{{account:str}}"],
         status_code=HTTPStatus.ACCEPTED,
         request_max_body_size=MAX_BODY_BYTES,
         tags=["webhooks"],
         summary="Receive a webhook of sync.so",
-        responses=documented(400, 401, 408, 413, 415, 503),
+        responses=documented(400, 401, 404, 408, 413, 415, 503),
         operation_class=_JsonOperation,
     )
     async def receive_webhook(
         request: Request[Any, Any, Any],
+        account: FromPath[str] = DEFAULT_ACCOUNT,
         # The default makes a missing header a 401 instead of Litestar's 400.
         signature: Annotated[str, HeaderParameter(name="Sync-Signature", description="t=<unix seconds>,v1=<hex>")] = "",
     ) -> Answer:
-        """Store the webhook of a generation that has ended and schedule its deletion; ignore all others."""
+        """Store the webhook of a generation that has ended and schedule its deletion; ignore all others.
+
+        *account* is an account of the configuration; without it the webhook is of the account `default`.
+        """
         try:
+            if not intake.knows(account):
+                raise problem(404, "Unknown account", _unknown_account(account))
             _check_content_type(request.headers.get("content-type", ""))
             intake.check_form(signature)
             body = await bodies.read(request)
             query = request.scope["query_string"].decode("latin-1")
-            return await intake.accept(_DEFAULT_ACCOUNT, signature, body, query=query)
+            return await intake.accept(account, signature, body, query=query)
         except _REFUSALS as error:
             refusals.count(error)
             raise
 
     return receive_webhook
+
+
+def _unknown_account(account: str) -> str:
+    if account == DEFAULT_ACCOUNT:
+        return f"no account is called {DEFAULT_ACCOUNT}: the webhookUrl must end in {WEBHOOK_PATH}/ACCOUNT"
+    return "no account of this name is configured; check the end of the webhookUrl, and [[account]] in MAYFLY_CONFIG"
 
 
 class _Bodies:
@@ -131,6 +143,9 @@ class _Refusals:
         self._log_again_at, self._unlogged = time.monotonic() + _LOG_EVERY_SECONDS, 0
 
 
+_LABELS = {404: "unknown_account", 413: "too_large", 415: "unsupported", 503: "unavailable"}
+
+
 def _answer_label(error: Exception) -> str:
     match error:
         case SignatureError():
@@ -138,7 +153,7 @@ def _answer_label(error: Exception) -> str:
         case LedgerUnavailableError():
             return "unavailable"
         case HTTPException():
-            return {413: "too_large", 415: "unsupported", 503: "unavailable"}.get(error.status_code, "broken_off")
+            return _LABELS.get(error.status_code, "broken_off")
         case _:
             return "malformed"
 

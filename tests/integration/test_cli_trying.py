@@ -20,7 +20,12 @@ from service.commands.doctor import _check_clock, _judge_answer
 from service.config.settings import read_settings
 from service.core.secret import Secret
 from service.ledger import heartbeats
-from service.sync.organisation import OTHER_ORGANISATION, check_organisation, is_same_organisation, warn_if_not_compared
+from service.sync.organisation import (
+    OTHER_ORGANISATION,
+    check_organisations,
+    is_same_organisation,
+    warn_if_not_compared,
+)
 from tests.conftest import API_TOKEN, http_client
 from tests.support.commands import command
 from tests.support.ledger import HOUR, claim_one, given_up, settle, store
@@ -271,7 +276,7 @@ async def test_a_key_of_another_organisation_refuses_to_start_in_one_sentence(tm
     )
 
     assert (ended.returncode, ended.stdout) == (2, "")
-    assert ended.stderr == f"mayfly: {OTHER_ORGANISATION}\n"
+    assert ended.stderr == f"mayfly: {OTHER_ORGANISATION}; check SYNC_WEBHOOK_SECRET and SYNC_API_KEY\n"
     assert not (tmp_path / "data").exists()
 
 
@@ -310,7 +315,7 @@ async def test_an_api_that_does_not_answer_at_start_only_warns(tmp_path):
     )
 
     with capture_logs() as logs:
-        warn_if_not_compared(await check_organisation(settings))
+        warn_if_not_compared(await check_organisations(settings))
 
     assert [(line["event"], line["log_level"]) for line in logs] == [("organisation.not_compared", "warning")]
 
