@@ -12,6 +12,7 @@ from service.core.key import Key
 from service.core.lifecycle import State
 from service.core.overrides import WEBHOOK_PATH
 from service.core.retention import Policy, decide_retention
+from service.core.rules import read_facts
 from service.core.signature import SignatureError, check_form, verify
 from service.jobs.enqueue import CleanupJob
 from service.ledger import receiving
@@ -86,6 +87,7 @@ class Intake:
             return Answer(generation.id, "ignored")
         retention = decide_retention(
             self._policy,
+            read_facts(self._policy.rules, account, generation, is_complete=False),
             webhook_url=generation.webhook_url,
             request_url=f"https://mayfly{WEBHOOK_PATH}?{query}" if query else None,
             sent_at=sent_at,
