@@ -26,6 +26,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "stats": "service.commands.operating",
     "pause": "service.commands.operating",
     "resume": "service.commands.operating",
+    "policy": "service.commands.policy",
     "doctor": "service.commands.doctor",
 }
 
@@ -125,9 +126,10 @@ def _run_service(
     is_deleting: bool = False,
     is_listening: bool = True,
 ) -> None:
-    from service.commands.running import run, settings_or_exit  # noqa: PLC0415
+    from service.commands.running import run, settings_or_exit, warn_of_policy  # noqa: PLC0415
 
     settings = settings_or_exit(*requirements)
+    warn_of_policy(settings)
     _collect_rarely()
     run(_run_sides(settings, sides, is_migrating=is_migrating, is_deleting=is_deleting, is_listening=is_listening))
 

@@ -116,6 +116,7 @@ async def _open_cleaner(
             call_slot=call_slot,
             now=_now,
             give_up_after=settings.give_up_after,
+            policy=settings.policy,
             is_dry_run=settings.is_dry_run,
             metrics=metrics,
             key_proof=KeyProof(api, call_slot=call_slot, acquire=partial(budget.acquire, _PROOF_SECONDS)),

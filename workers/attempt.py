@@ -18,7 +18,8 @@ from service.core.attempts import Step, Verdict, after_attempt
 from service.core.generation import Generation
 from service.core.key import Key
 from service.core.lifecycle import Move
-from service.core.retention import Retention, reconsider_retention
+from service.core.retention import Policy, Retention, reconsider_retention
+from service.core.rules import read_facts
 from service.ledger.claiming import DRY_RUN, Claim
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.outcomes import Copy, CopyResult, Settled, Settlement
@@ -56,6 +57,7 @@ class Cleaner:
     call_slot: Callable[[datetime], AbstractAsyncContextManager[bool]]
     now: Callable[[], datetime]
     give_up_after: timedelta
+    policy: Policy
     is_dry_run: bool
     metrics: Metrics
     key_proof: KeyProof
@@ -88,22 +90,32 @@ class Cleaner:
         if found.verdict is not Verdict.DONE or found.generation is None or found.body is None:
             return await self._settle_answer(claim, found, "GET")
         if (later := self._reconsider(claim, found.generation)) is not None:
-            return await self._apply_override(claim, later)
+            return await self._apply_retention(claim, later)
         copied = Copy(claim, found.generation, found.body, is_rehearsal=self.is_dry_run)
         return await self._delete_if_allowed(claim, await self._commit(claim, lambda: self.copy(copied)))
 
     def _reconsider(self, claim: Claim, generation: Generation) -> Retention | None:
         return reconsider_retention(
-            rule=claim.rule, due_at=claim.due_at, ttl=claim.ttl, webhook_url=generation.webhook_url
+            self.policy,
+            read_facts(self.policy.rules, claim.key.account, generation, is_complete=True),
+            rule=claim.rule,
+            due_at=claim.due_at,
+            ttl=claim.ttl,
+            webhook_url=generation.webhook_url,
         )
 
-    async def _apply_override(self, claim: Claim, later: Retention) -> Verdict | None:
-        """Defer, hold or keep a generation because of an override that the API shows and the webhook did not have."""
+    async def _apply_retention(self, claim: Claim, later: Retention) -> Verdict | None:
+        """Defer, hold or keep a generation because of what the API shows and the webhook did not have."""
         step = Step(Move.DEFER, claim.progress, retry_at=later.due_at or self.now())
         settlement = Settlement(claim, Verdict.DONE, step, is_key_good=True, is_shown=True, retention=later)
         if not await self._settle(settlement):
             return self._log_lost_lease(claim)
-        log.info("cleanup.overridden", **_log_fields(claim), rule=later.rule, what_now="kept as its webhookUrl asks")
+        log.info(
+            "cleanup.overridden",
+            **_log_fields(claim),
+            rule=later.rule,
+            what_now="kept as its webhookUrl or the policy says",
+        )
         if (invalid := later.invalid) is not None:
             names = {"generation": claim.key.id, "name": invalid.name, "value_length": invalid.value_length}
             log.warning("webhook.override_invalid", **names, what_now="held until an operator releases it")

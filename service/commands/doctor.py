@@ -28,8 +28,10 @@ from service.commands.running import (
     run,
     settings_or_exit,
 )
+from service.config.rules_advice import find_warnings
 from service.config.settings import Settings, SettingsError, require_api_key, require_webhook_secret
 from service.core.lifecycle import State
+from service.core.overrides import WEBHOOK_PATH
 from service.core.secret import Secret
 from service.jobs import connection
 from service.jobs.connection import QueueError
@@ -97,8 +99,9 @@ def _print_report(report: Report) -> None:
 
 async def examine(settings: Settings, role: str = "up") -> list[Finding]:
     """Run all checks, also when some fail; *role* is the command that runs with these settings."""
-    checks = (_check_webhook_secret, _check_data_dir, _check_ledger, _check_redis, _check_api, _check_dry_run)
-    found = await asyncio.gather(*(check(settings) for check in checks))
+    inside = (_check_webhook_secret, _check_policy, _check_data_dir, _check_dry_run)
+    outside = (_check_ledger, _check_redis, _check_api)
+    found = await asyncio.gather(*(check(settings) for check in (*inside, *outside)))
     return [_excuse(finding, settings, role) for findings in found for finding in findings]
 
 
@@ -111,6 +114,18 @@ def _excuse(finding: Finding, settings: Settings, role: str) -> Finding:
 
 async def _check_webhook_secret(settings: Settings) -> list[Finding]:
     return [_check_required("webhook secret", require_webhook_secret, settings, f"{len(settings.webhook_secrets)} set")]
+
+
+async def _check_policy(settings: Settings) -> list[Finding]:
+    """Name the rules in force and what is odd about them, and where sync.so sends webhooks."""
+    file, found = settings.rules_file, []
+    if file.path is not None:
+        warnings = find_warnings(file, min_ttl=settings.min_ttl, now=datetime.now(UTC))
+        detail = "; ".join(warnings) or f"{len(file.rules.rules)} rules in {file.path}"
+        found.append(Finding("policy", "warning" if warnings else "ok", detail))
+    if settings.public_url is not None:
+        found.append(Finding("public URL", "ok", f"the webhookUrl to set is {settings.public_url}{WEBHOOK_PATH}"))
+    return found
 
 
 def _check_required(part: str, require: Callable[[Settings], None], settings: Settings, detail: str) -> Finding:

@@ -8,8 +8,9 @@ import getpass
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from contextlib import asynccontextmanager
+from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any, Final, NoReturn, TypeVar
 
@@ -17,6 +18,7 @@ import click
 import msgspec
 import structlog
 
+from service.config.rules_advice import find_warnings
 from service.config.settings import Settings, SettingsError, read_settings
 from service.core.errors import ExplainedError
 from service.ledger import migrating
@@ -38,16 +40,28 @@ EXIT_INTERRUPTED: Final = 130
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON, for scripts.")
 
 
-def settings_or_exit(*requirements: Callable[[Settings], None]) -> Settings:
+def settings_or_exit(
+    *requirements: Callable[[Settings], None], environment: Mapping[str, str] = os.environ
+) -> Settings:
     """Read the settings and check *requirements*; print each problem on a line and exit with code 2."""
     try:
-        settings = read_settings()
+        settings = read_settings(environment)
     except SettingsError as error:
         _exit_with(error.problems)
     if problems := [problem for require in requirements for problem in _missing_settings(require, settings)]:
         _exit_with(problems)
     configure_logging(settings.log_format)
     return settings
+
+
+def warn_of_policy(settings: Settings) -> None:
+    """Log which rules are in force, and what is odd about them."""
+    file = settings.rules_file
+    if file.path is None:
+        return
+    log.info("policy.read", file=str(file.path), rules=len(file.rules.rules), accounts=len(file.accounts))
+    for warning in find_warnings(file, min_ttl=settings.min_ttl, now=datetime.now(UTC)):
+        log.warning("policy.doubtful", warning=warning)
 
 
 def _missing_settings(require: Callable[[Settings], None], settings: Settings) -> list[str]:

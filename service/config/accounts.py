@@ -1,4 +1,4 @@
-"""The accounts, one per organisation at sync.so: their keys from the environment, their bounds from the rules file."""
+"""The accounts, one per organisation at sync.so: their keys from the environment, the rest from the rules file."""
 
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
@@ -10,7 +10,6 @@ from service.config.rules_file import Account as AccountOfFile
 from service.config.rules_shape import Adopt
 from service.core.key import DEFAULT_ACCOUNT
 from service.core.rate import Rate
-from service.core.retention import Policy
 from service.core.secret import Secret
 
 T = TypeVar("T")
@@ -29,12 +28,11 @@ class Keys:
 
 @dataclass(frozen=True, slots=True)
 class Account:
-    """One organisation at sync.so: its keys and the variables that they come from, its budget and its policy."""
+    """One organisation at sync.so: its keys and the variables that they come from, and its budget."""
 
     id: str
     keys: Keys
     rate: Rate
-    policy: Policy
     adopt: Adopt = "ours"
     key_name: str = KEY_NAME
     secret_name: str = SECRET_NAME
@@ -80,15 +78,12 @@ def _read(environment: Mapping[str, str], name: str, read: Callable[[str], T]) -
         raise ValueError(f"{name} is invalid: it accepts the whole key or secret as sync.so shows it") from None
 
 
-def join_accounts(
-    keys: Mapping[str, Keys], tables: Sequence[AccountOfFile], *, rate: Rate, policy: Policy
-) -> tuple[Account, ...]:
-    """Return the accounts that have *keys*; where *tables* says nothing they have *rate* and *policy*."""
+def join_accounts(keys: Mapping[str, Keys], tables: Sequence[AccountOfFile], rate: Rate) -> tuple[Account, ...]:
+    """Return the accounts that have *keys*; where *tables* says nothing they have *rate*."""
     by_id = {table.id: table for table in tables}
-    return tuple(_join(name, mine, by_id.get(name, AccountOfFile(name)), rate, policy) for name, mine in keys.items())
+    return tuple(_join(name, mine, by_id.get(name, AccountOfFile(name)), rate) for name, mine in keys.items())
 
 
-def _join(name: str, keys: Keys, table: AccountOfFile, rate: Rate, policy: Policy) -> Account:
-    bounded = Policy(policy.ttl, table.min_ttl or policy.min_ttl)
+def _join(name: str, keys: Keys, table: AccountOfFile, rate: Rate) -> Account:
     names = (table.api_key_env or KEY_NAME, table.webhook_secret_env or SECRET_NAME)
-    return Account(name, keys, table.rate or rate, bounded, table.adopt, *names)
+    return Account(name, keys, table.rate or rate, table.adopt, *names)

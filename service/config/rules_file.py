@@ -20,8 +20,9 @@ from service.config.rules_shape import AccountTable, Adopt, RuleTable
 from service.config.toml_lines import TomlLines
 from service.core.errors import ExplainedError
 from service.core.key import DEFAULT_ACCOUNT
+from service.core.matchers import Texts
 from service.core.rate import Rate
-from service.core.rules import NO_RULES, Rule, RuleSet, Texts
+from service.core.rules import NO_RULES, Rule, RuleSet
 
 _ENDS: Final = ("ttl", "expires", "forever", "hold")
 _SYNTAX: Final = re.compile(r"(.*) \(at line ([0-9]+), column [0-9]+\)", re.DOTALL)

@@ -8,8 +8,8 @@ from typing import Any, Final, Literal, NamedTuple
 from service.config.parsers import read_rate
 from service.config.rules_shape import LengthTable
 from service.core.durations import DURATION_FORMS, parse_duration, parse_instant, parse_ttl
-from service.core.overrides import LABEL_NAME
-from service.core.rules import Pattern, Seconds, Texts
+from service.core.labels import LABEL_NAME
+from service.core.matchers import Pattern, Seconds, Texts
 
 _COMPARISON: Final = re.compile(r"\s*(<=|>=|<|>)\s*([0-9]{1,9}[smhdw])\s*", re.ASCII)
 _COMMON_STATUSES: Final = "COMPLETED, FAILED, REJECTED, CANCELED or TIMED_OUT, or a list of them"

@@ -32,7 +32,9 @@ class RuleTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only
     """A rule: all of its matchers must match, and one of a list. Exactly one of ttl, expires, forever and hold."""
 
     id: Annotated[str, Meta(pattern=RULE_ID, description="Its name, which records show.")]
-    status: Annotated[_Status | list[_Status] | None, Meta(description="How the generation ended.")] = None
+    status: Annotated[
+        _Status | Annotated[list[_Status], Meta(min_length=1)] | None, Meta(description="How the generation ended.")
+    ] = None
     model: Annotated[_Texts | None, Meta(description="The model; globs.")] = None
     project: Annotated[_Texts | None, Meta(description="The id of the project; globs.")] = None
     source: Annotated[_Texts | None, Meta(description="Where it was made; globs.")] = None
@@ -65,10 +67,16 @@ class AccountTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     adopt: Annotated[Adopt, Meta(description="What the sweep adopts, by its webhookUrl.")] = "ours"
 
 
+# What a rule does is said once. A struct cannot say so; read_rules_file() checks it as well.
+_OneRule = Annotated[
+    RuleTable, Meta(extra_json_schema={"oneOf": [{"required": [end]} for end in ("ttl", "expires", "forever", "hold")]})
+]
+
+
 class ConfigTables(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
     """The file that MAYFLY_CONFIG names."""
 
-    rule: list[RuleTable] = []
+    rule: list[_OneRule] = []
     account: list[AccountTable] = []
 
 

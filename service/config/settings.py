@@ -35,7 +35,7 @@ from service.config.rules_file import RulesFile, RulesFileError, read_rules_file
 from service.core.durations import parse_ttl
 from service.core.errors import ExplainedError
 from service.core.rate import Rate
-from service.core.retention import Policy
+from service.core.retention import Bounds, Policy
 from service.core.secret import Secret
 
 
@@ -89,12 +89,16 @@ class Settings:
     @property
     def policy(self) -> Policy:
         """The retention policy."""
-        return Policy(self.ttl, self.min_ttl)
+        bounds = {
+            one.id: Bounds(max(one.min_ttl or self.min_ttl, self.min_ttl), one.max_ttl)
+            for one in self.rules_file.accounts
+        }
+        return Policy(self.ttl, self.min_ttl, self.rules_file.rules, bounds)
 
     @property
     def accounts(self) -> tuple[Account, ...]:
         """The accounts whose webhooks are taken and whose generations are deleted."""
-        return join_accounts(self.keys, self.rules_file.accounts, rate=self.api_rate, policy=self.policy)
+        return join_accounts(self.keys, self.rules_file.accounts, self.api_rate)
 
     @property
     def ledger_url(self) -> URL:

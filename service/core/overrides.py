@@ -1,6 +1,7 @@
-"""Overrides of the retention time in a URL: read whatever tools in between do to URLs, and find typos.
+"""Overrides of the retention time and labels in a URL: read whatever tools do to URLs, and find typos.
 
-An override is ``ttl``, ``expires`` or ``hold``. One that cannot be read for certain is invalid: it holds the record.
+An override is ``ttl``, ``expires`` or ``hold``, a label is ``label.NAME``. One that cannot be read for certain is
+invalid: it holds the record.
 """
 
 import html
@@ -11,12 +12,11 @@ from dataclasses import dataclass
 from typing import Final, NamedTuple
 from urllib.parse import unquote
 
+from service.core.labels import MAX_LABELS, check_label, find_label, suggest_label
 from service.core.typos import is_signature, suggest_override
 
 WEBHOOK_PATH: Final = "/webhooks/sync"
 NAMES: Final = frozenset({"ttl", "expires", "hold"})
-# The name of a label, after ``label.``
-LABEL_NAME: Final = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}", re.ASCII)
 MAX_URL_LENGTH: Final = 8_192
 # Each tool that a URL passes through may encode it once more.
 _MAX_ENCODINGS: Final = 6
@@ -49,9 +49,13 @@ class InvalidOverrideError(ValueError):
 
 @dataclass(frozen=True, slots=True)
 class Overrides:
-    """The overrides in a URL, by name; *is_ours* if the URL's path ends in Mayfly's route for webhooks."""
+    """The overrides and labels in a URL, by name; *is_ours* if the URL's path ends in Mayfly's route for webhooks.
+
+    A URL that is not ours has no labels.
+    """
 
     values: dict[str, str]
+    labels: dict[str, str]
     is_ours: bool
 
 
@@ -64,13 +68,13 @@ class _Pair(NamedTuple):
 
 
 def read_overrides(url: str) -> Overrides:
-    """Return the overrides in the query of *url*.
+    """Return the overrides and labels in the query of *url*.
 
     Undone first: repeated percent-encoding, HTML entities, brackets of arrays, ``;`` or a second ``?`` for ``&``,
     upper case and blanks in names.
 
-    Raises: InvalidOverrideError for a duplicate, for ``ttl`` together with ``expires``, and for what looks like an
-    override in another place or with a typo.
+    Raises: InvalidOverrideError for a duplicate, for ``ttl`` together with ``expires``, for what looks like an override
+    or a label in another place or with a typo, and for a label that cannot be stored.
     """
     if len(url) > MAX_URL_LENGTH:
         raise InvalidOverrideError("URL", "", f"longer than {MAX_URL_LENGTH} characters")
@@ -82,7 +86,29 @@ def read_overrides(url: str) -> Overrides:
     path = "/" + address.partition("://")[2].partition("/")[2]
     is_ours = _OUR_ROUTE.fullmatch(path) is not None
     pairs = [*_pairs_of_query(query), *_nested_pairs(_decode(path)), *_nested_pairs("#" + _decode(fragment))]
-    return Overrides(_select(pairs, is_ours=is_ours), is_ours)
+    labels = _select_labels(pairs) if is_ours else {}
+    others = [pair for pair in pairs if find_label(pair.name) is None] if labels else pairs
+    return Overrides(_select(others, is_ours=is_ours), labels, is_ours)
+
+
+def _select_labels(pairs: Sequence[_Pair]) -> dict[str, str]:
+    """Return the labels among *pairs*; raises InvalidOverrideError if one cannot be read or stored."""
+    labels: dict[str, str] = {}
+    for name, value, is_nested in pairs:
+        if (label := find_label(name)) is None:
+            if (near := suggest_label(name, value)) is not None:
+                raise InvalidOverrideError(name, value, f"did you mean `{near}`?")
+            continue
+        if is_nested:
+            raise InvalidOverrideError(name, value, "only in the query itself is it a label")
+        if label in labels:
+            raise InvalidOverrideError(name, value, "more than once")
+        if (advice := check_label(label, value)) is not None:
+            raise InvalidOverrideError(name, value, advice)
+        labels[label] = value
+    if len(labels) > MAX_LABELS:
+        raise InvalidOverrideError("label", "", f"there are more than {MAX_LABELS} labels")
+    return labels
 
 
 def _select(pairs: Sequence[_Pair], *, is_ours: bool) -> dict[str, str]:

@@ -1,14 +1,17 @@
 """When a generation may be deleted: pure decisions that take the time as *now*."""
 
 import re
-from dataclasses import dataclass
-from datetime import datetime, timedelta
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from datetime import UTC, datetime, timedelta
 from typing import Final
 
 import msgspec
 
 from service.core.durations import parse_instant, parse_ttl
+from service.core.matchers import Facts
 from service.core.overrides import InvalidOverrideError, Overrides, read_overrides
+from service.core.rules import NO_RULES, RULE_PREFIX, RuleSet
 from service.core.typos import FALSE
 
 # The rule of a generation without an override.
@@ -16,16 +19,40 @@ DEFAULT_RULE: Final = "MAYFLY_TTL"
 # The rule of a hold by an invalid override, and what its reason begins with.
 INVALID_RULE: Final = "invalid override"
 
+# What the rule of an override begins with.
+OVERRIDE_PREFIX: Final = "override: "
+NO_FACTS: Final = Facts()
+
 # A URL without any of these has no override.
 _MARKS: Final = re.compile(r"[?#%&;=]")
 
 
+class Bounds(msgspec.Struct, frozen=True, gc=False):
+    """What limits how long an account's generations are kept.
+
+    Nothing is kept for less than *min_ttl*. An override, which an application asks for, does not keep anything for
+    longer than *max_ttl* (None: no limit). The operator's own rules and holds are not limited by it.
+    """
+
+    min_ttl: timedelta
+    max_ttl: timedelta | None = None
+
+
 @dataclass(frozen=True, slots=True)
 class Policy:
-    """How long terminal generations are kept: *ttl* (None: forever) by default, *min_ttl* at least."""
+    """How long terminal generations are kept: as *rules* say, else for *ttl* (None: forever), and *min_ttl* at least.
+
+    *bounds* has the accounts with bounds of their own.
+    """
 
     ttl: timedelta | None
     min_ttl: timedelta
+    rules: RuleSet = NO_RULES
+    bounds: Mapping[str, Bounds] = field(default_factory=dict)
+
+    def bounds_of(self, account: str) -> Bounds:
+        """Return the bounds of *account*."""
+        return self.bounds.get(account) or Bounds(self.min_ttl)
 
 
 class InvalidOverride(msgspec.Struct, frozen=True, gc=False):
@@ -36,13 +63,23 @@ class InvalidOverride(msgspec.Struct, frozen=True, gc=False):
 
 
 class Retention(msgspec.Struct, frozen=True, gc=False):
-    """How long one generation is kept: *rule* names what decided, *due_at* is None for one that is never deleted."""
+    """How long one generation is kept: *rule* names what decided, *due_at* is None for one that is never deleted.
+
+    *labels* are those of its webhookUrl.
+    """
 
     rule: str
     ttl: timedelta | None
     due_at: datetime | None
     hold_reason: str | None = None
     invalid: "InvalidOverride | None" = None
+    labels: Mapping[str, str] = {}
+
+    def held_by(self, actor: str) -> str | None:
+        """Return whose hold it is, None without one: the policy's, or else *actor*'s, who brought the override."""
+        if self.hold_reason is None:
+            return None
+        return "policy" if self.rule.startswith(RULE_PREFIX) else actor
 
     def is_later_than(self, due_at: datetime | None) -> bool:
         """Whether this keeps the generation longer than *due_at* does; None means forever."""
@@ -50,32 +87,78 @@ class Retention(msgspec.Struct, frozen=True, gc=False):
 
 
 def decide_retention(
-    policy: Policy, *, webhook_url: str | None, sent_at: datetime, now: datetime, request_url: str | None = None
+    policy: Policy,
+    facts: Facts = NO_FACTS,
+    *,
+    webhook_url: str | None,
+    sent_at: datetime,
+    now: datetime,
+    request_url: str | None = None,
 ) -> Retention:
     """Decide how long a terminal generation is kept: by the override in its *webhook_url*, else by *policy*.
 
     An override is ``ttl``, ``expires`` or ``hold`` in the query of the signed body's *webhook_url*. An invalid one, or
     what looks like one, puts the record on hold. In a URL that is not ours, and in *request_url*, which no signature
-    covers, an override can only keep the generation longer. The clock starts at *sent_at*, the signed send time, or at
-    *now* if that is earlier. Nothing is due before *now* plus the policy's min_ttl.
+    covers, an override can only keep the generation longer. Without an override the first rule that matches *facts*
+    and the labels in *webhook_url* decides, else the policy's ttl. A hold counts, whoever asks for it: the override,
+    or the rule. The clock starts at *sent_at*, the signed send time, or at *now* if that is earlier. Nothing is due
+    before *now* plus the account's min_ttl.
     """
-    clock = _Clock(min(sent_at, now), now + policy.min_ttl)
-    found = _decide_from(policy.ttl, webhook_url, clock)
+    bounds = policy.bounds_of(facts.account)
+    # In another zone, a day that is added would be one of its calendar, which may have 23 hours.
+    sent_at, now = sent_at.astimezone(UTC), now.astimezone(UTC)
+    clock = _Clock(min(sent_at, now), now + bounds.min_ttl, bounds.max_ttl)
+    found = _decide_from(policy, facts, webhook_url, clock)
     if not request_url or "?" not in request_url:
         return found
-    return _keep_longer(found, _decide_from(found.ttl, request_url, clock, place="the URL of its request"))
+    base = Retention(found.rule, found.ttl, found.due_at)
+    return _keep_longer(found, _apply_overrides(base, _read_url(request_url), clock, place="the URL of its request"))
+
+
+def refine_retention(
+    policy: Policy,
+    facts: Facts,
+    *,
+    rule: str,
+    due_at: datetime,
+    ttl: timedelta | None,
+    webhook_url: str | None,
+    sent_at: datetime,
+    now: datetime,
+) -> Retention | None:
+    """Decide again about a scheduled record, with the *facts* and the *webhook_url* of the API's first answer.
+
+    *rule*, *due_at*, *ttl* and *sent_at* are the record's. What another rule or an override says counts from the same
+    *sent_at*, and may be earlier or later, but not before *now* plus min_ttl. None: no change, as when the same rule
+    decides, so that a changed configuration alone moves nothing; or when an override or an operator has decided.
+    """
+    if rule != DEFAULT_RULE and not rule.startswith(RULE_PREFIX):
+        return None
+    found = decide_retention(policy, facts, webhook_url=webhook_url, sent_at=sent_at, now=now)
+    if found.rule == rule:
+        return None
+    # An operator or a second webhook has moved the due time: it does not become earlier.
+    is_moved = ttl is None or abs(due_at - sent_at - ttl) >= timedelta(seconds=1)
+    if is_moved and found.hold_reason is None and not found.is_later_than(due_at):
+        return None
+    return found
 
 
 def reconsider_retention(
-    *, rule: str, due_at: datetime, ttl: timedelta | None, webhook_url: str | None
+    policy: Policy, facts: Facts, *, rule: str, due_at: datetime, ttl: timedelta | None, webhook_url: str | None
 ) -> Retention | None:
-    """Decide again when the API shows an override in *webhook_url* that the webhook did not have.
+    """Decide again just before the DELETE, with the *facts* and the *webhook_url* that the API shows.
 
-    *rule*, *due_at* and *ttl* are the record's. Such an override can only keep the generation longer. None: no change.
+    *rule*, *due_at* and *ttl* are the record's. An override that the webhook did not have and a rule that did not
+    decide before can only keep the generation longer, or hold it. None: no change.
     """
-    if rule != DEFAULT_RULE or ttl is None:
+    is_decided = rule != DEFAULT_RULE and not rule.startswith(RULE_PREFIX)
+    if ttl is None or (is_decided and not rule.startswith(OVERRIDE_PREFIX)):
         return None
-    found = _decide_from(ttl, webhook_url, _Clock(due_at - ttl, due_at))
+    clock = _Clock(due_at - ttl, due_at, policy.bounds_of(facts.account).max_ttl)
+    found = _decide_from(policy, facts, webhook_url, clock, known=Retention(rule, ttl, due_at))
+    if is_decided and not (found.hold_reason is not None and found.rule.startswith(RULE_PREFIX)):
+        return None  # only a rule's hold counts more than an override
     return found if found.hold_reason is not None or found.is_later_than(due_at) else None
 
 
@@ -84,36 +167,75 @@ def _keep_longer(first: Retention, second: Retention) -> Retention:
     timed = second if second.is_later_than(first.due_at) else first
     held = first if first.hold_reason is not None else second
     if held.hold_reason is None:
-        return timed
-    return Retention(held.rule, timed.ttl, timed.due_at, held.hold_reason, held.invalid)
+        held = timed
+    return Retention(held.rule, timed.ttl, timed.due_at, held.hold_reason, held.invalid, first.labels)
 
 
 class _Clock(msgspec.Struct, frozen=True, gc=False):
-    """When the ttl starts to count, and the earliest due time that is allowed."""
+    """When the ttl starts to count, the earliest due time that is allowed, and the longest ttl of an override."""
 
     start: datetime
     earliest: datetime
+    max_ttl: timedelta | None = None
 
 
-def _decide_from(ttl: timedelta | None, url: str | None, clock: _Clock, *, place: str = "its webhookUrl") -> Retention:
-    """Apply the overrides in *url*, or else *ttl*; *place* says where that URL was."""
-    default = _apply_ttl(ttl, clock, DEFAULT_RULE)
+def _decide_from(
+    policy: Policy, facts: Facts, url: str | None, clock: _Clock, *, known: Retention | None = None
+) -> Retention:
+    """Apply the overrides in the webhookUrl *url*, else the rules, else *known*, by default the policy's ttl."""
+    found = _read_url(url)
+    labels = found.labels if isinstance(found, Overrides) else {}
+    if labels:
+        facts = msgspec.structs.replace(facts, labels={**facts.labels, **labels})
+    timed = _apply_overrides(_apply_rules(policy, facts, clock, known), found, clock, place="its webhookUrl")
+    return msgspec.structs.replace(timed, labels=labels) if labels else timed
+
+
+def _read_url(url: str | None) -> Overrides | InvalidOverrideError | None:
+    """Return the overrides in *url*, or what is wrong with them; None for a URL that has none."""
     if not url or url.isspace() or (url.startswith("https://") and _MARKS.search(url) is None):
-        return default
+        return None
     try:
-        overrides = read_overrides(url)
-        timed = _apply_times(overrides, clock) or default
+        return read_overrides(url)
+    except InvalidOverrideError as error:
+        return error
+
+
+def _apply_rules(policy: Policy, facts: Facts, clock: _Clock, known: Retention | None) -> Retention:
+    """Apply the first rule that matches *facts*; *known*, or the policy's ttl, without one or if that rule did it."""
+    default = known or _apply_ttl(policy.ttl, clock, DEFAULT_RULE)
+    rule = policy.rules.find(facts) if policy.rules.rules else None
+    if rule is None or rule.name == default.rule:
+        return default
+    if rule.hold is not None:
+        return Retention(rule.name, default.ttl, default.due_at, rule.hold)
+    if rule.expires is not None:
+        due_at = max(rule.expires, clock.earliest)
+        return Retention(rule.name, due_at - clock.start, due_at)
+    return _apply_ttl(rule.ttl, clock, rule.name)
+
+
+def _apply_overrides(
+    base: Retention, found: Overrides | InvalidOverrideError | None, clock: _Clock, *, place: str
+) -> Retention:
+    """Apply the overrides that were *found* in a URL, whose *place* is said, to what else would count."""
+    if found is None:
+        return base
+    try:
+        if isinstance(found, InvalidOverrideError):
+            raise found
+        timed = _apply_times(found, base, clock)
     except InvalidOverrideError as error:
         invalid = InvalidOverride(error.name, error.value_length)
-        return Retention(INVALID_RULE, default.ttl, default.due_at, f"{INVALID_RULE} in {place}: {error}", invalid)
+        return Retention(INVALID_RULE, base.ttl, base.due_at, f"{INVALID_RULE} in {place}: {error}", invalid)
     # Another service may have put it into its own URL for itself.
-    if not overrides.is_ours and not timed.is_later_than(default.due_at):
-        timed = default
-    return _apply_hold(overrides, timed)
+    if not found.is_ours and not timed.is_later_than(base.due_at):
+        timed = base
+    return _apply_hold(found, base, timed)
 
 
-def _apply_times(overrides: Overrides, clock: _Clock) -> Retention | None:
-    """Apply ``ttl`` or ``expires``; None without either.
+def _apply_times(overrides: Overrides, base: Retention, clock: _Clock) -> Retention:
+    """Apply ``ttl`` or ``expires``, up to max_ttl; *base* without either.
 
     Raises: InvalidOverrideError.
     """
@@ -122,21 +244,34 @@ def _apply_times(overrides: Overrides, clock: _Clock) -> Retention | None:
             continue
         try:
             if name == "ttl":
-                return _apply_ttl(_parse_ttl(text), clock, "override: ttl")
+                return _cut(_apply_ttl(_parse_ttl(text), clock, "override: ttl"), base, clock)
             due_at = max(parse_instant(text), clock.earliest)
         except (ValueError, OverflowError) as error:
             raise InvalidOverrideError(name, text, str(error)) from None
-        return Retention("override: expires", due_at - clock.start, due_at)
-    return None
+        return _cut(Retention("override: expires", due_at - clock.start, due_at), base, clock)
+    return base
 
 
-def _apply_hold(overrides: Overrides, timed: Retention) -> Retention:
-    """Apply ``hold``; a held record keeps the due time that a release brings back."""
-    text = overrides.values.get("hold")
-    if text is None or text.lower() in FALSE:
+def _cut(timed: Retention, base: Retention, clock: _Clock) -> Retention:
+    """Cut what an override asks for to the account's max_ttl, or to *base* if that is later."""
+    if clock.max_ttl is None:
         return timed
-    reason = text.replace("\0", "")[:500]  # NUL: PostgreSQL cannot store it
-    return Retention("override: hold", timed.ttl, timed.due_at, hold_reason=reason or "no reason given")
+    latest = max(clock.start + clock.max_ttl, clock.earliest)
+    if not timed.is_later_than(latest):
+        return timed
+    cut = Retention(f"{timed.rule}, cut to max_ttl", latest - clock.start, latest)
+    return base if base.is_later_than(latest) else cut
+
+
+def _apply_hold(overrides: Overrides, base: Retention, timed: Retention) -> Retention:
+    """Apply ``hold``, else the hold of a rule; a held record keeps the due time that a release brings back."""
+    text = overrides.values.get("hold")
+    if text is not None and text.lower() not in FALSE:
+        reason = text.replace("\0", "")[:500]  # NUL: PostgreSQL cannot store it
+        return Retention("override: hold", timed.ttl, timed.due_at, hold_reason=reason or "no reason given")
+    if base.hold_reason is not None:
+        return Retention(base.rule, timed.ttl, timed.due_at, base.hold_reason)
+    return timed
 
 
 def _apply_ttl(ttl: timedelta | None, clock: _Clock, rule: str) -> Retention:

@@ -1,129 +1,20 @@
 """The rules of a retention policy: which generations a rule is about, and what it does. The first that matches counts.
 
-A matcher never matches a fact that is missing. Webhooks lack some facts that the API's answer has, so a rule about
-those is left out until then.
+Webhooks lack some facts that the API's answer has. A rule about those is left out until then.
 """
 
-import re
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from datetime import datetime, timedelta
-from fnmatch import translate
 from typing import Final, Literal
 
 import msgspec
 
 from service.core.generation import Generation
-from service.core.key import DEFAULT_ACCOUNT
+from service.core.matchers import Facts, Seconds, Texts, values_of
 
 # What a record's ``rule`` begins with when a rule of the policy decided.
 RULE_PREFIX: Final = "rule: "
-
-_NO_LABELS: Final[Mapping[str, str]] = {}
-
-
-class Facts(msgspec.Struct, frozen=True, gc=False, kw_only=True):
-    """What rules can ask about a generation; None and empty: missing, or not known yet.
-
-    *project*, *source* and *output_file_name* are in the API's answer, and not in webhooks. *is_complete* says that
-    the API has answered; *output_duration* is in seconds.
-    """
-
-    account: str = DEFAULT_ACCOUNT
-    status: str | None = None
-    model: str | None = None
-    error_code: str | None = None
-    project: str | None = None
-    source: str | None = None
-    output_file_name: str | None = None
-    input_types: tuple[str, ...] = ()
-    output_duration: float | None = None
-    labels: Mapping[str, str] = _NO_LABELS
-    is_complete: bool = False
-
-
-@dataclass(frozen=True, slots=True)
-class Pattern:
-    """A text, or a glob with ``*``, ``?`` and ``[…]``; upper and lower case differ."""
-
-    text: str
-    _regex: re.Pattern[str] | None = field(repr=False, compare=False)
-
-    @classmethod
-    def of(cls, text: str) -> "Pattern":
-        """Compile *text*.
-
-        Raises: ValueError for a glob with a ``[`` that is not closed.
-        """
-        if (start := text.find("[")) != -1 and "]" not in text[start + 2 :]:
-            raise ValueError("a ] for each [; [[] stands for the character itself")
-        return cls(text, re.compile(translate(text)) if any(mark in text for mark in "*?[") else None)
-
-    @property
-    def is_glob(self) -> bool:
-        """Whether it can match several texts."""
-        return self._regex is not None
-
-    @property
-    def prefix(self) -> str:
-        """What each text that it matches begins with."""
-        return re.split(r"[*?\[]", self.text, maxsplit=1)[0]
-
-    def matches(self, text: str) -> bool:
-        """Whether it matches the whole of *text*, in time that grows linearly with the length of *text*."""
-        return text == self.text if self._regex is None else self._regex.match(text) is not None
-
-    def covers(self, other: "Pattern") -> bool:
-        """Whether it surely matches each text that *other* matches; False also if that is hard to tell."""
-        if self.text in (other.text, "*"):
-            return True
-        if "[" in self.text or "[" in other.text:
-            return not other.is_glob and self.matches(other.text)
-        # A `*` of the other is a text of any length, which only a `*` here takes in.
-        return self.matches(other.text) and ("*" not in other.text or "?" not in self.text)
-
-
-class Texts(msgspec.Struct, frozen=True, gc=False):
-    """A matcher of the fact *name*, or of the label ``label.NAME``: one of *patterns* must match."""
-
-    name: str
-    patterns: tuple[Pattern, ...]
-
-    def matches(self, facts: Facts) -> bool:
-        """Whether one pattern matches; no pattern matches what is missing."""
-        for value in values_of(facts, self.name):
-            for pattern in self.patterns:
-                if pattern.matches(value):
-                    return True
-        return False
-
-    def covers(self, other: "Texts") -> bool:
-        """Whether it surely matches whatever *other* does."""
-        return self.name == other.name and all(
-            any(mine.covers(pattern) for mine in self.patterns) for pattern in other.patterns
-        )
-
-
-class Seconds(msgspec.Struct, frozen=True, gc=False):
-    """A matcher of the output's duration: from *low* to *high* seconds, both included unless said otherwise."""
-
-    low: float = 0
-    high: float = float("inf")
-    is_low_out: bool = False
-    is_high_out: bool = False
-
-    def matches(self, facts: Facts) -> bool:
-        """Whether the duration is within the bounds."""
-        found = facts.output_duration
-        if found is None or not self.low <= found <= self.high:
-            return False
-        return not (self.is_low_out and found == self.low) and not (self.is_high_out and found == self.high)
-
-    def covers(self, other: "Seconds") -> bool:
-        """Whether it matches whatever *other* does."""
-        return (self.low, self.is_low_out) <= (other.low, other.is_low_out) and (
-            (-self.high, self.is_high_out) <= (-other.high, other.is_high_out)
-        )
 
 
 @dataclass(frozen=True, slots=True)
@@ -259,20 +150,12 @@ def _most_telling(rule: Rule) -> Texts | None:
 NO_RULES: Final = RuleSet()
 
 
-def values_of(facts: Facts, name: str) -> tuple[str, ...]:
-    """Return the values of the fact *name*, or of the label ``label.NAME``; none if it is missing."""
-    if name == "input_type":
-        return facts.input_types
-    value: str | None = facts.labels.get(name[6:]) if name.startswith("label.") else getattr(facts, name)
-    return (value,) if value else ()
-
-
 def read_facts(
-    rules: RuleSet, account: str, generation: Generation, *, labels: Mapping[str, str] = _NO_LABELS, is_complete: bool
+    rules: RuleSet, account: str, generation: Generation, *, is_complete: bool, labels: Mapping[str, str] | None = None
 ) -> Facts:
     """Return the facts about *generation*; *is_complete*: it is the API's answer, not a webhook.
 
-    The types of the inputs are read only if a rule asks for them.
+    *labels* are those that are not in its webhookUrl. The types of the inputs are read only if a rule asks for them.
     """
     return Facts(
         account=account,
@@ -284,7 +167,7 @@ def read_facts(
         output_file_name=generation.output_file_name,
         input_types=_input_types(generation.input) if "input_type" in rules.asks_for else (),
         output_duration=generation.output_duration,
-        labels=labels,
+        labels=labels or {},
         is_complete=is_complete,
     )
 

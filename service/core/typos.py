@@ -97,21 +97,21 @@ def _misspelt(joined: str, value: str) -> str | None:
         return None
     if _is_time(value):
         for word in ("ttl", "expires", "expire", "retention", "retain", "keep"):
-            if _is_near(joined, word):
+            if is_near(joined, word):
                 return _WORDS[word]
-    if _is_near(joined, "expires") and _UNIX_SECONDS.fullmatch(value):
+    if is_near(joined, "expires") and _UNIX_SECONDS.fullmatch(value):
         return "expires"
     if joined == "held" and value:
         return "hold"
     is_reason = value in ("1", "") or not _NUMBER.fullmatch(value)
-    return "hold" if is_reason and joined not in _NO_HOLD and _is_near(joined, "hold") else None
+    return "hold" if is_reason and joined not in _NO_HOLD and is_near(joined, "hold") else None
 
 
 def _is_time(value: str) -> bool:
     return value in _FOREVER or any(form.fullmatch(value) for form in (_DURATION, _INSTANT))
 
 
-def _is_near(name: str, word: str) -> bool:
+def is_near(name: str, word: str) -> bool:
     """Whether *name* is *word*, or one letter is missing, added, changed or swapped with its neighbour."""
     return not _shortened_by_one(name).isdisjoint(_shortened_by_one(word))
 

@@ -1,12 +1,12 @@
 """Storing webhooks: one record per account and generation, however many webhooks arrive for it."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, Text, bindparam, func, select, update
+from sqlalchemy import Connection, Row, Text, bindparam, func, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from service.core.generation import Generation
@@ -15,7 +15,7 @@ from service.core.lifecycle import Move, State, interrupting_moves, state_after
 from service.core.retention import Retention
 from service.ledger.columns import generation_values
 from service.ledger.history import Entry, append_entries
-from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, records
+from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, labels, records
 
 ACTOR = "webhook"
 
@@ -125,7 +125,21 @@ def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[R
     if changes.updates:
         connection.execute(_update_record, changes.updates)
     append_entries(connection, changes.entries)
+    if any(arrival.retention.labels for arrival in arrivals):
+        _insert_labels(connection, arrivals, new)
     return receipts
+
+
+def _insert_labels(connection: Connection, arrivals: Sequence[Arrival], new: Mapping[Key, int]) -> None:
+    """Store the labels of new records; a known one keeps those of its first webhook."""
+    rows = [
+        {"record": seq, "name": name, "value": value}
+        for arrival in arrivals
+        if (seq := new.get(arrival.key)) is not None
+        for name, value in arrival.retention.labels.items()
+    ]
+    if rows:
+        connection.execute(insert(labels), rows)
 
 
 def _lock_known(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
@@ -210,7 +224,7 @@ def _update_values(
         "b_wake_at": wake_at,
         "b_rule": retention.rule,
         "b_ttl_seconds": _ttl_seconds(retention),
-        "b_hold_by": ACTOR if retention.hold_reason else None,
+        "b_hold_by": retention.held_by(ACTOR),
         "b_hold_reason": retention.hold_reason,
     }
 
@@ -230,7 +244,7 @@ def _insert_values(arrival: Arrival) -> dict[str, Any]:
         "wake_at": retention.due_at if state is State.SCHEDULED else None,
         "rule": retention.rule,
         "ttl_seconds": _ttl_seconds(retention),
-        "hold_by": ACTOR if retention.hold_reason else None,
+        "hold_by": retention.held_by(ACTOR),
         "hold_reason": retention.hold_reason,
     }
 

@@ -231,7 +231,7 @@ def _retention_values(item: Settlement, retention: Retention) -> dict[str, Any]:
         "b_due_at": retention.due_at,
         "b_rule": retention.rule,
         "b_ttl_seconds": None if retention.ttl is None else int(retention.ttl.total_seconds()),
-        "b_hold_by": "override" if retention.hold_reason else None,
+        "b_hold_by": retention.held_by("override"),
         "b_hold_reason": retention.hold_reason,
     }
 

@@ -86,6 +86,7 @@ def _intake(  # noqa: PLR0917 - the parts of make_app()
         enqueue=enqueuer.enqueue,
         accounts=settings.accounts,
         tolerance=settings.webhook_tolerance,
+        policy=settings.policy,
         now=now,
         metrics=metrics,
         note_commit=ledger_check.note_commit,

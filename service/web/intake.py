@@ -13,6 +13,7 @@ from service.core.key import Key
 from service.core.lifecycle import State
 from service.core.overrides import WEBHOOK_PATH
 from service.core.retention import Policy, decide_retention
+from service.core.rules import read_facts
 from service.core.signature import SignatureError, check_form, verify
 from service.jobs.enqueue import CleanupJob
 from service.ledger import receiving
@@ -32,13 +33,6 @@ class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_default
     due_at: datetime | None = None
 
 
-class _Account(msgspec.Struct, frozen=True, gc=False):
-    """What the webhooks of an account are verified with, and how long its generations are kept."""
-
-    secrets: Sequence[bytes]
-    policy: Policy
-
-
 def _secrets(account: Account) -> tuple[bytes, ...]:
     return tuple(secret.reveal().encode() for secret in account.keys.webhook_secrets)
 
@@ -53,14 +47,16 @@ class Intake:
         enqueue: Callable[[Sequence[CleanupJob]], None],
         accounts: Sequence[Account],
         tolerance: timedelta,
+        policy: Policy,
         now: Callable[[], datetime],
         metrics: Metrics,
         note_commit: Callable[..., None],  # of readiness: has_failed=
     ) -> None:
         self._database = database
         self._enqueue = enqueue
-        self._accounts = {account.id: _Account(_secrets(account), account.policy) for account in accounts}
+        self._secrets = {account.id: _secrets(account) for account in accounts}
         self._tolerance = tolerance
+        self._policy = policy
         self._now = now
         self._metrics = metrics
         self._note_commit = note_commit
@@ -70,7 +66,7 @@ class Intake:
 
     def knows(self, account: str) -> bool:
         """Whether *account* is configured."""
-        return account in self._accounts
+        return account in self._secrets
 
     def check_form(self, header: str) -> None:
         """Return if *header* could be a signature, before the body has been read.
@@ -90,9 +86,9 @@ class Intake:
         LedgerUnavailableError. Nothing is stored then.
         """
         now = self._now()
-        mine = self._accounts[account]
+        secrets = self._secrets[account]
         try:
-            sent_at = verify(header, body, secrets=mine.secrets, now=now, tolerance=self._tolerance)
+            sent_at = verify(header, body, secrets=secrets, now=now, tolerance=self._tolerance)
         except SignatureError as error:
             self._metrics.signatures_refused.labels(error.reason).inc()
             raise
@@ -101,7 +97,8 @@ class Intake:
             self._count_ignored(generation)
             return Answer(generation.id, "ignored")
         retention = decide_retention(
-            mine.policy,
+            self._policy,
+            read_facts(self._policy.rules, account, generation, is_complete=False),
             webhook_url=generation.webhook_url,
             request_url=f"https://mayfly{WEBHOOK_PATH}?{query}" if query else None,
             sent_at=sent_at,

@@ -12,6 +12,7 @@ import pytest
 from service.core.attempts import ANSWER_LOST, Outcome, Verdict
 from service.core.key import Key
 from service.core.lifecycle import Move, State
+from service.core.retention import Policy
 from service.core.secret import Secret
 from service.ledger import history, moving, pausing, settling
 from service.ledger.database import LedgerUnavailableError, UnknownOutcomeError
@@ -78,6 +79,7 @@ def cleaner_of(database, metrics):
             call_slot=call_slot,
             now=now,
             give_up_after=WEEK,
+            policy=Policy(timedelta(hours=1), timedelta(minutes=1)),
             is_dry_run=False,
             metrics=metrics,
             key_proof=KeyProof(api, call_slot=call_slot, acquire=acquire),

@@ -5,6 +5,7 @@ from datetime import UTC, datetime, timedelta
 import pytest
 
 from service.core.durations import MAX_TTL, format_duration, parse_duration, parse_ttl
+from service.core.matchers import Facts
 from service.core.retention import Policy, Retention, decide_retention, reconsider_retention
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -170,7 +171,8 @@ def test_nothing_is_due_before_min_ttl_from_now(query):
 
 
 def reconsidered(query, rule="MAYFLY_TTL", ttl=DAY):
-    return reconsider_retention(rule=rule, due_at=NOW + DAY, ttl=ttl, webhook_url=f"https://h/webhooks/sync?{query}")
+    url = f"https://h/webhooks/sync?{query}"
+    return reconsider_retention(POLICY, Facts(), rule=rule, due_at=NOW + DAY, ttl=ttl, webhook_url=url)
 
 
 def test_an_override_that_only_the_api_shows_extends_the_ttl():

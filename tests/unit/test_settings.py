@@ -15,7 +15,7 @@ from service.config.settings import (
     require_webhook_secret,
 )
 from service.core.rate import Rate
-from service.core.retention import Policy
+from service.core.retention import Bounds, Policy
 from service.core.secret import Secret
 
 SECRET = "whsec_test_0123456789abcdef"
@@ -252,7 +252,7 @@ def test_a_variable_without_a_similar_option_is_reported_without_a_suggestion():
 @pytest.mark.parametrize(
     "name",
     [
-        *("SYNC_GATEWAY", "PATH", "MAYFLY", "HOME", "MAYFLY_PUBLIC_URL"),
+        *("SYNC_GATEWAY", "PATH", "MAYFLY", "HOME"),
         *("MAYFLY_API_SERVICE_HOST", "MAYFLY_API_SERVICE_PORT", "MAYFLY_API_SERVICE_PORT_HTTP", "MAYFLY_API_PORT"),
         *("MAYFLY_API_PORT_80_TCP", "MAYFLY_API_PORT_80_TCP_ADDR", "MAYFLY_1_NAME", "MAYFLY_1_ENV_HOME"),
     ],
@@ -300,3 +300,84 @@ def test_no_representation_shows_a_secret():
 def test_secrets_are_equal_by_their_text_alone():
     assert len({Secret("a"), Secret("a"), Secret("b")}) == 2
     assert Secret("a") != "a"
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "mayfly.toml"
+    path.write_text(
+        """
+        [[rule]]
+        id = "film"
+        ttl = "7d"
+        [[account]]
+        id = "studio"
+        api_key_env = "SYNC_API_KEYS"
+        webhook_secret_env = "MAYFLY_STUDIO_SECRET"
+        min_ttl = "10s"
+        max_ttl = "30d"
+        [[account]]
+        id = "other"
+        min_ttl = "1h"
+        """
+    )
+    return path
+
+
+def test_the_file_with_rules_is_read_into_the_policy(file):
+    settings = read_settings({"MAYFLY_CONFIG": str(file)})
+
+    assert settings.config_path == file
+    assert [rule.id for rule in settings.policy.rules.rules] == ["film"]
+
+
+def test_no_account_can_keep_for_less_than_the_minimum_for_all(file):
+    policy = read_settings({"MAYFLY_CONFIG": str(file), "MAYFLY_MIN_TTL": "5m"}).policy
+
+    assert policy.bounds_of("studio") == Bounds(timedelta(minutes=5), timedelta(days=30))
+    assert policy.bounds_of("other") == Bounds(timedelta(hours=1))
+    assert policy.bounds_of("default") == Bounds(timedelta(minutes=5))
+
+
+def test_variables_that_an_account_names_are_known(file):
+    named = {"SYNC_API_KEYS": "sk-1", "MAYFLY_STUDIO_SECRET": SECRET}
+
+    assert problems_of(**named) != []
+    assert read_settings({"MAYFLY_CONFIG": str(file), **named}).rules_file.accounts[0].id == "studio"
+
+
+def test_problems_of_the_file_stand_beside_those_of_the_variables(file):
+    file.write_text('[[rule]]\nid = "film"\nttl = 5\n')
+
+    assert [problem.partition(" ")[0] for problem in problems_of(MAYFLY_CONFIG=str(file), MAYFLY_TTL="5")] == [
+        "MAYFLY_TTL",
+        f"{file}:3:",
+    ]
+
+
+def test_a_file_that_cannot_be_read_is_named(tmp_path):
+    assert problems_of(MAYFLY_CONFIG=str(tmp_path / "none.toml")) == [
+        f"MAYFLY_CONFIG names {tmp_path}/none.toml, which cannot be read: No such file or directory"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("text", "url"),
+    [
+        ("https://mayfly.example.com", "https://mayfly.example.com"),
+        ("https://mayfly.example.com/", "https://mayfly.example.com"),
+        ("https://example.com:8443/mayfly/webhooks/sync", "https://example.com:8443/mayfly"),
+    ],
+)
+def test_the_public_url_is_read_without_its_route(text, url):
+    assert read_settings({"MAYFLY_PUBLIC_URL": text}).public_url == url
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["http://mayfly.example.com", "mayfly.example.com", "https://", "https://u:p@h", "https://h?a=1", "https://h:0"],
+)
+def test_a_public_url_that_sync_so_could_not_call_is_refused(text):
+    (problem,) = problems_of(MAYFLY_PUBLIC_URL=text)
+
+    assert problem.startswith("MAYFLY_PUBLIC_URL is invalid: it accepts an https URL")

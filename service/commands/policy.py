@@ -1,0 +1,92 @@
+"""`mayfly policy`: the rules of MAYFLY_CONFIG, checked and shown in plain words."""
+
+import os
+from datetime import UTC, datetime
+
+import click
+import msgspec
+from rich.table import Table
+
+from service.commands.running import EXIT_SETTINGS, as_json, print_json, settings_or_exit
+from service.commands.suggesting import SuggestingGroup
+from service.config.rules_advice import find_warnings
+from service.config.rules_shape import make_schema
+from service.config.settings import Settings
+from service.core.retention import DEFAULT_RULE
+from service.core.rule_words import describe_effect, describe_subject, describe_ttl
+from service.runtime.terminal import cell, console, plain
+
+
+class RuleShown(msgspec.Struct, frozen=True):
+    """A rule in plain words: the generations that it is *about*, and what it *does* to them."""
+
+    id: str
+    about: str
+    does: str
+
+
+class PolicyShown(msgspec.Struct, frozen=True):
+    """The rules of a *file* in their order, the last one for all that no rule matches, and what is odd about them."""
+
+    file: str
+    accounts: list[str]
+    rules: list[RuleShown]
+    warnings: list[str]
+
+
+@click.group(cls=SuggestingGroup)
+def policy() -> None:
+    """Check the rules that say how long generations are kept."""
+
+
+@policy.command()
+@click.argument("file", required=False, type=click.Path())
+@as_json
+def check(*, file: str | None, is_json: bool) -> None:
+    """Check FILE, by default the one that MAYFLY_CONFIG names, and show its rules in plain words.
+
+    It reads the file as the service would, together with the environment. The exit code is 0 for a valid file, also
+    with warnings, and 2 if the service would not start with it. Nothing is changed.
+    """
+    settings = settings_or_exit(environment={**os.environ, "MAYFLY_CONFIG": file} if file else os.environ)
+    if settings.config_path is None:
+        click.echo("mayfly: there is no file to check: name one, or set MAYFLY_CONFIG", err=True)
+        raise SystemExit(EXIT_SETTINGS)
+    shown = show_policy(settings, now=datetime.now(UTC))
+    if is_json:
+        print_json(shown)
+    else:
+        _print_policy(shown)
+
+
+@policy.command()
+def schema() -> None:
+    """Print the JSON schema of the file, for editors that complete and check TOML."""
+    click.echo(msgspec.json.format(msgspec.json.encode(make_schema()), indent=2).decode())
+
+
+def show_policy(settings: Settings, *, now: datetime) -> PolicyShown:
+    """Return the policy of *settings* in plain words."""
+    file = settings.rules_file
+    rules = [RuleShown(rule.id, describe_subject(rule), describe_effect(rule)) for rule in file.rules.rules]
+    rest = RuleShown(DEFAULT_RULE, "every other generation", describe_ttl(settings.ttl))
+    warnings = find_warnings(file, min_ttl=settings.min_ttl, now=now)
+    return PolicyShown(str(file.path), [account.id for account in file.accounts], [*rules, rest], warnings)
+
+
+def _print_policy(shown: PolicyShown) -> None:
+    number = len(shown.rules) - 1
+    click.echo(f"{plain(shown.file)} is valid: {number} rule{'' if number == 1 else 's'}.")
+    click.echo("A hold and an override in the webhookUrl come first. Then the first rule that matches counts:\n")
+    table = Table(box=None, pad_edge=False)
+    table.add_column("", justify="right", style="dim")
+    for heading in ("rule", "about", "what happens"):
+        table.add_column(heading, overflow="fold")
+    for place, rule in enumerate(shown.rules, 1):
+        is_rest = place == len(shown.rules)
+        table.add_row("" if is_rest else str(place), cell(rule.id), cell(rule.about), cell(rule.does))
+    console().print(table)
+    if shown.accounts:
+        click.echo(f"\nAccounts: {', '.join(shown.accounts)}.")
+    for warning in shown.warnings:
+        click.echo(f"mayfly: warning: {plain(warning)}", err=True)
