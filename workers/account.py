@@ -5,10 +5,10 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator
-from contextlib import asynccontextmanager
+from collections.abc import AsyncIterator, Callable
+from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Final
 
@@ -27,10 +27,11 @@ from service.ledger.group_commit import GroupCommit
 from service.ledger.key_history import KeyOfAccount
 from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
-from service.sync.client import open_sync_api
-from service.sync.rate_limit import Budget
+from service.sync.client import SyncApi, open_sync_api
+from service.sync.rate_limit import Budget, SpareCalls
 from workers.attempt import Cleaner
 from workers.cleanup import Attempts, CleanupJobs
+from workers.copy import LookLedger, LookNet, Looks
 from workers.heartbeat import beat
 from workers.key_proof import KeyProof
 from workers.ledger import LEASE, WorkerLedger
@@ -38,6 +39,8 @@ from workers.overdue import LedgerCalls, Overdue
 from workers.runner import max_jobs
 
 log = structlog.get_logger()
+
+CallSlot = Callable[[datetime], AbstractAsyncContextManager[bool]]
 
 # How long a proof of the key waits for the budget; the attempt's GET and DELETE are used up.
 _PROOF_SECONDS: Final = 5.0
@@ -50,6 +53,8 @@ class WorkerParts:
     jobs: CleanupJobs
     attempts: Attempts
     overdue: Overdue
+    looks: Looks
+    look_net: LookNet
 
 
 @asynccontextmanager
@@ -71,7 +76,9 @@ async def open_parts(
     ledger = WorkerLedger(database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor, key=used, now=_now)
     with contextlib.suppress(LedgerUnavailableError):  # then the pause stays
         await database.write(partial(key_history.resume_for_key, key=used))
-    async with _open_cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
+    call_slot = partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget)
+    async with _open_api(settings, key, budget, metrics) as api:
+        cleaner = _make_cleaner(settings, api, call_slot, ledger=ledger, budget=budget, pool=pool, metrics=metrics)
         attempts = Attempts(cleaner.clean, limit=max_jobs(settings.concurrency))
         jobs = CleanupJobs(
             peek=ledger.peek,
@@ -92,35 +99,63 @@ async def open_parts(
             metrics=metrics,
             stopping=stopping,
         )
-        yield WorkerParts(jobs, attempts, overdue)
+        looks = Looks(
+            ledger=LookLedger(ledger.is_look_wanted, ledger.store_look, ledger.put_off_look, ledger.end_look),
+            get=api.get,
+            call_slot=call_slot,
+            take_call=SpareCalls(budget, time.monotonic).take,
+            enqueue_cleanup=partial(_enqueue_within, pool, metrics, settings.queue_horizon),
+            policy=settings.policy,
+            now=_now,
+            metrics=metrics,
+            stopping=stopping,
+        )
+        look_net = LookNet(
+            find_due=ledger.find_due_looks,
+            enqueue=lambda items: enqueue.enqueue_jobs(pool, account.id, items, now=_now()),
+            now=_now,
+            metrics=metrics,
+            stopping=stopping,
+        )
+        yield WorkerParts(jobs, attempts, overdue, looks, look_net)
 
 
-@asynccontextmanager
-async def _open_cleaner(
-    settings: Settings, key: Secret, *, ledger: WorkerLedger, budget: Budget, pool: ArqRedis, metrics: Metrics
-) -> AsyncIterator[Cleaner]:
-    async with open_sync_api(
+def _open_api(
+    settings: Settings, key: Secret, budget: Budget, metrics: Metrics
+) -> AbstractAsyncContextManager[SyncApi]:
+    return open_sync_api(
         settings.base_url,
         key,
         connections=settings.concurrency,
         metrics=metrics,
         # For existing claims. New claims wait for the pause in the ledger.
         on_throttled=lambda seconds: budget.close_for(min(seconds, LEASE.total_seconds())),
-    ) as api:
-        call_slot = partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget)
-        yield Cleaner(
-            api=api,
-            copy=GroupCommit(ledger.copy).submit,
-            settle=GroupCommit(ledger.settle).submit,
-            enqueue_next=partial(_enqueue_next, pool, metrics),
-            call_slot=call_slot,
-            now=_now,
-            give_up_after=settings.give_up_after,
-            policy=settings.policy,
-            is_dry_run=settings.is_dry_run,
-            metrics=metrics,
-            key_proof=KeyProof(api, call_slot=call_slot, acquire=partial(budget.acquire, _PROOF_SECONDS)),
-        )
+    )
+
+
+def _make_cleaner(
+    settings: Settings,
+    api: SyncApi,
+    call_slot: CallSlot,
+    *,
+    ledger: WorkerLedger,
+    budget: Budget,
+    pool: ArqRedis,
+    metrics: Metrics,
+) -> Cleaner:
+    return Cleaner(
+        api=api,
+        copy=GroupCommit(ledger.copy).submit,
+        settle=GroupCommit(ledger.settle).submit,
+        enqueue_next=partial(_enqueue_next, pool, metrics),
+        call_slot=call_slot,
+        now=_now,
+        give_up_after=settings.give_up_after,
+        policy=settings.policy,
+        is_dry_run=settings.is_dry_run,
+        metrics=metrics,
+        key_proof=KeyProof(api, call_slot=call_slot, acquire=partial(budget.acquire, _PROOF_SECONDS)),
+    )
 
 
 @asynccontextmanager
@@ -135,9 +170,25 @@ async def _enqueue_next(pool: ArqRedis, metrics: Metrics, key: Key, attempt: int
     try:
         await enqueue.enqueue_job(pool, CleanupJob(key, attempt, at), now=_now())
     except connection.QUEUE_ERRORS as error:
-        metrics.enqueue_failures.inc()
-        what_now = "the worker will find the record in the ledger when it is due"
-        log.warning("enqueue.failed", generation=key.id, error=describe_cause(error), what_now=what_now)
+        _note_failure(metrics, key, error)
+
+
+async def _enqueue_within(  # noqa: PLR0917 - of which the first three are bound
+    pool: ArqRedis, metrics: Metrics, horizon: timedelta, key: Key, attempt: int, at: datetime
+) -> None:
+    """Enqueue the job of an attempt whose time has changed; beyond the horizon the safety net does it later."""
+    if at > _now() + horizon:
+        return
+    try:
+        await enqueue.enqueue_jobs(pool, key.account, [CleanupJob(key, attempt, at)], now=_now())
+    except connection.QUEUE_ERRORS as error:
+        _note_failure(metrics, key, error)
+
+
+def _note_failure(metrics: Metrics, key: Key, error: BaseException) -> None:
+    metrics.enqueue_failures.inc()
+    what_now = "the worker will find the record in the ledger when it is due"
+    log.warning("enqueue.failed", generation=key.id, error=describe_cause(error), what_now=what_now)
 
 
 def _now() -> datetime:

@@ -9,11 +9,15 @@ from typing import Final
 import structlog
 from sqlalchemy import Connection
 
-from service.ledger import claiming, daily_limit, heartbeats, outcomes, pausing, settling
+from service.core.generation import Generation
+from service.core.key import Key
+from service.core.retention import Retention
+from service.ledger import claiming, daily_limit, heartbeats, looking, outcomes, pausing, settling
 from service.ledger import outlook as outlooks
 from service.ledger.claiming import Claim, NotYet, Wanted
 from service.ledger.database import Database
 from service.ledger.key_history import KeyOfAccount
+from service.ledger.looking import Known, Looked
 from service.ledger.outcomes import CopyResult, Settled
 from service.ledger.outlook import Outlook
 from workers.overdue import AT_ONCE, LATE
@@ -133,3 +137,36 @@ class WorkerLedger:
         """Commit the outcomes of attempts."""
         write = partial(settling.settle_attempts, key=self._key, settlements=items, now=self._now(), actor=self._actor)
         return await self._database.write(write)
+
+    async def find_due_looks(self, late: timedelta, limit: int) -> Sequence[Key]:
+        """Return the records whose early look is due for longer than *late*; none while the API refuses its key."""
+        read = partial(looking.find_due_looks, account=self._account, now=self._now() - late, limit=limit)
+        return await self._database.read(read)
+
+    async def is_look_wanted(self, key: Key) -> bool:
+        """Whether the record of *key* wants its early look, and the API may be asked."""
+        return await self._database.read(partial(looking.is_wanted, key=key))
+
+    async def store_look(
+        self, key: Key, generation: Generation, body: str, decide: Callable[[Known], Retention | None]
+    ) -> Looked | None:
+        """Commit what the API showed early."""
+        write = partial(
+            looking.store_look,
+            key=key,
+            used=self._key,
+            generation=generation,
+            body=body,
+            decide=decide,
+            now=self._now(),
+            actor=self._actor,
+        )
+        return await self._database.write(write)
+
+    async def put_off_look(self, key: Key, wait: Callable[[int], timedelta]) -> None:
+        """Commit that a look failed."""
+        await self._database.write(partial(looking.put_off_look, key=key, wait=wait, now=self._now()))
+
+    async def end_look(self, key: Key, error: str) -> None:
+        """Commit that there is nothing to look at."""
+        await self._database.write(partial(looking.end_look, key=key, error=error))

@@ -32,9 +32,9 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
             open_parts, settings, database=resources.database, pool=pool, metrics=metrics, stopping=stopping
         )
         parts = {account.id: await stack.enter_async_context(open_account(account, key)) for account, key in accounts}
-        work = [part.overdue.run() for part in parts.values()]
+        work = [net.run() for part in parts.values() for net in (part.overdue, part.look_net)]
         for name, part in parts.items():
-            work.append(run_jobs(pool, queue_of(name), part.jobs, settings.concurrency, metrics, stopping))
+            work.append(run_jobs(pool, queue_of(name), part.jobs, part.looks, settings.concurrency, metrics, stopping))
         log.info("worker.started", accounts=[*parts], concurrency=settings.concurrency, dry_run=settings.is_dry_run)
         try:
             await _run_until(stop, work, stopping)

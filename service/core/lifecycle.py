@@ -24,6 +24,7 @@ class Move(StrEnum):
     RECEIVE = "receive"
     KEEP = "keep"
     CLAIM = "claim"
+    RESCHEDULE = "reschedule"  # another due time, after the early look or a changed policy
     HOLD = "hold"
     RELEASE = "release"
     CONFIRM = "confirm"
@@ -39,6 +40,7 @@ TABLE: Mapping[tuple[State | None, Move], State] = MappingProxyType(
         (None, Move.RECEIVE): State.SCHEDULED,
         (None, Move.KEEP): State.KEPT,
         (State.SCHEDULED, Move.CLAIM): State.DELETING,
+        (State.SCHEDULED, Move.RESCHEDULE): State.SCHEDULED,
         (State.SCHEDULED, Move.HOLD): State.HELD,
         (State.SCHEDULED, Move.KEEP): State.KEPT,
         (State.HELD, Move.KEEP): State.KEPT,

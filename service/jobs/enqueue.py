@@ -1,4 +1,4 @@
-"""The queues: delayed arq jobs in Redis, one for the next attempt at each scheduled record.
+"""The queues: delayed arq jobs in Redis, one for the next attempt at each scheduled record, one for its early look.
 
 A job may be lost, late, duplicated or early, and no record depends on it: the ledger decides what is due, and the
 worker's safety net enqueues what is missing.
@@ -23,7 +23,8 @@ from service.runtime.metrics import Metrics
 
 log = structlog.get_logger()
 
-FUNCTION: Final = "cleanup"
+CLEANUP: Final = "cleanup"
+COPY: Final = "copy"
 
 # A slower enqueue is abandoned: the record is durable, and the safety net enqueues its job.
 ENQUEUE_TIMEOUT_SECONDS: Final = 2.0
@@ -54,12 +55,42 @@ class CleanupJob(msgspec.Struct, frozen=True, gc=False):
         return f"{self.key.account}:{self.key.id}:{self.attempt}"
 
     @property
+    def function(self) -> str:
+        """The name of the job's function."""
+        return CLEANUP
+
+    @property
     def arguments(self) -> tuple[str, str, int]:
         """The arguments of the job's function."""
         return self.key.account, self.key.id, self.attempt
 
 
-async def enqueue_job(pool: ArqRedis, job: CleanupJob, *, now: datetime) -> None:
+class CopyJob(msgspec.Struct, frozen=True, gc=False):
+    """The early look at the generation of *key*, to start at the aware instant *at*."""
+
+    key: Key
+    at: datetime
+
+    @property
+    def id(self) -> str:
+        """The job's id; a generation has one look at a time."""
+        return f"{self.key.account}:{self.key.id}:copy"
+
+    @property
+    def function(self) -> str:
+        """The name of the job's function."""
+        return COPY
+
+    @property
+    def arguments(self) -> tuple[str, str]:
+        """The arguments of the job's function."""
+        return self.key.account, self.key.id
+
+
+Job = CleanupJob | CopyJob
+
+
+async def enqueue_job(pool: ArqRedis, job: Job, *, now: datetime) -> None:
     """Enqueue *job*, unless a job with its id exists.
 
     Raises: one of QUEUE_ERRORS, after at most ENQUEUE_TIMEOUT_SECONDS; the job may be enqueued nevertheless.
@@ -68,11 +99,11 @@ async def enqueue_job(pool: ArqRedis, job: CleanupJob, *, now: datetime) -> None
         wait = max(job.at - now, timedelta(0))
         # The result says nothing: None may mean an existing job or a lost connection.
         await pool.enqueue_job(
-            FUNCTION, *job.arguments, _job_id=job.id, _queue_name=queue_of(job.key.account), _defer_by=wait
+            job.function, *job.arguments, _job_id=job.id, _queue_name=queue_of(job.key.account), _defer_by=wait
         )
 
 
-async def enqueue_jobs(pool: ArqRedis, account: str, jobs: Sequence[CleanupJob], *, now: datetime) -> str:
+async def enqueue_jobs(pool: ArqRedis, account: str, jobs: Sequence[Job], *, now: datetime) -> str:
     """Enqueue many *jobs* of *account* in few round trips and return the mark of its queue.
 
     It is another one once Redis was emptied.
@@ -101,11 +132,11 @@ return mark
 """
 
 
-async def _enqueue_batch(pool: ArqRedis, queue: str, jobs: Sequence[CleanupJob], now: datetime) -> str:
+async def _enqueue_batch(pool: ArqRedis, queue: str, jobs: Sequence[Job], now: datetime) -> str:
     now_ms = _milliseconds(now)
     arguments: list[str | bytes | int] = [job_key_prefix, uuid4().hex]
     for job in jobs:
-        payload = serialize_job(FUNCTION, job.arguments, {}, None, now_ms, serializer=pool.job_serializer)
+        payload = serialize_job(job.function, job.arguments, {}, None, now_ms, serializer=pool.job_serializer)
         # Rounded up: within the due millisecond the record may not be due yet.
         at_ms = max(now_ms, _milliseconds(job.at) + 1)
         arguments += [job.id, payload, at_ms - now_ms + pool.expires_extra_ms, at_ms]
@@ -137,10 +168,10 @@ class Enqueuer:
         self._horizon = horizon
         self._now = now
         self._metrics = metrics
-        self._waiting: list[CleanupJob] = []
+        self._waiting: list[Job] = []
         self._runner: asyncio.Task[None] | None = None
 
-    def enqueue(self, jobs: Sequence[CleanupJob]) -> None:
+    def enqueue(self, jobs: Sequence[Job]) -> None:
         """Enqueue those of *jobs* that are due within the horizon; the others stay in the ledger."""
         horizon = self._now() + self._horizon
         self._waiting += [job for job in jobs if job.at <= horizon]
@@ -165,7 +196,7 @@ class Enqueuer:
         finally:
             self._runner = None
 
-    async def _try(self, account: str, jobs: Sequence[CleanupJob]) -> None:
+    async def _try(self, account: str, jobs: Sequence[Job]) -> None:
         try:
             await enqueue_jobs(self._pool, account, jobs, now=self._now())
         except QUEUE_ERRORS as error:
@@ -174,8 +205,8 @@ class Enqueuer:
             log.warning("enqueue.failed", records=len(jobs), error=describe_cause(error), what_now=what_now)
 
 
-def _by_account(jobs: Iterable[CleanupJob]) -> dict[str, list[CleanupJob]]:
-    grouped: dict[str, list[CleanupJob]] = {}
+def _by_account(jobs: Iterable[Job]) -> dict[str, list[Job]]:
+    grouped: dict[str, list[Job]] = {}
     for job in jobs:
         grouped.setdefault(job.key.account, []).append(job)
     return grouped

@@ -242,6 +242,7 @@ def _insert_values(arrival: Arrival) -> dict[str, Any]:
         "sent_at": arrival.sent_at,
         "due_at": retention.due_at,
         "wake_at": retention.due_at if state is State.SCHEDULED else None,
+        "look_at": arrival.received_at,
         "rule": retention.rule,
         "ttl_seconds": _ttl_seconds(retention),
         "hold_by": retention.held_by(ACTOR),

@@ -122,6 +122,7 @@ _copy = (
         copy=bindparam("b_copy"),
         copied_at=bindparam("b_copied_at"),
         copied_attempt=bindparam("b_attempt"),
+        look_at=None,  # this was it
         # The API still shows it, so no earlier DELETE did delete it.
         unanswered_attempt=bindparam("b_unanswered_attempt"),
         # Where the API shows nothing, the webhook's value stays.

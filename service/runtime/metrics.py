@@ -22,6 +22,7 @@ class Metrics:
         self.attempts = self._counter(
             "attempts", "Attempts to delete a generation, by the meaning of the API's answer.", "verdict"
         )
+        self.looks = self._counter("looks", "Early looks, by the meaning of the API's answer.", "verdict")
         self.api_calls = self._counter(
             "api_calls", "Calls to the Sync API, by method and status class.", "method", "status"
         )

@@ -108,6 +108,18 @@ class Budget:
         self._left -= granted
         return granted
 
+    async def grant_spare(self) -> bool:
+        """Grant one attempt for what can wait: while nothing waits, and more than half of the window is left."""
+        if self.waiting or self._closed_seconds():
+            return False
+        limit = self._shared if self._clock() >= self._ask_again_at else self._alone
+        try:
+            async with asyncio.timeout(_ASK_SECONDS):
+                left = (await limit.limiter.get_window_stats(limit.item, self._name)).remaining
+        except (StorageError, OSError, TimeoutError):
+            return False
+        return 2 * (left - 1) >= limit.attempts and await self.grant(1) == 1
+
     def put_back(self, attempts: int) -> None:
         """Return *attempts* that were granted and not started to the budget."""
         self._left += attempts
@@ -164,3 +176,23 @@ class _Limit:
         self.item = RateLimitItemPerSecond(self.attempts, self.window_seconds)
         # Asking for a tenth of a window's attempts at once saves a busy worker nine in ten round trips.
         self.at_once = max(1, self.attempts // 10)
+
+
+class SpareCalls:
+    """Single calls out of what deletions leave of *budget*; *clock* is monotonic."""
+
+    def __init__(self, budget: Budget, clock: Callable[[], float]) -> None:
+        self._budget = budget
+        self._clock = clock
+        self._left = 0
+        self._left_until = 0.0
+
+    async def take(self) -> bool:
+        """Return whether one call may be made now, without waiting."""
+        if self._left and self._clock() < self._left_until:
+            self._left -= 1
+            return True
+        if not await self._budget.grant_spare():
+            return False
+        self._left, self._left_until = CALLS - 1, self._clock() + _LEFT_SECONDS
+        return True

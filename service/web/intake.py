@@ -15,7 +15,7 @@ from service.core.overrides import WEBHOOK_PATH
 from service.core.retention import Policy, decide_retention
 from service.core.rules import read_facts
 from service.core.signature import SignatureError, check_form, verify
-from service.jobs.enqueue import CleanupJob
+from service.jobs.enqueue import CleanupJob, CopyJob, Job
 from service.ledger import receiving
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.group_commit import GroupCommit
@@ -44,7 +44,7 @@ class Intake:
         self,
         *,
         database: Database,
-        enqueue: Callable[[Sequence[CleanupJob]], None],
+        enqueue: Callable[[Sequence[Job]], None],
         accounts: Sequence[Account],
         tolerance: timedelta,
         policy: Policy,
@@ -153,10 +153,12 @@ def _log_receipt(arrival: Arrival, receipt: Receipt) -> None:
         log.warning("webhook.override_invalid", **names, what_now="held until an operator releases it")
 
 
-def _jobs_to_enqueue(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[CleanupJob]:
-    """Return the jobs of the scheduled records that are new or changed."""
-    return [
+def _jobs_to_enqueue(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[Job]:
+    """Return the early looks of new records, and the jobs of the scheduled ones that are new or changed."""
+    pairs = list(zip(arrivals, receipts, strict=True))
+    looks = [CopyJob(arrival.key, arrival.received_at) for arrival, receipt in pairs if receipt.is_new]
+    return looks + [
         CleanupJob(arrival.key, receipt.attempts + 1, receipt.due_at)
-        for arrival, receipt in zip(arrivals, receipts, strict=True)
+        for arrival, receipt in pairs
         if receipt.is_moved and receipt.state is State.SCHEDULED and receipt.due_at is not None
     ]

@@ -174,7 +174,7 @@ class System:
             await enqueue.enqueue_jobs(pool, DEFAULT_ACCOUNT, jobs, now=now)
             for number, job in itertools.product(range(1, times), jobs):
                 await pool.enqueue_job(
-                    enqueue.FUNCTION,
+                    enqueue.CLEANUP,
                     *job.arguments,
                     _job_id=f"{job.id}:{number}",
                     _defer_by=max(job.at - now, _NO_TIME),

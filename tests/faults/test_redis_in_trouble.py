@@ -324,7 +324,7 @@ async def test_hostile_bytes_in_redis_run_no_code_and_stop_no_job(system: System
 
 @pytest.mark.parametrize(
     ("job_id", "payload"),
-    [(b"\xff\xfe\x00", b"any"), (b"a job", packed(["no name"])), (b"a job", packed(enqueue.FUNCTION, t="no number"))],
+    [(b"\xff\xfe\x00", b"any"), (b"a job", packed(["no name"])), (b"a job", packed(enqueue.CLEANUP, t="no number"))],
     ids=["an id that is no text", "a function that is no name", "a try that is no number"],
 )
 async def test_a_job_that_arq_fails_on_stops_no_later_job(system: System, job_id: bytes, payload: bytes):
@@ -347,7 +347,7 @@ async def is_out_of_the_queue(system: System, job_id: str) -> bool:
 async def test_a_job_key_of_another_type_stops_no_later_job(system: System, kept: bytes):
     _, worker = await asyncio.gather(system.api(), system.worker(without="safety net"))
     await system.redis.command("LPUSH", kept + b"odd", "a list")
-    await put(system, b"odd", None if kept == b"arq:job:" else packed(enqueue.FUNCTION))
+    await put(system, b"odd", None if kept == b"arq:job:" else packed(enqueue.CLEANUP))
     generation = await system.accepted(system.generation())
     await system.until(generation, "deleted", is_hurried=False, seconds=12)
 
@@ -364,9 +364,9 @@ async def test_jobs_and_rows_of_another_release_run_or_are_dropped(system: Syste
     await system.redis.command("FLUSHALL")
     await overdue(system, waiting)
     # This worker has no safety net: a job under an id of another form begins the attempt.
-    await put(system, b"older", packed(enqueue.FUNCTION, "default", waiting.id, 1))
+    await put(system, b"older", packed(enqueue.CLEANUP, "default", waiting.id, 1))
     await system.until(waiting, "deleted", is_hurried=False)
-    await put(system, b"with names", packed(enqueue.FUNCTION, account="default", attempt=1))
+    await put(system, b"with names", packed(enqueue.CLEANUP, account="default", attempt=1))
     await put(system, b"renamed", packed("delete_generation", waiting.id))
     await eventually(partial(is_empty, system))
     assert worker.events("jobs.crashed") == []

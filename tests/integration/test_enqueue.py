@@ -51,7 +51,7 @@ async def consuming(redis_url):
         found.append(arguments)
 
     worker = Worker(
-        functions=[func(note, name=enqueue.FUNCTION)],  # type: ignore[arg-type]
+        functions=[func(note, name=enqueue.CLEANUP)],  # type: ignore[arg-type]
         queue_name=connection.QUEUE,
         redis_pool=pool,
         handle_signals=False,
@@ -162,7 +162,7 @@ async def test_jobs_in_another_form_run_no_code(pool, redis_url, tmp_path):
             return (eval, (f"open({str(target)!r}, 'w').close()",))  # what a pickle may do
 
     await pool.set(
-        job_key_prefix + "pickled", pickle.dumps({"t": 1, "f": enqueue.FUNCTION, "a": (Bomb(),), "k": {}, "et": 1})
+        job_key_prefix + "pickled", pickle.dumps({"t": 1, "f": enqueue.CLEANUP, "a": (Bomb(),), "k": {}, "et": 1})
     )
     await pool.zadd(connection.QUEUE, {"pickled": 1})
     async with consuming(redis_url) as found:

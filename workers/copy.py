@@ -1,0 +1,170 @@
+"""The arq job ``copy``: the early look at a generation, so that its record has from the beginning what the API knows.
+
+Deletions come first: a look takes only what they leave of the budget. What is lost, the ledger finds again.
+"""
+
+import asyncio
+import contextlib
+import random
+from collections.abc import Awaitable, Callable, Sequence
+from contextlib import AbstractAsyncContextManager
+from dataclasses import dataclass
+from datetime import datetime, timedelta
+from functools import partial
+from typing import Any, Final
+
+import structlog
+
+from service.core.attempts import Verdict, backoff
+from service.core.generation import Generation
+from service.core.key import Key
+from service.core.retention import Policy, Retention, refine_retention
+from service.core.rules import read_facts
+from service.jobs.connection import QUEUE_ERRORS
+from service.jobs.enqueue import CopyJob
+from service.ledger.database import LedgerUnavailableError
+from service.ledger.looking import Known, Looked
+from service.runtime.causes import describe_cause
+from service.runtime.metrics import Metrics
+from service.sync.answers import Answer
+from service.sync.client import GET_SECONDS
+
+log = structlog.get_logger()
+
+EVERY: Final = timedelta(seconds=5)
+# A look that is due for longer has no job.
+LATE: Final = timedelta(seconds=5)
+# How many looks get a job in one round, and how many may run and wait at once: they share arq's places with deletions.
+AT_ONCE: Final = 20
+_PLACES: Final = 4
+_UNKNOWN: Final = "the API does not know this generation"
+_SLOT: Final = timedelta(seconds=2 * GET_SECONDS)
+
+
+async def copy(ctx: dict[str, Any], account: str, generation_id: str) -> None:
+    """Look at the generation of *account* and *generation_id*, if its record still wants it."""
+    looks: Looks = ctx["looks"]
+    await looks.run(Key(account, generation_id))
+
+
+@dataclass(frozen=True, slots=True)
+class LookLedger:
+    """The ledger's calls that looks need."""
+
+    is_wanted: Callable[[Key], Awaitable[bool]]
+    store: Callable[[Key, Generation, str, Callable[[Known], Retention | None]], Awaitable[Looked | None]]
+    put_off: Callable[[Key, Callable[[int], timedelta]], Awaitable[None]]
+    end: Callable[[Key, str], Awaitable[None]]
+
+
+@dataclass(kw_only=True)
+class Looks:
+    """The job ``copy`` and its dependencies.
+
+    *take_call* returns whether deletions leave the budget for a call, without waiting. *enqueue_cleanup* enqueues the
+    attempt of that number at that time.
+    """
+
+    ledger: LookLedger
+    get: Callable[[str], Awaitable[Answer]]
+    call_slot: Callable[[datetime], AbstractAsyncContextManager[bool]]
+    take_call: Callable[[], Awaitable[bool]]
+    enqueue_cleanup: Callable[[Key, int, datetime], Awaitable[None]]
+    policy: Policy
+    now: Callable[[], datetime]
+    metrics: Metrics
+    stopping: asyncio.Event
+
+    def __post_init__(self) -> None:
+        self._places = asyncio.Semaphore(_PLACES)
+        self._present = 0
+
+    async def run(self, key: Key) -> None:
+        """See copy(). Raises nothing: the safety net enqueues what was not done."""
+        if self.stopping.is_set() or self._present >= AT_ONCE:
+            return
+        self._present += 1
+        try:
+            async with self._places:
+                await self._look(key)
+        except LedgerUnavailableError as error:
+            what_now = "the look is made later"
+            log.warning("copy.interrupted", generation=key.id, error=str(error), what_now=what_now)
+        finally:
+            self._present -= 1
+
+    async def _look(self, key: Key) -> None:
+        if self.stopping.is_set() or not await self.ledger.is_wanted(key) or not await self.take_call():
+            return
+        async with self.call_slot(self.now() + _SLOT) as is_in_time:
+            answer = await self.get(key.id) if is_in_time else None
+        if answer is None:
+            return
+        self.metrics.looks.labels(answer.verdict).inc()
+        if answer.verdict is Verdict.DONE and answer.generation is not None and answer.body is not None:
+            await self._store(key, answer.generation, answer.body)
+        elif answer.verdict is Verdict.GONE:
+            await self.ledger.end(key, _UNKNOWN)
+            log.warning("copy.unknown", generation=key.id, what_now="the API is asked again when it is due")
+        else:
+            jitter = random.random()  # noqa: S311 - only spreads load
+            wait = partial(backoff, retry_after=answer.retry_after, jitter=jitter)
+            await self.ledger.put_off(key, wait)
+
+    async def _store(self, key: Key, generation: Generation, body: str) -> None:
+        looked = await self.ledger.store(key, generation, body, partial(self._decide, key, generation))
+        if looked is not None and looked.due_at is not None:
+            await self.enqueue_cleanup(key, looked.attempts + 1, looked.due_at)
+
+    def _decide(self, key: Key, generation: Generation, known: Known) -> Retention | None:
+        if known.due_at is None:
+            return None
+        found = refine_retention(
+            self.policy,
+            read_facts(self.policy.rules, key.account, generation, is_complete=True),
+            rule=known.rule,
+            due_at=known.due_at,
+            ttl=known.ttl,
+            webhook_url=generation.webhook_url,
+            sent_at=known.sent_at,
+            now=self.now(),
+        )
+        if found is not None:
+            due_at = None if found.due_at is None else found.due_at.isoformat()
+            log.info("retention.refined", generation=key.id, rule=found.rule, due_at=due_at)
+        return found
+
+
+class LookNet:
+    """One loop over the ledger, which enqueues the looks that no job has made; *enqueue* enqueues jobs."""
+
+    def __init__(
+        self,
+        *,
+        find_due: Callable[[timedelta, int], Awaitable[Sequence[Key]]],
+        enqueue: Callable[[Sequence[CopyJob]], Awaitable[object]],
+        now: Callable[[], datetime],
+        metrics: Metrics,
+        stopping: asyncio.Event,
+    ) -> None:
+        self._find_due = find_due
+        self._enqueue = enqueue
+        self._now = now
+        self._metrics = metrics
+        self._stopping = stopping
+
+    async def run(self) -> None:
+        """Check the ledger every five seconds until the worker stops."""
+        while not self._stopping.is_set():
+            try:
+                if keys := await self._find_due(LATE, AT_ONCE):
+                    await self._enqueue([CopyJob(key, self._now()) for key in keys])
+            except (LedgerUnavailableError, *QUEUE_ERRORS) as error:
+                self._metrics.loops_failed.labels("looks").inc()
+                log.warning("looks.failed", error=describe_cause(error), what_now="retrying in five seconds")
+            except Exception:  # the loop must survive every error
+                self._metrics.loops_failed.labels("looks").inc()
+                log.exception("looks.crashed", what_now="retrying in five seconds")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(EVERY.total_seconds()):
+                    await self._stopping.wait()
