@@ -4,7 +4,7 @@ import asyncio
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Generic, TypeVar
 
-from service.ledger.database import WRITE_TIMEOUT_SECONDS, LedgerUnavailableError, RowLockedError
+from service.ledger.database import LedgerUnavailableError, RowLockedError
 from service.runtime.tasks import set_outcome
 
 Item = TypeVar("Item")
@@ -16,6 +16,8 @@ MAX_BATCH = 128
 # two tries the locked ones leave the connections to the others.
 _ALONE_AT_ONCE = 10
 _LOCKED_AGAIN_SECONDS = 0.5
+# Then the sender is told to send the webhook again, while it still waits for the answer.
+_LOCKED_SECONDS = 5.0
 
 
 class GroupCommit(Generic[Item, Result]):
@@ -88,7 +90,7 @@ class GroupCommit(Generic[Item, Result]):
     async def _commit_alone(self, item: Item, future: asyncio.Future[Result]) -> None:
         """Commit one item, and again while its row is locked."""
         loop = asyncio.get_running_loop()
-        deadline = loop.time() + WRITE_TIMEOUT_SECONDS
+        deadline = loop.time() + _LOCKED_SECONDS
         while True:
             async with self._places:
                 try:

@@ -146,7 +146,7 @@ async def test_a_locked_record_delays_its_own_outcome_alone(ledger, holding):
 
 
 async def test_an_outcome_whose_record_stays_locked_fails_in_the_end(ledger, holding, monkeypatch):
-    monkeypatch.setattr(group_commit, "WRITE_TIMEOUT_SECONDS", 1.0)
+    monkeypatch.setattr(group_commit, "_LOCKED_SECONDS", 1.0)
     await receive(ledger, arrival())
     only = await claim_one(ledger)
     group = settling_group(ledger)
