@@ -38,6 +38,7 @@ _FIXED: Final = {
     "load_balance_hosts": (("disable",), ": hosts are tried in their order"),
 }
 _SSL_MODES: Final = ("disable", "allow", "prefer", "require", "verify-ca", "verify-full")
+_NOT_WITH_SYSTEM: Final = {"sslcrl", "sslnegotiation", "ssl_min_protocol_version", "ssl_max_protocol_version"}
 # Dropped after they have been checked.
 _CHECKED: Final = (*_KEEPALIVES, *_FIXED, "channel_binding")
 _MISUSED: Final = {
@@ -121,6 +122,8 @@ def _check_trust(options: dict[str, str]) -> None:
     mode = options.get("sslmode")
     if options.get("sslrootcert") == "system" and mode != "verify-full":
         raise UrlOptionError("the option sslrootcert=system of the URL accepts sslmode=verify-full alone")
+    if options.get("sslrootcert") == "system" and (beside := _NOT_WITH_SYSTEM & options.keys()):
+        raise UrlOptionError(f"the option {min(beside)} of the URL is not accepted beside sslrootcert=system")
     require_choice(options, "channel_binding", ("disable", "prefer", "require"))
     # It proves that no one is between. The driver cannot, but a checked certificate proves the same.
     if options.get("channel_binding") == "require" and mode != "verify-full":

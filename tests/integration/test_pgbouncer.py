@@ -122,6 +122,8 @@ async def test_the_settings_hold_in_each_transaction_behind_a_pooler(pooled_url,
         async with open_database(pooled_url) as database:
             seen = await asyncio.gather(*(database.write(look) for _ in range(40)))
             read = await asyncio.gather(*(database.read(look) for _ in range(40)))
+        others = await owner.fetch("SELECT pid FROM pg_stat_activity WHERE datname = 'mayfly'")
+        left = [await setting_left(pooled_url) for _ in range(len(others))]
     finally:
         await owner.execute("ALTER DATABASE mayfly RESET ALL")
         await owner.close()
@@ -129,6 +131,18 @@ async def test_the_settings_hold_in_each_transaction_behind_a_pooler(pooled_url,
     assert {tuple(one[:4]) for one in seen} == {("on", "500ms", "20s", "read committed")}
     assert {tuple(one[:4]) for one in read} == {("on", "500ms", "20s", "repeatable read")}
     assert len({one[4] for one in seen}) == 2  # else this has not shown anything
+    assert set(left) == {"0"}  # others who share the pooler find their own settings
+
+
+async def setting_left(url):
+    """Return a setting as another user of the pooler finds it."""
+    other = await asyncpg.connect(
+        user=url.username, host=url.query["host"], port=6432, database="mayfly", statement_cache_size=0
+    )
+    try:
+        return await other.fetchval("SELECT current_setting('lock_timeout')")
+    finally:
+        await other.close()
 
 
 async def test_no_prepared_statement_is_left_on_a_server_connection(pooled_url):

@@ -70,6 +70,7 @@ def test_an_option_that_asks_for_what_is_done_anyway_is_taken(query):
         ("channel_binding=require", "channel_binding=require of the URL is accepted with sslmode="),
         ("sslmode=require&sslrootcert=system", "sslrootcert=system of the URL accepts sslmode=verify-full alone"),
         ("sslrootcert=system", "sslrootcert=system of the URL accepts sslmode=verify-full alone"),
+        ("sslmode=verify-full&sslrootcert=system&sslcrl=/l", "sslcrl of the URL is not accepted beside"),
         ("target_session_attrs=standby", "target_session_attrs of the URL accepts any or read-write or primary"),
         ("target_session_attrs=prefer-standby", "Mayfly writes, which a standby refuses"),
         ("pgbouncer=yes", "pgbouncer of the URL accepts true or false"),
