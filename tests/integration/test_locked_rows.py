@@ -15,8 +15,9 @@ from service.ledger.group_commit import GroupCommit
 from service.ledger.opening import open_database
 from service.ledger.outcomes import Settled
 from tests.support.ledger import (
+    ACCOUNT,
     ACTOR,
-    KEY_ID,
+    KEY,
     LEASE,
     arrival,
     claim,
@@ -64,7 +65,7 @@ LOCK_RECORD = "SELECT seq FROM records WHERE id = $1 FOR UPDATE"
 
 def settling_group(ledger):
     async def commit(items):
-        write = partial(settling.settle_attempts, settlements=items, now=utc_now(), actor=ACTOR, key_id=KEY_ID)
+        write = partial(settling.settle_attempts, key=KEY, settlements=items, now=utc_now(), actor=ACTOR)
         return await ledger.write(write)
 
     return GroupCommit(commit)
@@ -111,7 +112,7 @@ async def test_webhooks_that_come_meanwhile_do_not_wait_for_locked_records(ledge
         assert await asyncio.gather(*late) == [202] * 12
 
 
-async def test_a_record_that_another_transaction_is_inserting_delays_its_own_webhook_alone(ledger, holding):
+async def test_a_record_that_another_inserts_delays_its_own_webhook_alone(ledger, holding):
     async def commit(items):
         return await ledger.write(partial(receiving.receive, arrivals=items))
 
@@ -161,7 +162,9 @@ async def test_a_claim_of_a_locked_record_is_told_to_come_again(ledger, holding)
     keys = [await store(ledger) for _ in range(10)]
 
     async def commit(items):
-        return await ledger.write(partial(claiming.claim_wanted, wanted=items, now=utc_now(), lease=LEASE, actor=ACTOR))
+        return await ledger.write(
+            partial(claiming.claim_wanted, account=ACCOUNT, wanted=items, now=utc_now(), lease=LEASE, actor=ACTOR)
+        )
 
     group = GroupCommit(commit)
     async with holding(LOCK_RECORD, keys[0].id), asyncio.timeout(SOON_SECONDS):

@@ -21,6 +21,7 @@ from service.ledger.database import LedgerUnavailableError
 from service.ledger.opening import open_database
 from tests.integration.test_cli_trying import examined
 from tests.support.ledger import (
+    ACCOUNT,
     ACTOR,
     arrival,
     claim,
@@ -77,7 +78,7 @@ class Pgbouncer:
 
 @pytest.fixture(params=["", "extra_float_digits,options,search_path"])
 async def pooler(request, postgres_url):
-    """A running pgbouncer; it refuses parameters that it does not know, or drops some in silence."""
+    """A running pgbouncer; it refuses parameters that it does not know, or drops some of them without a word."""
     folder = Path(tempfile.mkdtemp(prefix="mayfly-pgb-"))
     process = None
     try:
@@ -168,7 +169,7 @@ async def test_migrations_run_once_behind_a_pooler(pooler, postgres):
 
 
 async def test_the_daily_limit_is_never_exceeded_behind_a_pooler(pooled_url):
-    reserve = partial(daily_limit.reserve_deletes, wanted=2, limit=15, now=utc_now(), actor=ACTOR)
+    reserve = partial(daily_limit.reserve_deletes, wanted=2, limit=15, now=utc_now(), actor=ACTOR, account=ACCOUNT)
     async with open_database(pooled_url) as first, open_database(pooled_url) as second:
         allowed = await asyncio.gather(*((first, second)[n % 2].write(reserve) for n in range(12)))
 
