@@ -173,9 +173,7 @@ async def test_a_job_without_a_claim_returns_its_attempt_to_the_budget(sqlite_da
 
 
 async def test_a_job_whose_claim_fails_returns_its_attempt_to_the_budget(sqlite_database, pool, monkeypatch):
-    monkeypatch.setattr(
-        cleanup, "_LEDGER_AGAIN_SECONDS", 1.1
-    )  # longer than a second, as with a database that does not answer
+    monkeypatch.setattr(cleanup, "_LEDGER_AGAIN_SECONDS", 1.1)  # longer than a second
     work = Work(sqlite_database, pool, rate=Rate(1, 3600))
     work.faults = [LedgerUnavailableError("unavailable")]
     key = await store(sqlite_database)

@@ -119,7 +119,7 @@ async def test_a_record_that_another_inserts_delays_its_own_webhook_alone(ledger
     group = GroupCommit(commit)
     items = [arrival() for _ in range(10)]
     template = await store(ledger)
-    columns = "account, state, status, notification, received_at, rule"
+    columns = "account, state, status, notification, received_at, sent_at, rule"
     insert = f"INSERT INTO records (id, {columns}) SELECT $1, {columns} FROM records WHERE id = $2"  # noqa: S608
     async with holding(insert, items[0].key.id, template.id):
         late = asyncio.create_task(group.submit(items[0]))
