@@ -9,9 +9,9 @@ from datetime import timedelta
 from typing import Literal
 from urllib.parse import urlsplit
 
-from sqlalchemy import URL, make_url
-from sqlalchemy.exc import ArgumentError
+from sqlalchemy import URL
 
+from service.config.database_url import parse_database_url
 from service.config.redis_url import check_url
 from service.core.durations import parse_duration
 from service.core.rate import Rate
@@ -75,19 +75,8 @@ def _is_near(host: str) -> bool:
 
 
 def read_database_url(text: str) -> URL:
-    """Read the URL of the ledger's database."""
-    try:
-        url = make_url(text)
-    except ArgumentError:
-        raise ValueError from None
-    if url.get_backend_name() == "sqlite":
-        if not url.database or url.database == ":memory:":
-            raise ValueError
-        return URL.create("sqlite", database=url.database)
-    if url.drivername not in ("postgres", "postgresql", "postgresql+asyncpg"):
-        raise ValueError
-    # asyncpg knows libpq's parameters except these two, which hosting services put into their URLs.
-    return url.difference_update_query(["channel_binding", "connect_timeout"]).set(drivername="postgresql")
+    """Read the URL of the ledger's database; see database_url.py."""
+    return parse_database_url(text)
 
 
 def read_redis_url(text: str) -> Secret:

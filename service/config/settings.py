@@ -32,6 +32,7 @@ from service.config.parsers import (
     read_token,
 )
 from service.config.rules_file import RulesFile, RulesFileError, read_rules_file
+from service.config.url_options import UrlOptionError
 from service.core.durations import parse_ttl
 from service.core.errors import ExplainedError
 from service.core.rate import Rate
@@ -117,6 +118,8 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
         try:
             text = _option_text(option, environment)
             values[field] = None if text is None else option.read(text)
+        except UrlOptionError as error:
+            problems.append(f"{option.name} is invalid: {error}")
         except ValueError:
             problems.append(f"{option.name} is invalid: it accepts {option.accepts}")
         except OSError as error:

@@ -11,7 +11,7 @@ from redis.asyncio.retry import Retry
 from redis.asyncio.sentinel import Sentinel
 from redis.backoff import ExponentialBackoff
 
-from service.config.redis_url import read_sentinel_url
+from service.config.redis_url import checks_host, read_sentinel_url
 from service.core.errors import ExplainedError
 from service.core.secret import Secret
 
@@ -60,7 +60,7 @@ def _pool(text: str, retries: int) -> redis.ConnectionPool:
     if text.startswith("sentinel://"):
         return _sentinel_pool(text, options)
     if text.startswith("rediss://"):
-        options["ssl_check_hostname"] = True  # redis-py's default accepts a valid certificate of any host
+        options["ssl_check_hostname"] = checks_host(text)
     return redis.BlockingConnectionPool.from_url(text, max_connections=30, timeout=5, **options)
 
 

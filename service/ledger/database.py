@@ -17,6 +17,8 @@ MIGRATION_SECONDS = 3600.0
 _REFUSED_STATES = ("22", "23", "54")
 # A character that the database's encoding does not have: the database is at fault, not the value.
 _UNTRANSLATABLE = "22P05"
+# A lock that another transaction did not give back in time, and a deadlock with one.
+_LOCKED_STATES = ("55P03", "40P01")
 
 
 class RefusedDataError(Exception):
@@ -31,6 +33,10 @@ class UnknownOutcomeError(LedgerUnavailableError):
     """The database did not confirm a commit: it is not known whether anything was written."""
 
 
+class RowLockedError(LedgerUnavailableError):
+    """Another transaction has locked one of the rows for too long; nothing was written, and other rows are free."""
+
+
 class LedgerMovedError(LedgerUnavailableError):
     """The ledger's file is not at its path any more: what is written into it would be lost."""
 
@@ -42,8 +48,8 @@ class Database(Protocol):
     async def write(self, function: Callable[[Connection], T]) -> T:
         """Run *function* in a transaction and return its result after the commit.
 
-        Raises: RefusedDataError; LedgerUnavailableError, also as UnknownOutcomeError; whatever *function* raises,
-        after a rollback.
+        Raises: RefusedDataError; LedgerUnavailableError, also as UnknownOutcomeError or RowLockedError; whatever
+        *function* raises, after a rollback.
         """
 
     async def read(self, function: Callable[[Connection], T]) -> T:
@@ -65,6 +71,9 @@ def translate_error(error: Exception) -> Exception:
         return RefusedDataError("the database refuses one of the values")
     if isinstance(error, TimeoutError):
         return LedgerUnavailableError("the database did not answer in time")
+    if state in _LOCKED_STATES:
+        return RowLockedError("another transaction has locked what this one needs; try again")
     if "unsupported startup parameter" in str(cause):
-        return LedgerUnavailableError("pgbouncer is not supported: connect to PostgreSQL itself")
+        advice = "remove application_name or options from MAYFLY_DATABASE_URL"
+        return LedgerUnavailableError(f"pgbouncer refuses a parameter of the connection: {advice}")
     return LedgerUnavailableError(f"{type(cause).__name__}: {str(cause).splitlines()[0] if str(cause) else ''}"[:300])

@@ -28,6 +28,8 @@ def migrate(connection: Connection) -> tuple[str | None, str]:
     from alembic.config import Config  # noqa: PLC0415
 
     if connection.dialect.name == "postgresql":
+        # Another process may migrate for minutes.
+        connection.execute(text("SET LOCAL lock_timeout = 0"))
         connection.execute(text("SELECT pg_advisory_xact_lock(:lock)"), {"lock": _LOCK})
         # A migration that waits for a long reader, such as a backup, blocks every webhook that comes after it.
         connection.execute(text("SET LOCAL lock_timeout = '5s'"))

@@ -29,7 +29,8 @@ ALONE_SHARE: Final = 4
 _LONGER_WINDOWS: Final = 10
 _ASK_SECONDS: Final = 1.0
 _ASK_AGAIN_SECONDS: Final = 5.0
-# How long a granted attempt that was put back stays available; with a longer time it could add to a burst.
+# How long a granted attempt that was put back stays available, at least. At a slow rate it is a tenth of the time per
+# attempt: for longer it could come too soon before the next one, and the limiter takes nothing back.
 _LEFT_SECONDS: Final = 1.0
 _MIN_PAUSE_SECONDS: Final = 0.01
 _MAX_PAUSE_SECONDS: Final = 1.0
@@ -41,10 +42,18 @@ def spread_rate(rate: Rate) -> tuple[int, int]:
     300 calls a minute are 5 attempts in 2 seconds. With a window of a minute, one burst would make all others wait for
     a minute.
     """
-    shortest = max(1, -(-CALLS * rate.seconds // rate.calls))
-    windows = range(shortest, _LONGER_WINDOWS * shortest + 1)
+    shortest = _window(rate, 1)
+    longest = _LONGER_WINDOWS * shortest
+    # Of windows for the same number of attempts the shortest rounds down least: 20 candidates instead of 65 000.
+    of_few = [_window(rate, attempts) for attempts in range(1, 2 * _LONGER_WINDOWS + 1)] if shortest > 1 else []
+    windows = [seconds for seconds in of_few or range(1, longest + 1) if seconds <= longest]
     window = max(windows, key=lambda seconds: (_attempts(rate, seconds) / seconds, -seconds))
     return _attempts(rate, window), window
+
+
+def _window(rate: Rate, attempts: int) -> int:
+    """Return the shortest window, in whole seconds, in which *rate* allows *attempts*."""
+    return max(1, -(-CALLS * attempts * rate.seconds // rate.calls))
 
 
 def _attempts(rate: Rate, seconds: int) -> int:
@@ -103,7 +112,7 @@ class Budget:
         if self._clock() >= self._left_until:
             self._left = 0
         while not self._closed_seconds() and self._left < wanted and await self._refill():
-            self._left_until = self._clock() + _LEFT_SECONDS
+            self._left_until = self._clock() + max(_LEFT_SECONDS, self._seconds_per_attempt() / 10)
         granted = 0 if self._closed_seconds() else min(wanted, self._left)
         self._left -= granted
         return granted
@@ -121,7 +130,7 @@ class Budget:
         return 2 * (left - 1) >= limit.attempts and await self.grant(1) == 1
 
     def put_back(self, attempts: int) -> None:
-        """Return *attempts* that were granted and not started to the budget."""
+        """Return *attempts* that were granted and not started to the budget, which keeps them for a while."""
         self._left += attempts
 
     def close_for(self, seconds: float) -> None:
@@ -143,11 +152,14 @@ class Budget:
 
     async def _wait_to_ask(self) -> None:
         """Wait a tenth of the time per attempt, or until the budget is open again."""
-        limit = self._shared if self._clock() >= self._ask_again_at else self._alone
-        seconds = self._closed_seconds() or limit.window_seconds / limit.attempts / 10
+        seconds = self._closed_seconds() or self._seconds_per_attempt() / 10
         with contextlib.suppress(TimeoutError):
             async with asyncio.timeout(min(max(seconds, _MIN_PAUSE_SECONDS), _MAX_PAUSE_SECONDS)):
                 await self._stopping.wait()
+
+    def _seconds_per_attempt(self) -> float:
+        limit = self._shared if self._clock() >= self._ask_again_at else self._alone
+        return limit.window_seconds / limit.attempts
 
     async def _refill(self) -> bool:
         """Ask for more of the shared budget, or of this worker's own share while Redis does not answer."""

@@ -17,7 +17,7 @@ from service.core.rules import read_facts
 from service.core.signature import SignatureError, check_form, verify
 from service.jobs.enqueue import CleanupJob, CopyJob, Job
 from service.ledger import receiving
-from service.ledger.database import Database, LedgerUnavailableError
+from service.ledger.database import Database, LedgerUnavailableError, RowLockedError
 from service.ledger.group_commit import GroupCommit
 from service.ledger.receiving import Arrival, Receipt
 from service.runtime.metrics import Metrics
@@ -128,6 +128,8 @@ class Intake:
     async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
         try:
             receipts = await self._database.write(partial(receiving.receive, arrivals=arrivals))
+        except RowLockedError:
+            raise  # the ledger itself works
         except LedgerUnavailableError:
             self._note_commit(has_failed=True)
             raise

@@ -8,7 +8,7 @@ from functools import partial
 from typing import Final
 
 from service.ledger import migrating
-from service.ledger.database import Database, LedgerMovedError, LedgerUnavailableError
+from service.ledger.database import Database, LedgerMovedError, LedgerUnavailableError, RowLockedError
 from service.ledger.migrating import SchemaError
 from service.runtime.tasks import run_within
 
@@ -57,6 +57,8 @@ class LedgerCheck:
             await run_within(_CHECK_SECONDS, self._database.write(write))
         except (SchemaError, LedgerMovedError) as error:
             return str(error)
+        except RowLockedError:
+            return None  # another process froze in its own check; other rows can be written
         except (LedgerUnavailableError, TimeoutError):
             return _NO_WRITES
         return None

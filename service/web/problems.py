@@ -15,7 +15,13 @@ from litestar.response import Response
 from service.core.generation import MalformedError
 from service.core.lifecycle import IllegalMoveError
 from service.core.signature import SignatureError
-from service.ledger.database import LedgerMovedError, LedgerUnavailableError, RefusedDataError, UnknownOutcomeError
+from service.ledger.database import (
+    LedgerMovedError,
+    LedgerUnavailableError,
+    RefusedDataError,
+    RowLockedError,
+    UnknownOutcomeError,
+)
 from service.ledger.reading import CursorError
 from service.web.security_headers import SECURITY_HEADERS
 
@@ -90,6 +96,8 @@ def _from_http_exception(error: HTTPException) -> ProblemDetailsException:
 
 def _from_unavailable(error: LedgerUnavailableError) -> ProblemDetailsException:
     detail = "the ledger is unavailable; nothing was stored, send the request again"
+    if isinstance(error, RowLockedError):
+        detail = "another process has locked this record; nothing was stored, send the request again"
     if isinstance(error, UnknownOutcomeError):
         detail = "the ledger did not answer in time; it is not known whether it was stored; send it again"
     return problem(503, "Ledger unavailable", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
@@ -107,6 +115,7 @@ plugin = ProblemDetailsPlugin(
             SignatureError: _from_signature_error,
             LedgerUnavailableError: _from_unavailable,
             LedgerMovedError: _from_unavailable,
+            RowLockedError: _from_unavailable,
             UnknownOutcomeError: _from_unavailable,
             RefusedDataError: lambda error: problem(400, "Not storable", str(error)),
             MalformedError: lambda error: problem(400, "Not a generation", str(error)),

@@ -172,6 +172,18 @@ async def test_a_job_without_a_claim_returns_its_attempt_to_the_budget(sqlite_da
     assert work.ended == [key]
 
 
+async def test_a_job_whose_claim_fails_returns_its_attempt_to_the_budget(sqlite_database, pool, monkeypatch):
+    monkeypatch.setattr(cleanup, "_LEDGER_AGAIN_SECONDS", 1.1)  # longer than a second
+    work = Work(sqlite_database, pool, rate=Rate(1, 3600))
+    work.faults = [LedgerUnavailableError("unavailable")]
+    key = await store(sqlite_database)
+    with pytest.raises(Retry):
+        await work.run(key)
+    await work.run(key)
+
+    assert work.ended == [key]
+
+
 async def test_after_a_stop_jobs_that_arq_has_read_start_nothing_and_stay_queued(work, sqlite_database):
     key = await store(sqlite_database)
     work.stopping.set()

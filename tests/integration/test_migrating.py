@@ -39,6 +39,20 @@ async def empty(empty_url):
         yield database
 
 
+async def test_a_migration_waits_for_another_one(empty_postgres_url):
+    def migrate_slowly(connection):
+        migrating.migrate(connection)
+        connection.execute(text("SELECT pg_sleep(1.2)"))  # longer than any other statement waits for a lock
+
+    async with open_database(empty_postgres_url) as first, open_database(empty_postgres_url) as second:
+        slow = asyncio.create_task(first.write(migrate_slowly))
+        await asyncio.sleep(0.3)
+        found = await second.write(migrating.migrate)
+        await slow
+
+    assert found == (migrating.HEAD, migrating.HEAD)
+
+
 async def set_revision(database, revision):
     statement = text("UPDATE alembic_version SET version_num = :revision")
     await database.write(lambda connection: connection.execute(statement, {"revision": revision}))

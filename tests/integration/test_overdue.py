@@ -54,6 +54,7 @@ class Net:
         self.rounds = 0
         self.faults: list[Exception] = []
         self.redis_faults: list[Exception] = []
+        self.claim_faults: list[Exception] = []
         self.cleaned: list[Key] = []
         self.stopping = asyncio.Event()
         clock = asyncio.get_running_loop().time
@@ -90,6 +91,8 @@ class Net:
         return await lose_leases(self.database)
 
     async def claim(self, limit):
+        if self.claim_faults:
+            raise self.claim_faults.pop()
         return await claim(self.database, limit=limit)
 
     async def clean(self, item):
@@ -245,6 +248,17 @@ async def test_the_safety_net_starts_no_more_than_budget_and_places_allow(sqlite
 
         assert len(net.cleaned) <= 5
         assert (await sqlite_database.read(reading.count_by_state))[State.DELETING] == 0
+
+
+async def test_the_safety_net_returns_attempts_whose_claim_fails(sqlite_database, pool, metrics, monkeypatch):
+    net = Net(sqlite_database, pool, metrics, rate=Rate(1, 3600))
+    key = await store(sqlite_database)
+    net.redis_faults = [ConnectionError()]
+    net.claim_faults = [LedgerUnavailableError("unavailable")]
+    async with running(net, monkeypatch, every=0.5):
+        await eventually(lambda: net.cleaned == [key], seconds=5)
+
+    assert net.claim_faults == []
 
 
 async def test_the_safety_net_cleans_a_stuck_record_although_redis_answers(net, sqlite_database, monkeypatch):

@@ -66,6 +66,50 @@ def test_a_rate_is_spread_over_short_windows_and_never_exceeded(rate, attempts):
     assert CALLS * attempts[0] / attempts[1] <= rate.calls / rate.seconds
 
 
+def look_at_every_window(rate):
+    """Return what spread_rate() does, by comparing each window up to ten times the shortest."""
+    shortest = max(1, -(-CALLS * rate.seconds // rate.calls))
+    windows = range(shortest, 10 * shortest + 1)
+    counts = {seconds: rate.calls * seconds // (CALLS * rate.seconds) for seconds in windows}
+    best = max(windows, key=lambda seconds: (counts[seconds] / seconds, -seconds))
+    return counts[best], best
+
+
+def test_few_windows_are_compared_and_no_other_rounds_down_less():
+    for calls in [*range(1, 400, 7), 1000, 7201, 10**6]:
+        for seconds in (1, 60, 240, 3600):
+            if calls * 20 > seconds:  # else the slow way takes too long
+                rate = Rate(calls, seconds)
+                assert spread_rate(rate) == look_at_every_window(rate), rate
+
+
+@pytest.mark.parametrize("seconds", [3600, 3600 * ALONE_SHARE])
+def test_the_slowest_rate_is_spread_at_once(seconds):
+    compared = []
+
+    class Counted(int):
+        def __mul__(self, seconds: int) -> int:
+            compared.append(seconds)
+            return int(self) * seconds
+
+    spread_rate(Rate(Counted(1), seconds))
+
+    assert len(compared) < 100
+
+
+async def test_at_a_slow_rate_an_attempt_put_back_outlasts_a_ledger_that_fails(pool):
+    now = [1000.0]
+    budget = Budget(Rate(1, 3600), pool, KEY, clock=lambda: now[0], stopping=asyncio.Event())
+    assert await budget.grant(1) == 1
+    now[0] += 60
+    budget.put_back(1)
+
+    assert await budget.grant(1) == 1  # not two hours later
+    budget.put_back(1)
+    now[0] += 700
+    assert await budget.grant(1) == 0  # too near to the next one
+
+
 async def test_an_attempt_within_the_budget_does_not_wait(pool):
     budget = budget_of(Rate(1000, 1), pool)
     begun = time.monotonic()
