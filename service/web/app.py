@@ -123,7 +123,10 @@ async def run_web(settings: Settings, resources: Resources, metrics: Metrics, st
     async with open_queue(resources.redis_url, retries=0) as pool:
         refusals = Refusals(metrics)
         app = make_app(settings, resources.database, pool, metrics, refusals=refusals)
-        async with serving(app, settings.host, settings.port, count_refusal=refusals.count_request) as port:
+        server = serving(
+            app, settings.host, settings.port, count_refusal=refusals.count_request, note_fault=refusals.note_fault
+        )
+        async with server as port:
             log.info("web.started", host=settings.host, port=port)
             await stop.wait()
         log.info("web.stopped")

@@ -54,22 +54,22 @@ class Refusals:
         """Count an error that is answered 4xx, and log what is answered with a 500; Litestar does not log its own."""
         status = cast("int", getattr(error, "status_code", 500))
         if status == 500 and type(error) not in plugin.config.exception_to_problem_detail_map:
-            self._log_fault(error, scope)
+            self.note_fault(error, f"{scope.get('method')} {scope.get('path_template')}")
         elif isinstance(error, HTTPException) and not _is_webhook(scope):
             self.count_request(str(status))
 
-    def close(self) -> None:
-        """Log the numbers of the last minute."""
-        self._limit.close()
-
-    def _log_fault(self, error: Exception, scope: Any) -> None:  # noqa: ANN401 - ASGI's own
-        where = f"{scope.get('method')} {scope.get('path_template')}"
+    def note_fault(self, error: BaseException, where: str = "after the answer began") -> None:
+        """Log a fault of ours, the traceback of the first in a minute; *where* is of a closed set."""
 
         def write(reason: str, number: int, seconds: float) -> None:
             cause = error if number == 1 and not seconds else None  # the traceback once
             log.error("request.crashed", route=reason, number=number, seconds=seconds, exc_info=cause)
 
         self._limit.note(f"crash {type(error).__name__} {where}", where, write)
+
+    def close(self) -> None:
+        """Log the numbers of the last minute."""
+        self._limit.close()
 
 
 def _is_webhook(scope: dict[str, Any]) -> bool:

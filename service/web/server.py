@@ -35,11 +35,13 @@ async def serving(
     port: int,
     *,
     count_refusal: Callable[[str], object] = lambda _reason: None,
+    note_fault: Callable[[BaseException], object] | None = None,
 ) -> AsyncIterator[int]:
     """Serve *app* and yield the port, chosen by the system for port 0; at the end finish the requests in progress.
 
-    *count_refusal* is called with a reason for each request that *app* does not see: ``not_http``, ``not_served`` (too
-    many connections or requests), ``upgrade``, ``too_long``.
+    *count_refusal* is called with a reason for each request that *app* does not see or that nobody waits for:
+    ``not_http``, ``not_served`` (too many connections or requests), ``upgrade``, ``too_long``, ``left``. *note_fault*
+    is called with what *app* raises; without it, uvicorn logs that.
 
     In the main thread uvicorn handles SIGINT and SIGTERM itself: it stops, then raises the signal again. A handler of
     the running loop is called both times.
@@ -47,7 +49,7 @@ async def serving(
     Raises: OSError when the address cannot be listened on.
     """
     _allow_open_files(MAX_CONCURRENT + _OTHER_FILES)
-    with _listen(host, port) as listener, _warnings_counted(count_refusal):
+    with _listen(host, port) as listener, _log_bounded(count_refusal, note_fault):
         config = uvicorn.Config(
             _Guarded(app, count_refusal),
             http="httptools",
@@ -125,27 +127,43 @@ async def _answer_and_close(send: Any, status: int, text: bytes) -> None:  # noq
 
 
 @contextmanager
-def _warnings_counted(count_refusal: Callable[[str], object]) -> Iterator[None]:
-    """Count uvicorn's warnings instead of logging them: each is about one request, and anyone can send many."""
+def _log_bounded(
+    count_refusal: Callable[[str], object], note_fault: Callable[[BaseException], object] | None
+) -> Iterator[None]:
+    """Count what uvicorn logs about single requests instead of logging it: anyone can send many of those."""
     reasons = {
         "Invalid HTTP request received.": "not_http",
         "Exceeded concurrency limit.": "not_served",
         "Unsupported upgrade request.": "upgrade",
     }
 
-    def count(record: logging.LogRecord) -> bool:
-        if record.levelno >= logging.ERROR:
+    def is_logged(record: logging.LogRecord) -> bool:
+        message, error = record.getMessage().strip(), record.exc_info and record.exc_info[1]
+        if record.levelno < logging.ERROR:
+            if message in reasons:  # others only explain these
+                count_refusal(reasons[message])
+            return False
+        if error is None or message != "Exception in ASGI application":
             return True
-        if (reason := reasons.get(record.getMessage())) is not None:  # others only explain these
-            count_refusal(reason)
-        return False
+        if _is_gone(error):
+            count_refusal("left")
+            return False
+        if note_fault is not None:
+            note_fault(error)
+        return note_fault is None
 
     logger = logging.getLogger("uvicorn.error")
-    logger.addFilter(count)
+    logger.addFilter(is_logged)
     try:
         yield
     finally:
-        logger.removeFilter(count)
+        logger.removeFilter(is_logged)
+
+
+def _is_gone(error: BaseException) -> bool:
+    """Whether uvloop refused to write to a closed connection: pipelined requests outlive their client."""
+    cause = error.__cause__ or error  # Litestar wraps it
+    return isinstance(cause, RuntimeError) and "the handler is closed" in str(cause)
 
 
 class AddressError(ExplainedError):
