@@ -50,22 +50,7 @@ async def serving(
     """
     _allow_open_files(MAX_CONCURRENT + _OTHER_FILES)
     with _listen(host, port) as listener, _log_bounded(count_refusal, note_fault):
-        config = uvicorn.Config(
-            _Guarded(app, count_refusal),
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            log_level="warning",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            backlog=_BACKLOG,
-            limit_concurrency=MAX_CONCURRENT,
-            timeout_keep_alive=_IDLE_SECONDS,
-            timeout_graceful_shutdown=_STOP_SECONDS,
-        )
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(_configure(_Guarded(app, count_refusal)))
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
@@ -76,6 +61,24 @@ async def serving(
         finally:
             server.should_exit = True
             await task
+
+
+def _configure(app: Any) -> uvicorn.Config:  # noqa: ANN401 - any ASGI application
+    return uvicorn.Config(
+        app,
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        log_level="warning",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        limit_concurrency=MAX_CONCURRENT,
+        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_graceful_shutdown=_STOP_SECONDS,
+    )
 
 
 class _Guarded:

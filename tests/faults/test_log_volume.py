@@ -17,7 +17,7 @@ from tests.faults.processes import ProcessStarter
 from tests.faults.website import Website, website
 from tests.support.webhooks import webhook
 
-REQUESTS = 2000
+REQUESTS = 1000
 AT_ONCE = 50
 # For each kind: a line at once and one when the minute or the process ends, each of some 200 bytes.
 MAX_LINES, MAX_BYTES = 2, 600
