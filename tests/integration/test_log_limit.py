@@ -1,10 +1,13 @@
 """Log lines that anyone can cause: the first of a kind at once, then one a window with the number of the others."""
 
 import asyncio
+import json
 
 import pytest
 
 from service.runtime.log_limit import LogLimit
+from service.runtime.logging import configure_logging
+from service.web.refusals import Refusals
 
 
 @pytest.fixture
@@ -64,3 +67,22 @@ async def test_the_end_writes_what_is_counted_and_leaves_no_timer(lines):
     await asyncio.sleep(0.1)
 
     assert lines == [("x", 1, 0), ("x", 2, 0.05)]
+
+
+async def test_of_many_faults_one_traceback_is_logged_and_the_others_are_counted(metrics, capsys):
+    configure_logging("json")
+    refusals = Refusals(metrics, seconds=0.1)
+    for number in range(100):
+        try:
+            _ = dict[int, int]()[number]
+        except KeyError as error:
+            await refusals.note_exception(error, {"method": "GET", "path_template": "/api/records"})
+    await asyncio.sleep(0.15)
+    refusals.close()
+
+    lines = [json.loads(line) for line in capsys.readouterr().err.splitlines()]
+    assert [(line["event"], line["route"], line["number"]) for line in lines] == [
+        ("request.crashed", "GET /api/records", 1),
+        ("request.crashed", "GET /api/records", 99),
+    ]
+    assert ["Traceback" in line.get("exception", "") for line in lines] == [True, False]
