@@ -12,7 +12,7 @@ PARALLEL := --numprocesses $(WORKERS) --dist worksteal
 IMAGE ?= mayfly:local
 ENGINE ?= podman
 
-.PHONY: help setup up demo test test-fast test-deploy test-lowest audit sbom check format bench chaos lock clean
+.PHONY: help setup up demo test test-fast test-deploy test-lowest audit sbom check format bench chaos fire lock clean
 
 help: ## what there is to make
 	@sed -n 's/^\([a-z-]*\):.*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 16
@@ -69,6 +69,9 @@ sbom: .venv-deploy/.ready ## list the Python packages of an image; IMAGE=mayfly:
 
 chaos: setup ## random faults against whole systems; SECONDS=60 each, SEED="1 2" or any
 	CHAOS_SECONDS=$(or $(SECONDS),60) CHAOS_SEED="$(SEED)" $(PYTEST) -s -m chaos tests/faults
+
+fire: setup ## 120 000 short connections, and the memory that they take; CONNECTIONS=120000
+	FIRE_CONNECTIONS=$(or $(CONNECTIONS),120000) $(PYTEST) -s tests/faults/test_connections_under_fire.py
 
 bench: setup ## the benchmarks, about ten minutes; ONLY=intake selects, FULL=1 takes a million records
 	$(BIN)/python -m tests.bench $(if $(ONLY),--only $(ONLY)) $(if $(FULL),--full)

@@ -10,6 +10,11 @@ class Metrics:
         self.registry = CollectorRegistry()
         self.webhooks = self._counter("webhooks", "Webhooks received, by answer.", "answer")
         self.signatures_refused = self._counter("signatures_refused", "Webhooks answered 401, by reason.", "reason")
+        self.requests_refused = self._counter(
+            "requests_refused",
+            "Other requests that were refused, by status, or by what the server itself refused.",
+            "reason",
+        )
         self.statuses_unknown = self._counter(
             "statuses_unknown", "Webhooks with a status that this release does not know; they are ignored."
         )

@@ -26,6 +26,7 @@ from service.web.ledger_check import LedgerCheck
 from service.web.operator import OperatorController
 from service.web.parameters import refuse_unknown_parameters
 from service.web.records import RecordsController
+from service.web.refusals import Refusals
 from service.web.security_headers import SECURITY_HEADERS
 from service.web.server import serving
 from service.web.webhooks import webhook_handler
@@ -40,10 +41,12 @@ def make_app(
     metrics: Metrics,
     *,
     now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    refusals: Refusals | None = None,
 ) -> Litestar:
     """Build the ASGI application; the resources are open already."""
     enqueuer = Enqueuer(queue_pool, horizon=settings.queue_horizon, now=now, metrics=metrics)
     ledger_check = LedgerCheck(database, now=now)
+    refusals = refusals or Refusals(metrics)
     dependencies_by_name = {
         "database": database,
         "ledger_check": ledger_check,
@@ -60,14 +63,14 @@ def make_app(
     )
     intake = _intake(settings, database, enqueuer, metrics, now, ledger_check)
     return Litestar(
-        [webhook_handler(intake, metrics), health.live, health.ready, health.show_metrics, operator],
+        [webhook_handler(intake, refusals), health.live, health.ready, health.show_metrics, operator],
         dependencies={name: _provide(value) for name, value in dependencies_by_name.items()},
         plugins=[problems.plugin],
         request_class=problems.JsonRequest,
         response_headers=SECURITY_HEADERS,
         exception_handlers=problems.exception_handlers,
-        after_exception=[problems.log_fault],
-        on_shutdown=[enqueuer.close],
+        after_exception=[refusals.note_exception],
+        on_shutdown=[enqueuer.close, refusals.close],
         openapi_config=_openapi(),
         logging_config=None,
     )
@@ -118,8 +121,12 @@ async def run_web(settings: Settings, resources: Resources, metrics: Metrics, st
     """
     require_webhook_secret(settings)
     async with open_queue(resources.redis_url, retries=0) as pool:
-        app = make_app(settings, resources.database, pool, metrics)
-        async with serving(app, settings.host, settings.port) as port:
+        refusals = Refusals(metrics)
+        app = make_app(settings, resources.database, pool, metrics, refusals=refusals)
+        server = serving(
+            app, settings.host, settings.port, count_refusal=refusals.count_request, note_fault=refusals.note_fault
+        )
+        async with server as port:
             log.info("web.started", host=settings.host, port=port)
             await stop.wait()
         log.info("web.stopped")

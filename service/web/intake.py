@@ -8,7 +8,7 @@ import msgspec
 import structlog
 
 from service.config.accounts import Account
-from service.core.generation import RUNNING, Generation, read_generation
+from service.core.generation import RUNNING, Generation, MalformedError, read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
 from service.core.overrides import WEBHOOK_PATH
@@ -17,7 +17,13 @@ from service.core.rules import read_facts
 from service.core.signature import SignatureError, check_form, verify
 from service.jobs.enqueue import CleanupJob, CopyJob, Job
 from service.ledger import receiving
-from service.ledger.database import Database, LedgerUnavailableError, RowLockedError
+from service.ledger.database import (
+    Database,
+    LedgerUnavailableError,
+    RefusedDataError,
+    RowLockedError,
+    UnknownOutcomeError,
+)
 from service.ledger.group_commit import GroupCommit
 from service.ledger.receiving import Arrival, Receipt
 from service.runtime.metrics import Metrics
@@ -92,10 +98,39 @@ class Intake:
         except SignatureError as error:
             self._metrics.signatures_refused.labels(error.reason).inc()
             raise
-        generation = read_generation(body)
+        try:
+            generation = read_generation(body)
+        except MalformedError as error:
+            self._note_not_stored(error, account=account)
+            raise
         if generation.is_batch or not generation.is_terminal:
             self._count_ignored(generation)
             return Answer(generation.id, "ignored")
+        try:
+            return await self._store(account, generation, body, query, sent_at=sent_at, now=now)
+        except Exception as error:
+            self._note_not_stored(error, account=account, generation=generation.id)
+            raise
+
+    def _note_not_stored(self, error: Exception, **names: str) -> None:
+        """Count and log each one: it is verified, so it comes from sync.so, which does not send it again by itself."""
+        what_now = "it is not stored, nothing is deleted; send it again"
+        match error:
+            case UnknownOutcomeError():
+                what_now = "it may be stored or not; send it again, that makes no second record"
+                answer, reason = "unavailable", str(error)
+            case LedgerUnavailableError():
+                answer, reason = "unavailable", str(error)
+            case MalformedError() | RefusedDataError():
+                answer, reason = "malformed", str(error)
+            case _:
+                answer, reason = "crashed", type(error).__name__
+        self._metrics.webhooks.labels(answer).inc()
+        log.error("webhook.not_stored", **names, reason=reason, is_verified=True, what_now=what_now)
+
+    async def _store(
+        self, account: str, generation: Generation, body: bytes, query: str, *, sent_at: datetime, now: datetime
+    ) -> Answer:
         retention = decide_retention(
             self._policy,
             read_facts(self._policy.rules, account, generation, is_complete=False),

@@ -5,7 +5,6 @@ from http import HTTPStatus
 from typing import Any
 
 import msgspec
-import structlog
 from litestar import Request
 from litestar.exceptions import HTTPException, ValidationException
 from litestar.openapi import ResponseSpec
@@ -24,8 +23,6 @@ from service.ledger.database import (
 )
 from service.ledger.reading import CursorError
 from service.web.security_headers import SECURITY_HEADERS
-
-log = structlog.get_logger()
 
 RETRY_AFTER_SECONDS = 5
 
@@ -125,12 +122,6 @@ plugin = ProblemDetailsPlugin(
     )
 )
 exception_handlers: dict[Any, Any] = {Exception: _answer_internal_error}
-
-
-async def log_fault(error: Exception, scope: Any) -> None:  # noqa: ANN401 - Litestar's hook
-    """Log what is answered with a 500; Litestar does not log its own, which are HTTP exceptions."""
-    if getattr(error, "status_code", 500) == 500 and type(error) not in plugin.config.exception_to_problem_detail_map:
-        log.error("request.crashed", path=scope.get("path"), exc_info=error)
 
 
 class JsonRequest(Request[Any, Any, Any]):

@@ -1,28 +1,22 @@
-"""``POST /webhooks/sync``: reads the request, passes it to the intake, counts and logs refusals."""
+"""``POST /webhooks/sync``: reads the request, passes it to the intake, counts refusals."""
 
 import asyncio
-import time
 from dataclasses import dataclass
 from http import HTTPStatus
 from typing import Annotated, Any
 
-import structlog
 from litestar import Request, post
 from litestar.exceptions import HTTPException, InternalServerException
 from litestar.handlers import HTTPRouteHandler
 from litestar.openapi.spec import OpenAPIMediaType, OpenAPIType, Operation, RequestBody, Schema
 from litestar.params import FromPath, HeaderParameter
 
-from service.core.generation import MalformedError
 from service.core.key import DEFAULT_ACCOUNT
 from service.core.overrides import WEBHOOK_PATH
 from service.core.signature import SignatureError
-from service.ledger.database import LedgerUnavailableError, RefusedDataError
-from service.runtime.metrics import Metrics
 from service.web.intake import Answer, Intake
 from service.web.problems import RETRY_AFTER_SECONDS, documented, problem
-
-log = structlog.get_logger()
+from service.web.refusals import Refusals
 
 MAX_BODY_BYTES = 1024 * 1024
 # For the whole body; a webhook has a few kilobytes.
@@ -30,8 +24,6 @@ BODY_SECONDS = 10.0
 # The memory limit of all bodies that are still arriving. Small bodies are accepted beyond it.
 MAX_UNREAD_BYTES = 32 * 1024 * 1024
 SMALL_BODY_BYTES = 32 * 1024
-_LOG_EVERY_SECONDS = 1.0
-_REFUSALS = (SignatureError, MalformedError, RefusedDataError, LedgerUnavailableError, HTTPException)
 
 
 @dataclass
@@ -43,9 +35,9 @@ class _JsonOperation(Operation):
         self.request_body = RequestBody(content=content, required=True)
 
 
-def webhook_handler(intake: Intake, metrics: Metrics) -> HTTPRouteHandler:
+def webhook_handler(intake: Intake, refusals: Refusals) -> HTTPRouteHandler:
     """Return the handler of the route."""
-    bodies, refusals = _Bodies(), _Refusals(metrics)
+    bodies = _Bodies()
 
     @post(
         [WEBHOOK_PATH, f"{WEBHOOK_PATH}/{{account:str}}"],
@@ -74,8 +66,8 @@ def webhook_handler(intake: Intake, metrics: Metrics) -> HTTPRouteHandler:
             body = await bodies.read(request)
             query = request.scope["query_string"].decode("latin-1")
             return await intake.accept(account, signature, body, query=query)
-        except _REFUSALS as error:
-            refusals.count(error)
+        except (SignatureError, HTTPException) as error:
+            refusals.count_webhook(error)
             raise
 
     return receive_webhook
@@ -122,40 +114,6 @@ class _Bodies:
 def _too_many_bodies() -> HTTPException:
     detail = "too many large bodies arrive at once; nothing was stored, send it again"
     return problem(503, "Body not accepted", detail, {"Retry-After": str(RETRY_AFTER_SECONDS)})
-
-
-class _Refusals:
-    """Counts refusals, and logs at most one a second, because anyone can cause them."""
-
-    def __init__(self, metrics: Metrics) -> None:
-        self._metrics = metrics
-        self._unlogged = 0
-        self._log_again_at = 0.0
-
-    def count(self, error: Exception) -> None:
-        """Count *error*, and log it unless one was logged within the last second."""
-        self._metrics.webhooks.labels(_answer_label(error)).inc()
-        if time.monotonic() < self._log_again_at:
-            self._unlogged += 1
-            return
-        reason = error.detail if isinstance(error, HTTPException) else str(error)
-        log.warning("webhook.not_stored", reason=reason, unlogged=self._unlogged)
-        self._log_again_at, self._unlogged = time.monotonic() + _LOG_EVERY_SECONDS, 0
-
-
-_LABELS = {404: "unknown_account", 413: "too_large", 415: "unsupported", 503: "unavailable"}
-
-
-def _answer_label(error: Exception) -> str:
-    match error:
-        case SignatureError():
-            return "refused"
-        case LedgerUnavailableError():
-            return "unavailable"
-        case HTTPException():
-            return _LABELS.get(error.status_code, "broken_off")
-        case _:
-            return "malformed"
 
 
 def _check_content_type(content_type: str) -> None:

@@ -10,11 +10,12 @@ import ssl
 import subprocess
 import time
 from collections.abc import Callable, Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 import httpx
+import psutil
 import pytest
 
 from tests.conftest import API_TOKEN
@@ -210,6 +211,31 @@ async def test_a_body_that_does_not_come_never_reaches_mayfly(site):
     assert 8 < took < 14
     assert answer == b"" or answer.startswith(b"HTTP/1.1 408")
     assert api.logs("webhook.not_stored") == []
+
+
+async def test_requests_sent_ahead_without_end_take_no_memory_of_mayfly(site):
+    """Without a proxy one connection took 1.3 GB in 6 s: uvicorn reads on while requests wait."""
+    front, api = site
+    sent = webhook()
+    assert front.post(sent).status_code == 202
+    before = psutil.Process(api.pid).memory_info().rss
+    data = b"GET /webhooks/sync HTTP/1.1\r\nHost: " + HOST.encode() + b"\r\n\r\n"
+    with front.connect() as ahead:
+        await asyncio.to_thread(send_without_reading, ahead, data * 200, seconds=4)
+        meanwhile = await asyncio.to_thread(front.post, webhook())
+        grown = psutil.Process(api.pid).memory_info().rss - before
+
+    assert meanwhile.status_code == 202
+    assert grown < 10 * 2**20
+
+
+def send_without_reading(connection: ssl.SSLSocket, data: bytes, *, seconds: float) -> None:
+    """Send *data* again and again, until *seconds* are over or the other side takes no more."""
+    connection.settimeout(1)
+    end = time.monotonic() + seconds
+    with suppress(OSError):
+        while time.monotonic() < end:
+            connection.sendall(data)
 
 
 async def test_one_address_has_its_share_of_connections_and_no_more(site):

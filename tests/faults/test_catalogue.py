@@ -6,6 +6,7 @@ from pathlib import Path
 TESTS = Path(__file__).parents[1]
 ROW = re.compile(r"^\| (?P<number>[0-9]+) \| (?P<fault>[^|]+) \| (?P<tests>.+) \|$", re.MULTILINE)
 FIELD_ROW = re.compile(r"^\| (?P<number>[A-G][0-9]+) \| (?P<fault>[^|]+) \| (?P<tests>.+) \|$", re.MULTILINE)
+FIRE_ROW = re.compile(r"^\| (?P<number>U[0-9]+) \| (?P<fault>[^|]+) \| (?P<tests>.+) \|$", re.MULTILINE)
 NAMED = re.compile(r"`(?P<file>[a-z_0-9/]+\.py)` (?P<test>test_\w+)")
 
 
@@ -26,6 +27,14 @@ def test_the_field_tests_of_this_release_have_at_least_one_test_each():
 
     assert {"A1", "A2", "A3", "A5", "E1"} <= rows.keys()
     assert all(rows.values())
+
+
+def test_each_row_under_fire_has_at_least_one_test():
+    rows = list(FIRE_ROW.finditer((TESTS / "README.md").read_text(encoding="utf-8")))
+
+    assert [row["number"] for row in rows] == [f"U{number}" for number in range(1, len(rows) + 1)]
+    assert len(rows) >= 16
+    assert all(NAMED.findall(row["tests"]) for row in rows)
 
 
 def test_the_table_has_each_of_the_seventy_rows_with_at_least_one_test():

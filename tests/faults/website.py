@@ -61,10 +61,11 @@ class Website:
         finally:
             connection.close()
 
-    def count(self) -> int:
-        """Count the records."""
+    def count(self, generation_id: str | None = None) -> int:
+        """Count the records, or those of one generation."""
+        statement = "SELECT count(*) FROM records WHERE id = coalesce(?, id)"
         with contextlib.closing(sqlite3.connect(self.ledger)) as connection:
-            (count,) = connection.execute("SELECT count(*) FROM records").fetchone()
+            (count,) = connection.execute(statement, (generation_id,)).fetchone()
             return int(count)
 
     def write(self, statement: str, values: Sequence[str | int]) -> None:

@@ -401,7 +401,7 @@ async def test_a_body_that_arrives_too_slowly_is_408_and_ends_the_connection(cli
     assert metrics.registry.get_sample_value("mayfly_webhooks_total", {"answer": "broken_off"}) == 1
 
 
-async def test_every_refusal_is_counted_by_its_kind_and_logged_once_a_second(client, metrics, capsys):
+async def test_every_refusal_is_counted_and_logged_by_its_kind(client, metrics, capsys):
     logging.configure_logging("json")
     sent = webhook()
     for content, headers in (
@@ -420,7 +420,7 @@ async def test_every_refusal_is_counted_by_its_kind_and_logged_once_a_second(cli
     }
 
     assert counted == dict.fromkeys(counted, 1)
-    assert capsys.readouterr().err.count("webhook.not_stored") == 1
+    assert capsys.readouterr().err.count("webhook.not_stored") == 5
 
 
 async def test_another_method_is_405(client):
