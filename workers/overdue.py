@@ -71,9 +71,13 @@ class Overdue:
 
     async def run(self) -> None:
         """Check the ledger every two seconds until the worker stops."""
+        self._metrics.running.labels("worker").set(1)
+        self._metrics.budget_waiting.set_function(lambda: self._budget.waiting)
+        self._metrics.attempts_running.set_function(lambda: self._attempts.running)
         while not self._stopping.is_set():
             try:
                 self._beat()
+                self._metrics.worker_round_seconds.set(self._now().timestamp())
                 await self._round()
             except LedgerUnavailableError as error:
                 self._metrics.loops_failed.labels("overdue").inc()

@@ -1,6 +1,11 @@
 """The metrics of one process, for Prometheus."""
 
+from datetime import UTC, datetime
+from typing import Final
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
+
+ROUND: Final = "worker_round_timestamp_seconds"
 
 
 class Metrics:
@@ -25,6 +30,19 @@ class Metrics:
         self.api_calls = self._counter(
             "api_calls", "Calls to the Sync API, by method and status class.", "method", "status"
         )
+        self.settlements = self._counter("settlements", "Attempts to delete, by what became of the record.", "result")
+        self.deletion_lag_seconds = Histogram(
+            "mayfly_deletion_lag_seconds",
+            "Time from the due time of a record until its deletion was committed.",
+            buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 86400),
+            registry=self.registry,
+        )
+        self.attempts_running = self._gauge("attempts_running", "Attempts to delete in progress in this process.")
+        self.budget_waiting = self._gauge("budget_waiting", "Due jobs of this process that wait for the API's budget.")
+        self.worker_round_seconds = self._gauge(
+            ROUND, "When the safety net of this process began its last round, in seconds since 1970; 0 without one."
+        )
+        self.running = self._gauge("running", "1 for each side that this process runs, web or worker.", "side")
         self.loops_failed = self._counter("loops_failed", "Failed rounds of a background loop.", "loop")
         self.receive_seconds = Histogram(
             "mayfly_receive_seconds",
@@ -40,6 +58,11 @@ class Metrics:
         self.held_records = self._gauge("held_records", "Records on hold, by what holds them.", "cause")
         self.ledger_up = self._gauge("ledger_up", "1 if the ledger answered when these gauges were last read, else 0.")
         self.pauses = self._gauge("pauses", "1 while deletions are paused for this reason.", "kind")
+
+    def last_round(self) -> datetime | None:
+        """Return when the safety net of this process began its last round, None before the first."""
+        seconds = self.registry.get_sample_value(f"mayfly_{ROUND}")
+        return datetime.fromtimestamp(seconds, UTC) if seconds else None
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"mayfly_{name}", text, labels, registry=self.registry)

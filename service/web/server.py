@@ -1,6 +1,7 @@
 """Serving an ASGI application with uvicorn, inside a running event loop."""
 
 import asyncio
+import logging
 import os
 import resource
 import socket
@@ -8,9 +9,12 @@ from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from typing import Any, Final
 
+import structlog
 import uvicorn
 
 from service.core.errors import ExplainedError
+
+log = structlog.get_logger()
 
 # The most requests in progress, and the most connections; beyond either, uvicorn answers a request 503.
 MAX_CONCURRENT: Final = 4096
@@ -19,24 +23,38 @@ _OTHER_FILES: Final = 256
 # The keep-alive timeout; longer than a proxy's, so that the proxy closes first.
 _IDLE_SECONDS: Final = 75
 # Longer than a body (10 s) and a write to the ledger (10 s) may take, so that a stop interrupts no response.
-_STOP_SECONDS: Final = 22
+STOP_SECONDS: Final = 22
 _BACKLOG: Final = 2048
 # The path and query of a request. Litestar keeps the last thousand paths, for good: at httptools' own 64 KiB, of
 # characters that take four bytes each in memory, anyone could fill half a gigabyte. An id has 255 characters.
 MAX_TARGET_BYTES: Final = 4096
+_NO_UPGRADE: Final = (
+    b"This server speaks HTTP/1.1 alone, and cannot read the body of a request that asks for another protocol. "
+    b"Nothing was stored. Send it without the Upgrade header."
+)
 _START_POLL_SECONDS: Final = 0.005
 
 
 @asynccontextmanager
-async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa: ANN401 - any ASGI application
+async def serving(
+    app: Any,  # noqa: ANN401 - any ASGI application
+    host: str,
+    port: int,
+    *,
+    max_connections: int = MAX_CONCURRENT,
+    stop_seconds: int = STOP_SECONDS,
+) -> AsyncIterator[int]:
     """Serve *app* and yield the port, chosen by the system for port 0; at the end finish the requests in progress.
+
+    Those that take longer than *stop_seconds* are interrupted. Beyond *max_connections*, or fewer where the limit of
+    open files is too low for them, requests are answered 503.
 
     In the main thread uvicorn handles SIGINT and SIGTERM itself: it stops, then raises the signal again. A handler of
     the running loop is called both times.
 
     Raises: OSError when the address cannot be listened on.
     """
-    _allow_open_files(MAX_CONCURRENT + _OTHER_FILES)
+    max_connections = _allow_connections(max_connections)
     with _listen(host, port) as listener:
         config = uvicorn.Config(
             _Guarded(app),
@@ -50,9 +68,9 @@ async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa
             proxy_headers=False,
             server_header=False,
             backlog=_BACKLOG,
-            limit_concurrency=MAX_CONCURRENT,
+            limit_concurrency=max_connections,
             timeout_keep_alive=_IDLE_SECONDS,
-            timeout_graceful_shutdown=_STOP_SECONDS,
+            timeout_graceful_shutdown=stop_seconds,
         )
         server = uvicorn.Server(config)
         task = asyncio.create_task(server.serve(sockets=[listener]))
@@ -65,23 +83,54 @@ async def serving(app: Any, host: str, port: int) -> AsyncIterator[int]:  # noqa
         finally:
             server.should_exit = True
             await task
+            if server.force_exit:  # a second Ctrl-C
+                # The requests in progress are cancelled with the loop; their tracebacks would tell nothing more.
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+                log.warning("requests.interrupted", what_now="their senders get no answer and may send them again")
 
 
 class _Guarded:
-    """Answers 414 to a request with too long a path and query; *app* sees all others."""
+    """Answers requests that the server cannot read rightly; *app* sees all others."""
 
     def __init__(self, app: Any) -> None:  # noqa: ANN401 - any ASGI application
         self._app = app
 
     async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - ASGI's own
         """See the ASGI specification."""
-        if scope["type"] == "http" and len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
-            text = b"The path and query are too long."
+        if (refusal := _find_refusal(scope)) is not None:
+            status, text = refusal
             headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(text))]
-            await send({"type": "http.response.start", "status": 414, "headers": [*headers, (b"connection", b"close")]})
+            headers.append((b"connection", b"close"))
+            await send({"type": "http.response.start", "status": status, "headers": headers})
             await send({"type": "http.response.body", "body": text})
         else:
             await self._app(scope, receive, send)
+
+
+def _find_refusal(scope: Any) -> tuple[int, bytes] | None:  # noqa: ANN401 - ASGI's own
+    """Return the status and text for a request that must not reach the application."""
+    if scope["type"] != "http":
+        return None
+    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
+        return 414, b"The path and query are too long."
+    if _loses_its_body(scope["headers"]):
+        return 400, _NO_UPGRADE
+    return None
+
+
+def _loses_its_body(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a request asks for another protocol, such as h2c, and has a body.
+
+    The parser ends such a request after its headers. The body is gone, and what comes of it later would be read as
+    another request.
+    """
+    if not any(name == b"upgrade" for name, _ in headers):
+        return False
+    connection = b",".join(value.lower() for name, value in headers if name == b"connection")
+    is_upgrade = b"upgrade" in [token.strip() for token in connection.split(b",")]
+    return is_upgrade and any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers
+    )
 
 
 class AddressError(ExplainedError):
@@ -102,12 +151,22 @@ def check_address(host: str, port: int) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    # "::" is every address of the machine, those of IPv4 as well.
+    is_both = family is socket.AF_INET6 and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=is_both)
 
 
-def _allow_open_files(wanted: int) -> None:
-    """Raise the soft limit of open files to *wanted*, or to the hard limit."""
+def _allow_connections(wanted: int) -> int:
+    """Raise the soft limit of open files for *wanted* connections, and return how many fit into the hard limit."""
+    files = wanted + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < files:
+        soft = files if hard == resource.RLIM_INFINITY else min(files, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft >= files:
+        return wanted
+    # With no file left, a new connection would wait in silence.
+    allowed = max(soft - _OTHER_FILES, soft // 2)
+    what_now = f"beyond {allowed} connections requests are answered 503; raise the limit (ulimit -n) to {files}"
+    log.warning("files.limited", limit=soft, needed=files, what_now=what_now)
+    return allowed
