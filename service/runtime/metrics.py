@@ -24,6 +24,24 @@ class Metrics:
         self.enqueue_failures = self._counter(
             "enqueue_failures", "Jobs that could not be enqueued; the safety net enqueues them again."
         )
+        self.running = self._gauge("running", "1 for each side that this process runs, web or worker.", "side")
+        self._make_workers()
+        self.receive_seconds = Histogram(
+            "mayfly_receive_seconds",
+            "Time from the last byte of the first webhook of a commit until the commit is durable.",
+            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
+            registry=self.registry,
+        )
+        self.oldest_overdue_seconds = self._gauge(
+            "oldest_overdue_seconds", "Age of the most overdue deletion, read from the ledger."
+        )
+        self.due_records = self._gauge("due_records", "Records that are due, read from the ledger.")
+        self.failed_records = self._gauge("failed_records", "Records given up, which need an operator.")
+        self.held_records = self._gauge("held_records", "Records on hold, by what holds them.", "cause")
+        self.ledger_up = self._gauge("ledger_up", "1 if the ledger answered when these gauges were last read, else 0.")
+        self.pauses = self._gauge("pauses", "1 while deletions are paused for this reason.", "kind")
+
+    def _make_workers(self) -> None:
         self.attempts = self._counter(
             "attempts", "Attempts to delete a generation, by the meaning of the API's answer.", "verdict"
         )
@@ -42,22 +60,7 @@ class Metrics:
         self.worker_round_seconds = self._gauge(
             ROUND, "When the safety net of this process began its last round, in seconds since 1970; 0 without one."
         )
-        self.running = self._gauge("running", "1 for each side that this process runs, web or worker.", "side")
         self.loops_failed = self._counter("loops_failed", "Failed rounds of a background loop.", "loop")
-        self.receive_seconds = Histogram(
-            "mayfly_receive_seconds",
-            "Time from the last byte of the first webhook of a commit until the commit is durable.",
-            buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
-            registry=self.registry,
-        )
-        self.oldest_overdue_seconds = self._gauge(
-            "oldest_overdue_seconds", "Age of the most overdue deletion, read from the ledger."
-        )
-        self.due_records = self._gauge("due_records", "Records that are due, read from the ledger.")
-        self.failed_records = self._gauge("failed_records", "Records given up, which need an operator.")
-        self.held_records = self._gauge("held_records", "Records on hold, by what holds them.", "cause")
-        self.ledger_up = self._gauge("ledger_up", "1 if the ledger answered when these gauges were last read, else 0.")
-        self.pauses = self._gauge("pauses", "1 while deletions are paused for this reason.", "kind")
 
     def last_round(self) -> datetime | None:
         """Return when the safety net of this process began its last round, None before the first."""

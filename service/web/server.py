@@ -56,23 +56,7 @@ async def serving(
     """
     max_connections = _allow_connections(max_connections)
     with _listen(host, port) as listener:
-        config = uvicorn.Config(
-            _Guarded(app),
-            http="httptools",
-            ws="none",
-            lifespan="on",
-            log_config=None,
-            # Its warnings are about single requests, and anyone can send many of those.
-            log_level="error",
-            access_log=False,
-            proxy_headers=False,
-            server_header=False,
-            backlog=_BACKLOG,
-            limit_concurrency=max_connections,
-            timeout_keep_alive=_IDLE_SECONDS,
-            timeout_graceful_shutdown=stop_seconds,
-        )
-        server = uvicorn.Server(config)
+        server = uvicorn.Server(_config(app, max_connections, stop_seconds))
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
@@ -83,10 +67,29 @@ async def serving(
         finally:
             server.should_exit = True
             await task
-            if server.force_exit:  # a second Ctrl-C
+            if server.force_exit and server.server_state.tasks:  # a second Ctrl-C
                 # The requests in progress are cancelled with the loop; their tracebacks would tell nothing more.
                 logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
                 log.warning("requests.interrupted", what_now="their senders get no answer and may send them again")
+
+
+def _config(app: Any, max_connections: int, stop_seconds: int) -> uvicorn.Config:  # noqa: ANN401 - any ASGI application
+    return uvicorn.Config(
+        _Guarded(app),
+        http="httptools",
+        ws="none",
+        lifespan="on",
+        log_config=None,
+        # Its warnings are about single requests, and anyone can send many of those.
+        log_level="error",
+        access_log=False,
+        proxy_headers=False,
+        server_header=False,
+        backlog=_BACKLOG,
+        limit_concurrency=max_connections,
+        timeout_keep_alive=_IDLE_SECONDS,
+        timeout_graceful_shutdown=stop_seconds,
+    )
 
 
 class _Guarded:
