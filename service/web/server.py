@@ -168,7 +168,7 @@ def _allow_connections(wanted: int) -> int:
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
     if soft >= files:
         return wanted
-    # With no file left, a new connection would wait in silence.
+    # With no file left, a new connection would wait without an answer.
     allowed = max(soft - _OTHER_FILES, soft // 2)
     what_now = f"beyond {allowed} connections requests are answered 503; raise the limit (ulimit -n) to {files}"
     log.warning("files.limited", limit=soft, needed=files, what_now=what_now)
