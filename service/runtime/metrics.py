@@ -1,11 +1,8 @@
 """The metrics of one process, for Prometheus."""
 
 from datetime import UTC, datetime
-from typing import Final
 
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
-
-ROUND: Final = "worker_round_timestamp_seconds"
 
 
 class Metrics:
@@ -55,17 +52,23 @@ class Metrics:
             buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 86400),
             registry=self.registry,
         )
-        self.attempts_running = self._gauge("attempts_running", "Attempts to delete in progress in this process.")
-        self.budget_waiting = self._gauge("budget_waiting", "Due jobs of this process that wait for the API's budget.")
+        self.attempts_running = self._gauge(
+            "attempts_running", "Attempts to delete in progress in this process.", "account"
+        )
+        self.budget_waiting = self._gauge(
+            "budget_waiting", "Due jobs of this process that wait for the API's budget.", "account"
+        )
         self.worker_round_seconds = self._gauge(
-            ROUND, "When the safety net of this process began its last round, in seconds since 1970; 0 without one."
+            "worker_round_timestamp_seconds",
+            "When the loop of a worker in this process began its last round, in seconds since 1970.",
+            "account",
         )
         self.loops_failed = self._counter("loops_failed", "Failed rounds of a background loop.", "loop")
 
     def last_round(self) -> datetime | None:
-        """Return when the safety net of this process began its last round, None before the first."""
-        seconds = self.registry.get_sample_value(f"mayfly_{ROUND}")
-        return datetime.fromtimestamp(seconds, UTC) if seconds else None
+        """Return when the loop furthest behind, of all accounts, began its last round; None before the first."""
+        begun = [sample.value for family in self.worker_round_seconds.collect() for sample in family.samples]
+        return datetime.fromtimestamp(min(begun), UTC) if begun else None
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"mayfly_{name}", text, labels, registry=self.registry)

@@ -41,9 +41,9 @@ def open_worker(settings, pool, metrics):
     return open_
 
 
-def go_round(metrics, *, ago=timedelta(0)):
-    """Have the safety net begin a round so long *ago*."""
-    metrics.worker_round_seconds.set((datetime.now(UTC) - ago).timestamp())
+def go_round(metrics, *, ago=timedelta(0), account="default"):
+    """Have the loop of *account* begin a round so long *ago*."""
+    metrics.worker_round_seconds.labels(account).set((datetime.now(UTC) - ago).timestamp())
 
 
 async def test_a_worker_is_live_while_its_loop_goes_round(sqlite_database, open_worker, metrics):
@@ -58,6 +58,16 @@ async def test_a_worker_is_live_while_its_loop_goes_round(sqlite_database, open_
     assert [answer.status_code for answer in (before, during, stuck, not_ready)] == [503, 200, 503, 503]
     assert before.json()["parts"]["worker"]["detail"] == "its loop has not begun yet"
     assert "not gone round for 61 s" in stuck.json()["parts"]["worker"]["detail"]
+
+
+async def test_the_loop_of_each_account_must_go_round(sqlite_database, open_worker, metrics):
+    go_round(metrics)
+    go_round(metrics, account="another", ago=timedelta(seconds=90))
+    async with open_worker(sqlite_database) as client:
+        answer = await client.get("/health/live")
+
+    assert answer.status_code == 503
+    assert "not gone round for 90 s" in answer.json()["parts"]["worker"]["detail"]
 
 
 async def test_a_worker_is_ready_while_all_it_needs_answers(database, open_worker, metrics):
@@ -151,7 +161,7 @@ async def test_a_worker_process_serves_its_health_and_counts_what_it_deletes(may
     assert numbers["mayfly_deletion_lag_seconds_count",] == 1
     assert numbers["mayfly_running", "worker"] == 1
     assert ("mayfly_running", "web") not in numbers
-    assert time.time() - numbers["mayfly_worker_round_timestamp_seconds",] < 30
+    assert time.time() - numbers["mayfly_worker_round_timestamp_seconds", "default"] < 30
 
 
 async def test_the_port_of_a_worker_ends_with_it_and_delays_no_stop(mayfly, simulator):
