@@ -86,16 +86,19 @@ def api() -> None:
 def worker(*, check: bool) -> None:
     """Run the worker, which deletes.
 
-    Needs SYNC_API_KEY. Several may run at once: the ledger gives each record to one of them.
+    Needs SYNC_API_KEY. Several may run at once: the ledger gives each record to one of them. It serves its own health
+    and metrics on MAYFLY_HOST and MAYFLY_PORT, 8081 unless set; on one machine each needs a port of its own, and 0 lets
+    the system choose one.
     """
     if check:
         from service.commands.running import settings_or_exit  # noqa: PLC0415
         from workers.heartbeat import is_alive  # noqa: PLC0415
 
         sys.exit(0 if is_alive(settings_or_exit().data_dir, now_seconds=time.time()) else 1)
+    from service.web.app import run_worker_web  # noqa: PLC0415
     from workers.main import run_worker  # noqa: PLC0415
 
-    _run_service([run_worker], require_api_key, is_deleting=True, is_listening=False)
+    _run_service([run_worker_web, run_worker], require_api_key, is_deleting=True, is_worker=True)
 
 
 @main.command()
@@ -124,14 +127,14 @@ def _run_service(
     *requirements: Callable[[Settings], None],
     is_migrating: bool = False,
     is_deleting: bool = False,
-    is_listening: bool = True,
+    is_worker: bool = False,
 ) -> None:
     from service.commands.running import run, settings_or_exit, warn_of_policy  # noqa: PLC0415
 
-    settings = settings_or_exit(*requirements)
+    settings = settings_or_exit(*requirements, is_worker=is_worker)
     warn_of_policy(settings)
     _collect_rarely()
-    run(_run_sides(settings, sides, is_migrating=is_migrating, is_deleting=is_deleting, is_listening=is_listening))
+    run(_run_sides(settings, sides, is_migrating=is_migrating, is_deleting=is_deleting, is_receiving=not is_worker))
 
 
 def _collect_rarely() -> None:
@@ -145,7 +148,7 @@ def _collect_rarely() -> None:
 
 
 async def _run_sides(
-    settings: Settings, sides: list[Side], *, is_migrating: bool, is_deleting: bool, is_listening: bool
+    settings: Settings, sides: list[Side], *, is_migrating: bool, is_deleting: bool, is_receiving: bool
 ) -> None:
     """Run *sides* over one set of resources until a signal comes or one of them ends.
 
@@ -159,16 +162,14 @@ async def _run_sides(
         fetch_secrets,
         warn_if_not_compared,
     )
+    from service.web.server import check_address  # noqa: PLC0415
 
     stop = asyncio.Event()
     on_stop(stop.set)
-    settings = await fetch_secrets(settings) if is_listening else settings
+    settings = await fetch_secrets(settings) if is_receiving else settings
     uncompared = await check_organisations(settings) if is_deleting else []
     metrics = Metrics()
-    if is_listening:
-        from service.web.server import check_address  # noqa: PLC0415
-
-        check_address(settings.host, settings.port)
+    check_address(settings.host, settings.port)
     async with open_resources(settings, is_migrating=is_migrating) as resources:
         warn_if_not_compared(uncompared)
         # Not a TaskGroup: it would cancel the other side in the middle of its deletions.

@@ -89,6 +89,7 @@ async def open_parts(
             stopping=stopping,
         )
         overdue = Overdue(
+            account=account.id,
             ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.claim, ledger.beat),
             enqueue=lambda items: enqueue.enqueue_jobs(pool, account.id, items, now=_now()),
             budget=budget,

@@ -41,6 +41,9 @@ _COMMIT_AGAIN_SECONDS = 1.0
 # Results of a copy that no DELETE follows, with the record's last_error.
 _NOT_DELETED = {CopyResult.LIMITED: "MAYFLY_MAX_DELETES_PER_DAY is reached", CopyResult.PAUSED: "deletions were paused"}
 
+# What mayfly_settlements_total calls a step that confirms nothing.
+_RESULTS = {Move.DEFER: "deferred", Move.GIVE_UP: "failed"}
+
 
 @dataclass(frozen=True, slots=True)
 class Cleaner:
@@ -108,8 +111,8 @@ class Cleaner:
         """Defer, hold or keep a generation because of what the API shows and the webhook did not have."""
         step = Step(Move.DEFER, claim.progress, retry_at=later.due_at or self.now())
         settlement = Settlement(claim, Verdict.DONE, step, is_key_good=True, is_shown=True, retention=later)
-        if not await self._settle(settlement):
-            return self._log_lost_lease(claim)
+        if not await self._settle(settlement, "overridden"):
+            return None
         log.info(
             "cleanup.overridden",
             **_log_fields(claim),
@@ -166,35 +169,49 @@ class Cleaner:
             is_shown=method == "DELETE" or answer.generation is not None,
             throttle=answer.throttle,
         )
-        if not await self._settle(settlement):
-            return self._log_lost_lease(claim)
+        if not await self._settle(settlement, step.outcome or _RESULTS[step.move]):
+            return None
         self.metrics.attempts.labels(answer.verdict).inc()
+        if step.move is Move.CONFIRM:
+            self.metrics.deletion_lag_seconds.observe((now - claim.due_at).total_seconds())
         _log_end(claim, answer, step)
         return answer.verdict
 
     async def _settle_dry_run(self, claim: Claim) -> Verdict | None:
         step = Step(Move.DEFER, claim.progress, retry_at=self.now() + DRY_RUN_AGAIN)
         settlement = Settlement(claim, Verdict.DONE, step, error=DRY_RUN, is_key_good=True, is_shown=True)
-        if not await self._settle(settlement):
-            return self._log_lost_lease(claim)
+        if not await self._settle(settlement, "rehearsed"):
+            return None
         log.info("cleanup.simulated", **_log_fields(claim), what_now="nothing is deleted while MAYFLY_DRY_RUN is on")
         return Verdict.DONE
 
     async def _give_back(self, claim: Claim, error: str, *, is_refund: bool = False) -> Verdict | None:
         """Schedule the record again as before the claim, without counting a failure."""
         step = Step(Move.DEFER, claim.progress, retry_at=self.now())
-        if not await self._settle(Settlement(claim, Verdict.RETRY, step, error=error, is_refund=is_refund)):
-            return self._log_lost_lease(claim)
+        settlement = Settlement(claim, Verdict.RETRY, step, error=error, is_refund=is_refund)
+        if not await self._settle(settlement, "returned"):
+            return None
         log.warning("cleanup.returned", **_log_fields(claim), error=error, what_now="retried at once")
         return None
 
-    async def _settle(self, settlement: Settlement) -> bool:
-        """Commit the outcome of the attempt, then enqueue the next attempt if there is one."""
+    async def _settle(self, settlement: Settlement, result: str) -> bool:
+        """Commit the outcome of the attempt, then enqueue the next attempt if there is one.
+
+        Return False if something else than *result* became of it, which is logged.
+        """
         claim = settlement.claim
-        is_mine = await self._commit(claim, lambda: self.settle(settlement)) is not Settled.LOST
-        if is_mine and (at := _next_attempt_at(settlement)) is not None:
-            await self.enqueue_next(claim.key, claim.attempt + 1, at)
-        return is_mine
+        settled = await self._commit(claim, lambda: self.settle(settlement))
+        if settled is Settled.LOST:
+            self._log_lost_lease(claim)
+        elif settled is Settled.DOUBTED:
+            self.metrics.settlements.labels("doubted").inc()
+            what_now = "kept as scheduled; all deletions are paused: check SYNC_API_KEY with mayfly doctor"
+            log.error("cleanup.doubted", **_log_fields(claim), error="the key knows no generation", what_now=what_now)
+        else:
+            self.metrics.settlements.labels(result).inc()
+            if (at := _next_attempt_at(settlement)) is not None:
+                await self.enqueue_next(claim.key, claim.attempt + 1, at)
+        return settled in {Settled.SETTLED, Settled.ALREADY}
 
     async def _commit(self, claim: Claim, write: Callable[[], Awaitable[T]]) -> T:
         """Commit, and retry while the ledger does not answer and the lease is valid: only this attempt has the answer.
@@ -218,6 +235,7 @@ class Cleaner:
             log.exception("cleanup.crashed_again", **_log_fields(claim))
 
     def _log_lost_lease(self, claim: Claim) -> Verdict | None:
+        self.metrics.settlements.labels("lease_lost").inc()
         log.warning("cleanup.lease_lost", **_log_fields(claim), what_now="the next claim decides")
         return None
 

@@ -46,7 +46,12 @@ class Attempts:
     @property
     def room(self) -> int:
         """How many more may start."""
-        return max(0, self._limit - len(self._tasks))
+        return max(0, self._limit - self.running)
+
+    @property
+    def running(self) -> int:
+        """How many are in progress."""
+        return len(self._tasks)
 
     def begin(self, claim: Claim) -> asyncio.Task[Verdict | None]:
         """Start the attempt at a claimed record. Cancelling its caller does not cancel it."""

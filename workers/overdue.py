@@ -47,6 +47,7 @@ class Overdue:
     def __init__(
         self,
         *,
+        account: str,
         ledger: LedgerCalls,
         enqueue: Callable[[Sequence[CleanupJob]], Awaitable[str]],
         budget: Budget,
@@ -57,6 +58,7 @@ class Overdue:
         metrics: Metrics,
         stopping: asyncio.Event,
     ) -> None:
+        self._account = account
         self._ledger = ledger
         self._enqueue = enqueue
         self._budget = budget
@@ -71,9 +73,14 @@ class Overdue:
 
     async def run(self) -> None:
         """Check the ledger every two seconds until the worker stops."""
+        self._metrics.running.labels("worker").set(1)
+        self._metrics.budget_waiting.labels(self._account).set_function(lambda: self._budget.waiting)
+        self._metrics.attempts_running.labels(self._account).set_function(lambda: self._attempts.running)
+        begun = self._metrics.worker_round_seconds.labels(self._account)
         while not self._stopping.is_set():
             try:
                 self._beat()
+                begun.set(self._now().timestamp())
                 await self._round()
             except LedgerUnavailableError as error:
                 self._metrics.loops_failed.labels("overdue").inc()

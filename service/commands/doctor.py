@@ -10,7 +10,7 @@ from datetime import UTC, datetime, timedelta
 from email.utils import parsedate_to_datetime
 from functools import partial
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import click
 import httpx
@@ -28,35 +28,25 @@ from service.commands.running import (
     run,
     settings_or_exit,
 )
+from service.commands.service_checks import Finding, check_records, check_service
 from service.config.rules_advice import find_warnings
 from service.config.settings import Settings, SettingsError, require_api_key, require_webhook_secret
-from service.core.lifecycle import State
 from service.core.overrides import WEBHOOK_PATH
 from service.core.secret import Secret
 from service.jobs import connection
 from service.jobs.connection import QueueError
 from service.jobs.embedded_redis import EmbeddedRedisError, embedded_redis
-from service.ledger import heartbeats, migrating
+from service.ledger import migrating
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.migrating import SchemaError
-from service.ledger.views import Stats, read_stats
 from service.runtime.causes import describe_cause
 from service.runtime.terminal import console
 from service.sync.organisation import OTHER_ORGANISATION, SECRET_PATH, is_same_organisation
-from service.web.health import LATE
 
 # The Date header has whole seconds, and the answer takes time: a smaller difference says nothing.
 _SKEW_NOTED: Final = timedelta(seconds=30)
 _API_SECONDS: Final = 10.0
 _MARKS = {"ok": "[green]✓ ok[/]", "warning": "[yellow]! check[/]", "failing": "[bold red]✗ failing[/]"}
-
-
-class Finding(msgspec.Struct, frozen=True):
-    """The result for one part; *detail* says what to do if it is not ok."""
-
-    part: str
-    status: Literal["ok", "warning", "failing"]
-    detail: str
 
 
 class Report(msgspec.Struct, frozen=True):
@@ -78,10 +68,11 @@ class Report(msgspec.Struct, frozen=True):
 def doctor(*, is_json: bool, role: str) -> None:
     """Check the settings, the ledger, Redis, the API key and the clock, and say what to do.
 
-    It changes no record, but commits a row of its own. It asks the API for a page of one generation. The exit code is 0
-    if nothing is failing, 1 if something is, 2 if the settings are invalid.
+    It changes no record, but commits a row of its own. It asks the API for a page of one generation, and what answers
+    at MAYFLY_HOST and MAYFLY_PORT for its health. The exit code is 0 if nothing is failing, 1 if something is, 2 if the
+    settings are invalid.
     """
-    findings = run(examine(settings_or_exit(), role))
+    findings = run(examine(settings_or_exit(is_worker=role == "worker"), role))
     report = Report(all(finding.status != "failing" for finding in findings), findings)
     if is_json:
         print_json(report)
@@ -100,7 +91,7 @@ def _print_report(report: Report) -> None:
 async def examine(settings: Settings, role: str = "up") -> list[Finding]:
     """Run all checks, also when some fail; *role* is the command that runs with these settings."""
     inside = (_check_webhook_secret, _check_policy, _check_data_dir, _check_dry_run)
-    outside = (_check_ledger, _check_redis, _check_api)
+    outside = (_check_ledger, _check_redis, _check_api, check_service)
     found = await asyncio.gather(*(check(settings) for check in (*inside, *outside)))
     return [_excuse(finding, settings, role) for findings in found for finding in findings]
 
@@ -148,7 +139,7 @@ async def _check_data_dir(settings: Settings) -> list[Finding]:
     if not os.access(nearest, os.W_OK | os.X_OK):
         return [Finding("data dir", "failing", f"{nearest} is not writable; check MAYFLY_DATA_DIR")]
     made = "" if nearest == folder else ", does not exist yet: the first start makes it"
-    return [Finding("data dir", "ok", f"{settings.data_dir}{made}")]
+    return [Finding("data dir", "ok", f"{folder}{made}")]
 
 
 async def _check_ledger(settings: Settings) -> list[Finding]:
@@ -158,8 +149,8 @@ async def _check_ledger(settings: Settings) -> list[Finding]:
     try:
         async with open_ledger(settings) as database:
             await database.write(partial(migrating.check_commits, now=now))
-            stats = await database.read(partial(read_stats, now=now))
             found = await database.read(_check_durability)
+            found += await database.read(partial(check_records, now=now))
     except SchemaError as error:
         return [Finding("ledger", "failing", str(error))]
     except LedgerUnavailableError as error:
@@ -168,25 +159,7 @@ async def _check_ledger(settings: Settings) -> list[Finding]:
     return [
         Finding("ledger", "ok", f"{kind}, its tables fit this release, and it commits"),
         *found,
-        *_judge(stats, now),
     ]
-
-
-def _judge(stats: Stats, now: datetime) -> list[Finding]:
-    """Judge what the ledger says of workers, deletions and records that wait for an operator."""
-    is_running, sentence = heartbeats.describe_worker(stats.worker_seen_at, now=now)
-    found = [Finding("worker", "ok" if is_running else "warning", sentence)]
-    found += [Finding("deletions", "warning", f"paused ({one.kind}): {one.reason}") for one in stats.pauses]
-    late = timedelta(seconds=stats.oldest_overdue_seconds)
-    if late > LATE and not stats.pauses:
-        detail = f"the oldest is {late // timedelta(minutes=1)} min overdue: check that a worker runs"
-        found.append(Finding("deletions", "failing", detail))
-    if failed := stats.records[State.FAILED]:
-        detail = f"{failed} given up, each needs an operator: mayfly records list --state failed"
-        found.append(Finding("failed records", "warning", detail))
-    if held := stats.records[State.HELD]:
-        found.append(Finding("held records", "ok", f"{held} on hold: mayfly records list --state held"))
-    return found
 
 
 def _check_durability(connection: Connection) -> list[Finding]:

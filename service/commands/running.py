@@ -19,7 +19,7 @@ import msgspec
 import structlog
 
 from service.config.rules_advice import find_warnings
-from service.config.settings import Settings, SettingsError, read_settings
+from service.config.settings import WORKER_DEFAULTS, Settings, SettingsError, read_settings
 from service.core.errors import ExplainedError
 from service.ledger import migrating
 from service.ledger.database import Database, LedgerUnavailableError
@@ -41,11 +41,16 @@ as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON, for 
 
 
 def settings_or_exit(
-    *requirements: Callable[[Settings], None], environment: Mapping[str, str] = os.environ
+    *requirements: Callable[[Settings], None],
+    environment: Mapping[str, str] = os.environ,
+    is_worker: bool = False,
 ) -> Settings:
-    """Read the settings and check *requirements*; print each problem on a line and exit with code 2."""
+    """Read the settings and check *requirements*; print each problem on a line and exit with code 2.
+
+    *is_worker*: with the default port of a worker by itself.
+    """
     try:
-        settings = read_settings(environment)
+        settings = read_settings(environment, defaults=WORKER_DEFAULTS if is_worker else {})
     except SettingsError as error:
         _exit_with(error.problems)
     if problems := [problem for require in requirements for problem in _missing_settings(require, settings)]:
@@ -139,6 +144,12 @@ def is_ledger_missing(settings: Settings) -> bool:
     """Whether the ledger is an SQLite file that does not exist yet; opening it would create an empty one."""
     url = settings.ledger_url
     return url.get_backend_name() == "sqlite" and not Path(url.database or "").is_file()
+
+
+def own_url(settings: Settings) -> str:
+    """Return the URL at which a Mayfly with these settings answers on this machine."""
+    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
+    return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}"
 
 
 @asynccontextmanager

@@ -10,7 +10,7 @@ from typing import Any, BinaryIO, Final
 import click
 import httpx
 
-from service.commands.running import EXIT_FAILED, EXIT_INTERRUPTED, fail, on_stop, run, settings_or_exit
+from service.commands.running import EXIT_FAILED, EXIT_INTERRUPTED, fail, on_stop, own_url, run, settings_or_exit
 from service.config.settings import Settings, require_webhook_secret
 from service.core.signature import sign
 from service.runtime.logging import configure_logging
@@ -145,7 +145,7 @@ def send(status: str, generation_id: str | None, body_file: BinaryIO | None, url
     The exit code is 0 for an answer of 2xx, 1 for any other answer or none.
     """
     settings = settings_or_exit(require_webhook_secret)
-    target = url or _own_url(settings)
+    target = url or f"{own_url(settings)}/webhooks/sync"
     body = body_file.read() if body_file else _sample_body(settings, status, generation_id or str(uuid.uuid4()), target)
     secret = settings.webhook_secrets[0].reveal().encode()
     headers = {"content-type": "application/json", "sync-signature": sign(body, secret=secret, at=_parse_instant(at))}
@@ -156,11 +156,6 @@ def send(status: str, generation_id: str | None, body_file: BinaryIO | None, url
     click.echo(f"{answer.status_code} {plain(answer.reason_phrase)}", err=True)
     click.echo("\n".join(plain(line) for line in answer.text.split("\n")))
     sys.exit(0 if answer.is_success else EXIT_FAILED)
-
-
-def _own_url(settings: Settings) -> str:
-    host = {"0.0.0.0": "127.0.0.1", "::": "::1"}.get(settings.host, settings.host)
-    return f"http://{f'[{host}]' if ':' in host else host}:{settings.port}/webhooks/sync"
 
 
 def _sample_body(settings: Settings, status: str, generation_id: str, url: str) -> bytes:

@@ -11,6 +11,7 @@ from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
 from pathlib import Path
+from types import MappingProxyType
 from typing import Any, Final
 
 from sqlalchemy import URL
@@ -107,8 +108,12 @@ class Settings:
         return self.database_url or URL.create("sqlite", database=str(self.data_dir / "ledger.db"))
 
 
-def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
+def read_settings(
+    environment: Mapping[str, str] = os.environ, *, defaults: Mapping[str, str] = MappingProxyType({})
+) -> Settings:
     """Read all options from *environment*; an empty value counts as not set.
+
+    *defaults* has, by name, what an unset variable is instead of its option's default.
 
     Raises: SettingsError with all problems at once.
     """
@@ -116,7 +121,7 @@ def read_settings(environment: Mapping[str, str] = os.environ) -> Settings:
     problems: list[str] = []
     for field, option in OPTIONS.items():
         try:
-            text = _option_text(option, environment)
+            text = _option_text(option, environment) or defaults.get(option.name) or option.default
             values[field] = None if text is None else option.read(text)
         except UrlOptionError as error:
             problems.append(f"{option.name} is invalid: {error}")
@@ -178,14 +183,14 @@ def _require(problems: Iterable[str]) -> None:
         raise SettingsError(found)
 
 
-def _option_text(option: Option, environment: Mapping[str, str]) -> str | None:
+def _option_text(option: Option, environment: Mapping[str, str]) -> str:
     text = environment.get(option.name, "").strip()
     path = environment.get(f"{option.name}_FILE", "").strip() if option.is_secret else ""
     if not text and path:
         text = Path(path).read_text(encoding="utf-8").strip()
         if not text:
             raise OSError(errno.ENODATA, "it is empty")
-    return text or option.default
+    return text
 
 
 def _unknown_variables(environment: Mapping[str, str], named: frozenset[str]) -> list[str]:
@@ -206,6 +211,9 @@ def _unknown_variables(environment: Mapping[str, str], named: frozenset[str]) ->
             problems.append(f"{name} is not an option: did you mean {near[0]}?")
     return problems
 
+
+# Of a worker by itself, which serves its health and metrics: beside an api on one machine it needs a port of its own.
+WORKER_DEFAULTS: Final[Mapping[str, str]] = MappingProxyType({"MAYFLY_PORT": "8081"})
 
 _DURATION = "a duration such as 90s, 15m, 24h, 7d, 2w"
 # Planned for a later release. Ignoring one of these could delete what it is meant to keep.

@@ -49,5 +49,6 @@ class Settled(StrEnum):
     """What became of a settlement."""
 
     SETTLED = "settled"
+    DOUBTED = "doubted"  # deferred, not called gone: the key may be another organisation's, and deletions pause
     ALREADY = "already"  # by an earlier try, whose commit succeeded although its answer was lost
     LOST = "lost"  # not stored: the lease is over, and the next claim decides

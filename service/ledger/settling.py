@@ -74,15 +74,18 @@ def _outcome(
     connection: Connection, item: Settlement, mine: Mapping[int, Row[Any]], doubted: Mapping[int, Settlement]
 ) -> Settled:
     if item.claim.seq in doubted:
-        return Settled.LOST
+        return Settled.DOUBTED
     return Settled.SETTLED if item.claim.seq in mine else _find_settled(connection, item)
 
 
 def _find_settled(connection: Connection, item: Settlement) -> Settled:
     """Tell a settlement that was committed before from one that is lost: its move is in the history."""
     for entry in history.read_entries(connection, item.claim.seq):
-        if entry.move is item.step.move and (entry.detail or {}).get("attempt") == item.claim.attempt:
+        detail = entry.detail or {}
+        if detail.get("attempt") == item.claim.attempt and entry.move is item.step.move:
             return Settled.ALREADY
+        if detail.get("attempt") == item.claim.attempt and detail.get("error") == _UNKNOWN_TO_KEY:
+            return Settled.DOUBTED
     return Settled.LOST
 
 

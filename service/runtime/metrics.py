@@ -1,5 +1,7 @@
 """The metrics of one process, for Prometheus."""
 
+from datetime import UTC, datetime
+
 from prometheus_client import CollectorRegistry, Counter, Gauge, Histogram
 
 
@@ -24,14 +26,8 @@ class Metrics:
         self.enqueue_failures = self._counter(
             "enqueue_failures", "Jobs that could not be enqueued; the safety net enqueues them again."
         )
-        self.attempts = self._counter(
-            "attempts", "Attempts to delete a generation, by the meaning of the API's answer.", "verdict"
-        )
-        self.looks = self._counter("looks", "Early looks, by the meaning of the API's answer.", "verdict")
-        self.api_calls = self._counter(
-            "api_calls", "Calls to the Sync API, by method and status class.", "method", "status"
-        )
-        self.loops_failed = self._counter("loops_failed", "Failed rounds of a background loop.", "loop")
+        self.running = self._gauge("running", "1 for each side that this process runs, web or worker.", "side")
+        self._make_workers()
         self.receive_seconds = Histogram(
             "mayfly_receive_seconds",
             "Time from the last byte of the first webhook of a commit until the commit is durable.",
@@ -46,6 +42,39 @@ class Metrics:
         self.held_records = self._gauge("held_records", "Records on hold, by what holds them.", "cause")
         self.ledger_up = self._gauge("ledger_up", "1 if the ledger answered when these gauges were last read, else 0.")
         self.pauses = self._gauge("pauses", "1 while deletions are paused for this reason.", "kind")
+
+    def _make_workers(self) -> None:
+        self.attempts = self._counter(
+            "attempts", "Attempts to delete a generation, by the meaning of the API's answer.", "verdict"
+        )
+        self.looks = self._counter("looks", "Early looks, by the meaning of the API's answer.", "verdict")
+        self.api_calls = self._counter(
+            "api_calls", "Calls to the Sync API, by method and status class.", "method", "status"
+        )
+        self.settlements = self._counter("settlements", "Attempts to delete, by what became of the record.", "result")
+        self.deletion_lag_seconds = Histogram(
+            "mayfly_deletion_lag_seconds",
+            "Time from the due time of a record until its deletion was committed.",
+            buckets=(0.1, 0.25, 0.5, 1, 2.5, 5, 10, 30, 60, 300, 900, 3600, 86400),
+            registry=self.registry,
+        )
+        self.attempts_running = self._gauge(
+            "attempts_running", "Attempts to delete in progress in this process.", "account"
+        )
+        self.budget_waiting = self._gauge(
+            "budget_waiting", "Due jobs of this process that wait for the API's budget.", "account"
+        )
+        self.worker_round_seconds = self._gauge(
+            "worker_round_timestamp_seconds",
+            "When the loop of a worker in this process began its last round, in seconds since 1970.",
+            "account",
+        )
+        self.loops_failed = self._counter("loops_failed", "Failed rounds of a background loop.", "loop")
+
+    def last_round(self) -> datetime | None:
+        """Return when the loop furthest behind, of all accounts, began its last round; None before the first."""
+        begun = [sample.value for family in self.worker_round_seconds.collect() for sample in family.samples]
+        return datetime.fromtimestamp(min(begun), UTC) if begun else None
 
     def _counter(self, name: str, text: str, *labels: str) -> Counter:
         return Counter(f"mayfly_{name}", text, labels, registry=self.registry)

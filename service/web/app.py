@@ -3,7 +3,7 @@
 import asyncio
 from collections.abc import Callable
 from datetime import UTC, datetime
-from typing import Any
+from typing import Any, Final
 
 import structlog
 from arq.connections import ArqRedis
@@ -15,6 +15,7 @@ from litestar.openapi.spec import Components, SecurityScheme
 
 from service import __version__
 from service.config.settings import Settings, require_webhook_secret
+from service.jobs import connection
 from service.jobs.enqueue import Enqueuer
 from service.ledger.database import Database
 from service.resources import Resources, open_queue
@@ -33,6 +34,11 @@ from service.web.webhooks import webhook_handler
 
 log = structlog.get_logger()
 
+# More than probes and scrapers open.
+_WORKER_CONNECTIONS: Final = 64
+# Longer than a check of health takes, and so short that a slow client does not delay the stop of a worker.
+_WORKER_STOP_SECONDS: Final = 2
+
 
 def make_app(
     settings: Settings,
@@ -47,15 +53,7 @@ def make_app(
     enqueuer = Enqueuer(queue_pool, horizon=settings.queue_horizon, now=now, metrics=metrics)
     ledger_check = LedgerCheck(database, now=now)
     refusals = refusals or Refusals(metrics)
-    dependencies_by_name = {
-        "database": database,
-        "ledger_check": ledger_check,
-        "queue_pool": queue_pool,
-        "metrics": metrics,
-        "now": now,
-        "min_ttl": settings.min_ttl,
-        "is_dry_run": settings.is_dry_run,
-    }
+    dependencies = _health_dependencies(settings, database, queue_pool, metrics, now, ledger_check)
     operator = Router(
         "/api",
         route_handlers=[RecordsController, OperatorController],
@@ -64,7 +62,7 @@ def make_app(
     intake = _intake(settings, database, enqueuer, metrics, now, ledger_check)
     return Litestar(
         [webhook_handler(intake, refusals), health.live, health.ready, health.show_metrics, operator],
-        dependencies={name: _provide(value) for name, value in dependencies_by_name.items()},
+        dependencies=dependencies | {"min_ttl": _provide(settings.min_ttl)},
         plugins=[problems.plugin],
         request_class=problems.JsonRequest,
         response_headers=SECURITY_HEADERS,
@@ -74,6 +72,50 @@ def make_app(
         openapi_config=_openapi(),
         logging_config=None,
     )
+
+
+def make_worker_app(
+    settings: Settings,
+    database: Database,
+    queue_pool: ArqRedis,
+    metrics: Metrics,
+    *,
+    now: Callable[[], datetime] = lambda: datetime.now(UTC),
+    refusals: Refusals | None = None,
+) -> Litestar:
+    """Build the ASGI application of a worker by itself: its health and its metrics, and nothing else."""
+    refusals = refusals or Refusals(metrics)
+    ledger_check = LedgerCheck(database, now=now)
+    return Litestar(
+        [health.worker_live, health.worker_ready, health.show_metrics],
+        dependencies=_health_dependencies(settings, database, queue_pool, metrics, now, ledger_check),
+        plugins=[problems.plugin],
+        response_headers=SECURITY_HEADERS,
+        exception_handlers=problems.exception_handlers,
+        after_exception=[refusals.note_exception],
+        on_shutdown=[refusals.close],
+        openapi_config=None,
+        logging_config=None,
+    )
+
+
+def _health_dependencies(  # noqa: PLR0917 - the parts of make_app()
+    settings: Settings,
+    database: Database,
+    queue_pool: ArqRedis,
+    metrics: Metrics,
+    now: Callable[[], datetime],
+    ledger_check: LedgerCheck,
+) -> dict[str, Provide]:
+    values = {
+        "database": database,
+        "ledger_check": ledger_check,
+        "queue_pool": queue_pool,
+        "metrics": metrics,
+        "now": now,
+        "is_dry_run": settings.is_dry_run,
+    }
+    return {name: _provide(value) for name, value in values.items()}
 
 
 def _intake(  # noqa: PLR0917 - the parts of make_app()
@@ -128,5 +170,29 @@ async def run_web(settings: Settings, resources: Resources, metrics: Metrics, st
         )
         async with server as port:
             log.info("web.started", host=settings.host, port=port)
+            metrics.running.labels("web").set(1)
             await stop.wait()
         log.info("web.stopped")
+
+
+async def run_worker_web(settings: Settings, resources: Resources, metrics: Metrics, stop: asyncio.Event) -> None:
+    """Serve the health and the metrics of a worker by itself until *stop* is set.
+
+    Raises: OSError when the address cannot be listened on.
+    """
+    pool = connection.connect(resources.redis_url, retries=0)  # the worker checks the configuration of Redis
+    try:
+        refusals = Refusals(metrics)
+        async with serving(
+            make_worker_app(settings, resources.database, pool, metrics, refusals=refusals),
+            settings.host,
+            settings.port,
+            max_connections=_WORKER_CONNECTIONS,
+            stop_seconds=_WORKER_STOP_SECONDS,
+            count_refusal=refusals.count_request,
+            note_fault=refusals.note_fault,
+        ) as port:
+            log.info("worker.listening", host=settings.host, port=port)
+            await stop.wait()
+    finally:
+        await pool.aclose(close_connection_pool=True)

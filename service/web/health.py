@@ -22,6 +22,8 @@ from service.web.ledger_check import LedgerCheck
 
 _TEXT = CONTENT_TYPE_LATEST.removesuffix("; charset=utf-8")  # Litestar adds the charset
 _CHECK_SECONDS = 0.9
+# The safety net begins a round every two seconds; one may wait for the ledger and the budget.
+_ROUND_WITHIN = timedelta(minutes=1)
 # Longer than a usual backlog, a restart or a lease.
 LATE = timedelta(minutes=10)
 
@@ -46,6 +48,14 @@ async def live() -> Health:
     return Health("ok", {})
 
 
+@get("/health/live")
+async def worker_live(
+    metrics: NamedDependency[Metrics], now: NamedDependency[Callable[[], datetime]]
+) -> Response[Health]:
+    """Answer 200 while the loop of the worker in this process goes round, else 503."""
+    return _answer({"worker": _check_worker(metrics, now())})
+
+
 @get(
     "/health/ready",
     tags=["health"],
@@ -63,14 +73,48 @@ async def ready(
 
     An unreachable Redis only delays deletions. Refusing webhooks would lose them, because sync.so does not retry.
     """
+    return _answer(await _check_stores(database, ledger_check, queue_pool, now(), is_dry_run=is_dry_run))
+
+
+@get("/health/ready")
+async def worker_ready(  # noqa: PLR0917 - injected
+    database: NamedDependency[Database],
+    ledger_check: NamedDependency[LedgerCheck],
+    queue_pool: NamedDependency[ArqRedis],
+    metrics: NamedDependency[Metrics],
+    now: NamedDependency[Callable[[], datetime]],
+    is_dry_run: NamedDependency[bool],
+) -> Response[Health]:
+    """Answer 200 while the worker can commit and its loop goes round, else 503; both with the state of each part."""
+    parts = await _check_stores(database, ledger_check, queue_pool, now(), is_dry_run=is_dry_run)
+    return _answer(parts | {"worker": _check_worker(metrics, now())})
+
+
+async def _check_stores(
+    database: Database, ledger_check: LedgerCheck, queue_pool: ArqRedis, now: datetime, *, is_dry_run: bool
+) -> dict[str, Part]:
     ledger, redis, deletions = await asyncio.gather(
-        _check_ledger(ledger_check), _check_redis(queue_pool), _check_deletions(database, now(), is_dry_run=is_dry_run)
+        _check_ledger(ledger_check), _check_redis(queue_pool), _check_deletions(database, now, is_dry_run=is_dry_run)
     )
-    parts = {"ledger": ledger, "redis": redis, "deletions": deletions}
-    if parts["ledger"].status == "failing":
+    return {"ledger": ledger, "redis": redis, "deletions": deletions}
+
+
+def _answer(parts: dict[str, Part]) -> Response[Health]:
+    if any(parts[name].status == "failing" for name in ("ledger", "worker") if name in parts):
         return Response(Health("failing", parts), status_code=503)
     is_well = all(part.status == "ok" for part in parts.values())
     return Response(Health("ok" if is_well else "degraded", parts))
+
+
+def _check_worker(metrics: Metrics, now: datetime) -> Part:
+    """Tell a worker whose event loop runs, but whose safety net is stuck, from one that works."""
+    begun = metrics.last_round()
+    if begun is None:
+        return Part("failing", "its loop has not begun yet")
+    if now - begun >= _ROUND_WITHIN:
+        seconds = int((now - begun).total_seconds())
+        return Part("failing", f"its loop has not gone round for {seconds} s: restart it, and keep its log")
+    return Part("ok")
 
 
 async def _check_ledger(ledger_check: LedgerCheck) -> Part:

@@ -17,7 +17,7 @@ _CHECK_SECONDS: Final = 0.9
 _WRITE_EVERY_SECONDS: Final = 1.0
 # For so long the failure of a webhook's commit counts: the check's small row may still have found room on a full disk.
 _REMEMBERED_SECONDS: Final = 2.0
-_NO_WRITES: Final = "the database accepts no writes: webhooks are answered 503 until it does"
+_NO_WRITES: Final = "the database accepts no writes: webhooks are answered 503, and nothing is deleted, until it does"
 
 
 class LedgerCheck:

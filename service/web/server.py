@@ -9,9 +9,12 @@ from collections.abc import AsyncIterator, Callable, Iterable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
+import structlog
 import uvicorn
 
 from service.core.errors import ExplainedError
+
+log = structlog.get_logger()
 
 # The most requests in progress, and the most connections; beyond either, uvicorn answers a request 503.
 MAX_CONCURRENT: Final = 4096
@@ -20,11 +23,15 @@ _OTHER_FILES: Final = 256
 # The keep-alive timeout; longer than a proxy's, so that the proxy closes first.
 _IDLE_SECONDS: Final = 75
 # Longer than a body (10 s) and a write to the ledger (10 s) may take, so that a stop interrupts no response.
-_STOP_SECONDS: Final = 22
+STOP_SECONDS: Final = 22
 _BACKLOG: Final = 2048
 # The path and query of a request. Litestar keeps the last thousand paths, for good: at httptools' own 64 KiB, of
 # characters that take four bytes each in memory, anyone could fill half a gigabyte. An id has 255 characters.
 MAX_TARGET_BYTES: Final = 4096
+_NO_UPGRADE: Final = (
+    b"This server speaks HTTP/1.1 alone, and cannot read the body of a request that asks for another protocol. "
+    b"Nothing was stored. Send it without the Upgrade header."
+)
 _START_POLL_SECONDS: Final = 0.005
 
 
@@ -34,10 +41,15 @@ async def serving(
     host: str,
     port: int,
     *,
+    max_connections: int = MAX_CONCURRENT,
+    stop_seconds: int = STOP_SECONDS,
     count_refusal: Callable[[str], object] = lambda _reason: None,
     note_fault: Callable[[BaseException], object] | None = None,
 ) -> AsyncIterator[int]:
     """Serve *app* and yield the port, chosen by the system for port 0; at the end finish the requests in progress.
+
+    Those that take longer than *stop_seconds* are interrupted. Beyond *max_connections*, or fewer where the limit of
+    open files is too low for them, requests are answered 503.
 
     *count_refusal* is called with a reason for each request that *app* does not see or that nobody waits for:
     ``not_http``, ``not_served`` (too many connections or requests), ``upgrade``, ``too_long``, ``left``. *note_fault*
@@ -48,9 +60,9 @@ async def serving(
 
     Raises: OSError when the address cannot be listened on.
     """
-    _allow_open_files(MAX_CONCURRENT + _OTHER_FILES)
+    max_connections = _allow_connections(max_connections)
     with _listen(host, port) as listener, _log_bounded(count_refusal, note_fault):
-        server = uvicorn.Server(_configure(_Guarded(app, count_refusal)))
+        server = uvicorn.Server(_configure(_Guarded(app, count_refusal), max_connections, stop_seconds))
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
@@ -61,9 +73,13 @@ async def serving(
         finally:
             server.should_exit = True
             await task
+            if server.force_exit and server.server_state.tasks:  # a second Ctrl-C
+                # The requests in progress are cancelled with the loop; their tracebacks would tell nothing more.
+                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+                log.warning("requests.interrupted", what_now="their senders get no answer and may send them again")
 
 
-def _configure(app: Any) -> uvicorn.Config:  # noqa: ANN401 - any ASGI application
+def _configure(app: Any, max_connections: int, stop_seconds: int) -> uvicorn.Config:  # noqa: ANN401 - any ASGI application
     return uvicorn.Config(
         app,
         http="httptools",
@@ -75,9 +91,9 @@ def _configure(app: Any) -> uvicorn.Config:  # noqa: ANN401 - any ASGI applicati
         proxy_headers=False,
         server_header=False,
         backlog=_BACKLOG,
-        limit_concurrency=MAX_CONCURRENT,
+        limit_concurrency=max_connections,
         timeout_keep_alive=_IDLE_SECONDS,
-        timeout_graceful_shutdown=_STOP_SECONDS,
+        timeout_graceful_shutdown=stop_seconds,
     )
 
 
@@ -102,8 +118,8 @@ class _Guarded:
 
     async def _answer_upgrade(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - ASGI's own
         """Answer as if no upgrade had been asked for, and close: uvicorn reads nothing that follows the headers."""
-        if any(name in (b"content-length", b"transfer-encoding") for name, _ in scope["headers"]):
-            await _answer_and_close(send, 400, b"Send it without the Upgrade header: its body cannot be read.")
+        if _has_body(scope["headers"]):
+            await _answer_and_close(send, 400, _NO_UPGRADE)
             return
 
         async def send_and_close(message: Any) -> None:  # noqa: ANN401 - ASGI's own
@@ -112,6 +128,10 @@ class _Guarded:
             await send(message)
 
         await self._app(scope, receive, send_and_close)
+
+
+def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
+    return any(name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers)
 
 
 def _is_upgrade(headers: Iterable[tuple[bytes, bytes]]) -> bool:
@@ -169,6 +189,32 @@ def _is_gone(error: BaseException) -> bool:
     return isinstance(cause, RuntimeError) and "the handler is closed" in str(cause)
 
 
+def _find_refusal(scope: Any) -> tuple[int, bytes] | None:  # noqa: ANN401 - ASGI's own
+    """Return the status and text for a request that must not reach the application."""
+    if scope["type"] != "http":
+        return None
+    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
+        return 414, b"The path and query are too long."
+    if _loses_its_body(scope["headers"]):
+        return 400, _NO_UPGRADE
+    return None
+
+
+def _loses_its_body(headers: list[tuple[bytes, bytes]]) -> bool:
+    """Whether a request asks for another protocol, such as h2c, and has a body.
+
+    The parser ends such a request after its headers. The body is gone, and what comes of it later would be read as
+    another request.
+    """
+    if not any(name == b"upgrade" for name, _ in headers):
+        return False
+    connection = b",".join(value.lower() for name, value in headers if name == b"connection")
+    is_upgrade = b"upgrade" in [token.strip() for token in connection.split(b",")]
+    return is_upgrade and any(
+        name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers
+    )
+
+
 class AddressError(ExplainedError):
     """The address cannot be listened on."""
 
@@ -187,12 +233,22 @@ def check_address(host: str, port: int) -> None:
 
 def _listen(host: str, port: int) -> socket.socket:
     family = socket.AF_INET6 if ":" in host else socket.AF_INET
-    return socket.create_server((host, port), family=family, backlog=_BACKLOG)
+    # "::" is every address of the machine, those of IPv4 as well.
+    is_both = family is socket.AF_INET6 and socket.has_dualstack_ipv6()
+    return socket.create_server((host, port), family=family, backlog=_BACKLOG, dualstack_ipv6=is_both)
 
 
-def _allow_open_files(wanted: int) -> None:
-    """Raise the soft limit of open files to *wanted*, or to the hard limit."""
+def _allow_connections(wanted: int) -> int:
+    """Raise the soft limit of open files for *wanted* connections, and return how many fit into the hard limit."""
+    files = wanted + _OTHER_FILES
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    if soft < wanted:
-        soft = wanted if hard == resource.RLIM_INFINITY else min(wanted, hard)
+    if soft < files:
+        soft = files if hard == resource.RLIM_INFINITY else min(files, hard)
         resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+    if soft >= files:
+        return wanted
+    # With no file left, a new connection would wait without an answer.
+    allowed = max(soft - _OTHER_FILES, soft // 2)
+    what_now = f"beyond {allowed} connections requests are answered 503; raise the limit (ulimit -n) to {files}"
+    log.warning("files.limited", limit=soft, needed=files, what_now=what_now)
+    return allowed

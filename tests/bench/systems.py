@@ -105,7 +105,8 @@ def mayfly() -> System:
     """Mayfly as in production: `mayfly api` and `mayfly worker` with a ledger and a Redis of their own."""
     command = str(BIN / "mayfly")
     # uvicorn's port is a setting of Mayfly's.
-    return System("mayfly", lambda port: ["env", f"MAYFLY_PORT={port}", command, "api"], [command, "worker"])
+    worker = ["env", "MAYFLY_PORT=0", command, "worker"]
+    return System("mayfly", lambda port: ["env", f"MAYFLY_PORT={port}", command, "api"], worker)
 
 
 def fastapi_arq() -> System:

@@ -9,7 +9,7 @@ import msgspec
 
 OVERLAYS = ("dry-run", "minimal", "production", "keda", "example")
 # Kinds of add-ons whose schemas the validator does not carry.
-CUSTOM_KINDS = {"ScaledObject", "TriggerAuthentication", "ServiceMonitor", "PrometheusRule"}
+CUSTOM_KINDS = {"ScaledObject", "TriggerAuthentication", "ServiceMonitor", "PodMonitor", "PrometheusRule"}
 
 _QUANTITY = re.compile(r"(\d+(?:\.\d+)?)(m|k|M|G|T|Ki|Mi|Gi|Ti)?")
 _SUFFIXES = {"": Decimal(1), "m": Decimal("0.001")}

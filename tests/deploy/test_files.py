@@ -12,7 +12,6 @@ import msgspec
 import pytest
 
 from service.config.settings import OPTIONS
-from tests.deploy.probe import WORKER_IS_ALIVE
 from tests.support.readme import rows
 from workers.runner import STOP_SECONDS
 
@@ -127,10 +126,12 @@ def test_compose_gives_what_deletes_time_to_finish(root: Path, file: str, servic
     assert int(grace.removesuffix("s")) >= STOP_SECONDS + 10
 
 
-def test_compose_asks_a_worker_for_its_mark_as_worker_check_does(root: Path) -> None:
-    asked = _services(root, "compose.yaml")["worker"]["healthcheck"]["test"]
+def test_compose_asks_api_and_worker_for_their_health_as_the_image_does(root: Path) -> None:
+    services = _services(root, "compose.yaml")
+    image = (root / "deploy" / "Dockerfile").read_text(encoding="utf-8")
 
-    assert asked == ["CMD-SHELL", f'test "$$({WORKER_IS_ALIVE})"']
+    assert not {"api", "worker"} & {name for name, service in services.items() if "healthcheck" in service}
+    assert "GET /health/live" in image.partition("HEALTHCHECK")[2]
 
 
 def test_the_locks_hold_what_pyproject_asks_for() -> None:

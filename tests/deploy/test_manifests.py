@@ -30,7 +30,6 @@ from tests.deploy.kubernetes import (
     quantity,
     services_ports,
 )
-from tests.deploy.probe import WORKER_IS_ALIVE
 from workers.runner import STOP_SECONDS
 
 # Names of other programs' variables.
@@ -89,6 +88,8 @@ def test_every_selector_picks_pods_that_are_there(overlay: list[Manifest]) -> No
     for manifest in of_kind(overlay, "ServiceMonitor"):
         services = [item["metadata"]["labels"] for item in of_kind(overlay, "Service")]
         assert any(is_selected(item, manifest["spec"]["selector"]) for item in services)
+    for manifest in of_kind(overlay, "PodMonitor"):
+        assert any(is_selected(item, manifest["spec"]["selector"]) for item in labels)
 
 
 def test_scalers_and_routes_name_what_is_there(overlay: list[Manifest]) -> None:
@@ -230,6 +231,9 @@ def test_services_routes_monitors_and_policies_name_ports_that_are_there(overlay
         assert all(backend["port"]["name"] in services[backend["name"]] for backend in backends)
     for manifest in of_kind(overlay, "ServiceMonitor"):
         assert {endpoint["port"] for endpoint in manifest["spec"]["endpoints"]} <= services["mayfly-api"]
+    for manifest in of_kind(overlay, "PodMonitor"):
+        scraped = {endpoint["port"] for endpoint in manifest["spec"]["podMetricsEndpoints"]}
+        assert scraped <= pods_ports(overlay, manifest["spec"]["selector"])
     for manifest in of_kind(overlay, "NetworkPolicy"):
         ways = [way for kind in ("ingress", "egress") for way in manifest["spec"].get(kind, ())]
         named = {port["port"] for way in ways for port in way["ports"] if isinstance(port["port"], str)}
@@ -242,11 +246,16 @@ def test_a_stopped_worker_has_time_to_finish_its_jobs(overlay: list[Manifest]) -
     assert pods["Deployment/mayfly-worker"]["terminationGracePeriodSeconds"] >= STOP_SECONDS + 10
 
 
-def test_the_probe_of_a_worker_looks_for_its_mark_as_worker_check_does(overlay: list[Manifest]) -> None:
-    (worker,) = [container for _, container in containers(overlay) if container["name"] == "worker"]
+def test_api_and_worker_are_asked_for_their_health(overlay: list[Manifest]) -> None:
+    asked = {
+        container["name"]: {kind: container[kind]["httpGet"]["path"] for kind in container if kind.endswith("Probe")}
+        for _, container in containers(overlay)
+        if container["name"] in {"api", "worker"}
+    }
 
-    for kind in ("startupProbe", "livenessProbe"):
-        assert worker[kind]["exec"]["command"] == ["sh", "-c", f'test "$({WORKER_IS_ALIVE})"']
+    live, ready = "/health/live", "/health/ready"
+    probes = {"startupProbe": live, "livenessProbe": live, "readinessProbe": ready}
+    assert asked == {"api": probes, "worker": probes}
 
 
 def test_a_node_can_be_drained_of_pods_that_are_not_well(overlay: list[Manifest]) -> None:
@@ -307,7 +316,9 @@ def test_nothing_reaches_the_pods_but_what_a_policy_lets_in(overlay: list[Manife
 
     assert {"podSelector": {}, "policyTypes": ["Ingress", "Egress"]} in policies
     worker = {"app.kubernetes.io/name": "mayfly", "app.kubernetes.io/component": "worker"}
-    assert not any("ingress" in item and is_selected(worker, item["podSelector"]) for item in policies)
+    (scrapes,) = [item for item in policies if "ingress" in item and is_selected(worker, item["podSelector"])]
+    (way,) = scrapes["ingress"]
+    assert len(way["from"]) == 1, "others than the monitoring reach the workers"
 
 
 def test_the_first_overlay_deletes_nothing_and_is_minimal_otherwise(render) -> None:

@@ -96,7 +96,7 @@ def _workers(stores: Stores, number: int, **more: str) -> Iterator[None]:
     with ExitStack() as stack:
         for _ in range(number):
             folder = stores.where.folder / f"worker-{time.monotonic_ns()}"
-            environment = stores.environment(MAYFLY_DATA_DIR=str(folder), **more)
+            environment = stores.environment(MAYFLY_DATA_DIR=str(folder), MAYFLY_PORT="0", **more)
             log = folder.with_suffix(".log")
             process = stack.enter_context(running([MAYFLY, "worker"], log=log, environment=environment))
             wait_for_file(folder / "worker.alive", process)

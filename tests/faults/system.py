@@ -77,7 +77,7 @@ class System:
                 "MAYFLY_DATABASE_URL": self.ledger.url,
                 "MAYFLY_REDIS_URL": self.redis.url,
                 "MAYFLY_DATA_DIR": str(self.folder / "data"),
-                "MAYFLY_PORT": str(self.port),
+                "MAYFLY_PORT": "0" if command == "worker" else str(self.port),
                 "MAYFLY_LOG_FORMAT": "json",
                 "MAYFLY_MIN_TTL": "1s",
                 "MAYFLY_TTL": "1s",

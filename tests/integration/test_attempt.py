@@ -16,6 +16,7 @@ from service.core.retention import Policy
 from service.core.secret import Secret
 from service.ledger import history, moving, pausing, settling
 from service.ledger.database import LedgerUnavailableError, UnknownOutcomeError
+from service.ledger.key_history import MAX_UNKNOWN
 from service.ledger.opening import open_database
 from service.ledger.outcomes import CopyResult, Settled, Settlement
 from service.ledger.pausing import Kind
@@ -31,6 +32,7 @@ from tests.support.ledger import (
     claim_one,
     confirmed,
     end_lease,
+    gone_already,
     lose_leases,
     moves_of,
     receive,
@@ -706,6 +708,55 @@ async def test_each_attempt_is_counted_by_its_verdict(cleaner, database, announc
     await cleaner.clean(await claim_one(database))
 
     assert metrics.registry.get_sample_value("mayfly_attempts_total", {"verdict": "done"}) == 1
+
+
+def counted(metrics, name):
+    """Return what a counter has, by label."""
+    samples = [sample for family in metrics.registry.collect() for sample in family.samples]
+    return {s.labels.get("result"): s.value for s in samples if s.name == name and s.value}
+
+
+@pytest.mark.parametrize(
+    ("options", "changes", "result"),
+    [
+        ({}, {}, "deleted"),
+        ({"faults": {"GET": ["404"]}}, {}, "already_gone"),
+        ({"faults": {"DELETE": ["409"]}}, {}, "deferred"),
+        ({}, {"is_dry_run": True}, "rehearsed"),
+    ],
+)
+async def test_each_attempt_is_counted_by_what_became_of_its_record(  # noqa: PLR0917 - fixtures
+    cleaner_of, api, database, announced, metrics, options, changes, result
+):
+    await announced(**options)
+    await cleaner_of(api, **changes).clean(await claim_one(database))
+
+    assert counted(metrics, "mayfly_settlements_total") == {result: 1}
+    lags = metrics.registry.get_sample_value("mayfly_deletion_lag_seconds_count")
+    assert lags == (result in {"deleted", "already_gone"})
+    assert lags == 0 or 3500 < metrics.registry.get_sample_value("mayfly_deletion_lag_seconds_sum") < 3700
+
+
+async def test_a_record_in_doubt_is_logged_as_such_and_not_as_a_lost_lease(
+    cleaner, database, announced, metrics, capfd
+):
+    keys = [await announced(faults={"GET": ["404"]}) for _ in range(MAX_UNKNOWN + 1)]
+    for item in await claim(database):
+        assert await cleaner.clean(item) in {Verdict.GONE, None}
+    said = capfd.readouterr().out
+
+    assert counted(metrics, "mayfly_settlements_total") == {"already_gone": MAX_UNKNOWN, "doubted": 1}
+    assert (said.count("cleanup.doubted"), said.count("lease_lost")) == (1, 0)
+    assert sorted([(await row_of(database, key)).state for key in keys])[-1] == State.SCHEDULED
+
+
+async def test_a_doubt_whose_commit_was_reported_late_is_still_a_doubt(database, announced):
+    for _ in range(MAX_UNKNOWN + 1):
+        await announced()
+    *others, last = [gone_already(item) for item in await claim(database)]
+    await settle(database, *others)
+
+    assert [(await settle(database, last))[0] for _ in range(2)] == [Settled.DOUBTED] * 2
 
 
 async def test_a_settled_record_cannot_be_settled_again(database, announced):

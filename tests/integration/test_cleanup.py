@@ -5,6 +5,7 @@ import time
 from contextlib import asynccontextmanager
 from datetime import timedelta
 from functools import partial
+from typing import cast
 
 import pytest
 from arq.worker import Retry
@@ -27,6 +28,7 @@ from tests.support.waiting import eventually
 from workers import account, cleanup, runner
 from workers import ledger as worker_ledger
 from workers.cleanup import Attempts, CleanupJobs
+from workers.copy import Looks
 
 UNLIMITED = Rate(100_000, 1)
 
@@ -80,6 +82,11 @@ class Work:
 
     async def run(self, key, attempt=1):
         await cleanup.cleanup({"jobs": self.jobs}, key.account, key.id, attempt)
+
+
+def no_looks() -> Looks:
+    """Return the job of early looks for tests in which it does not run."""
+    return cast("Looks", None)
 
 
 @pytest.fixture
@@ -240,7 +247,9 @@ async def test_a_cancelled_job_does_not_cancel_the_attempt(work, sqlite_database
 @asynccontextmanager
 async def working(work, pool, metrics):
     """Run what ``mayfly worker`` runs, without the safety net."""
-    running = asyncio.create_task(runner.run_jobs(pool, connection.QUEUE, work.jobs, 5, metrics, work.stopping))
+    running = asyncio.create_task(
+        runner.run_jobs(pool, connection.QUEUE, work.jobs, no_looks(), 5, metrics, work.stopping)
+    )
     try:
         yield
     finally:
@@ -288,7 +297,9 @@ async def test_a_record_whose_attempt_is_deferred_is_deleted_by_the_next_job(wor
 async def test_a_stop_waits_for_running_attempts_and_leaves_the_rest_in_the_queue(work, pool, metrics, sqlite_database):
     keys = [await store(sqlite_database) for _ in range(30)]
     work.gate.clear()
-    running = asyncio.create_task(runner.run_jobs(pool, connection.QUEUE, work.jobs, 5, metrics, work.stopping))
+    running = asyncio.create_task(
+        runner.run_jobs(pool, connection.QUEUE, work.jobs, no_looks(), 5, metrics, work.stopping)
+    )
     await put(pool, *keys)
     await eventually(lambda: len(work.begun) == 10)  # twice the places at the API
     work.stopping.set()
@@ -324,7 +335,7 @@ def failures(metrics):
 
 
 async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(work, pool):
-    worker = runner._arq_worker(pool, connection.QUEUE, work.jobs, 50)
+    worker = runner._arq_worker(pool, connection.QUEUE, work.jobs, no_looks(), 50)
     is_built = {
         "queue_name": connection.QUEUE,
         "keep_result_s": 0,
@@ -342,7 +353,7 @@ async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(wor
     }
 
     assert {name: getattr(worker, name) for name in is_built} == is_built
-    assert list(worker.functions) == [enqueue.CLEANUP]
+    assert list(worker.functions) == [enqueue.CLEANUP, enqueue.COPY]
     assert worker.queue_read_limit >= 10 * worker.max_jobs
     # It may wait for the budget and then hold a whole lease; and so long arq keeps the id of a worker that died.
     assert cleanup.BUDGET_SECONDS + worker_ledger.LEASE.total_seconds() < worker.job_timeout_s <= 90

@@ -14,12 +14,14 @@ from uuid import uuid4
 
 import httpx
 import pytest
+from sqlalchemy import URL
 from structlog.testing import capture_logs
 
 from service.commands.doctor import _check_clock, _judge_answer
 from service.config.settings import read_settings
 from service.core.secret import Secret
 from service.ledger import heartbeats
+from service.ledger.opening import open_database
 from service.sync.organisation import (
     OTHER_ORGANISATION,
     check_organisations,
@@ -29,6 +31,7 @@ from service.sync.organisation import (
 from tests.conftest import API_TOKEN, http_client
 from tests.support.commands import command
 from tests.support.ledger import HOUR, claim_one, given_up, settle, store
+from tests.support.ports import free_port
 from tests.support.redis import redis_server
 from tests.support.waiting import eventually
 from tests.support.webhooks import SECRET, webhook
@@ -200,6 +203,7 @@ async def examined(tmp_path, simulator, *options: str, **environment: str):
         "SYNC_API_KEY": simulator.api_key,
         "SYNC_WEBHOOK_SECRET": SECRET,
         "MAYFLY_DATA_DIR": str(tmp_path / "data"),
+        "MAYFLY_PORT": str(free_port()),
     }
     code, output, _ = await mayfly("doctor", "--json", *options, **defaults | environment)
     return code, {finding["part"]: finding for finding in json.loads(output)["findings"]}
@@ -217,7 +221,9 @@ async def test_doctor_passes_on_a_fresh_machine_and_changes_nothing(tmp_path, si
         "API key": "ok",
         "organisation": "ok",
         "clock": "warning",  # the simulator tells no date
+        "service": "ok",  # not started yet
     }
+    assert found["data dir"]["detail"] == f"{tmp_path}/data, does not exist yet: the first start makes it"
     assert list(tmp_path.iterdir()) == []
     assert [call.operation for call in simulator.calls] == ["LIST", "SECRET"]
 
@@ -364,9 +370,9 @@ async def test_doctor_names_the_worker_and_the_failed_and_held_records(
     tmp_path, simulator, sqlite_database, sqlite_url
 ):
     url = f"sqlite:///{sqlite_url.database}"
-    await store(sqlite_database)
+    failed = await store(sqlite_database)
     await settle(sqlite_database, given_up(await claim_one(sqlite_database)))
-    await store(sqlite_database, hold="legal", due_in=None)
+    held = [await store(sqlite_database, hold="legal", due_in=None) for _ in range(7)]
     _, before = await examined(tmp_path, simulator, MAYFLY_DATABASE_URL=url)
     await sqlite_database.write(partial(heartbeats.record_beat, name=heartbeats.WORKER, now=datetime.now(UTC)))
     code, found = await examined(tmp_path, simulator, MAYFLY_DATABASE_URL=url)
@@ -374,8 +380,91 @@ async def test_doctor_names_the_worker_and_the_failed_and_held_records(
     assert (before["worker"]["status"], before["worker"]["detail"]) == ("warning", "no worker has been seen")
     assert (code, found["worker"]["status"]) == (0, "ok")
     assert found["failed records"]["status"] == "warning"
-    assert "1 given up" in found["failed records"]["detail"]
-    assert "1 on hold" in found["held records"]["detail"]
+    assert found["failed records"]["detail"] == (
+        f"1 given up, each needs an operator: {failed.id}; mayfly records list --state failed"
+    )
+    newest = ", ".join(key.id for key in reversed(held[2:]))
+    assert found["held records"]["detail"] == f"7 on hold: {newest} and 2 more; mayfly records list --state held"
+
+
+async def test_doctor_shows_the_data_directory_by_its_absolute_path(tmp_path, simulator):
+    for made in (False, True):
+        if made:
+            (tmp_path / "data").mkdir()
+        environment = {"SYNC_BASE_URL": simulator.url, "MAYFLY_DATA_DIR": "data", "MAYFLY_PORT": "0"}
+        ended = await asyncio.to_thread(
+            subprocess.run,
+            [*MAYFLY, "doctor", "--json"],
+            env={"PATH": os.environ["PATH"], **environment},
+            cwd=tmp_path,
+            capture_output=True,
+            check=False,
+        )
+        found = {finding["part"]: finding for finding in json.loads(ended.stdout)["findings"]}
+
+        assert found["data dir"]["detail"].partition(",")[0] == str(tmp_path / "data")
+
+
+async def test_doctor_says_that_a_running_mayfly_is_ready(tmp_path, simulator, sqlite_database, open_client):
+    async with open_client(sqlite_database) as client:
+        _, found = await examined(tmp_path, simulator, MAYFLY_PORT=str(client.base_url.port))
+
+    assert found["service"] == {
+        "part": "service",
+        "status": "ok",
+        "detail": f"Mayfly is ready at http://127.0.0.1:{client.base_url.port}",
+    }
+
+
+async def test_doctor_says_why_a_running_mayfly_is_degraded_or_not_ready(
+    tmp_path, simulator, sqlite_database, open_client
+):
+    async with open_client(sqlite_database, MAYFLY_DRY_RUN="true") as client:
+        _, dry = await examined(tmp_path, simulator, MAYFLY_PORT=str(client.base_url.port))
+    broken = URL.create("postgresql", "mayfly", "verysecret", "127.0.0.1", 1, "mayfly")
+    async with open_database(broken) as database, open_client(database) as client:
+        code, failing = await examined(tmp_path, simulator, MAYFLY_PORT=str(client.base_url.port))
+
+    assert dry["service"]["status"] == "warning"
+    assert dry["service"]["detail"].endswith("but deletions: MAYFLY_DRY_RUN is on: nothing is deleted")
+    assert (code, failing["service"]["status"]) == (1, "failing")
+    assert failing["service"]["detail"].startswith("Mayfly is not ready at http://127.0.0.1:")
+    assert "ledger: the database accepts no writes" in failing["service"]["detail"]
+    assert "verysecret" not in str(failing)
+
+
+@pytest.mark.parametrize("exists", [False, True])
+async def test_doctor_says_that_nothing_runs(tmp_path, simulator, sqlite_url, exists):
+    ledger = {"MAYFLY_DATABASE_URL": f"sqlite:///{sqlite_url.database}"} if exists else {}
+    code, found = await examined(tmp_path, simulator, **ledger)
+
+    assert (code, found["service"]["status"]) == (0, "warning" if exists else "ok")
+    assert found["service"]["detail"].startswith("nothing answers at http://127.0.0.1:")
+
+
+async def test_doctor_says_that_something_else_is_at_the_port(tmp_path, simulator):
+    async def stay_silent(reader, writer):
+        await reader.read()
+        writer.close()
+
+    port = httpx.URL(simulator.url).port
+    code, found = await examined(tmp_path, simulator, MAYFLY_PORT=str(port))
+    async with await asyncio.start_server(stay_silent, "127.0.0.1", 0) as silent:
+        port = silent.sockets[0].getsockname()[1]
+        _, hung = await examined(tmp_path, simulator, MAYFLY_PORT=str(port))
+
+    assert (code, found["service"]["status"]) == (1, "failing")
+    assert "another program answers at" in found["service"]["detail"]
+    assert hung["service"]["status"] == "failing"
+    assert "gives no answer" in hung["service"]["detail"]
+
+
+async def test_doctor_asks_a_worker_by_itself_at_its_own_default_port():
+    code, output, _ = await mayfly("doctor", "--role", "worker", "--json")
+    found = {finding["part"]: finding for finding in json.loads(output)["findings"]}
+
+    assert code == 1
+    assert "http://127.0.0.1:8081" in found["service"]["detail"]
 
 
 async def test_doctor_warns_of_a_postgresql_that_may_lose_commits(tmp_path, simulator, postgres_url):

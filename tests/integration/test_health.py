@@ -7,7 +7,6 @@ from functools import partial
 
 import pytest
 from litestar import get
-from prometheus_client.parser import text_string_to_metric_families
 from sqlalchemy import URL, text
 
 from service.core.secret import Secret
@@ -20,6 +19,7 @@ from service.web.security_headers import SECURITY_HEADERS
 from service.web.server import serving
 from tests.conftest import API_TOKEN, http_client
 from tests.support.ledger import HOUR, claim, confirmed, given_up, settle, store
+from tests.support.metrics import numbers_of
 from tests.support.waiting import eventually
 from tests.support.webhooks import webhook
 
@@ -33,15 +33,6 @@ def serve(settings, metrics):
         return serving(app, "127.0.0.1", 0)
 
     return client_of
-
-
-async def numbers_of(client):
-    """Return the samples of /metrics by name and labels."""
-    answer = await client.get("/metrics")
-    assert answer.headers["content-type"].startswith("text/plain")
-    assert answer.headers["content-type"].count("charset") == 1
-    families = text_string_to_metric_families(answer.text)
-    return {(s.name, *s.labels.values()): s.value for family in families for s in family.samples}
 
 
 async def test_health_is_ok_with_all_parts_ok(app_client):
@@ -144,7 +135,7 @@ async def test_a_ledger_that_refuses_writes_is_503(serve, pool, sqlite_url, post
             parts.append((answer.status_code, answer.json()["parts"]["ledger"]))
             blocker.close()
 
-    detail = "the database accepts no writes: webhooks are answered 503 until it does"
+    detail = "the database accepts no writes: webhooks are answered 503, and nothing is deleted, until it does"
     assert parts == [(503, {"status": "failing", "detail": detail})] * 2
 
 

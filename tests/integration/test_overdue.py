@@ -61,6 +61,7 @@ class Net:
         self.budget = Budget(rate, pool, Secret("sk-1"), clock=clock, stopping=self.stopping)
         self.attempts = Attempts(self.clean, limit=10)
         self.overdue = Overdue(
+            account="default",
             ledger=LedgerCalls(self.read_outlook, self.end_leases, self.claim, self.beat_in_ledger),
             enqueue=self.enqueue,
             budget=self.budget,

@@ -14,6 +14,7 @@ import uvloop
 from service.commands.running import on_stop
 from service.web import server as serving_module
 from service.web.server import serving
+from tests.support.webhooks import webhook
 
 GET = b"GET / HTTP/1.1\r\nHost: x\r\n\r\n"
 LAST = b"GET / HTTP/1.1\r\nHost: x\r\nConnection: close\r\n\r\n"
@@ -83,6 +84,20 @@ async def test_the_server_can_listen_on_ipv6():
         assert statuses(await exchange(port, LAST, host="::1")) == [200]
 
 
+async def test_the_address_of_all_listens_on_both_families():
+    async with serving(app, "::", 0) as port:
+        answers = [await exchange(port, LAST, host=host) for host in ("::1", "127.0.0.1")]
+
+    assert [statuses(answer) for answer in answers] == [[200], [200]]
+
+
+async def test_an_ipv4_address_and_one_of_ipv6_may_share_a_port():
+    async with serving(app, "::1", 0) as port, serving(app, "127.0.0.1", port):
+        answers = [await exchange(port, LAST, host=host) for host in ("::1", "127.0.0.1")]
+
+    assert [statuses(answer) for answer in answers] == [[200], [200]]
+
+
 # What it refuses
 
 
@@ -108,9 +123,52 @@ async def test_bytes_that_are_not_http_are_refused_without_a_log_line(junk, capl
     assert caplog.records == []  # anyone can send it, as often as they like
 
 
-async def test_beyond_the_connection_limit_a_request_is_answered_503_without_a_log_line(monkeypatch, caplog):
-    monkeypatch.setattr(serving_module, "MAX_CONCURRENT", 3)
+H2C = b"Host: x\r\nConnection: Upgrade, HTTP2-Settings\r\nUpgrade: h2c\r\nHTTP2-Settings: AAMAAABkAAQCAAAAAAIAAAAA\r\n"
+
+
+@pytest.mark.parametrize("offer", [H2C, H2C.replace(b"h2c", b"websocket"), H2C + b"Content-Length: 0\r\n"])
+async def test_an_offer_of_another_protocol_is_answered_in_http_1_1(offer, caplog):
     async with serving(app, "127.0.0.1", 0) as port:
+        answer = await exchange(port, b"GET / HTTP/1.1\r\n" + offer + b"\r\n", LAST, pause=0.1)
+
+    assert statuses(answer) == [200, 200]
+    assert caplog.records == []
+
+
+async def test_an_upgrade_that_the_connection_does_not_offer_keeps_its_body():
+    head = b"POST / HTTP/1.1\r\nHost: x\r\nUpgrade: h2c\r\nContent-Length: 3\r\nConnection: close\r\n\r\n"
+    async with serving(app, "127.0.0.1", 0) as port:
+        answer = await exchange(port, head + b"abc")
+
+    assert (statuses(answer), answer[-1:]) == ([200], b"3")
+
+
+@pytest.mark.parametrize(
+    "body",
+    [b"Content-Length: 3\r\n\r\nabc", b"Transfer-Encoding: chunked\r\n\r\n3\r\nabc\r\n0\r\n\r\n"],
+    ids=["length", "chunks"],
+)
+async def test_a_body_that_an_upgrade_loses_is_refused_and_said(body):
+    async with serving(app, "127.0.0.1", 0) as port:
+        answer = await exchange(port, b"POST / HTTP/1.1\r\n" + H2C + body)
+
+    assert statuses(answer) == [400]
+    assert b"connection: close" in answer
+    assert b"Nothing was stored. Send it without the Upgrade header." in answer
+
+
+async def test_what_follows_a_refused_upgrade_is_read_as_no_request():
+    hidden = b"GET /hidden HTTP/1.1\r\nHost: x\r\n\r\n"
+    head = b"POST / HTTP/1.1\r\n" + H2C + b"Content-Length: %d\r\n\r\n" % len(hidden)
+    async with serving(app, "127.0.0.1", 0) as port:
+        at_once, later = await exchange(port, head + hidden), await exchange(port, head, hidden, pause=0.1)
+
+    assert statuses(at_once) == [400]
+    assert statuses(later) in ([400], [])  # the connection may be reset by then
+
+
+async def test_beyond_the_connection_limit_a_request_is_answered_503_without_a_log_line(caplog):
+    async with serving(app, "127.0.0.1", 0, max_connections=3) as port:
         idle = [await asyncio.open_connection("127.0.0.1", port) for _ in range(2)]
         await asyncio.sleep(0.1)
         refused = await exchange(port, LAST)
@@ -165,9 +223,8 @@ async def test_a_stop_answers_requests_in_progress_with_connection_close():
     assert took < 3
 
 
-async def test_a_client_that_stops_sending_its_body_cannot_delay_a_stop(monkeypatch, caplog):
-    monkeypatch.setattr(serving_module, "_STOP_SECONDS", 1)
-    async with serving(app, "127.0.0.1", 0) as port:
+async def test_a_client_that_stops_sending_its_body_cannot_delay_a_stop(caplog):
+    async with serving(app, "127.0.0.1", 0, stop_seconds=1) as port:
         stuck = await asyncio.open_connection("127.0.0.1", port)
         stuck[1].write(b"POST / HTTP/1.1\r\nHost: x\r\nContent-Length: 9\r\n\r\na")
         await asyncio.sleep(0.1)
@@ -233,3 +290,46 @@ async def test_the_server_itself_does_not_end_an_endless_head():
 
         assert not reader.at_eof()
         writer.close()
+
+
+# Its limits, and its end, as a process
+
+
+@pytest.mark.parametrize(("hard", "is_low"), [(256, True), (5000, False)])
+async def test_too_few_open_files_are_named_at_the_start_and_answered_503(mayfly, hard, is_low):
+    api = mayfly("api", SYNC_API_KEY="")
+    api.prefix = ["sh", "-c", f'ulimit -n {hard}; exec "$@"', "sh"]
+    await api.start()
+    host, port = api.url.removeprefix("http://").split(":")
+    idle = [await asyncio.open_connection(host, port) for _ in range(140)]
+    await asyncio.sleep(0.3)
+    answer = await exchange(int(port), LAST)
+    for _, writer in idle:
+        writer.close()
+
+    assert statuses(answer) == [503 if is_low else 404]
+    warnings = [(line["limit"], line["needed"], line["what_now"]) for line in api.logs("files.limited")]
+    advice = "beyond 128 connections requests are answered 503; raise the limit (ulimit -n) to 4352"
+    assert warnings == ([(256, 4352, advice)] if is_low else [])
+
+
+async def test_a_second_ctrl_c_ends_it_at_once_without_a_traceback(mayfly):
+    api = await mayfly("api", SYNC_API_KEY="").start()
+    host, port = api.url.removeprefix("http://").split(":")
+    sent = webhook()
+    _, writer = await asyncio.open_connection(host, port)
+    head = [b"POST /webhooks/sync HTTP/1.1", b"Host: x", b"Content-Length: 99"]
+    head += [f"{name}: {value}".encode() for name, value in sent.headers.items()]
+    writer.write(b"\r\n".join(head) + b"\r\n\r\nhalf a body")
+    await asyncio.sleep(0.5)
+    begun = time.monotonic()
+    os.kill(api.pid, signal.SIGINT)
+    await asyncio.sleep(0.3)
+    os.kill(api.pid, signal.SIGINT)
+    await api.wait()
+    took = time.monotonic() - begun
+    writer.close()
+
+    assert took < 5
+    assert "Traceback" not in api.output()
+    assert [line["level"] for line in api.logs("requests.interrupted")] == ["warning"]

@@ -26,6 +26,7 @@ class Mayfly:
         clean = {name: value for name, value in os.environ.items() if not name.startswith(("SYNC_", "MAYFLY_"))}
         self._env = clean | {"MAYFLY_HOST": "127.0.0.1", "MAYFLY_PORT": "0", "MAYFLY_LOG_FORMAT": "json"} | env
         self._cwd = folder
+        self.prefix: list[str] = []  # a command that starts it, such as one that sets limits
         self._process: subprocess.Popen[bytes] | None = None
         self._children: set[psutil.Process] = set()
         self._begun = 0  # the size of the log when the present run began
@@ -54,7 +55,7 @@ class Mayfly:
         self._begun = self._log.stat().st_size if self._log.exists() else 0
         with self._log.open("ab") as log:
             self._process = subprocess.Popen(
-                [*_program(), *self.command.split()],
+                [*self.prefix, *_program(), *self.command.split()],
                 env=self._env,
                 cwd=self._cwd,
                 stdin=subprocess.DEVNULL,

@@ -9,6 +9,7 @@ from sqlalchemy import URL
 from service.config.settings import (
     NOT_SUPPORTED,
     OPTIONS,
+    WORKER_DEFAULTS,
     SettingsError,
     read_settings,
     require_api_key,
@@ -44,6 +45,12 @@ def test_an_empty_environment_gives_the_documented_defaults():
     assert settings.give_up_after == timedelta(days=7)
     assert settings.queue_horizon == timedelta(hours=48)
     assert settings.log_format is None
+
+
+def test_a_worker_by_itself_has_a_default_port_of_its_own():
+    assert read_settings({}, defaults=WORKER_DEFAULTS).port == 8081
+    assert read_settings({"MAYFLY_PORT": ""}, defaults=WORKER_DEFAULTS).port == 8081
+    assert read_settings({"MAYFLY_PORT": "0"}, defaults=WORKER_DEFAULTS).port == 0
 
 
 @pytest.mark.parametrize(
