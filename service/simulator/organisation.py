@@ -27,9 +27,9 @@ class Switches(msgspec.Struct, forbid_unknown_fields=True):
 
     outage: bool = False  # every connection is closed without an answer
     unauthorized: bool = False  # 401 as for a revoked key
-    latency_seconds: float = 0.0  # before each GET and DELETE of a generation
-    rate: float | None = None  # calls in each second; 429 beyond
-    processing_seconds: float = 2.0  # for generations that are made through the API
+    latency_seconds: Annotated[float, msgspec.Meta(ge=0)] = 0.0  # before each GET and DELETE of a generation
+    rate: Annotated[float, msgspec.Meta(gt=0)] | None = None  # calls in each second; 429 beyond
+    processing_seconds: Annotated[float, msgspec.Meta(ge=0)] = 2.0  # for generations that are made through the API
     # Their final statuses, in turn.
     endings: Annotated[tuple[Literal["COMPLETED", "FAILED", "REJECTED"], ...], msgspec.Meta(min_length=1)] = (
         "COMPLETED",
