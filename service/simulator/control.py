@@ -29,6 +29,7 @@ from service.simulator.control_bodies import (
     StateView,
     Summary,
     WebhookView,
+    convert_field,
     decode,
 )
 from service.simulator.generation import Generation
@@ -94,15 +95,15 @@ async def script_faults(simulated: Simulated, body: RawBody) -> None:
 @put("/standing")
 async def set_standing(simulated: Simulated, body: RawBody) -> None:
     """Set the fault of every call of an operation; null ends it."""
-    for operation, fault in decode(body, dict[str, str | None]).items():
-        simulated.plan.stand(operation, fault)
+    for operation, fault in decode(body, dict[str, object]).items():
+        simulated.plan.stand(operation, convert_field(operation, fault, str | None))
 
 
 @put("/mix")
 async def set_mix(simulated: Simulated, body: RawBody) -> None:
     """Set the faults that hit calls of an operation at random, each with its probability."""
-    for operation, probabilities in decode(body, dict[str, dict[str, float]]).items():
-        simulated.plan.mix(operation, probabilities)
+    for operation, probabilities in decode(body, dict[str, object]).items():
+        simulated.plan.mix(operation, convert_field(operation, probabilities, dict[str, float]))
 
 
 @post("/assets")

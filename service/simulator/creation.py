@@ -122,7 +122,7 @@ def _input_problems(inputs: object, model: object) -> Iterator[Problem]:
         elif kind == "image" and model != "sync-3":
             yield f"{name}.type", f"{name}.type image needs the model sync-3"
         elif item.get("url") is None and not isinstance(item.get("assetId"), str):
-            yield f"{name}.url", f"{name} needs a url or an assetId"
+            yield f"{name}.url", f"{name}.url or {name}.assetId must be there"
         elif item.get("url") is not None and (problem := url_problem(item["url"])):
             yield f"{name}.url", f"{name}.url {problem}"
 
