@@ -99,7 +99,8 @@ async def test_without_a_limit_everything_comes_in_an_order_of_no_meaning(simula
 
 async def test_a_page_begins_after_its_cursor_and_the_last_is_short(simulator, client):
     newest_first = add_in_a_row(simulator, 5)
-    pages, cursor = [], ""
+    pages: list[list[str]] = []
+    cursor = ""
     while not pages or len(pages[-1]) == 2:
         pages.append(await ids_of(client, f"limit=2{cursor}"))
         cursor = f"&cursor={pages[-1][-1]}"

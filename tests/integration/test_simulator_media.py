@@ -113,7 +113,8 @@ async def test_what_is_not_in_the_storage_is_404(simulator, stranger, path):
 async def test_assets_are_paged_and_filtered(simulator, client):
     made = [simulator.add_asset(name=f"take {number}.mp4", size=number) for number in range(5)]
     simulator.add_asset(kind="AUDIO", name="vo.wav")
-    pages, cursor = [], None
+    pages: list[list[str]] = []
+    cursor = None
     while not pages or cursor:
         params = {"limit": 2, "types": "VIDEO", "sortBy": "sizeAsc"} | ({"cursor": cursor} if cursor else {})
         page = (await client.get("/v2/assets", params=params)).json()
