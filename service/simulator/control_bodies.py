@@ -42,7 +42,6 @@ class AddRequest(msgspec.Struct, forbid_unknown_fields=True):
     webhook_copies: Annotated[int, msgspec.Meta(ge=1, le=1000)] = 1
     source: str | None = None
     generation_source: str | None = "api"
-    is_playground: bool = False
     faults: dict[str, list[str]] = {}
     overrides: dict[str, object] = {}
 

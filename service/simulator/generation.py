@@ -31,7 +31,7 @@ _WEBHOOK_KEYS = (
 class Generation:
     """A generation; *overrides* are by wire name, and ``msgspec.UNSET`` removes a key.
 
-    The API filters by *source*, *generation_source*, *is_playground* and *batch_id*, but does not show them.
+    The API filters by *source*, *generation_source* and *batch_id*, but does not show them.
     """
 
     id: str
@@ -49,13 +49,17 @@ class Generation:
     webhook_copies: int = 1
     source: str | None = None  # the header x-sync-source of the client
     generation_source: str | None = "api"  # None: from before the API knew it
-    is_playground: bool = False
     batch_id: str | None = None
     overrides: Mapping[str, object] = field(default_factory=dict)
     first_delete_at: datetime | None = None
     deleted_at: datetime | None = None
     _encoded: bytes | None = None
     _ended: asyncio.Event | None = None
+
+    @property
+    def is_playground(self) -> bool:
+        """Whether it was made in the Studio."""
+        return (self.generation_source or "").startswith("studio_")
 
     @property
     def created_at_text(self) -> str:

@@ -105,7 +105,6 @@ class Organisation:
         webhook_copies: int = 1,
         source: str | None = None,
         generation_source: str | None = "api",
-        is_playground: bool = False,
         faults: Mapping[str, Sequence[str]] | None = None,
         **overrides: object,
     ) -> Generation:
@@ -127,15 +126,9 @@ class Organisation:
             webhook_copies=webhook_copies,
             source=source,
             generation_source=generation_source,
-            is_playground=is_playground,
             overrides=overrides,
         )
-        for operation, script in (faults or {}).items():
-            self.plan.script(operation, script, generation.id)
-        self.register(generation)
-        if processing_seconds is not None:
-            self.start(self._process(generation, status, seconds=processing_seconds))
-        return generation
+        return self._register(generation, faults or {}, ending=status, processing_seconds=processing_seconds)
 
     def add_asset(self, *, kind: str = "VIDEO", name: str = "take-07.mp4", size: int = 0, is_own: bool = True) -> Asset:
         """Add an uploaded file; *is_own* is false for another member's, which the key may not delete."""
@@ -143,9 +136,21 @@ class Organisation:
         self.assets[asset.id] = asset
         return asset
 
-    def register(self, generation: Generation) -> None:
+    def _register(
+        self,
+        generation: Generation,
+        faults: Mapping[str, Sequence[str]],
+        *,
+        ending: str,
+        processing_seconds: float | None,
+    ) -> Generation:
+        for operation, script in faults.items():
+            self.plan.script(operation, script, generation.id)
         self.generations[generation.id] = generation
         bisect.insort(self._order, (generation.created_at_text, generation.id))
+        if processing_seconds is not None:
+            self.start(self._process(generation, ending, seconds=processing_seconds))
+        return generation
 
     def start(self, work: Coroutine[None, None, None]) -> None:
         """Run *work* in the background until it ends or the simulator stops."""
@@ -225,10 +230,6 @@ class Organisation:
             delivery = Delivery(at, subject_id, None, type(exc).__name__)
         self.deliveries.append(delivery)
         return delivery
-
-    def start_processing(self, generation: Generation) -> None:
-        """Process a generation that was made through the API."""
-        self.start(self._process(generation, self.next_ending(), seconds=self.switches.processing_seconds))
 
     async def _process(self, generation: Generation, status: str, *, seconds: float) -> None:
         await asyncio.sleep(seconds * 0.2)

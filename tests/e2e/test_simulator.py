@@ -24,16 +24,16 @@ PACKAGES = ("@sync.so/sdk@0.3.0", "typescript@5.9.3")
 _INSTALL_SECONDS = 90
 
 
-async def record_of(api, generation_id, state):
-    """Return the record once it is in *state*."""
+async def record_of(api, generation_id, state=None):
+    """Return the record once it is there and, if one is given, in this *state*."""
 
     async def look():
         async with http_client(api.url) as client:
             answer = await client.get(f"/api/records/{generation_id}", headers=OPERATOR)
         record = answer.json() if answer.status_code == 200 else None
-        return record if record and record["state"] == state else None
+        return record if record and state in (None, record["state"]) else None
 
-    return await eventually(look, seconds=30)
+    return await eventually(look, seconds=60)
 
 
 @pytest.fixture
@@ -59,18 +59,21 @@ async def test_the_python_sdk_sees_a_generation_until_mayfly_deletes_it(services
     from sync.common import Audio, Generation, NotFoundError, Video
 
     simulator.switches.processing_seconds = 0.5
+    simulator.plan.script("DELETE", ["hold"])  # until the client has seen the generation
     with httpx.Client(trust_env=False, timeout=10) as http:
         sdk = Sync(base_url=simulator.url, api_key=API_KEY, httpx_client=http)
         created = await asyncio.to_thread(
             sdk.generations.create,
             model="lipsync-2",
             input=[Video(url="https://example.com/video.mp4"), Audio(url="https://example.com/audio.wav")],
-            webhook_url=f"{services.url}/webhooks/sync?ttl=3s",
+            webhook_url=f"{services.url}/webhooks/sync?ttl=1s",
             output_file_name="take 7",
         )
-        scheduled = await record_of(services, created.id, "scheduled")
+        received = await record_of(services, created.id)
         completed = await asyncio.to_thread(sdk.generations.get, created.id)
         media = await asyncio.to_thread(http.get, completed.output_url or "")
+        await simulator.gates.reached(created.id)
+        simulator.release(created.id)
         deleted = await record_of(services, created.id, "deleted")
         with pytest.raises(NotFoundError) as gone:
             await asyncio.to_thread(sdk.generations.get, created.id)
@@ -79,7 +82,7 @@ async def test_the_python_sdk_sees_a_generation_until_mayfly_deletes_it(services
     assert isinstance(completed, Generation)
     assert (created.status, completed.status, media.status_code) == ("PENDING", "COMPLETED", 200)
     assert [(sent.generation_id, sent.status) for sent in simulator.deliveries] == [(created.id, 202)]
-    assert scheduled["retention"]["ttl"] == "3s"
+    assert received["retention"]["ttl"] == "1s"
     assert deleted["outputUrl"] == completed.output_url
     assert deleted["outputFileName"] == "take_7"
     assert (deleted["outcome"], deleted["receipt"]["status"]) == ("deleted", 200)
@@ -111,8 +114,9 @@ def packages(tmp_path_factory):
 async def test_the_readmes_typescript_snippet_leads_to_a_deletion(mayfly, simulator, packages):
     api = await mayfly("up", SYNC_BASE_URL=simulator.url, MAYFLY_MIN_TTL="1s").start()
     simulator.switches.processing_seconds = 0.2
+    simulator.plan.script("DELETE", ["hold"])  # until the client has seen the generation
     client = f"new SyncClient({{ baseUrl: {json.dumps(simulator.url)} }})"
-    snippet = TYPESCRIPT.replace("new SyncClient()", client).replace(PUBLIC, api.url).replace("ttl=72h", "ttl=2s")
+    snippet = TYPESCRIPT.replace("new SyncClient()", client).replace(PUBLIC, api.url).replace("ttl=72h", "ttl=1s")
     create = packages / "create.mjs"
     create.write_text(f"{snippet}\nconsole.log(generation.id);\n")
     poll = packages / "poll.mjs"
@@ -124,12 +128,14 @@ async def test_the_readmes_typescript_snippet_leads_to_a_deletion(mayfly, simula
     )
 
     generation_id = await run(["node", create.name], cwd=packages)
-    await record_of(api, generation_id, "scheduled")
+    await record_of(api, generation_id)
     before = await run(["node", poll.name, generation_id], cwd=packages)
+    await simulator.gates.reached(generation_id)
+    simulator.release(generation_id)
     record = await record_of(api, generation_id, "deleted")
     after = await run(["node", poll.name, generation_id], cwd=packages)
 
-    assert snippet.count(api.url) == snippet.count("ttl=2s") == 1
+    assert snippet.count(api.url) == snippet.count("ttl=1s") == 1
     assert (before, after) == ("COMPLETED", "404")
     assert record["outcome"] == "deleted"
 

@@ -100,8 +100,8 @@ async def test_an_unknown_generation_is_named(client):
 
 
 async def test_a_generation_can_be_added_with_its_source(simulator, client):
-    body = [{"source": "comfyui", "generation_source": None, "is_playground": True}]
+    body = [{"source": "comfyui", "generation_source": None}]
     (id_,) = (await client.post("/simulator/generations", json=body)).json()
     generation = simulator.generations[id_]
 
-    assert (generation.source, generation.generation_source, generation.is_playground) == ("comfyui", None, True)
+    assert (generation.source, generation.generation_source) == ("comfyui", None)

@@ -193,7 +193,7 @@ async def test_count_adds_up_what_passes_all_filters(simulator, client, query, c
     simulator.add(status="FAILED")
     simulator.add(project_id=PROJECT)
     simulator.add(source="comfyui")
-    simulator.add(generation_source="studio_lite", is_playground=True)
+    simulator.add(generation_source="studio_lite")
     simulator.add(generation_source=None)
 
     assert (await client.get(f"/v2/generations/count?{query}")).json() == {"count": count}
