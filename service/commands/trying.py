@@ -16,12 +16,14 @@ from service.core.signature import sign
 from service.runtime.logging import configure_logging
 from service.runtime.terminal import plain
 from service.simulator import Generation, Simulator, serve_forever
+from service.simulator.control import describe_routes
 from service.simulator.generation import sample_input
 from service.simulator.wire import is_loopback
 
 SIMULATOR_SECRET: Final = "whsec_simulator_only"  # noqa: S105 - of the simulator, protects nothing
 _SEND_SECONDS: Final = 30.0
 _SECONDS: Final = click.FloatRange(0.01, 86_400)
+_CONTROL_ROUTES: Final = "\n".join(f"  {route}\n      {sentence}" for route, sentence in describe_routes())
 _STATUSES: Final = ("COMPLETED", "FAILED", "REJECTED", "PROCESSING")
 
 
@@ -49,7 +51,17 @@ def demo(picture: Path | None) -> None:
         sys.exit(EXIT_INTERRUPTED)
 
 
-@click.command()
+@click.command(
+    epilog=f"""These routes control it, with JSON and, from this machine, without a key. What they take is in
+deploy/docs/reference.md, "The simulator"; an error says which field is wrong.
+
+\b
+{_CONTROL_ROUTES}
+
+\b
+  curl -X PATCH http://127.0.0.1:8090/simulator/switches -d '{{"outage": true}}'
+"""
+)
 @click.option("--host", default="127.0.0.1", show_default=True, help="Address to listen on.")
 @click.option(
     "--port",
@@ -79,10 +91,9 @@ def simulate(
 ) -> None:
     """Run a simulator of the Sync API, for development and tests.
 
-    It creates, shows, lists and deletes generations in memory, and sends signed webhooks. Its /simulator/ routes
-    script faults.
+    It has the routes of the API that the official SDKs call, in memory: generations, batches, assets and models. It
+    sends signed webhooks, and its output URLs lead to a few bytes of media.
     """
-
     if not allow_remote and not is_loopback(host):
         fail(f"the simulator is for this machine alone; --allow-remote lets it listen on {host}")
     configure_logging(None)

@@ -41,8 +41,22 @@ def error(status: int, message: str | list[str], code: str | None = None, **more
     return json_answer(status, body | ({"errorCode": code} if code else {}) | more)
 
 
+class RefusedError(Exception):
+    """A call that the API refuses, with its answer."""
+
+    def __init__(self, answer: Answer) -> None:
+        super().__init__(answer.status)
+        self.answer = answer
+
+
+def invalid(field: str, *messages: str, code: str | None = None) -> RefusedError:
+    """Return a 400 that names the first wrong *field*, with a message for each."""
+    return RefusedError(error(400, list(messages), code, error="Bad Request", field=field))
+
+
 KEY_MISSING = error(401, "Either Cookie or x-api-key header must be provided", error="Unauthorized")
 KEY_WRONG = error(401, "Unauthorized")
+TOKEN_WRONG = error(403, "The token is missing or wrong", error="Forbidden")
 NOT_FOUND = error(404, "Generation not found", "generation_not_found", error="Not Found")
 STILL_PROCESSING = error(
     409, "Generation cannot be deleted while processing", "generation_not_deletable_while_processing"

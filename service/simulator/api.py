@@ -6,67 +6,86 @@ the router).
 """
 
 import asyncio
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from datetime import UTC, datetime
-from itertools import islice
-from urllib.parse import parse_qsl
-from uuid import UUID
 
-import msgspec
 from litestar.types import HTTPScope, Receive, Scope, Send
 
-from service.simulator import wire
+from service.simulator import catalogue, wire
 from service.simulator.answers import (
-    INVALID_ID,
     KEY_MISSING,
     KEY_WRONG,
-    NOT_FOUND,
     RATE_LIMITED,
-    STILL_PROCESSING,
     Answer,
+    RefusedError,
     error,
     faulty,
     json_answer,
 )
-from service.simulator.calls import Call, Operation, operation_of
+from service.simulator.assets import AssetRoutes
+from service.simulator.batches import BatchRoutes
+from service.simulator.calls import CHANGING, OPEN, WITH_BODY, Call, Operation, operation_of
+from service.simulator.creating import CreateRoutes
 from service.simulator.faults import Fault, FaultName
-from service.simulator.generation import STATUSES, UNFINISHED, Generation
+from service.simulator.generations import GenerationRoutes
+from service.simulator.listing import ListRoutes
+from service.simulator.media import MediaRoutes
 from service.simulator.organisation import Organisation
+from service.simulator.requests import Request
 from service.simulator.server import hang_up
 
 _GONE = (FaultName.NOT_FOUND, FaultName.GONE)
 
 
 class SyncApi:
-    """``/v2/…`` of one organisation."""
+    """``/v2/…`` of one organisation, and the storage that its URLs lead to."""
 
     def __init__(self, organisation: Organisation) -> None:
         self._organisation = organisation
-        self._effects: dict[Operation, Callable[[Call, bytes], Answer]] = {
-            Operation.GET: self._get,
-            Operation.DELETE: self._delete,
-            Operation.LIST: self._list,
-            Operation.COUNT: self._count,
-            Operation.CREATE: self._create,
+        self._generations = GenerationRoutes(organisation)
+        lists, creation, media = ListRoutes(organisation), CreateRoutes(organisation), MediaRoutes(organisation)
+        assets, batches = AssetRoutes(organisation), BatchRoutes(organisation)
+        self._effects: dict[Operation, Callable[[Request], Answer]] = {
+            Operation.GET: self._generations.get,
+            Operation.DELETE: self._generations.delete,
+            Operation.DOWNLOAD: self._generations.download,
+            Operation.LIST: lists.list_generations,
+            Operation.COUNT: lists.count,
+            Operation.CREATE: creation.create,
+            Operation.ESTIMATE: creation.estimate,
+            Operation.MEDIA: media.media,
             Operation.SECRET: self._secret,
+            Operation.ERRORS: lambda _: catalogue.ERRORS,
+            Operation.MODELS: lambda _: catalogue.MODELS,
+            Operation.ASSET_LIST: assets.list_assets,
+            Operation.ASSET_GET: assets.get,
+            Operation.ASSET_DELETE: assets.delete,
+            Operation.ASSET_DOWNLOAD: assets.download,
+            Operation.BATCH_CREATE: batches.create,
+            Operation.BATCH_GET: batches.get,
+            Operation.BATCH_LIST: batches.list_batches,
+            Operation.BATCH_RESULT: media.batch_result,
         }
 
     async def handle(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
         call, key = self._log_call(scope)
-        body = await _body(receive) if call.operation is Operation.CREATE else b""
+        body = await _body(receive) if call.operation in WITH_BODY else b""
+        request = Request(call, list(scope["headers"]), body)
         switches = self._organisation.switches
         if switches.latency_seconds and call.operation in (Operation.GET, Operation.DELETE):
             await asyncio.sleep(switches.latency_seconds)
         if switches.outage:
             call.fault = "outage"
             hang_up(scope)
-        elif refusal := self._refusal(key):
+        elif call.operation not in OPEN and (refusal := self._refusal(key)):
             await _answer(call, send, refusal)
         elif fault := self._organisation.plan.next(call.operation, call.generation_id):
             call.fault = str(fault)
-            await self._answer_with_fault(fault, call, body, scope=scope, send=send)
+            await self._answer_with_fault(fault, request, scope=scope, send=send)
+        elif call.operation is Operation.GET and self._generations.is_long_poll(request):
+            await _answer(call, send, await self._generations.long_poll(request))
         else:
-            await _answer(call, send, self._effect(call, body))
+            await _answer(call, send, self._effect(request))
 
     def _log_call(self, scope: HTTPScope) -> tuple[Call, str | None]:
         raw_path = scope["raw_path"]
@@ -95,10 +114,11 @@ class SyncApi:
             return KEY_WRONG
         return RATE_LIMITED if self._organisation.is_over_rate() else None
 
-    async def _answer_with_fault(self, fault: Fault, call: Call, body: bytes, *, scope: Scope, send: Send) -> None:
+    async def _answer_with_fault(self, fault: Fault, request: Request, *, scope: Scope, send: Send) -> None:
+        call = request.call
         if fault.name is FaultName.HOLD:
             await self._organisation.gates.wait(call.generation_id)
-        true = self._effect(call, body) if fault.has_effect else self._without_effect(call)
+        true = self._effect(request) if fault.has_effect else self._without_effect(request)
         if fault.name in _GONE and fault.has_effect:
             self._organisation.remove(call.generation_id)
         answer = faulty(fault, true)
@@ -122,105 +142,26 @@ class SyncApi:
             case _:
                 await _answer(call, send, answer)
 
-    def _effect(self, call: Call, body: bytes) -> Answer:
-        if effect := self._effects.get(call.operation):
-            return effect(call, body)
-        return error(404, f"Cannot {call.method} {call.raw_path}", error="Not Found")
-
-    def _without_effect(self, call: Call) -> Answer:
-        """Return what the answer would show, without the effect."""
-        if call.operation is Operation.DELETE:
-            return self._get(call, b"")
-        return Answer(500, b"{}") if call.operation is Operation.CREATE else self._effect(call, b"")
-
-    def _get(self, call: Call, _: bytes) -> Answer:
-        generation = self._organisation.generations.get(call.generation_id)
-        return NOT_FOUND if generation is None else Answer(200, generation.encoded())
-
-    def _delete(self, call: Call, _: bytes) -> Answer:
-        generation = self._organisation.generations.get(call.generation_id)
-        if generation is None:
-            return NOT_FOUND
-        if generation.status in UNFINISHED:
-            return STILL_PROCESSING
-        self._organisation.remove(generation.id)
-        return Answer(200, generation.encoded())
-
-    def _list(self, call: Call, _: bytes) -> Answer:
-        query = dict(parse_qsl(call.query))
-        limit, cursor = query.get("limit"), query.get("cursor")
-        if limit is not None and not (limit.isdecimal() and 1 <= int(limit) <= 100):
-            return error(400, ["limit must be between 1 and 100"], error="Bad Request")
-        if cursor is not None and limit is None:
-            return error(400, ["cursor requires limit"], error="Bad Request")
-        if problem := _filter_problem(query):
-            return problem
-        matching = (item for item in self._organisation.newest(cursor) if _matches(item, query))
-        # Without a limit there are no pages, and the order has no meaning.
-        page = sorted(matching, key=lambda item: item.id) if limit is None else islice(matching, int(limit))
-        return Answer(200, b"[" + b",".join(item.encoded() for item in page) + b"]")
-
-    def _count(self, call: Call, _: bytes) -> Answer:
-        query = dict(parse_qsl(call.query))
-        if problem := _filter_problem(query):
-            return problem
-        return json_answer(200, {"count": sum(_matches(item, query) for item in self._organisation.newest())})
-
-    def _create(self, _: Call, body: bytes) -> Answer:
+    def _effect(self, request: Request) -> Answer:
+        call = request.call
+        if (effect := self._effects.get(call.operation)) is None:
+            return error(404, f"Cannot {call.method} {call.raw_path}", error="Not Found")
         try:
-            request = msgspec.json.decode(body, type=CreateRequest)
-        except msgspec.DecodeError as exc:
-            return error(400, [str(exc)], error="Bad Request")
-        generation = self._organisation.add(
-            model=request.model,
-            webhook_url=request.webhookUrl,
-            project_id=request.projectId,
-            output_file_name=request.outputFileName,
-            processing_seconds=self._organisation.switches.processing_seconds,
-        )
-        generation.input, generation.options = request.input, request.options
-        return Answer(201, generation.encoded())
+            return effect(request)
+        except RefusedError as refused:
+            return refused.answer
 
-    def _secret(self, call: Call, _: bytes) -> Answer:
+    def _without_effect(self, request: Request) -> Answer:
+        """Return what the answer would show, without the effect."""
+        operation = request.call.operation
+        if operation is Operation.DELETE:
+            return self._generations.get(request)
+        return Answer(500, b"{}") if operation in CHANGING else self._effect(request)
+
+    def _secret(self, request: Request) -> Answer:
+        """Answer with the secret, or masked: a value to show, with which nothing can be verified."""
         secret = self._organisation.webhook_secret
-        is_masked = dict(parse_qsl(call.query)).get("masked") == "true"
-        return json_answer(200, {"secret": f"{secret[:8]}********" if is_masked else secret})
-
-
-class CreateRequest(msgspec.Struct):
-    model: str
-    input: list[dict[str, object]]
-    options: dict[str, object] = {}
-    webhookUrl: str | None = None  # noqa: N815 (the API's own name)
-    projectId: str | None = None  # noqa: N815
-    outputFileName: str | None = None  # noqa: N815
-
-
-def _filter_problem(query: Mapping[str, str]) -> Answer | None:
-    if unknown := _listed_values(query, "status") - STATUSES:
-        return error(
-            400,
-            [f"each value in status must be one of the statuses, not {min(unknown)}"],
-            error="Bad Request",
-        )
-    try:
-        UUID(query.get("projectId", "00000000-0000-0000-0000-000000000000"))
-    except ValueError:
-        return INVALID_ID
-    return None
-
-
-def _listed_values(query: Mapping[str, str], name: str) -> frozenset[str]:
-    return frozenset(part for part in query.get(name, "").split(",") if part)
-
-
-def _matches(generation: Generation, query: Mapping[str, str]) -> bool:
-    statuses, ids = _listed_values(query, "status"), _listed_values(query, "ids")
-    return (
-        (not statuses or generation.status in statuses)
-        and (not ids or generation.id in ids)
-        and query.get("projectId") in (None, generation.project_id)
-    )
+        return json_answer(200, {"secret": f"{secret[:8]}********" if request.query.flag("masked") else secret})
 
 
 async def _answer(call: Call, send: Send, answer: Answer) -> None:

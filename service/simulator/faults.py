@@ -120,6 +120,13 @@ class Fault:
         return f"{self.name}:{rest}" if rest else self.name.value
 
 
+def _operation(name: str) -> Operation:
+    try:
+        return Operation(name)
+    except ValueError:
+        raise ValueError(f"operation {name!r} of a fault is not one of: {', '.join(Operation)}") from None
+
+
 def _parse_repeated(text: str) -> tuple[Fault, int | None]:
     """Parse a fault and its number of repetitions; None is forever."""
     repeated = _REPEATED.fullmatch(text)
@@ -141,21 +148,21 @@ class Plan:
     def script(self, operation: str, faults: Sequence[str], generation_id: str | None = None) -> None:
         """Queue *faults*, one per call, for one generation or, without an id, for any call."""
         parsed = [_parse_repeated(text) for text in faults]
-        self._scripts.setdefault((generation_id, Operation(operation)), deque()).extend(parsed)
+        self._scripts.setdefault((generation_id, _operation(operation)), deque()).extend(parsed)
 
     def stand(self, operation: str, fault: str | None) -> None:
         """Apply *fault* to every call of *operation* until it is set to None."""
-        operation = Operation(operation)
+        operation = _operation(operation)
         self.standing.pop(operation, None)
         if fault is not None:
             self.standing[operation] = Fault.parse(fault)
 
     def mix(self, operation: str, probabilities: Mapping[str, float]) -> None:
         """Apply faults to calls of *operation* at random; an empty mapping ends it."""
-        operation = Operation(operation)
+        operation = _operation(operation)
         self._mixes.pop(operation, None)
-        if sum(probabilities.values()) > 1:
-            raise ValueError("the probabilities of a mix add up to more than 1")
+        if any(share < 0 for share in probabilities.values()) or sum(probabilities.values()) > 1:
+            raise ValueError("the probabilities of a mix are negative or add up to more than 1")
         if probabilities:
             self._mixes[operation] = [(Fault.parse(text), share) for text, share in probabilities.items()]
 

@@ -8,8 +8,11 @@ import asyncio
 import contextlib
 import socket
 import struct
+import time
 from collections.abc import AsyncIterator
 from dataclasses import dataclass
+from email.utils import formatdate
+from functools import lru_cache
 from http import HTTPStatus
 from typing import Any, cast
 from urllib.parse import unquote
@@ -114,11 +117,18 @@ async def _answer(app: ASGIApp, request: "_Request", writer: asyncio.StreamWrite
 
 
 def _head(status: int, headers: Any, *, keep_alive: bool) -> bytes:  # noqa: ANN401 - pairs of bytes
-    lines = [b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, b"")), b"server: " + SERVER]
+    lines = [b"HTTP/1.1 %d %b" % (status, _PHRASES.get(status, b"")), b"date: " + _date(int(time.time()))]
+    lines.append(b"server: " + SERVER)
     lines += [b"%b: %b" % pair for pair in headers]
     if not keep_alive:
         lines.append(b"connection: close")
     return b"\r\n".join([*lines, b"", b""])
+
+
+@lru_cache(maxsize=1)
+def _date(now: int) -> bytes:
+    """Return the value of a Date header, once a second."""
+    return formatdate(now, usegmt=True).encode()
 
 
 @dataclass(frozen=True, slots=True)

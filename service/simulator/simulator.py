@@ -44,7 +44,7 @@ class Simulator(Organisation):
 
         async def app(scope: Scope, receive: Receive, send: Send) -> None:
             request = cast("HTTPScope", scope)  # the server has no websockets and no lifespan
-            if request["raw_path"].startswith(b"/simulator/"):
+            if request["raw_path"] == b"/simulator" or request["raw_path"].startswith(b"/simulator/"):
                 await control()(scope, receive, send)
             else:
                 await api.handle(request, receive, send)
