@@ -7,12 +7,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum, auto
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     Row,
+    Select,
     and_,
     case,
     func,
@@ -30,6 +31,12 @@ from service.core.retention import INVALID_RULE
 from service.ledger.schema import instant, microseconds, records
 
 MAX_PAGE = 500
+# A page ends before the record that would make it larger; a single record may be.
+MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
+# What a record adds to its texts: the names of its fields, times and numbers.
+_RECORD_BYTES: Final = 1200
+# So many records are read ahead of the one that is counted.
+_READ_AT_ONCE: Final = 16
 # How many records one page of a search reads: some 15 ms.
 SEARCHED = 10_000
 # Microseconds since 1970 and the record's number.
@@ -42,27 +49,52 @@ class CursorError(ExplainedError):
     """A cursor that is not the next_cursor of a page."""
 
 
+class Span(NamedTuple):
+    """From *since* on and before *until*; None is no bound."""
+
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def conditions(self, column: ColumnElement[datetime | None]) -> list[ColumnElement[bool]]:
+        """Return what *column* must fulfil to be within."""
+        found: list[ColumnElement[bool]] = []
+        if self.since is not None:
+            found.append(column >= self.since)
+        if self.until is not None:
+            found.append(column < self.until)
+        return found
+
+
+_ALL: Final = Span()
+
+
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What a page is filtered by; None filters nothing. *since* and *until* bound the time of receipt.
+    """What a page is filtered by; None, and a span without bounds, filter nothing.
 
-    *status* is one of sync.so's, in any case.
+    *status* is one of sync.so's, in any case. *due* is when the record is or was due, whatever its state is now.
     """
 
     state: State | None = None
     status: str | None = None
     project_id: str | None = None
-    since: datetime | None = None
-    until: datetime | None = None
+    received: Span = _ALL
+    due: Span = _ALL
+    deleted: Span = _ALL
     text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Records without their bodies, newest first, and the cursor of the next page, None on the last one."""
+    """Records without their bodies, newest first, and the cursor of the next page, None on the last one.
+
+    *size* is about how many bytes they have in JSON; *is_full*: one more would be beyond a limit.
+    """
 
     rows: Sequence[Row[Any]]
     next_cursor: str | None
+    size: int
+    is_full: bool
 
 
 def find_row(connection: Connection, key: Key) -> Row[Any] | None:
@@ -78,8 +110,10 @@ _NEWEST_FIRST = tuple(column.desc() for column in _PLACE)
 Place = tuple[datetime, int]
 
 
-def read_page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | None) -> Page:
-    """Return the page of up to *limit* records after *cursor*.
+def read_page(
+    connection: Connection, wanted: Filter, *, limit: int, cursor: str | None, room: int = MAX_PAGE_BYTES
+) -> Page:
+    """Return the page of up to *limit* records after *cursor*, or fewer: they have about *room* bytes in JSON.
 
     A search for a text reads SEARCHED records at most, so that a large ledger does not make it slow. Its page may be
     short or empty; the next page continues after the last record that was read.
@@ -92,15 +126,32 @@ def read_page(connection: Connection, wanted: Filter, *, limit: int, cursor: str
     if last is not None:
         conditions.append(tuple_(*_PLACE) >= _bound(last))
     statement = select(*_LISTED).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit + 1)
-    rows = connection.execute(statement).all()
-    if len(rows) > limit:
-        return Page(rows[:limit], _cursor_of((rows[limit - 1].received_at, rows[limit - 1].seq)))
-    return Page(rows, None if last is None else _cursor_of(last))
+    rows, size, is_full = _read_rows(connection, statement, limit=limit, room=room)
+    if is_full:
+        return Page(rows, _cursor_of((rows[-1].received_at, rows[-1].seq)), size, is_full=True)
+    return Page(rows, None if last is None else _cursor_of(last), size, is_full=False)
+
+
+def _read_rows(
+    connection: Connection, statement: Select[Any], *, limit: int, room: int
+) -> tuple[list[Row[Any]], int, bool]:
+    """Return the first rows of *statement*, their size in bytes, and whether there are more."""
+    rows: list[Row[Any]] = []
+    size = 0
+    with connection.execute(statement, execution_options={"yield_per": _READ_AT_ONCE}) as result:
+        for row in result:
+            added = _RECORD_BYTES + sum(len(value.encode()) for value in row if isinstance(value, str))
+            if len(rows) == limit or (rows and size + added > room):
+                return rows, size, True
+            rows.append(row)
+            size += added
+    return rows, size, False
 
 
 def _last_searched(connection: Connection, wanted: Filter, after: Sequence[ColumnElement[bool]]) -> Place | None:
     """Return the place of the last record that a search reads; None if it reads all that are left."""
-    statement = select(*_PLACE).where(*_bounds(wanted), *after).order_by(*_NEWEST_FIRST)
+    bounds = (*wanted.received.conditions(records.c.received_at), *after)
+    statement = select(*_PLACE).where(*bounds).order_by(*_NEWEST_FIRST)
     row = connection.execute(statement.offset(SEARCHED - 1).limit(1)).first()
     return None if row is None else (row.received_at, row.seq)
 
@@ -204,7 +255,9 @@ def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = [column == value for column, value in equal if value is not None]
     if status not in (None, "COMPLETED"):
         conditions.append(records.c.status != literal_column("'COMPLETED'"))  # as in the partial index, to match it
-    conditions += _bounds(wanted)
+    conditions += wanted.received.conditions(records.c.received_at)
+    conditions += wanted.due.conditions(records.c.due_at)
+    conditions += wanted.deleted.conditions(records.c.deleted_at)
     if wanted.text is not None:
         columns = (
             records.c.id,
@@ -215,15 +268,6 @@ def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
         )
         conditions.append(or_(*(column.icontains(wanted.text, autoescape=True) for column in columns)))
     return conditions
-
-
-def _bounds(wanted: Filter) -> list[ColumnElement[bool]]:
-    bounds: list[ColumnElement[bool]] = []
-    if wanted.since is not None:
-        bounds.append(records.c.received_at >= wanted.since)
-    if wanted.until is not None:
-        bounds.append(records.c.received_at < wanted.until)
-    return bounds
 
 
 def _cursor_of(place: Place) -> str:
