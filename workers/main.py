@@ -14,6 +14,7 @@ from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
 from workers.account import open_parts
+from workers.hygiene import Hygiene
 from workers.runner import STOP_SECONDS, run_jobs
 
 log = structlog.get_logger()
@@ -34,8 +35,12 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
         )
         parts = {account.id: await stack.enter_async_context(open_account(account, key)) for account, key in accounts}
         work = [part.overdue.run() for part in parts.values()]
+        # One for all accounts, and for those that are no longer here: it runs in the queue of the first.
+        hygiene = Hygiene.of(resources.database, settings.record_ttl, metrics=metrics, stopping=stopping)
         for name, part in parts.items():
-            work.append(run_jobs(pool, queue_of(name), part.jobs, settings.concurrency, metrics, stopping))
+            queue, jobs = queue_of(name), part.jobs
+            work.append(run_jobs(pool, queue, jobs, settings.concurrency, metrics, stopping, hygiene=hygiene))
+            hygiene = None
         log.info("worker.started", accounts=[*parts], concurrency=settings.concurrency, dry_run=settings.is_dry_run)
         try:
             await _run_until(stop, work, stopping)

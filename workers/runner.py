@@ -17,6 +17,7 @@ from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
 from workers.cleanup import BUDGET_SECONDS, CleanupJobs, cleanup
+from workers.hygiene import Hygiene, hygiene_cron
 from workers.ledger import LEASE
 
 log = structlog.get_logger()
@@ -34,13 +35,20 @@ def max_jobs(concurrency: int) -> int:
 
 
 async def run_jobs(  # noqa: PLR0917 - the parts of one worker
-    pool: ArqRedis, queue: str, jobs: CleanupJobs, concurrency: int, metrics: Metrics, stopping: asyncio.Event
+    pool: ArqRedis,
+    queue: str,
+    jobs: CleanupJobs,
+    concurrency: int,
+    metrics: Metrics,
+    stopping: asyncio.Event,
+    *,
+    hygiene: Hygiene | None = None,
 ) -> None:
     """Run the arq worker of *queue* until *stopping*; restart it when Redis or an unreadable job has ended it."""
     until_stop = asyncio.create_task(stopping.wait())
     try:
         while not stopping.is_set():
-            worker = _arq_worker(pool, queue, jobs, concurrency)
+            worker = _arq_worker(pool, queue, jobs, concurrency, hygiene)
             running = asyncio.create_task(worker.async_run())
             await asyncio.wait([running, until_stop], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
@@ -80,13 +88,16 @@ async def _after_failure(pool: ArqRedis, queue: str, error: BaseException | None
         await enqueue.remove_due_jobs(pool, queue, now=datetime.now(UTC))
 
 
-def _arq_worker(pool: ArqRedis, queue: str, jobs: CleanupJobs, concurrency: int) -> Worker:
+def _arq_worker(
+    pool: ArqRedis, queue: str, jobs: CleanupJobs, concurrency: int, hygiene: Hygiene | None = None
+) -> Worker:
     at_once = max_jobs(concurrency)
     return Worker(
         functions=[func(cleanup, name=enqueue.FUNCTION)],
         queue_name=queue,
         redis_pool=pool,
-        ctx={"jobs": jobs},
+        cron_jobs=[] if hygiene is None else [hygiene_cron()],
+        ctx={"jobs": jobs, "hygiene": hygiene},
         handle_signals=False,
         job_completion_wait=int(STOP_SECONDS),
         # arq refuses an id while its result exists, and an attempt may have to be enqueued again.
