@@ -91,7 +91,8 @@ def forget_deleted(
         conditions.append(records.c.deleted_at >= after)
     rows: Sequence[Any] = connection.execute(
         select(records.c.seq, records.c.deleted_at)
-        .where(*conditions, records.c.forgotten_at.is_(None), records.c.state == State.DELETED)
+        # Only deleted records have a deleted_at. With the state in here, SQLite reads all of them instead.
+        .where(*conditions, records.c.forgotten_at.is_(None))
         .order_by(records.c.deleted_at)
         .limit(limit)
         .with_for_update(skip_locked=True)

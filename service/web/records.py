@@ -78,8 +78,10 @@ class RecordsController(Controller):
         """Stream the records that match all filters, one a line. A connection that breaks off before its end failed."""
         lines = export_lines(database, wanted, form)
         first = await anext(lines)  # an error before the first byte has its status
-        name = f'attachment; filename="records.{form}"'
-        return Stream(_joined(first, lines), media_type=MEDIA_TYPES[form], headers={"Content-Disposition": name})
+        # As headers: Litestar prefers the media type of the route to that of a Stream.
+        kind, name = MEDIA_TYPES[form], f'attachment; filename="records.{form}"'
+        headers = {"Content-Type": kind, "Content-Disposition": name}
+        return Stream(_joined(first, lines), headers=headers)
 
     @get(
         "/{generation_id:str}",
