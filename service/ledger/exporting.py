@@ -27,7 +27,7 @@ class Format(StrEnum):
 MEDIA_TYPES: Final = {Format.JSONL: "application/x-ndjson", Format.CSV: "text/csv; charset=utf-8"}
 _NAMES: Final = {field.name: field.encode_name for field in msgspec.structs.fields(Record)}
 # A spreadsheet takes a text that begins with one of these for a formula, and runs it.
-_FORMULA: Final = ("=", "+", "-", "@", "\t", "\r")
+_FORMULA: Final = ("=", "+", "-", "@", "\t")
 
 
 async def export_lines(database: Database, wanted: Filter, form: Format) -> AsyncIterator[bytes]:
@@ -56,11 +56,12 @@ def _encode_page(page: Page, form: Format) -> bytes:
 
 
 def _cell(value: object) -> str:
-    """Return *value* for a cell of a spreadsheet: text as it is, lists and objects as JSON."""
+    """Return *value* for a cell of a spreadsheet: text on one line, lists and objects as JSON."""
     if value is None:
         return ""
     if isinstance(value, str):
-        return f"'{value}" if value.startswith(_FORMULA) else value
+        line = value.replace("\n", "\\n").replace("\r", "\\r")
+        return f"'{line}" if line.startswith(_FORMULA) else line
     text = msgspec.json.encode(value).decode()
     return text.strip('"') if isinstance(value, datetime) else text
 

@@ -6,6 +6,7 @@ import io
 import json
 import time
 from datetime import datetime, timedelta
+from typing import Any
 
 import msgspec
 import pytest
@@ -61,7 +62,7 @@ def mayfly(database_url, tmp_path):
 
 async def pages_of(client, **params):
     """Read all pages and return the answers."""
-    answers = []
+    answers: list[Any] = []
     while not answers or answers[-1].json()["nextCursor"]:
         cursor = {"cursor": answers[-1].json()["nextCursor"]} if answers else {}
         answers.append(await client.get("/api/records", params=params | cursor))
@@ -298,7 +299,7 @@ async def test_an_export_as_csv_has_a_line_of_names_and_no_formulas(client, data
 
     assert answer.headers["content-type"] == "text/csv; charset=utf-8"
     assert (row["id"], row["state"], row["deletedAt"]) == (key.id, "scheduled", "")
-    assert (row["outputFileName"], row["model"]) == ('\'=HYPERLINK("x")', "a,b\nc")
+    assert (row["outputFileName"], row["model"]) == ('\'=HYPERLINK("x")', "a,b\\nc")
     assert datetime.fromisoformat(row["dueAt"]) > utc_now()
     assert json.loads(row["input"])[0]["type"] == "video"
     assert next(csv.DictReader(io.StringIO(printed)))["id"] == key.id
