@@ -3,7 +3,7 @@
 import asyncio
 import contextlib
 from collections.abc import Callable
-from datetime import datetime, timedelta
+from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
 
@@ -18,6 +18,8 @@ from service.runtime.metrics import Metrics
 log = structlog.get_logger()
 
 NAME: Final = "forget_records"
+# Who forgets, in a record's history: the setting decided it.
+ACTOR: Final = "MAYFLY_RECORD_TTL"
 # Every ten minutes; what one run leaves, the next one takes.
 MINUTES: Final = frozenset(range(5, 60, 10))
 # Records in one transaction, which no webhook of SQLite can enter meanwhile.
@@ -36,14 +38,12 @@ class Hygiene:
         database: Database,
         ttl: timedelta,
         *,
-        actor: str,
-        now: Callable[[], datetime],
         metrics: Metrics,
         stopping: asyncio.Event,
+        now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._database = database
         self._ttl = ttl
-        self._actor = actor
         self._now = now
         self._metrics = metrics
         self._stopping = stopping
@@ -73,7 +73,7 @@ class Hygiene:
 
     async def _forget(self, after: datetime | None) -> Forgotten:
         forget = partial(
-            forgetting.forget_deleted, ttl=self._ttl, after=after, now=self._now(), limit=BATCH, actor=self._actor
+            forgetting.forget_deleted, ttl=self._ttl, after=after, now=self._now(), limit=BATCH, actor=ACTOR
         )
         return await self._database.write(forget)
 

@@ -36,7 +36,8 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
         parts = {account.id: await stack.enter_async_context(open_account(account, key)) for account, key in accounts}
         work = [part.overdue.run() for part in parts.values()]
         # One for all accounts, and for those that are no longer here: it runs in the queue of the first.
-        hygiene = Hygiene.of(resources.database, settings.record_ttl, metrics=metrics, stopping=stopping)
+        ttl = settings.record_ttl
+        hygiene = None if ttl is None else Hygiene(resources.database, ttl, metrics=metrics, stopping=stopping)
         for name, part in parts.items():
             queue, jobs = queue_of(name), part.jobs
             work.append(run_jobs(pool, queue, jobs, settings.concurrency, metrics, stopping, hygiene=hygiene))

@@ -12,11 +12,10 @@ from service.commands.record_moves import IDS_HELP, RefusedError, read_ids
 from service.commands.running import EXIT_FAILED, actor, fail, open_ledger, run, settings_or_exit
 from service.config.settings import Settings
 from service.core.errors import ExplainedError
-from service.core.key import Key
+from service.core.key import DEFAULT_ACCOUNT, Key
 from service.core.lifecycle import IllegalMoveError
 from service.ledger import forgetting
 from service.ledger.database import Database
-from service.ledger.pausing import ACCOUNT
 from service.runtime.terminal import plain
 
 _HELP = """Remove what is personal from the records of generations ID that are deleted, kept or failed.
@@ -65,7 +64,11 @@ async def _forget_all(settings: Settings, ids: Sequence[str], reason: str | None
 
 async def _forget_one(database: Database, generation_id: str, reason: str | None) -> None:
     write = partial(
-        forgetting.forget_record, key=Key(ACCOUNT, generation_id), now=datetime.now(UTC), actor=actor(), reason=reason
+        forgetting.forget_record,
+        key=Key(DEFAULT_ACCOUNT, generation_id),
+        now=datetime.now(UTC),
+        actor=actor(),
+        reason=reason,
     )
     try:
         is_there = generation_id.isprintable() and await database.write(write)

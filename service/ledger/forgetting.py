@@ -9,19 +9,20 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import Connection, bindparam, select, update
+from sqlalchemy import Connection, bindparam, delete, select, update
 
 from service.core.key import Key
 from service.core.lifecycle import Move, State, state_after
 from service.ledger import pausing
 from service.ledger.history import Entry, append_entries
-from service.ledger.schema import events, records
+from service.ledger.schema import events, labels, records
 
-# The columns that are emptied; the receipt loses the API's body, and each event its free text.
+# The columns that are emptied; its labels are removed, the receipt loses the API's body, each event its free text.
 EMPTIED: Final = (
     *("input", "options", "segments", "notification", "copy"),
     *("output_url", "output_media_url", "segment_output_url", "synthesized_audio_url", "webhook_url"),
-    *("output_file_name", "error", "last_error", "hold_by", "hold_reason"),
+    *("output_file_name", "error", "last_error", "hold_by", "hold_reason", "hold_until"),
+    "look_at",  # nothing more is to be learnt of it
 )
 # What stays of a receipt, and of the details of events: no reason and no error, which may quote anything.
 _RECEIPT: Final = frozenset({"method", "status", "at", "detail"})
@@ -108,6 +109,7 @@ def _forget(connection: Connection, seqs: list[int], *, now: datetime, actor: st
     receipts = _stripped_receipts(connection, seqs)
     details = _stripped_details(connection, seqs)
     connection.execute(_empty, {"seqs": seqs, "b_at": now})
+    connection.execute(delete(labels).where(labels.c.record.in_(seqs)))
     for statement, values in ((_set_receipt, receipts), (_set_detail, details)):
         if values:
             connection.execute(statement, values)

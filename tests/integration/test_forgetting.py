@@ -7,13 +7,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import insert, select, update
 
-import workers.main
+import workers.runner
 from service.commands import record_moves
 from service.ledger import forgetting
 from service.ledger.opening import open_database
-from service.ledger.schema import events, records
+from service.ledger.schema import events, labels, records
 from tests.conftest import API_TOKEN
 from tests.support.commands import command
 from tests.support.ledger import (
@@ -27,7 +27,6 @@ from tests.support.ledger import (
     deferred,
     given_up,
     gone_already,
-    moves_of,
     receive,
     row_of,
     settle,
@@ -58,7 +57,7 @@ STAYING = {
     *("seq", "account", "id", "state", "outcome", "status", "model", "created_at", "output_duration", "project_id"),
     *("error_code", "receipt", "received_at", "due_at", "copied_at", "deleted_at", "wake_at", "attempts"),
     *("copied_attempt", "unanswered_attempt", "counted_on", "failing_since", "failures", "refusals"),
-    *("rule", "ttl_seconds", "forgotten_at"),
+    *("rule", "ttl_seconds", "forgotten_at", "sent_at", "source", "looks"),
 }
 
 
@@ -88,7 +87,7 @@ def make_hygiene(database, metrics):
     """Make the hygiene of a worker: ``make_hygiene(ttl)``."""
 
     def make(ttl, *, now=utc_now, on=database):
-        return Hygiene(on, ttl, actor=ACTOR, now=now, metrics=metrics, stopping=asyncio.Event())
+        return Hygiene(on, ttl, now=now, metrics=metrics, stopping=asyncio.Event())
 
     return make
 
@@ -100,6 +99,8 @@ async def deleted(database, *, ago=timedelta(0), **fields):
     item = await claim_one(database, now=utc_now() + HOUR)
     await copy(database, item, **PERSONAL)
     await settle(database, confirmed(item, receipt=RECEIPT), now=utc_now() - ago)
+    named = insert(labels).values(record=(await row_of(database, key)).seq, name="customer", value=SECRET)
+    await database.write(lambda connection: connection.execute(named).rowcount)
     return key
 
 
@@ -114,9 +115,16 @@ async def make_due(database):
 async def texts_of(database, key):
     """Return all that the ledger has about a record as one text."""
     row = await row_of(database, key)
+    named = await database.read(
+        lambda connection: connection.execute(select(labels).where(labels.c.record == row.seq)).all()
+    )
+    return f"{row} {await events_of(database, key)} {named}"
+
+
+async def events_of(database, key):
+    row = await row_of(database, key)
     statement = select(events).where(events.c.record == row.seq)
-    found = await database.read(lambda connection: connection.execute(statement).all())
-    return f"{row} {found}"
+    return await database.read(lambda connection: connection.execute(statement).all())
 
 
 async def forget(client, key, body=None):
@@ -295,7 +303,8 @@ async def test_records_are_forgotten_once_their_generations_have_been_gone_for_t
     rows = [await row_of(database, key) for key in (old, young, failed)]
     assert [row.forgotten_at is None for row in rows] == [False, True, True]
     assert rows[2].state == "failed"
-    assert (await moves_of(database, old))[-1] == "forget"
+    (forgot,) = [entry for entry in await events_of(database, old) if entry.move == "forget"]
+    assert forgot.actor == "MAYFLY_RECORD_TTL"
     assert SECRET not in await texts_of(database, old)
 
 
@@ -349,14 +358,14 @@ async def test_a_stop_ends_a_run_after_its_batch(database, metrics):
     await many_deleted(database, BATCH + 1)
     stopping = asyncio.Event()
     stopping.set()
-    hygiene = Hygiene(database, HOUR / 2, actor=ACTOR, now=utc_now, metrics=metrics, stopping=stopping)
+    hygiene = Hygiene(database, HOUR / 2, metrics=metrics, stopping=stopping)
 
     assert await hygiene.run() == BATCH
 
 
 async def test_a_database_that_does_not_answer_ends_a_run_and_is_counted(sqlite_database, metrics):
     await sqlite_database.close()
-    hygiene = Hygiene(sqlite_database, HOUR, actor=ACTOR, now=utc_now, metrics=metrics, stopping=asyncio.Event())
+    hygiene = Hygiene(sqlite_database, HOUR, metrics=metrics, stopping=asyncio.Event())
 
     assert await hygiene.run() == 0
     assert metrics.registry.get_sample_value("mayfly_loops_failed_total", {"loop": "hygiene"}) == 1
@@ -366,7 +375,7 @@ async def test_arq_runs_the_hygiene_when_a_worker_starts(pool, metrics, sqlite_d
     key = await deleted(sqlite_database, ago=2 * HOUR)
     stopping = asyncio.Event()
     hygiene = make_hygiene(HOUR, on=sqlite_database)
-    run = workers.main._run_jobs(pool, None, 5, metrics, stopping, hygiene=hygiene)  # type: ignore[arg-type]
+    run = workers.runner.run_jobs(pool, "q", None, 5, metrics, stopping, hygiene=hygiene)  # type: ignore[arg-type]
     running = asyncio.create_task(run)
     for _ in range(100):
         await asyncio.sleep(0.05)
