@@ -37,6 +37,7 @@ SAMPLES = {
     "MAYFLY_GIVE_UP_AFTER": "2d",
     "MAYFLY_CONCURRENCY": "8",
     "MAYFLY_QUEUE_HORIZON": "24h",
+    "MAYFLY_RECORD_TTL": "90d",
     "MAYFLY_LOG_FORMAT": "json",
 }
 

@@ -14,7 +14,8 @@ from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
 from workers.account import open_parts
-from workers.runner import STOP_SECONDS, run_jobs
+from workers.hygiene import Hygiene
+from workers.runner import STOP_SECONDS, Jobs, run_jobs
 
 log = structlog.get_logger()
 
@@ -33,8 +34,13 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
         )
         parts = {account.id: await stack.enter_async_context(open_account(account, key)) for account, key in accounts}
         work = [net.run() for part in parts.values() for net in (part.overdue, part.look_net)]
+        # One for all accounts, and for those that are no longer here: it runs in the queue of the first.
+        ttl = settings.record_ttl
+        hygiene = None if ttl is None else Hygiene(resources.database, ttl, metrics=metrics, stopping=stopping)
         for name, part in parts.items():
-            work.append(run_jobs(pool, queue_of(name), part.jobs, part.looks, settings.concurrency, metrics, stopping))
+            jobs = Jobs(part.jobs, part.looks, hygiene)
+            work.append(run_jobs(pool, queue_of(name), jobs, settings.concurrency, metrics, stopping))
+            hygiene = None
         log.info("worker.started", accounts=[*parts], concurrency=settings.concurrency, dry_run=settings.is_dry_run)
         try:
             await _run_until(stop, work, stopping)

@@ -5,6 +5,7 @@ import contextlib
 import os
 import signal
 import socket
+from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
@@ -18,6 +19,7 @@ from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
 from workers.cleanup import BUDGET_SECONDS, CleanupJobs, cleanup
 from workers.copy import Looks, copy
+from workers.hygiene import Hygiene, hygiene_cron
 from workers.ledger import LEASE
 
 log = structlog.get_logger()
@@ -34,20 +36,23 @@ def max_jobs(concurrency: int) -> int:
     return 2 * concurrency
 
 
+@dataclass(frozen=True, slots=True)
+class Jobs:
+    """What arq runs in one queue: the jobs of its account, and in one of the queues the hygiene of all records."""
+
+    cleanup: CleanupJobs
+    looks: Looks
+    hygiene: Hygiene | None = None
+
+
 async def run_jobs(  # noqa: PLR0917 - the parts of one worker
-    pool: ArqRedis,
-    queue: str,
-    jobs: CleanupJobs,
-    looks: Looks,
-    concurrency: int,
-    metrics: Metrics,
-    stopping: asyncio.Event,
+    pool: ArqRedis, queue: str, jobs: Jobs, concurrency: int, metrics: Metrics, stopping: asyncio.Event
 ) -> None:
     """Run the arq worker of *queue* until *stopping*; restart it when Redis or an unreadable job has ended it."""
     until_stop = asyncio.create_task(stopping.wait())
     try:
         while not stopping.is_set():
-            worker = _arq_worker(pool, queue, jobs, looks, concurrency)
+            worker = _arq_worker(pool, queue, jobs, concurrency)
             running = asyncio.create_task(worker.async_run())
             await asyncio.wait([running, until_stop], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
@@ -87,13 +92,14 @@ async def _after_failure(pool: ArqRedis, queue: str, error: BaseException | None
         await enqueue.remove_due_jobs(pool, queue, now=datetime.now(UTC))
 
 
-def _arq_worker(pool: ArqRedis, queue: str, jobs: CleanupJobs, looks: Looks, concurrency: int) -> Worker:
+def _arq_worker(pool: ArqRedis, queue: str, jobs: Jobs, concurrency: int) -> Worker:
     at_once = max_jobs(concurrency)
     return Worker(
         functions=[func(cleanup, name=enqueue.CLEANUP), func(copy, name=enqueue.COPY)],
         queue_name=queue,
         redis_pool=pool,
-        ctx={"jobs": jobs, "looks": looks},
+        cron_jobs=[] if jobs.hygiene is None else [hygiene_cron()],
+        ctx={"jobs": jobs.cleanup, "looks": jobs.looks, "hygiene": jobs.hygiene},
         handle_signals=False,
         job_completion_wait=int(STOP_SECONDS),
         # arq refuses an id while its result exists, and an attempt may have to be enqueued again.

@@ -37,7 +37,7 @@ _EXPLAINED: Final = {
     due after MAYFLY_MIN_TTL, or after --grace.
     """,
 }
-_IDS_HELP: Final = "\n\n    ID may be given several times; - reads ids from standard input, one a line."
+IDS_HELP: Final = "\n\n    ID may be given several times; - reads ids from standard input, one a line."
 
 
 class _DurationType(click.ParamType[timedelta]):
@@ -77,13 +77,13 @@ def _move_command(move: Move) -> click.Command:
         generation_ids: tuple[str, ...], reason: str | None, *, grace: timedelta | None = None, yes: bool = False
     ) -> None:
         settings = settings_or_exit()
-        ids = _read_ids(generation_ids)
+        ids = read_ids(generation_ids)
         is_asking = move is Move.RELEASE and grace is None and not yes
         refused = _ask_about(run(_find_overdue(settings, ids))) if is_asking else {}
         wanted = _Wanted(move, reason, Grace.of(grace or timedelta(0), settings.min_ttl), refused)
         sys.exit(EXIT_FAILED if run(_move_all(settings, ids, wanted)) else 0)
 
-    command = click.command(move.value, help=_EXPLAINED[move] + _IDS_HELP)(act)
+    command = click.command(move.value, help=_EXPLAINED[move] + IDS_HELP)(act)
     command.params = [
         click.Argument(["generation_ids"], metavar="ID...", nargs=-1, required=True),
         click.Option(["--reason"], help="Why; it is stored in the record's history."),
@@ -96,7 +96,7 @@ def _move_command(move: Move) -> click.Command:
     return command
 
 
-def _read_ids(generation_ids: Sequence[str]) -> list[str]:
+def read_ids(generation_ids: Sequence[str]) -> list[str]:
     """Return the ids, those of standard input in place of ``-``; empty lines there are none."""
     found: list[str] = []
     for one in generation_ids:

@@ -2,13 +2,14 @@
 
 from datetime import UTC, datetime
 from functools import partial
-from typing import Any
 
 import click
 import msgspec
 from rich.table import Table
-from sqlalchemy import Row
 
+from service.commands.record_export import export
+from service.commands.record_filters import filtered
+from service.commands.record_forget import forget
 from service.commands.record_moves import move_commands
 from service.commands.running import as_json, fail, open_ledger, print_json, run, settings_or_exit
 from service.config.settings import Settings
@@ -16,8 +17,8 @@ from service.core.attempts import Outcome
 from service.core.key import DEFAULT_ACCOUNT, Key
 from service.core.lifecycle import State
 from service.ledger import reading
-from service.ledger.reading import MAX_PAGE, Filter
-from service.ledger.views import BLOCKED, FullRecord, Record, RecordPage, find_record, present_record
+from service.ledger.reading import MAX_PAGE, MAX_PAGE_BYTES, Filter
+from service.ledger.views import BLOCKED, Found, FullRecord, Record, RecordPage, find_record, present_full, present_page
 from service.runtime.terminal import STATE_STYLES, cell, console, format_relative, format_time, plain
 
 _WIDE = 100
@@ -25,50 +26,49 @@ _WIDE = 100
 
 @click.group()
 def records() -> None:
-    """Show records of generations, and hold, release, keep, retry or reopen them."""
+    """Show records of generations, and hold, release, keep, retry, reopen or forget them."""
 
 
 @records.command("list")
-@click.option("--state", type=click.Choice(list(State), case_sensitive=False), help="Only records in this state.")
-@click.option("--status", help="Only generations with this sync.so status, such as FAILED, in any case.")
-@click.option("--project", help="Only generations of this project id.")
-@click.option("--find", "text", help="Only those with this text in id, file name, model or error.")
+@filtered
 @click.option("--limit", type=click.IntRange(1, MAX_PAGE), default=50, show_default=True, help="How many.")
 @click.option("--cursor", help="The page after this cursor, which the previous page printed.")
 @as_json
-def list_records(
-    *,
-    state: State | None,
-    status: str | None,
-    project: str | None,
-    text: str | None,
-    limit: int,
-    cursor: str | None,
-    is_json: bool,
-) -> None:
+def list_records(*, wanted: Filter, limit: int, cursor: str | None, is_json: bool) -> None:
     """List records, newest first.
 
-    With --json it prints a page as the API answers it, {"items": […], "nextCursor": …}.
+    With --json it prints a page as the API answers it, {"items": […], "nextCursor": …}, which ends early at 4 MiB.
     """
-    wanted = Filter(state=state, status=status, project_id=project, text=text)
 
     async def work(settings: Settings) -> RecordPage:
         async with open_ledger(settings) as database:
-            rows: list[Row[Any]] = []
-            after = cursor
+            items: list[Record] = []
+            after, room = cursor, MAX_PAGE_BYTES
             while True:  # a page of a search may be short
-                read = partial(reading.read_page, wanted=wanted, limit=limit - len(rows), cursor=after)
-                page = await database.read(read)
-                rows += page.rows
+                left = limit - len(items)
+                page = await database.read(
+                    partial(reading.read_page, wanted=wanted, limit=left, cursor=after, room=room)
+                )
+                items += _present(page, is_json=is_json)
                 after = page.next_cursor
-                if after is None or len(rows) == limit:
-                    return RecordPage([present_record(row) for row in rows], after)
+                if is_json:
+                    room -= page.size
+                if after is None or len(items) == limit or (is_json and page.is_full):
+                    return RecordPage(items, after)
 
     page = run(work(settings_or_exit()))
     if is_json:
         print_json(page)
     else:
         _print_page(page)
+
+
+def _present(page: reading.Page, *, is_json: bool) -> list[Record]:
+    """Return the records of *page*; a table shows none of the parts that may be large."""
+    items = present_page(page).items
+    if is_json:
+        return items
+    return [msgspec.structs.replace(item, input=None, options=None, segments=None) for item in items]
 
 
 def _print_page(page: RecordPage) -> None:
@@ -104,7 +104,8 @@ def _describe_next(record: Record, now: datetime) -> str:
             return f"{format_relative(now, record.next_attempt_at)}{retried}"
         case State.DELETED if record.deleted_at is not None:
             gone = "" if record.outcome == Outcome.DELETED else ", was gone already"
-            return f"{format_relative(now, record.deleted_at)}{gone}"
+            forgotten = ", forgotten" if record.forgotten_at else ""
+            return f"{format_relative(now, record.deleted_at)}{gone}{forgotten}"
         case State.FAILED:
             return f"needs an operator: {record.last_error}"
         case State.HELD if record.hold is not None:
@@ -119,20 +120,21 @@ def _describe_next(record: Record, now: datetime) -> str:
 @click.argument("generation_id", metavar="ID")
 @as_json
 def show(generation_id: str, *, is_json: bool) -> None:
-    """Show the record of generation ID with its history.
+    """Show the record of generation ID with its history; --json has both bodies as they came, too.
 
     The output has URLs with tokens that open the media.
     """
 
     settings = settings_or_exit()
 
-    async def work() -> FullRecord | None:
+    async def work() -> Found | None:
         async with open_ledger(settings) as database:
             return await database.read(partial(find_record, key=Key(DEFAULT_ACCOUNT, generation_id)))
 
-    record = run(work()) if generation_id.isprintable() else None
-    if record is None:
+    found = run(work()) if generation_id.isprintable() else None
+    if found is None:
         fail(f"there is no record of generation {generation_id}")
+    record = present_full(found)
     if is_json:
         print_json(record)
     else:
@@ -150,7 +152,7 @@ def _print_obstacles(record: FullRecord, *, is_dry_run: bool) -> None:
         click.echo("\nNot deleted now: MAYFLY_DRY_RUN is set here.")
 
 
-for _command in move_commands():
+for _command in (*move_commands(), forget, export):
     records.add_command(_command)
 
 
@@ -162,9 +164,10 @@ def _print_record(record: FullRecord) -> None:
     table = Table(box=None, pad_edge=False, show_header=False)
     table.add_column(style="dim")
     table.add_column(overflow="fold")
-    for name, value in msgspec.to_builtins(record, builtin_types=(datetime,)).items():
-        if name not in _ONLY_IN_JSON and value not in (None, [], {}):
-            table.add_row(name, cell(_format_value(value)))
+    for field in msgspec.structs.fields(record):
+        value = getattr(record, field.name)
+        if field.encode_name not in _ONLY_IN_JSON and value not in (None, [], {}):
+            table.add_row(field.encode_name, cell(_format_value(value)))
     console().print(table)
     history = Table(box=None, pad_edge=False, title="\nHistory", title_justify="left")
     for heading in ("at", "move", "by", "detail"):

@@ -82,6 +82,7 @@ class Settings:
     give_up_after: timedelta
     concurrency: int
     queue_horizon: timedelta
+    record_ttl: timedelta | None
     log_format: LogFormat | None
     config_path: Path | None
     public_url: str | None
@@ -265,6 +266,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "give_up_after": Option("MAYFLY_GIVE_UP_AFTER", duration_reader(timedelta(minutes=1)), "7d", _DURATION),
     "concurrency": Option("MAYFLY_CONCURRENCY", number_reader(1, 1000), "50", "a whole number from 1 to 1000"),
     "queue_horizon": Option("MAYFLY_QUEUE_HORIZON", duration_reader(timedelta(minutes=1)), "48h", _DURATION),
+    "record_ttl": Option("MAYFLY_RECORD_TTL", parse_ttl, "forever", f"{_DURATION}, or forever"),
     "config_path": Option("MAYFLY_CONFIG", Path, None, "a TOML file with rules and accounts"),
     "public_url": Option("MAYFLY_PUBLIC_URL", read_public_url, None, "an https URL without a query"),
     "log_format": Option("MAYFLY_LOG_FORMAT", read_log_format, None, "console or json"),

@@ -77,11 +77,6 @@ class Generation(msgspec.Struct, rename="camel", frozen=True, kw_only=True):
         return self.status in TERMINAL
 
     @property
-    def media_url(self) -> str | None:
-        """Where the output is: ``outputMediaUrl`` has the same value as its older name ``outputUrl``."""
-        return self.output_media_url or self.output_url
-
-    @property
     def failure_code(self) -> str | None:
         """The failure code: ``errorCode`` when polled, ``error_code`` in a webhook."""
         return self.error_code or self.error_code_of_webhook

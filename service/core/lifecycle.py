@@ -33,6 +33,7 @@ class Move(StrEnum):
     GIVE_UP = "give_up"
     RETRY = "retry"
     REOPEN = "reopen"
+    FORGET = "forget"
 
 
 TABLE: Mapping[tuple[State | None, Move], State] = MappingProxyType(
@@ -54,10 +55,14 @@ TABLE: Mapping[tuple[State | None, Move], State] = MappingProxyType(
         (State.FAILED, Move.HOLD): State.HELD,
         (State.FAILED, Move.KEEP): State.KEPT,
         (State.DELETED, Move.REOPEN): State.SCHEDULED,
+        # To forget is to remove the personal data; nobody wants a failed record any more, so it is not deleted.
+        (State.DELETED, Move.FORGET): State.DELETED,
+        (State.KEPT, Move.FORGET): State.KEPT,
+        (State.FAILED, Move.FORGET): State.KEPT,
     }
 )
 
-# The moves of an operator, and where each leads. A record that is there already is not moved.
+# The moves of an operator that lead to one state each. A record that is there already is not moved.
 TARGETS: Mapping[Move, State] = MappingProxyType(
     {
         Move.HOLD: State.HELD,
@@ -67,8 +72,15 @@ TARGETS: Mapping[Move, State] = MappingProxyType(
         Move.REOPEN: State.SCHEDULED,
     }
 )
+_IN_PROGRESS = ", and its DELETE may be in progress"
+_KEEP_FIRST = "; keep it first, or wait until its generation is deleted"
 _REASONS: Mapping[tuple[State | None, Move], str] = MappingProxyType(
-    {(State.DELETED, Move.REOPEN): ", and the API had shown its generation or confirmed the DELETE"}
+    {
+        (State.DELETED, Move.REOPEN): ", and the API had shown its generation or confirmed the DELETE",
+        (State.SCHEDULED, Move.FORGET): _KEEP_FIRST,
+        (State.HELD, Move.FORGET): _KEEP_FIRST,
+        (State.DELETING, Move.FORGET): f"{_IN_PROGRESS}; forget it once it is deleted",
+    }
 )
 
 
@@ -76,7 +88,7 @@ class IllegalMoveError(ExplainedError):
     """A move that is not in the table; the record is unchanged."""
 
     def __init__(self, state: State | None, move: Move) -> None:
-        why = ", and its DELETE may be in progress" if state is State.DELETING else _REASONS.get((state, move), "")
+        why = _REASONS.get((state, move), _IN_PROGRESS if state is State.DELETING else "")
         super().__init__(f"cannot {move}: the record is {state or 'unknown'}{why}")
         self.state = state
         self.move = move

@@ -78,17 +78,19 @@ def _changes(wanted: Move, *, actor: str, reason: str | None) -> dict[str, Any]:
     # Time on hold does not count toward MAYFLY_GIVE_UP_AFTER, and a failed record may come by a hold.
     fresh = {"failing_since": None, "failures": 0, "refusals": 0}
     no_hold = {"hold_by": None, "hold_reason": None}
+    # A forgotten record that is to be deleted gets a copy, which has personal data.
+    remembered = {"forgotten_at": None}
     match wanted:
         case Move.HOLD:
             return {"hold_by": actor, "hold_reason": reason}
         case Move.RELEASE:
-            return {**no_hold, **fresh}
+            return {**no_hold, **fresh, **remembered}
         case Move.KEEP:
             return {**no_hold, "due_at": None, "rule": f"kept by {actor}", "ttl_seconds": None}
         case Move.RETRY:
             return fresh
         case Move.REOPEN:
-            return {"outcome": None, "deleted_at": None, "receipt": None, **fresh}
+            return {"outcome": None, "deleted_at": None, "receipt": None, **fresh, **remembered}
         case _:
             raise ValueError(f"{wanted} is not a move of an operator")
 

@@ -7,13 +7,14 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum, auto
-from typing import Any
+from typing import Any, Final, NamedTuple
 
 from sqlalchemy import (
     ColumnElement,
     Connection,
     Row,
     and_,
+    bindparam,
     case,
     func,
     literal,
@@ -30,6 +31,13 @@ from service.core.retention import INVALID_RULE
 from service.ledger.schema import instant, microseconds, records
 
 MAX_PAGE = 500
+# A page ends before the record that would make it larger; a single record may be.
+MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
+# What a record adds to its texts: the names of its fields, times and numbers.
+_RECORD_BYTES: Final = 1200
+# So many records are read at first, then as many as there may be room for.
+_READ_AT_ONCE: Final = 16
+_MOST_AT_ONCE: Final = 128
 # How many records one page of a search reads: some 15 ms.
 SEARCHED = 10_000
 # Microseconds since 1970 and the record's number.
@@ -42,27 +50,52 @@ class CursorError(ExplainedError):
     """A cursor that is not the next_cursor of a page."""
 
 
+class Span(NamedTuple):
+    """From *since* on and before *until*; None is no bound."""
+
+    since: datetime | None = None
+    until: datetime | None = None
+
+    def conditions(self, column: ColumnElement[datetime | None]) -> list[ColumnElement[bool]]:
+        """Return what *column* must fulfil to be within."""
+        found: list[ColumnElement[bool]] = []
+        if self.since is not None:
+            found.append(column >= self.since)
+        if self.until is not None:
+            found.append(column < self.until)
+        return found
+
+
+_ALL: Final = Span()
+
+
 @dataclass(frozen=True, slots=True)
 class Filter:
-    """What a page is filtered by; None filters nothing. *since* and *until* bound the time of receipt.
+    """What a page is filtered by; None, and a span without bounds, filter nothing.
 
-    *status* is one of sync.so's, in any case.
+    *status* is one of sync.so's, in any case. *due* is when the record is or was due, whatever its state is now.
     """
 
     state: State | None = None
     status: str | None = None
     project_id: str | None = None
-    since: datetime | None = None
-    until: datetime | None = None
+    received: Span = _ALL
+    due: Span = _ALL
+    deleted: Span = _ALL
     text: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
 class Page:
-    """Records without their bodies, newest first, and the cursor of the next page, None on the last one."""
+    """Records without their bodies, newest first, and the cursor of the next page, None on the last one.
+
+    *size* is about how many bytes they have in JSON; *is_full*: one more would be beyond a limit.
+    """
 
     rows: Sequence[Row[Any]]
     next_cursor: str | None
+    size: int
+    is_full: bool
 
 
 def find_row(connection: Connection, key: Key) -> Row[Any] | None:
@@ -72,14 +105,17 @@ def find_row(connection: Connection, key: Key) -> Row[Any] | None:
 
 # Without the bodies: each of 500 rows could have a megabyte.
 _LISTED = [column for column in records.c if column.name not in {"notification", "copy"}]
+_select_listed = select(*_LISTED).where(records.c.seq.in_(bindparam("seqs", expanding=True)))
 # The order of pages: a record that arrives between two requests does not shift the others.
 _PLACE = (records.c.received_at, records.c.seq)
 _NEWEST_FIRST = tuple(column.desc() for column in _PLACE)
 Place = tuple[datetime, int]
 
 
-def read_page(connection: Connection, wanted: Filter, *, limit: int, cursor: str | None) -> Page:
-    """Return the page of up to *limit* records after *cursor*.
+def read_page(
+    connection: Connection, wanted: Filter, *, limit: int, cursor: str | None, room: int = MAX_PAGE_BYTES
+) -> Page:
+    """Return the page of up to *limit* records after *cursor*, or fewer: they have about *room* bytes in JSON.
 
     A search for a text reads SEARCHED records at most, so that a large ledger does not make it slow. Its page may be
     short or empty; the next page continues after the last record that was read.
@@ -87,20 +123,42 @@ def read_page(connection: Connection, wanted: Filter, *, limit: int, cursor: str
     Raises: CursorError.
     """
     after = [] if cursor is None else [tuple_(*_PLACE) < _bound(_place_of(cursor))]
-    conditions = _conditions(wanted) + after
+    conditions = _conditions(wanted, is_sqlite=connection.dialect.name == "sqlite") + after
     last = None if wanted.text is None else _last_searched(connection, wanted, after)
     if last is not None:
         conditions.append(tuple_(*_PLACE) >= _bound(last))
-    statement = select(*_LISTED).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit + 1)
-    rows = connection.execute(statement).all()
-    if len(rows) > limit:
-        return Page(rows[:limit], _cursor_of((rows[limit - 1].received_at, rows[limit - 1].seq)))
-    return Page(rows, None if last is None else _cursor_of(last))
+    places = connection.execute(select(*_PLACE).where(*conditions).order_by(*_NEWEST_FIRST).limit(limit + 1)).all()
+    rows, size = _read_rows(connection, [row.seq for row in places[:limit]], room=room)
+    if is_full := len(rows) < len(places):
+        last = (rows[-1].received_at, rows[-1].seq)
+    return Page(rows, None if last is None else _cursor_of(last), size, is_full)
+
+
+def _read_rows(connection: Connection, seqs: Sequence[int], *, room: int) -> tuple[list[Row[Any]], int]:
+    """Return the records *seqs*, in their order, that fit into *room* bytes, one at least; and their size.
+
+    They are read a few at a time: what does not fit is not in memory, and no database sorts it.
+    """
+    rows: list[Row[Any]] = []
+    size, at_once = 0, _READ_AT_ONCE
+    while len(rows) < len(seqs):
+        wanted = seqs[len(rows) : len(rows) + at_once]
+        found = {row.seq: row for row in connection.execute(_select_listed, {"seqs": wanted})}
+        for seq in wanted:
+            row = found[seq]
+            added = _RECORD_BYTES + sum(len(value.encode()) for value in row if isinstance(value, str))
+            if rows and size + added > room:
+                return rows, size
+            rows.append(row)
+            size += added
+        at_once = min(_MOST_AT_ONCE, 1 + (room - size) * len(rows) // size)
+    return rows, size
 
 
 def _last_searched(connection: Connection, wanted: Filter, after: Sequence[ColumnElement[bool]]) -> Place | None:
     """Return the place of the last record that a search reads; None if it reads all that are left."""
-    statement = select(*_PLACE).where(*_bounds(wanted), *after).order_by(*_NEWEST_FIRST)
+    bounds = (*wanted.received.conditions(records.c.received_at), *after)
+    statement = select(*_PLACE).where(*bounds).order_by(*_NEWEST_FIRST)
     row = connection.execute(statement.offset(SEARCHED - 1).limit(1)).first()
     return None if row is None else (row.received_at, row.seq)
 
@@ -194,7 +252,7 @@ def count_by_state(connection: Connection) -> dict[State, int]:
     return {state: found.get(state, 0) for state in State}
 
 
-def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
+def _conditions(wanted: Filter, *, is_sqlite: bool) -> list[ColumnElement[bool]]:
     status = wanted.status and wanted.status.upper()
     equal = (
         (records.c.state, wanted.state),
@@ -204,7 +262,12 @@ def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
     conditions: list[ColumnElement[bool]] = [column == value for column, value in equal if value is not None]
     if status not in (None, "COMPLETED"):
         conditions.append(records.c.status != literal_column("'COMPLETED'"))  # as in the partial index, to match it
-    conditions += _bounds(wanted)
+    conditions += wanted.received.conditions(records.c.received_at)
+    spans = [*wanted.due.conditions(records.c.due_at), *wanted.deleted.conditions(records.c.deleted_at)]
+    if is_sqlite:
+        # Without statistics it takes these for likely, and would rather read all records in the order of a page.
+        spans = [func.likelihood(condition, literal_column("0.001")) for condition in spans]
+    conditions += spans
     if wanted.text is not None:
         columns = (
             records.c.id,
@@ -215,15 +278,6 @@ def _conditions(wanted: Filter) -> list[ColumnElement[bool]]:
         )
         conditions.append(or_(*(column.icontains(wanted.text, autoescape=True) for column in columns)))
     return conditions
-
-
-def _bounds(wanted: Filter) -> list[ColumnElement[bool]]:
-    bounds: list[ColumnElement[bool]] = []
-    if wanted.since is not None:
-        bounds.append(records.c.received_at >= wanted.since)
-    if wanted.until is not None:
-        bounds.append(records.c.received_at < wanted.until)
-    return bounds
 
 
 def _cursor_of(place: Place) -> str:

@@ -54,6 +54,7 @@ _select_known = (
         records.c.attempts,
         records.c.copied_attempt,
         records.c.hold_reason,
+        records.c.forgotten_at,
         records.c.notification,
     )
     .where(KEYS_OF_ACCOUNT)
@@ -192,7 +193,7 @@ def _receipt_of_known(arrival: Arrival, before: Row[Any], changes: _Changes) -> 
         before.attempts,
         is_new=False,
         is_moved=moves is not None,
-        is_conflict=before.notification != arrival.body,
+        is_conflict=before.forgotten_at is None and before.notification not in (None, arrival.body),
     )
 
 

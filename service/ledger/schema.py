@@ -87,10 +87,8 @@ records = Table(
     Column("status", String(64), nullable=False),
     Column("model", Text),
     Column("created_at", Text),
-    Column("input", Text),
-    Column("options", Text),
-    Column("segments", Text),
     Column("output_url", Text),
+    Column("output_media_url", Text),
     Column("segment_output_url", Text),
     Column("synthesized_audio_url", Text),
     Column("output_duration", Float),
@@ -100,9 +98,6 @@ records = Table(
     Column("webhook_url", Text),
     Column("error", Text),
     Column("error_code", Text),
-    # The bodies as received, so that fields unknown today are not lost. No webhook told of a record that was adopted.
-    Column("notification", Text),
-    Column("copy", Text),
     Column("receipt", Text),
     Column("received_at", Instant, nullable=False),
     # Where the ttl begins: the signed send time of the webhook, not after its receipt.
@@ -132,6 +127,16 @@ records = Table(
     Column("hold_by", Text),
     Column("hold_reason", Text),
     Column("hold_until", Instant),
+    # When its personal data were removed; see forgetting.
+    Column("forgotten_at", Instant),
+    # What may be large comes last: SQLite reads through it to whatever is behind.
+    Column("input", Text),
+    Column("options", Text),
+    Column("segments", Text),
+    # The bodies as received, so that fields unknown today are not lost. No webhook told of a record that was adopted,
+    # and one that was forgotten has neither.
+    Column("notification", Text),
+    Column("copy", Text),
     # One record per account and generation, however many processes insert at once.
     Index("records_account_id", "account", "id", unique=True),
     # Pages are newest first, over all records or those in one state.
@@ -179,6 +184,24 @@ Index(
     sqlite_where=records.c.project_id.is_not(None),
     postgresql_where=records.c.project_id.is_not(None),
 )
+# The pages of what is due, or was deleted, within some time; the second shows what is to be forgotten as well.
+Index(
+    "records_due_at",
+    records.c.due_at,
+    records.c.received_at,
+    records.c.seq,
+    sqlite_where=records.c.due_at.is_not(None),
+    postgresql_where=records.c.due_at.is_not(None),
+)
+Index(
+    "records_deleted_at",
+    records.c.deleted_at,
+    records.c.forgotten_at,
+    records.c.received_at,
+    records.c.seq,
+    sqlite_where=records.c.deleted_at.is_not(None),
+    postgresql_where=records.c.deleted_at.is_not(None),
+)
 
 
 # Some ids of one account. By account, because for pairs of account and id SQLite reads the whole index.
@@ -193,7 +216,8 @@ def group_by_account(keys: Iterable[Key]) -> list[dict[str, Any]]:
     return [{"account": account, "ids": mine} for account, mine in sorted(ids.items())]
 
 
-# The audit trail: one row per move, never changed; seq counts from 1 within the record.
+# The audit trail: one row per move; seq counts from 1 within the record. Rows are never changed, but a record that is
+# forgotten loses the free text of their details.
 events = Table(
     "events",
     metadata,

@@ -7,9 +7,8 @@ from functools import partial
 from typing import Annotated, Literal
 
 import msgspec
-from litestar import Controller, get, post
+from litestar import Controller, Response, get, post
 from litestar.di import NamedDependency
-from litestar.exceptions import NotFoundException
 from litestar.openapi.spec import Operation, RequestBody
 from litestar.params import FromPath, FromQuery, JSONBody, PathParameter
 from sqlalchemy import Connection
@@ -17,12 +16,13 @@ from sqlalchemy import Connection
 from service.core.durations import MAX_TTL
 from service.core.key import Key
 from service.core.lifecycle import Move
-from service.ledger import key_history, moving, pausing
+from service.ledger import forgetting, key_history, moving, pausing
 from service.ledger.database import Database
 from service.ledger.moving import Grace
 from service.ledger.pausing import Kind, Pause
-from service.ledger.views import FullRecord, Stats, find_record, read_stats
+from service.ledger.views import Found, FullRecord, Stats, find_record, read_stats
 from service.web.problems import documented, problem
+from service.web.records import answer_record
 
 ACTOR = "operator"
 _MAX_GRACE_SECONDS = int(MAX_TTL.total_seconds())
@@ -59,7 +59,7 @@ class OperatorController(Controller):
     @post(
         "/records/{generation_id:str}/{move:str}",
         status_code=200,
-        summary="Hold, release, keep, retry or reopen a record",
+        summary="Hold, release, keep, retry, reopen or forget a record",
         responses=documented(400, 401, 403, 404, 409, 503),
         operation_class=_OptionalBodyOperation,
     )
@@ -69,13 +69,13 @@ class OperatorController(Controller):
         now: NamedDependency[Callable[[], datetime]],
         min_ttl: NamedDependency[timedelta],
         generation_id: FromPath[str],
-        move: Annotated[Literal["hold", "release", "keep", "retry", "reopen"], PathParameter()],
+        move: Annotated[Literal["hold", "release", "keep", "retry", "reopen", "forget"], PathParameter()],
         data: JSONBody[MoveBody | None] = None,
         account: FromQuery[str] = "default",
-    ) -> FullRecord:
+    ) -> Response[FullRecord]:
         """Answer the record after the move, or 409 if its state does not allow it.
 
-        A record that is in that state already is answered as it is.
+        A record that is in that state already, or forgotten, is answered as it is.
         """
         change = partial(
             _move_and_read,
@@ -85,10 +85,7 @@ class OperatorController(Controller):
             reason=data.reason if data else None,
             grace=_grace(Move(move), data.grace_seconds if data else None, min_ttl),
         )
-        record = await database.write(change)
-        if record is None:
-            raise NotFoundException("No record of this generation")
-        return record
+        return await answer_record(await database.write(change))
 
     @post(
         "/pause",
@@ -129,6 +126,9 @@ def _grace(move: Move, seconds: int | None, min_ttl: timedelta) -> Grace:
 
 def _move_and_read(
     connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None, grace: Grace
-) -> FullRecord | None:
+) -> Found | None:
+    if wanted is Move.FORGET:
+        forgetting.forget_record(connection, key, now=now, actor=ACTOR, reason=reason)
+        return find_record(connection, key=key)
     row = moving.move_record(connection, key, wanted, now=now, actor=ACTOR, reason=reason, grace=grace)
     return None if row is None else find_record(connection, key=key)

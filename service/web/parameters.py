@@ -1,16 +1,59 @@
-"""Query parameters that no route knows: ignored, ``?stat=deleted`` would answer every record."""
+"""Query parameters: the filters of records, and the refusal of what no route knows."""
 
 import difflib
-from typing import Any
+from datetime import datetime
+from typing import Annotated, Any
 
 from litestar.connection import ASGIConnection
 from litestar.handlers.base import BaseRouteHandler
+from litestar.params import FromQuery, QueryParameter
 
+from service.core.lifecycle import State
+from service.ledger.reading import Filter, Span
 from service.web.problems import problem
+
+_Q = "part of an id, file name, model or error; a page searches 10 000 records and may be short"
+
+
+def read_filter(  # noqa: PLR0917 - Litestar calls it by name
+    in_state: Annotated[State | None, QueryParameter(name="state")] = None,
+    status: FromQuery[str | None] = None,
+    project_id: Annotated[str | None, QueryParameter(name="projectId", description="its project id")] = None,
+    since: Annotated[datetime | None, QueryParameter(name="from", description="received at or after")] = None,
+    until: Annotated[datetime | None, QueryParameter(name="to", description="received before")] = None,
+    due_from: Annotated[datetime | None, QueryParameter(name="dueFrom", description="due at or after")] = None,
+    due_to: Annotated[datetime | None, QueryParameter(name="dueTo", description="due before")] = None,
+    deleted_from: Annotated[datetime | None, QueryParameter(name="deletedFrom", description="gone at or after")] = None,
+    deleted_to: Annotated[datetime | None, QueryParameter(name="deletedTo", description="gone before")] = None,
+    q: Annotated[str | None, QueryParameter(max_length=200, description=_Q)] = None,
+) -> Filter:
+    """Return what the query filters records by; a dependency."""
+    return Filter(
+        in_state,
+        status,
+        project_id,
+        _span("from", since, "to", until),
+        _span("dueFrom", due_from, "dueTo", due_to),
+        _span("deletedFrom", deleted_from, "deletedTo", deleted_to),
+        q,
+    )
+
+
+def _span(name: str, since: datetime | None, other: str, until: datetime | None) -> Span:
+    return Span(_require_zone(since, name), _require_zone(until, other))
+
+
+def _require_zone(instant: datetime | None, name: str) -> datetime | None:
+    if instant is not None and instant.tzinfo is None:
+        raise problem(400, "Bad request", f"{name} needs a time zone, such as 2026-12-31T00:00:00Z")
+    return instant
 
 
 def refuse_unknown_parameters(connection: ASGIConnection[Any, Any, Any, Any], _handler: BaseRouteHandler) -> None:
-    """Raise 400 for a query parameter that the OpenAPI document does not have for this route; a guard."""
+    """Raise 400 for a query parameter that the OpenAPI document does not have for this route; a guard.
+
+    Ignored, ``?stat=deleted`` would answer every record.
+    """
     item = (connection.app.openapi_schema.paths or {}).get(connection.scope["path_template"])
     operation = getattr(item, str(connection.scope.get("method")).lower(), None)
     if operation is None:  # such as OPTIONS, which Litestar answers by itself

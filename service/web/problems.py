@@ -80,7 +80,18 @@ def _from_signature_error(error: SignatureError) -> ProblemDetailsException:
 
 
 # The client's names of the handlers' arguments.
-_WIRE_NAMES = {"in_state": "state", "since": "from", "until": "to", "project_id": "projectId", "data": "the body"}
+_WIRE_NAMES = {
+    "in_state": "state",
+    "since": "from",
+    "until": "to",
+    "due_from": "dueFrom",
+    "due_to": "dueTo",
+    "deleted_from": "deletedFrom",
+    "deleted_to": "deletedTo",
+    "project_id": "projectId",
+    "form": "format",
+    "data": "the body",
+}
 
 
 def _from_http_exception(error: HTTPException) -> ProblemDetailsException:

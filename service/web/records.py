@@ -1,71 +1,101 @@
 """``/api/records``: pages of records, and single ones."""
 
-from datetime import datetime
-from typing import Annotated
+import asyncio
+from collections.abc import AsyncIterator, Callable
+from functools import partial
+from typing import Annotated, Any, Final
 
-from litestar import Controller, get
-from litestar.di import NamedDependency
+import msgspec
+from litestar import Controller, MediaType, Response, get
+from litestar.di import NamedDependency, Provide
 from litestar.exceptions import NotFoundException
 from litestar.params import FromPath, FromQuery, QueryParameter
+from litestar.response import Stream
 
 from service.core.key import Key
-from service.core.lifecycle import State
 from service.ledger import reading
 from service.ledger.database import Database
+from service.ledger.exporting import MEDIA_TYPES, Format, export_lines
 from service.ledger.reading import MAX_PAGE, Filter
-from service.ledger.views import FullRecord, RecordPage, find_record, present_record
-from service.web.problems import documented, problem
+from service.ledger.views import Found, FullRecord, RecordPage, find_record, present_full, present_page
+from service.web.parameters import read_filter
+from service.web.problems import documented
 
 DEFAULT_PAGE = 50
+_FILTERED: Final = {"wanted": Provide(read_filter, sync_to_thread=False)}
+
+
+async def encode_answer(build: Callable[[], object]) -> Any:  # noqa: ANN401 - a Response's content is what it documents
+    """Return what *build* returns as JSON. A thread does both: megabytes would stop the event loop."""
+    return await asyncio.to_thread(lambda: msgspec.json.encode(build()))
+
+
+async def answer_record(found: Found | None) -> Response[FullRecord]:
+    """Answer one record, or 404."""
+    if found is None:
+        raise NotFoundException("No record of this generation")
+    return Response(await encode_answer(lambda: present_full(found)), media_type=MediaType.JSON)
 
 
 class RecordsController(Controller):
-    """Pages of records, and single ones."""
+    """Pages of records, all that match, and single ones."""
 
     path = "/records"
     tags = ("records",)
     security = ({"bearer": []},)
 
-    @get("/", summary="A page of records, newest first", responses=documented(400, 401, 403, 503))
-    async def list_records(  # noqa: PLR0917 - Litestar calls it by name
+    @get(
+        "/",
+        summary="A page of records, newest first",
+        dependencies=_FILTERED,
+        responses=documented(400, 401, 403, 503),
+    )
+    async def list_records(
         self,
         database: NamedDependency[Database],
-        in_state: Annotated[State | None, QueryParameter(name="state")] = None,
-        status: FromQuery[str | None] = None,
-        project_id: Annotated[str | None, QueryParameter(name="projectId")] = None,
-        since: Annotated[datetime | None, QueryParameter(name="from", description="received at or after")] = None,
-        until: Annotated[datetime | None, QueryParameter(name="to", description="received before")] = None,
-        q: Annotated[
-            str | None,
-            QueryParameter(
-                max_length=200,
-                description="part of an id, file name, model or error; a page searches 10 000 records and may be short",
-            ),
-        ] = None,
+        wanted: NamedDependency[Filter],
         limit: Annotated[int, QueryParameter(ge=1, le=MAX_PAGE)] = DEFAULT_PAGE,
         cursor: Annotated[str | None, QueryParameter(description="nextCursor of the previous page")] = None,
-    ) -> RecordPage:
-        """Answer a page of the records that match all filters."""
-        wanted = Filter(in_state, status, project_id, _require_zone(since, "from"), _require_zone(until, "to"), q)
-        page = await database.read(lambda connection: reading.read_page(connection, wanted, limit=limit, cursor=cursor))
-        return RecordPage([present_record(row) for row in page.rows], page.next_cursor)
+    ) -> Response[RecordPage]:
+        """Answer a page of the records that match all filters. It ends early before it has more than 4 MiB."""
+        page = await database.read(partial(reading.read_page, wanted=wanted, limit=limit, cursor=cursor))
+        answer = await encode_answer(partial(present_page, page))
+        return Response(answer, media_type=MediaType.JSON)
+
+    @get(
+        "/export",
+        summary="All records that match, newest first, as JSON Lines or CSV",
+        dependencies=_FILTERED,
+        media_type="application/x-ndjson",
+        responses=documented(400, 401, 403, 503),
+    )
+    async def export_records(
+        self,
+        database: NamedDependency[Database],
+        wanted: NamedDependency[Filter],
+        form: Annotated[Format, QueryParameter(name="format")] = Format.JSONL,
+    ) -> Stream:
+        """Stream the records that match all filters, one a line. A connection that breaks off before its end failed."""
+        lines = export_lines(database, wanted, form)
+        first = await anext(lines)  # an error before the first byte has its status
+        # As headers: Litestar prefers the media type of the route to that of a Stream.
+        kind, name = MEDIA_TYPES[form], f'attachment; filename="records.{form}"'
+        headers = {"Content-Type": kind, "Content-Disposition": name}
+        return Stream(_joined(first, lines), headers=headers)
 
     @get(
         "/{generation_id:str}",
-        summary="One record with its history and the bodies as received",
+        summary="One record with its history and the bodies as they came",
         responses=documented(400, 401, 403, 404, 503),
     )
     async def show_record(
         self, database: NamedDependency[Database], generation_id: FromPath[str], account: FromQuery[str] = "default"
-    ) -> FullRecord:
+    ) -> Response[FullRecord]:
         """Answer one record, or 404."""
-        record = await database.read(lambda connection: find_record(connection, key=Key(account, generation_id)))
-        if record is None:
-            raise NotFoundException("No record of this generation")
-        return record
+        return await answer_record(await database.read(partial(find_record, key=Key(account, generation_id))))
 
 
-def _require_zone(instant: datetime | None, name: str) -> datetime | None:
-    if instant is not None and instant.tzinfo is None:
-        raise problem(400, "Bad request", f"{name} needs a time zone, such as 2026-12-31T00:00:00Z")
-    return instant
+async def _joined(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:
+    yield first
+    async for one in others:
+        yield one

@@ -35,6 +35,8 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
     "records keep": [("failed", "--reason", FOREIGN), (FOREIGN,)],
     "records retry": [("failed", "--reason", FOREIGN), (FOREIGN,)],
     "records reopen": [("failed",), (FOREIGN,)],
+    "records forget": [("failed",), ("failed", "--yes", "--reason", FOREIGN), ("held", "--yes"), ("--yes", FOREIGN)],
+    "records export": [(), ("--format", "csv"), ("--find", FOREIGN)],
     "stats": [(), ("--json",)],
     "pause": [("--reason", FOREIGN)],
     "resume": [()],

@@ -289,6 +289,7 @@ async def test_receipt_fills_every_column_that_describes_the_generation(database
         error="no face",
         error_code="no_face",
         segments=[{"startTime": 0}],
+        outputMediaUrl="https://media",
         segmentOutputUrl="https://segment",
         synthesizedAudioUrl="https://audio",
         outputFileName="take_07",

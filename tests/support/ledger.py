@@ -92,10 +92,10 @@ async def settle(database: Database, *items: Settlement, now: datetime | None = 
     return await database.write(write)
 
 
-def confirmed(item: Claim) -> Settlement:
+def confirmed(item: Claim, *, receipt: str = '{"status":200}') -> Settlement:
     """Return the end of an attempt that deleted."""
     step = Step(Move.CONFIRM, item.progress, outcome=Outcome.DELETED)
-    return Settlement(item, Verdict.DONE, step, receipt='{"status":200}')
+    return Settlement(item, Verdict.DONE, step, receipt=receipt)
 
 
 def gone_already(item: Claim) -> Settlement:

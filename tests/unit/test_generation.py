@@ -131,7 +131,7 @@ def test_a_body_of_another_shape_is_refused_with_a_sentence(body):
         ("errorCode", False, "failure_code", "false"),
         ("error_code", 17, "failure_code", "17"),
         ("projectId", 12, "project_id", "12"),
-        ("outputUrl", {"url": "https://o"}, "media_url", '{"url":"https://o"}'),
+        ("outputUrl", {"url": "https://o"}, "output_url", '{"url":"https://o"}'),
         ("outputDuration", "9.98", "output_duration", None),
         ("outputDuration", [], "output_duration", None),
     ],

@@ -32,6 +32,9 @@ LEGAL = [
     (State.FAILED, Move.HOLD, State.HELD),
     (State.FAILED, Move.KEEP, State.KEPT),
     (State.DELETED, Move.REOPEN, State.SCHEDULED),
+    (State.DELETED, Move.FORGET, State.DELETED),
+    (State.KEPT, Move.FORGET, State.KEPT),
+    (State.FAILED, Move.FORGET, State.KEPT),
 ]
 OPERATORS = (Move.HOLD, Move.RELEASE, Move.KEEP, Move.RETRY, Move.REOPEN)
 ILLEGAL = [pair for pair in product((None, *State), Move) if pair not in [(before, move) for before, move, _ in LEGAL]]
@@ -58,7 +61,17 @@ def test_the_table_has_the_legal_moves_and_no_other():
 
 
 def test_only_reopen_leads_out_of_deleted():
-    assert [pair for pair in TABLE if pair[0] is State.DELETED] == [(State.DELETED, Move.REOPEN)]
+    leading_out = [move for (before, move), then in TABLE.items() if before is State.DELETED and then is not before]
+
+    assert leading_out == [Move.REOPEN]
+
+
+@pytest.mark.parametrize("state", [State.SCHEDULED, State.HELD, State.DELETING])
+def test_what_will_be_deleted_is_not_forgotten_and_the_error_says_what_to_do(state):
+    with pytest.raises(IllegalMoveError, match=r"keep it first|forget it once it is deleted") as refusal:
+        state_after(state, Move.FORGET)
+
+    assert str(refusal.value).startswith(f"cannot forget: the record is {state}")
 
 
 def test_the_moves_of_an_operator_lead_to_the_state_that_they_name():
@@ -84,7 +97,9 @@ def test_a_hold_and_a_keep_first_end_the_lease_of_a_worker_without_a_copy(wanted
 
 
 def test_a_record_becomes_deleted_from_deleting_alone():
-    assert [pair for pair, then in TABLE.items() if then is State.DELETED] == [(State.DELETING, Move.CONFIRM)]
+    leading_there = [pair for pair, then in TABLE.items() if then is State.DELETED and pair[0] is not then]
+
+    assert leading_there == [(State.DELETING, Move.CONFIRM)]
 
 
 def test_several_moves_lead_where_each_leads_in_turn():

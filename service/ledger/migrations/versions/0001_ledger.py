@@ -84,8 +84,6 @@ def _records() -> None:
         sa.Column("state", sa.String(16), nullable=False),
         sa.Column("outcome", sa.String(16)),
         *_described(),
-        sa.Column("notification", sa.Text),
-        sa.Column("copy", sa.Text),
         sa.Column("receipt", sa.Text),
         sa.Column("received_at", _INSTANT, nullable=False),
         sa.Column("sent_at", _INSTANT, nullable=False),
@@ -108,6 +106,12 @@ def _records() -> None:
         sa.Column("hold_by", sa.Text),
         sa.Column("hold_reason", sa.Text),
         sa.Column("hold_until", _INSTANT),
+        sa.Column("forgotten_at", _INSTANT),
+        sa.Column("input", sa.Text),
+        sa.Column("options", sa.Text),
+        sa.Column("segments", sa.Text),
+        sa.Column("notification", sa.Text),
+        sa.Column("copy", sa.Text),
         sqlite_autoincrement=True,
     )
     _indexes()
@@ -123,6 +127,8 @@ def _indexes() -> None:
         ("records_hold_until", ["hold_until"], "hold_until IS NOT NULL"),
         ("records_status_received_at", ["status", "received_at", "seq"], "status != 'COMPLETED'"),
         ("records_project_id_received_at", ["project_id", "received_at", "seq"], "project_id IS NOT NULL"),
+        ("records_due_at", ["due_at", "received_at", "seq"], "due_at IS NOT NULL"),
+        ("records_deleted_at", ["deleted_at", "forgotten_at", "received_at", "seq"], "deleted_at IS NOT NULL"),
     ):
         where = sa.text(condition)
         op.create_index(name, "records", columns, sqlite_where=where, postgresql_where=where)
@@ -133,10 +139,8 @@ def _described() -> list[sa.Column[Any]]:
         sa.Column("status", sa.String(64), nullable=False),
         sa.Column("model", sa.Text),
         sa.Column("created_at", sa.Text),
-        sa.Column("input", sa.Text),
-        sa.Column("options", sa.Text),
-        sa.Column("segments", sa.Text),
         sa.Column("output_url", sa.Text),
+        sa.Column("output_media_url", sa.Text),
         sa.Column("segment_output_url", sa.Text),
         sa.Column("synthesized_audio_url", sa.Text),
         sa.Column("output_duration", sa.Float),
