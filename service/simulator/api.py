@@ -70,7 +70,7 @@ class SyncApi:
     async def handle(self, scope: HTTPScope, receive: Receive, send: Send) -> None:
         call, key = self._log_call(scope)
         body = await _body(receive) if call.operation in WITH_BODY else b""
-        request = Request(call, list(scope["headers"]), body)
+        request = Request(call, tuple(scope["headers"]), body)
         switches = self._organisation.switches
         if switches.latency_seconds and call.operation in (Operation.GET, Operation.DELETE):
             await asyncio.sleep(switches.latency_seconds)
