@@ -65,10 +65,8 @@ async def open_parts(
 ) -> AsyncIterator[WorkerParts]:
     """Connect the job and the safety net of *account* to the ledger, the queue, the budget and the API with *key*."""
     budget = Budget(account.rate, pool, key, clock=time.monotonic, stopping=stopping)
-    limit = None if settings.is_dry_run else settings.max_deletes_per_day
-    actor = f"worker {socket.gethostname()}:{os.getpid()}"
     used = KeyOfAccount(account.id, key.identify())
-    ledger = WorkerLedger(database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor, key=used, now=_now)
+    ledger = _ledger_of(used, settings, database)
     with contextlib.suppress(LedgerUnavailableError):  # then the pause stays
         await database.write(partial(key_history.resume_for_key, key=used))
     async with _open_cleaner(settings, key, ledger=ledger, budget=budget, pool=pool, metrics=metrics) as cleaner:
@@ -94,6 +92,12 @@ async def open_parts(
             stopping=stopping,
         )
         yield WorkerParts(jobs, attempts, overdue)
+
+
+def _ledger_of(used: KeyOfAccount, settings: Settings, database: Database) -> WorkerLedger:
+    limit = None if settings.is_dry_run else settings.max_deletes_per_day
+    actor = f"worker {socket.gethostname()}:{os.getpid()}"
+    return WorkerLedger(database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor, key=used, now=_now)
 
 
 @asynccontextmanager
