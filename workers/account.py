@@ -70,10 +70,8 @@ async def open_parts(
 ) -> AsyncIterator[WorkerParts]:
     """Connect the job and the safety net of *account* to the ledger, the queue, the budget and the API with *key*."""
     budget = Budget(account.rate, pool, key, clock=time.monotonic, stopping=stopping)
-    limit = None if settings.is_dry_run else settings.max_deletes_per_day
-    actor = f"worker {socket.gethostname()}:{os.getpid()}"
     used = KeyOfAccount(account.id, key.identify())
-    ledger = WorkerLedger(database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor, key=used, now=_now)
+    ledger = _ledger_of(used, settings, database)
     with contextlib.suppress(LedgerUnavailableError):  # then the pause stays
         await database.write(partial(key_history.resume_for_key, key=used))
     call_slot = partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget)
@@ -100,25 +98,16 @@ async def open_parts(
             metrics=metrics,
             stopping=stopping,
         )
-        looks = Looks(
-            ledger=LookLedger(ledger.is_look_wanted, ledger.store_look, ledger.put_off_look, ledger.end_look),
-            get=api.get,
-            call_slot=call_slot,
-            take_call=SpareCalls(budget, time.monotonic).take,
-            enqueue_cleanup=partial(_enqueue_within, pool, metrics, settings.queue_horizon),
-            policy=settings.policy,
-            now=_now,
-            metrics=metrics,
-            stopping=stopping,
-        )
-        look_net = LookNet(
-            find_due=ledger.find_due_looks,
-            enqueue=lambda items: enqueue.enqueue_jobs(pool, account.id, items, now=_now()),
-            now=_now,
-            metrics=metrics,
-            stopping=stopping,
+        looks, look_net = _make_looks(
+            settings, api, call_slot, ledger=ledger, budget=budget, pool=pool, metrics=metrics, stopping=stopping
         )
         yield WorkerParts(jobs, attempts, overdue, looks, look_net)
+
+
+def _ledger_of(used: KeyOfAccount, settings: Settings, database: Database) -> WorkerLedger:
+    limit = None if settings.is_dry_run else settings.max_deletes_per_day
+    actor = f"worker {socket.gethostname()}:{os.getpid()}"
+    return WorkerLedger(database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor, key=used, now=_now)
 
 
 def _open_api(
@@ -157,6 +146,38 @@ def _make_cleaner(
         metrics=metrics,
         key_proof=KeyProof(api, call_slot=call_slot, acquire=partial(budget.acquire, _PROOF_SECONDS)),
     )
+
+
+def _make_looks(
+    settings: Settings,
+    api: SyncApi,
+    call_slot: CallSlot,
+    *,
+    ledger: WorkerLedger,
+    budget: Budget,
+    pool: ArqRedis,
+    metrics: Metrics,
+    stopping: asyncio.Event,
+) -> tuple[Looks, LookNet]:
+    looks = Looks(
+        ledger=LookLedger(ledger.is_look_wanted, ledger.store_look, ledger.put_off_look, ledger.end_look),
+        get=api.get,
+        call_slot=call_slot,
+        take_call=SpareCalls(budget, time.monotonic).take,
+        enqueue_cleanup=partial(_enqueue_within, pool, metrics, settings.queue_horizon),
+        policy=settings.policy,
+        now=_now,
+        metrics=metrics,
+        stopping=stopping,
+    )
+    look_net = LookNet(
+        find_due=ledger.find_due_looks,
+        enqueue=lambda items: enqueue.enqueue_jobs(pool, ledger.account, items, now=_now()),
+        now=_now,
+        metrics=metrics,
+        stopping=stopping,
+    )
+    return looks, look_net
 
 
 @asynccontextmanager

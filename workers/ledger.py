@@ -45,7 +45,7 @@ class WorkerLedger:
         now: Callable[[], datetime],
     ) -> None:
         self._key = key
-        self._account = key.account
+        self.account = key.account
         self._database = database
         self._limit = limit
         self._is_dry_run = is_dry_run
@@ -56,7 +56,7 @@ class WorkerLedger:
 
     async def peek(self) -> int:
         """Return how many records the pauses allow."""
-        return await self._database.read(partial(pausing.peek_allowance, account=self._account, now=self._now()))
+        return await self._database.read(partial(pausing.peek_allowance, account=self.account, now=self._now()))
 
     async def beat(self) -> None:
         """Store that a worker was seen, at most every ten seconds; at first end what another configuration left."""
@@ -73,16 +73,16 @@ class WorkerLedger:
             return
         if self._is_dry_run:
             return
-        if daily_limit.end_pause(connection, self._account, limit=self._limit, now=now):
+        if daily_limit.end_pause(connection, self.account, limit=self._limit, now=now):
             log.info("deletions.resumed", what_now="MAYFLY_MAX_DELETES_PER_DAY was raised or removed")
-        if number := claiming.bring_forward_rehearsed(connection, self._account, now=now):
+        if number := claiming.bring_forward_rehearsed(connection, self.account, now=now):
             log.info("deletions.brought_forward", records=number, what_now="MAYFLY_DRY_RUN was switched off")
 
     async def read_outlook(self, since: datetime | None, until: datetime) -> Outlook:
         """Read what the safety net needs to know."""
         read = partial(
             outlooks.read_outlook,
-            account=self._account,
+            account=self.account,
             now=self._now(),
             late=LATE,
             since=since,
@@ -95,7 +95,7 @@ class WorkerLedger:
         """End the leases of workers that died."""
         write = partial(
             claiming.end_expired_leases,
-            account=self._account,
+            account=self.account,
             now=self._now(),
             limit=_LEASES_AT_ONCE,
             actor=self._actor,
@@ -105,7 +105,7 @@ class WorkerLedger:
     async def claim(self, limit: int) -> Sequence[Claim]:
         """Claim due records."""
         write = partial(
-            claiming.claim_due, account=self._account, now=self._now(), lease=LEASE, limit=limit, actor=self._actor
+            claiming.claim_due, account=self.account, now=self._now(), lease=LEASE, limit=limit, actor=self._actor
         )
         return await self._database.write(write)
 
@@ -113,7 +113,7 @@ class WorkerLedger:
         """Claim the records that jobs ask for."""
         write = partial(
             claiming.claim_wanted,
-            account=self._account,
+            account=self.account,
             wanted=wanted,
             now=self._now(),
             lease=LEASE,
@@ -125,7 +125,7 @@ class WorkerLedger:
         """Commit copies."""
         write = partial(
             settling.store_copies,
-            account=self._account,
+            account=self.account,
             copies=items,
             now=self._now(),
             limit=self._limit,
@@ -140,7 +140,7 @@ class WorkerLedger:
 
     async def find_due_looks(self, late: timedelta, limit: int) -> Sequence[Key]:
         """Return the records whose early look is due for longer than *late*; none while the API refuses its key."""
-        read = partial(looking.find_due_looks, account=self._account, now=self._now() - late, limit=limit)
+        read = partial(looking.find_due_looks, account=self.account, now=self._now() - late, limit=limit)
         return await self._database.read(read)
 
     async def is_look_wanted(self, key: Key) -> bool:
