@@ -39,6 +39,8 @@ SAMPLES = {
     "MAYFLY_QUEUE_HORIZON": "24h",
     "MAYFLY_RECORD_TTL": "90d",
     "MAYFLY_LOG_FORMAT": "json",
+    "MAYFLY_CONFIG": str(ROOT / "deploy" / "policy.example.toml"),
+    "MAYFLY_PUBLIC_URL": "https://mayfly.example.com",
 }
 
 

@@ -5,10 +5,10 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
-from datetime import UTC, datetime, timedelta
+from datetime import UTC, datetime
 from functools import partial
 from typing import Final
 
@@ -20,7 +20,7 @@ from service.config.settings import Settings
 from service.core.key import Key
 from service.core.secret import Secret
 from service.jobs import connection, enqueue
-from service.jobs.enqueue import CleanupJob
+from service.jobs.enqueue import CleanupJob, Job
 from service.ledger import key_history
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.group_commit import GroupCommit
@@ -40,8 +40,6 @@ from workers.runner import max_jobs
 
 log = structlog.get_logger()
 
-CallSlot = Callable[[datetime], AbstractAsyncContextManager[bool]]
-
 # How long a proof of the key waits for the budget; the attempt's GET and DELETE are used up.
 _PROOF_SECONDS: Final = 5.0
 
@@ -57,6 +55,24 @@ class WorkerParts:
     look_net: LookNet
 
 
+@dataclass(frozen=True, slots=True)
+class _Ground:
+    """What the parts that work for an account share; *call_slot* waits for a place at the API: see _call_slot()."""
+
+    settings: Settings
+    pool: ArqRedis
+    metrics: Metrics
+    stopping: asyncio.Event
+    budget: Budget
+    ledger: WorkerLedger
+    api: SyncApi
+    call_slot: Callable[[datetime], AbstractAsyncContextManager[bool]]
+
+    async def enqueue(self, jobs: Sequence[Job]) -> str:
+        """Enqueue *jobs* of the account."""
+        return await enqueue.enqueue_jobs(self.pool, self.ledger.account, jobs, now=_now())
+
+
 @asynccontextmanager
 async def open_parts(
     settings: Settings,
@@ -68,43 +84,22 @@ async def open_parts(
     metrics: Metrics,
     stopping: asyncio.Event,
 ) -> AsyncIterator[WorkerParts]:
-    """Connect the job and the safety net of *account* to the ledger, the queue, the budget and the API with *key*."""
+    """Connect what works for *account* to the ledger, the queue, the budget and the API with *key*."""
     budget = Budget(account.rate, pool, key, clock=time.monotonic, stopping=stopping)
     used = KeyOfAccount(account.id, key.identify())
-    ledger = _ledger_of(used, settings, database)
     with contextlib.suppress(LedgerUnavailableError):  # then the pause stays
         await database.write(partial(key_history.resume_for_key, key=used))
     call_slot = partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget)
     async with _open_api(settings, key, budget, metrics) as api:
-        cleaner = _make_cleaner(settings, api, call_slot, ledger=ledger, budget=budget, pool=pool, metrics=metrics)
-        attempts = Attempts(cleaner.clean, limit=max_jobs(settings.concurrency))
-        jobs = CleanupJobs(
-            peek=ledger.peek,
-            clock=time.monotonic,
-            budget=budget,
-            claim=GroupCommit(ledger.claim_wanted).submit,
-            attempts=attempts,
-            stopping=stopping,
-        )
-        overdue = Overdue(
-            account=account.id,
-            ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.claim, ledger.beat),
-            enqueue=lambda items: enqueue.enqueue_jobs(pool, account.id, items, now=_now()),
-            budget=budget,
-            attempts=attempts,
-            beat=partial(beat, settings.data_dir),
-            now=_now,
-            horizon=settings.queue_horizon,
-            metrics=metrics,
-            stopping=stopping,
-        )
-        looks, look_net = _make_looks(
-            settings, api, call_slot, ledger=ledger, budget=budget, pool=pool, metrics=metrics, stopping=stopping
-        )
+        ledger = _make_ledger(used, settings, database)
+        ground = _Ground(settings, pool, metrics, stopping, budget, ledger, api, call_slot)
+        attempts = Attempts(_make_cleaner(ground).clean, limit=max_jobs(settings.concurrency))
+        jobs, overdue = _make_deletions(ground, attempts)
+        looks, look_net = _make_looks(ground)
         yield WorkerParts(jobs, attempts, overdue, looks, look_net)
 
 
-def _ledger_of(used: KeyOfAccount, settings: Settings, database: Database) -> WorkerLedger:
+def _make_ledger(used: KeyOfAccount, settings: Settings, database: Database) -> WorkerLedger:
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
     actor = f"worker {socket.gethostname()}:{os.getpid()}"
     return WorkerLedger(database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor, key=used, now=_now)
@@ -123,59 +118,69 @@ def _open_api(
     )
 
 
-def _make_cleaner(
-    settings: Settings,
-    api: SyncApi,
-    call_slot: CallSlot,
-    *,
-    ledger: WorkerLedger,
-    budget: Budget,
-    pool: ArqRedis,
-    metrics: Metrics,
-) -> Cleaner:
+def _make_cleaner(ground: _Ground) -> Cleaner:
+    acquire = partial(ground.budget.acquire, _PROOF_SECONDS)
     return Cleaner(
-        api=api,
-        copy=GroupCommit(ledger.copy).submit,
-        settle=GroupCommit(ledger.settle).submit,
-        enqueue_next=partial(_enqueue_next, pool, metrics),
-        call_slot=call_slot,
+        api=ground.api,
+        copy=GroupCommit(ground.ledger.copy).submit,
+        settle=GroupCommit(ground.ledger.settle).submit,
+        enqueue_next=partial(_enqueue_next, ground.pool, ground.metrics),
+        call_slot=ground.call_slot,
         now=_now,
-        give_up_after=settings.give_up_after,
-        policy=settings.policy,
-        is_dry_run=settings.is_dry_run,
-        metrics=metrics,
-        key_proof=KeyProof(api, call_slot=call_slot, acquire=partial(budget.acquire, _PROOF_SECONDS)),
+        give_up_after=ground.settings.give_up_after,
+        policy=ground.settings.policy,
+        is_dry_run=ground.settings.is_dry_run,
+        metrics=ground.metrics,
+        key_proof=KeyProof(ground.api, call_slot=ground.call_slot, acquire=acquire),
     )
 
 
-def _make_looks(
-    settings: Settings,
-    api: SyncApi,
-    call_slot: CallSlot,
-    *,
-    ledger: WorkerLedger,
-    budget: Budget,
-    pool: ArqRedis,
-    metrics: Metrics,
-    stopping: asyncio.Event,
-) -> tuple[Looks, LookNet]:
+def _make_deletions(ground: _Ground, attempts: Attempts) -> tuple[CleanupJobs, Overdue]:
+    """Return the job that deletes, and its safety net."""
+    ledger = ground.ledger
+    jobs = CleanupJobs(
+        peek=ledger.peek,
+        clock=time.monotonic,
+        budget=ground.budget,
+        claim=GroupCommit(ledger.claim_wanted).submit,
+        attempts=attempts,
+        stopping=ground.stopping,
+    )
+    overdue = Overdue(
+        account=ledger.account,
+        ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.claim, ledger.beat),
+        enqueue=ground.enqueue,
+        budget=ground.budget,
+        attempts=attempts,
+        beat=partial(beat, ground.settings.data_dir),
+        now=_now,
+        horizon=ground.settings.queue_horizon,
+        metrics=ground.metrics,
+        stopping=ground.stopping,
+    )
+    return jobs, overdue
+
+
+def _make_looks(ground: _Ground) -> tuple[Looks, LookNet]:
+    """Return the job that looks early, and its safety net."""
+    ledger = ground.ledger
     looks = Looks(
         ledger=LookLedger(ledger.is_look_wanted, ledger.store_look, ledger.put_off_look, ledger.end_look),
-        get=api.get,
-        call_slot=call_slot,
-        take_call=SpareCalls(budget, time.monotonic).take,
-        enqueue_cleanup=partial(_enqueue_within, pool, metrics, settings.queue_horizon),
-        policy=settings.policy,
+        get=ground.api.get,
+        call_slot=ground.call_slot,
+        take_call=SpareCalls(ground.budget, time.monotonic).take,
+        enqueue_cleanup=partial(_enqueue_within, ground),
+        policy=ground.settings.policy,
         now=_now,
-        metrics=metrics,
-        stopping=stopping,
+        metrics=ground.metrics,
+        stopping=ground.stopping,
     )
     look_net = LookNet(
         find_due=ledger.find_due_looks,
-        enqueue=lambda items: enqueue.enqueue_jobs(pool, ledger.account, items, now=_now()),
+        enqueue=ground.enqueue,
         now=_now,
-        metrics=metrics,
-        stopping=stopping,
+        metrics=ground.metrics,
+        stopping=ground.stopping,
     )
     return looks, look_net
 
@@ -195,16 +200,14 @@ async def _enqueue_next(pool: ArqRedis, metrics: Metrics, key: Key, attempt: int
         _note_failure(metrics, key, error)
 
 
-async def _enqueue_within(  # noqa: PLR0917 - of which the first three are bound
-    pool: ArqRedis, metrics: Metrics, horizon: timedelta, key: Key, attempt: int, at: datetime
-) -> None:
+async def _enqueue_within(ground: _Ground, key: Key, attempt: int, at: datetime) -> None:
     """Enqueue the job of an attempt whose time has changed; beyond the horizon the safety net does it later."""
-    if at > _now() + horizon:
+    if at > _now() + ground.settings.queue_horizon:
         return
     try:
-        await enqueue.enqueue_jobs(pool, key.account, [CleanupJob(key, attempt, at)], now=_now())
+        await ground.enqueue([CleanupJob(key, attempt, at)])
     except connection.QUEUE_ERRORS as error:
-        _note_failure(metrics, key, error)
+        _note_failure(ground.metrics, key, error)
 
 
 def _note_failure(metrics: Metrics, key: Key, error: BaseException) -> None:

@@ -86,14 +86,14 @@ class Looks:
         self._present += 1
         try:
             async with self._places:
-                await self._look(key)
+                await self._examine(key)
         except LedgerUnavailableError as error:
             what_now = "the look is made later"
             log.warning("copy.interrupted", generation=key.id, error=str(error), what_now=what_now)
         finally:
             self._present -= 1
 
-    async def _look(self, key: Key) -> None:
+    async def _examine(self, key: Key) -> None:
         if self.stopping.is_set() or not await self.ledger.is_wanted(key) or not await self.take_call():
             return
         async with self.call_slot(self.now() + _SLOT) as is_in_time:

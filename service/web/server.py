@@ -5,7 +5,7 @@ import logging
 import os
 import resource
 import socket
-from collections.abc import AsyncIterator, Callable, Iterable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator
 from contextlib import asynccontextmanager, contextmanager
 from typing import Any, Final
 
@@ -13,6 +13,7 @@ import structlog
 import uvicorn
 
 from service.core.errors import ExplainedError
+from service.web.request_guard import RequestGuard
 
 log = structlog.get_logger()
 
@@ -25,13 +26,6 @@ _IDLE_SECONDS: Final = 75
 # Longer than a body (10 s) and a write to the ledger (10 s) may take, so that a stop interrupts no response.
 STOP_SECONDS: Final = 22
 _BACKLOG: Final = 2048
-# The path and query of a request. Litestar keeps the last thousand paths, for good: at httptools' own 64 KiB, of
-# characters that take four bytes each in memory, anyone could fill half a gigabyte. An id has 255 characters.
-MAX_TARGET_BYTES: Final = 4096
-_NO_UPGRADE: Final = (
-    b"This server speaks HTTP/1.1 alone, and cannot read the body of a request that asks for another protocol. "
-    b"Nothing was stored. Send it without the Upgrade header."
-)
 _START_POLL_SECONDS: Final = 0.005
 
 
@@ -62,7 +56,7 @@ async def serving(
     """
     max_connections = _allow_connections(max_connections)
     with _listen(host, port) as listener, _log_bounded(count_refusal, note_fault):
-        server = uvicorn.Server(_configure(_Guarded(app, count_refusal), max_connections, stop_seconds))
+        server = uvicorn.Server(_configure(RequestGuard(app, count_refusal), max_connections, stop_seconds))
         task = asyncio.create_task(server.serve(sockets=[listener]))
         try:
             while not server.started and not task.done():  # noqa: ASYNC110 - uvicorn has no event for it
@@ -73,10 +67,14 @@ async def serving(
         finally:
             server.should_exit = True
             await task
-            if server.force_exit and server.server_state.tasks:  # a second Ctrl-C
-                # The requests in progress are cancelled with the loop; their tracebacks would tell nothing more.
-                logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
-                log.warning("requests.interrupted", what_now="their senders get no answer and may send them again")
+            _silence_interrupted(server)
+
+
+def _silence_interrupted(server: uvicorn.Server) -> None:
+    """After a second Ctrl-C log one line instead of a traceback for each request in progress."""
+    if server.force_exit and server.server_state.tasks:  # they are cancelled with the loop
+        logging.getLogger("uvicorn.error").setLevel(logging.CRITICAL)
+        log.warning("requests.interrupted", what_now="their senders get no answer and may send them again")
 
 
 def _configure(app: Any, max_connections: int, stop_seconds: int) -> uvicorn.Config:  # noqa: ANN401 - any ASGI application
@@ -95,58 +93,6 @@ def _configure(app: Any, max_connections: int, stop_seconds: int) -> uvicorn.Con
         timeout_keep_alive=_IDLE_SECONDS,
         timeout_graceful_shutdown=stop_seconds,
     )
-
-
-class _Guarded:
-    """Answers 414 to too long a path and query, and 400 to an upgrade with a body; *app* sees all others."""
-
-    def __init__(self, app: Any, count_refusal: Callable[[str], object]) -> None:  # noqa: ANN401 - any ASGI application
-        self._app = app
-        self._count_refusal = count_refusal
-
-    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - ASGI's own
-        """See the ASGI specification."""
-        if scope["type"] != "http":
-            await self._app(scope, receive, send)
-        elif len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
-            self._count_refusal("too_long")
-            await _answer_and_close(send, 414, b"The path and query are too long.")
-        elif _is_upgrade(scope["headers"]):
-            await self._answer_upgrade(scope, receive, send)
-        else:
-            await self._app(scope, receive, send)
-
-    async def _answer_upgrade(self, scope: Any, receive: Any, send: Any) -> None:  # noqa: ANN401 - ASGI's own
-        """Answer as if no upgrade had been asked for, and close: uvicorn reads nothing that follows the headers."""
-        if _has_body(scope["headers"]):
-            await _answer_and_close(send, 400, _NO_UPGRADE)
-            return
-
-        async def send_and_close(message: Any) -> None:  # noqa: ANN401 - ASGI's own
-            if message["type"] == "http.response.start":
-                message = {**message, "headers": [*message.get("headers", []), (b"connection", b"close")]}
-            await send(message)
-
-        await self._app(scope, receive, send_and_close)
-
-
-def _has_body(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    return any(name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers)
-
-
-def _is_upgrade(headers: Iterable[tuple[bytes, bytes]]) -> bool:
-    """Whether the parser takes what follows the headers for another protocol."""
-    is_offered = is_asked_for = False
-    for name, value in headers:
-        is_offered |= name == b"upgrade"
-        is_asked_for |= name == b"connection" and b"upgrade" in value.lower()
-    return is_offered and is_asked_for
-
-
-async def _answer_and_close(send: Any, status: int, text: bytes) -> None:  # noqa: ANN401 - ASGI's own
-    headers = [(b"content-type", b"text/plain; charset=utf-8"), (b"content-length", b"%d" % len(text))]
-    await send({"type": "http.response.start", "status": status, "headers": [*headers, (b"connection", b"close")]})
-    await send({"type": "http.response.body", "body": text})
 
 
 @contextmanager
@@ -187,32 +133,6 @@ def _is_gone(error: BaseException) -> bool:
     """Whether uvloop refused to write to a closed connection: pipelined requests outlive their client."""
     cause = error.__cause__ or error  # Litestar wraps it
     return isinstance(cause, RuntimeError) and "the handler is closed" in str(cause)
-
-
-def _find_refusal(scope: Any) -> tuple[int, bytes] | None:  # noqa: ANN401 - ASGI's own
-    """Return the status and text for a request that must not reach the application."""
-    if scope["type"] != "http":
-        return None
-    if len(scope["raw_path"]) + len(scope["query_string"]) > MAX_TARGET_BYTES:
-        return 414, b"The path and query are too long."
-    if _loses_its_body(scope["headers"]):
-        return 400, _NO_UPGRADE
-    return None
-
-
-def _loses_its_body(headers: list[tuple[bytes, bytes]]) -> bool:
-    """Whether a request asks for another protocol, such as h2c, and has a body.
-
-    The parser ends such a request after its headers. The body is gone, and what comes of it later would be read as
-    another request.
-    """
-    if not any(name == b"upgrade" for name, _ in headers):
-        return False
-    connection = b",".join(value.lower() for name, value in headers if name == b"connection")
-    is_upgrade = b"upgrade" in [token.strip() for token in connection.split(b",")]
-    return is_upgrade and any(
-        name == b"transfer-encoding" or (name == b"content-length" and value != b"0") for name, value in headers
-    )
 
 
 class AddressError(ExplainedError):

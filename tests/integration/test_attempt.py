@@ -12,7 +12,9 @@ import pytest
 from service.core.attempts import ANSWER_LOST, Outcome, Verdict
 from service.core.key import Key
 from service.core.lifecycle import Move, State
+from service.core.matchers import Pattern, Texts
 from service.core.retention import Policy
+from service.core.rules import Rule, RuleSet
 from service.core.secret import Secret
 from service.ledger import history, moving, pausing, settling
 from service.ledger.database import LedgerUnavailableError, UnknownOutcomeError
@@ -160,6 +162,39 @@ async def test_an_override_that_only_the_api_shows_keeps_the_generation(cleaner,
     assert row.wake_at == (row.due_at if state == State.SCHEDULED else None)
     assert (row.due_at is None) == (state == State.KEPT)
     assert state != State.SCHEDULED or row.due_at > utc_now() + timedelta(days=8)
+
+
+@pytest.mark.parametrize(
+    ("does", "leads_to"),
+    [
+        ({"is_forever": True}, (State.KEPT, None)),
+        ({"ttl": WEEK}, (State.SCHEDULED, None)),
+        ({"hold": "case 7"}, (State.HELD, "policy")),
+    ],
+)
+async def test_a_rule_about_what_only_the_api_shows_keeps_the_generation(
+    cleaner_of, api, database, simulator, announced, *, does, leads_to
+):
+    key = await announced()
+    simulator.generations[key.id].project_id = "film"
+    film = Rule("film", (Texts("project", (Pattern.of("film"),)),), **does)
+    cleaner = cleaner_of(api, policy=Policy(timedelta(hours=1), timedelta(minutes=1), RuleSet([film])))
+    assert await cleaner.clean(await claim_one(database)) is Verdict.DONE
+    row = await row_of(database, key)
+
+    assert ((row.state, row.hold_by), row.rule) == (leads_to, "rule: film")
+    assert calls_of(simulator) == [("GET", 200)]
+    assert row.state != State.SCHEDULED or row.due_at > utc_now() + timedelta(days=6)
+
+
+async def test_a_rule_that_would_shorten_changes_nothing_at_the_last_look(cleaner_of, api, database, announced):
+    key = await announced()
+    fast = Rule("fast", expires=utc_now() - timedelta(days=1))
+    cleaner = cleaner_of(api, policy=Policy(timedelta(hours=1), timedelta(minutes=1), RuleSet([fast])))
+    await cleaner.clean(await claim_one(database))
+    row = await row_of(database, key)
+
+    assert (row.state, row.rule) == (State.DELETED, "MAYFLY_TTL")
 
 
 async def test_a_record_held_by_an_override_is_deleted_after_its_release(cleaner, database, simulator, announced):

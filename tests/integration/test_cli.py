@@ -2,6 +2,7 @@
 
 import asyncio
 import json
+import re
 from datetime import UTC, datetime, timedelta
 
 import click
@@ -469,3 +470,72 @@ def _paths(group, path):
         yield (*path, name)
         if isinstance(inner, click.Group):
             yield from _paths(inner, (*path, name))
+
+
+RULES = """
+[[rule]]
+id = "failures"
+status = "FAILED"
+ttl = "1h"
+
+[[rule]]
+id = "old"
+expires = 2020-01-01
+"""
+
+
+@pytest.fixture
+def policy(tmp_path):
+    """Run ``mayfly policy`` on a file with the given rules."""
+    file = tmp_path / "mayfly.toml"
+
+    def run(*arguments: str, text=RULES, **environment):
+        file.write_text(text)
+        return command("policy", *arguments, **environment), file
+
+    return run
+
+
+def test_policy_check_shows_the_rules_in_plain_words(policy, tmp_path):
+    result, file = policy("check", str(tmp_path / "mayfly.toml"), MAYFLY_TTL="3d")
+
+    assert result.exit_code == 0
+    assert f"{file} is valid: 2 rules." in result.stdout
+    assert re.search(r"1  failures +status is FAILED +deleted after 1h", result.stdout)
+    assert re.search(r"MAYFLY_TTL +every other generation +deleted after 3d", result.stdout)
+    assert f'warning: {file}:7: rule "old": expires has passed' in result.stderr
+
+
+def test_policy_check_reads_the_file_of_the_environment(policy, tmp_path):
+    result, file = policy("check", "--json", MAYFLY_CONFIG=str(tmp_path / "mayfly.toml"))
+    found = json.loads(result.stdout)
+
+    assert found["file"] == str(file)
+    assert [rule["id"] for rule in found["rules"]] == ["failures", "old", "MAYFLY_TTL"]
+    assert len(found["warnings"]) == 1
+
+
+def test_policy_check_names_each_problem_and_exits_with_2(policy, tmp_path):
+    result, file = policy(
+        "check", str(tmp_path / "mayfly.toml"), text=RULES.replace("1h", "1").replace("status", "staus")
+    )
+
+    assert result.exit_code == 2
+    assert [line.partition("mayfly: ")[2].partition(" rule")[0] for line in result.stderr.splitlines()] == [
+        f"{file}:4:",
+        f"{file}:5:",
+    ]
+
+
+@pytest.mark.parametrize("arguments", [(), ("none.toml",)])
+def test_policy_check_without_a_file_exits_with_2(policy, arguments):
+    result, _ = policy("check", *arguments)
+
+    assert result.exit_code == 2
+    assert "there is no file to check" in result.stderr or "cannot be read: No such file" in result.stderr
+
+
+def test_policy_schema_prints_the_schema_of_the_file(policy):
+    result, _ = policy("schema")
+
+    assert "RuleTable" in json.loads(result.stdout)["$defs"]

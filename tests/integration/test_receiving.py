@@ -7,7 +7,7 @@ from functools import partial
 
 import msgspec
 import pytest
-from sqlalchemy import event
+from sqlalchemy import event, select
 
 from service.core.generation import read_generation
 from service.core.key import Key
@@ -16,6 +16,7 @@ from service.ledger import moving, receiving
 from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.opening import open_database
 from service.ledger.outcomes import CopyResult, Settled
+from service.ledger.schema import labels
 from tests.support.ledger import (
     ACTOR,
     HOUR,
@@ -358,3 +359,47 @@ async def test_known_generations_are_found_by_the_index(sqlite_database):
     assert not any(receipt.is_new for receipt in receipts)
     assert any("SEARCH" in plan for plan in plans)
     assert not any("SCAN" in plan for plan in plans)
+
+
+def labelled(item, **named):
+    return msgspec.structs.replace(item, retention=msgspec.structs.replace(item.retention, labels=named))
+
+
+async def labels_of(database):
+    rows = await database.read(lambda connection: connection.execute(select(labels)).all())
+    return sorted((row.record, row.name, row.value) for row in rows)
+
+
+async def test_the_labels_of_new_records_are_stored_with_them(database):
+    items = [labelled(arrival(), customer="acme", shot="7"), arrival(), labelled(arrival(), customer="Größe ✂")]
+    seqs = [receipt.seq for receipt in await receive(database, *items)]
+
+    assert await labels_of(database) == sorted(
+        [(seqs[0], "customer", "acme"), (seqs[0], "shot", "7"), (seqs[2], "customer", "Größe ✂")]
+    )
+
+
+async def test_a_known_record_keeps_the_labels_of_its_first_webhook(database):
+    first = labelled(arrival(), customer="acme")
+    again = labelled(first, customer="other", shot="7")
+    (receipt, _) = await receive(database, first, again)
+    await receive(database, again)
+
+    assert await labels_of(database) == [(receipt.seq, "customer", "acme")]
+
+
+async def test_a_webhook_without_labels_costs_no_statement_more(database):
+    statements: list[str] = []
+    with_labels: list[str] = []
+    for found, item in ((statements, arrival()), (with_labels, labelled(arrival(), customer="acme"))):
+
+        def write(connection, found=found, item=item):
+            def note(_connection, _cursor, statement, *_rest: object):
+                found.append(statement)
+
+            event.listen(connection, "before_cursor_execute", note)
+            receiving.receive(connection, [item])
+
+        await database.write(write)
+
+    assert len(with_labels) == len(statements) + 1

@@ -100,6 +100,43 @@ async def test_the_generations_own_override_decides(client, sqlite_database, que
     assert (await row_of(sqlite_database, Key("default", sent.id))).state == state
 
 
+async def test_a_rule_decides_by_what_the_webhook_says(sqlite_database, open_client, tmp_path):
+    file = tmp_path / "mayfly.toml"
+    file.write_text(
+        """
+        [[rule]]
+        id = "acme"
+        labels = { customer = "acme*" }
+        forever = true
+        [[rule]]
+        id = "spoken"
+        input_type = "text"
+        hold = "check the script"
+        [[rule]]
+        id = "film"
+        project = "*"
+        forever = true
+        [[rule]]
+        id = "failures"
+        status = "FAILED"
+        ttl = "1h"
+        """
+    )
+    spoken = [{"type": "text", "provider": {"script": "Hello"}}]
+    sent = {
+        "rule: acme": webhook(webhookUrl="https://hooks.example.com/webhooks/sync?label.customer=acme-west"),
+        "rule: spoken": webhook(input=spoken),
+        "rule: failures": webhook(status="FAILED"),
+        "MAYFLY_TTL": webhook(),
+    }
+    async with open_client(sqlite_database, MAYFLY_CONFIG=str(file)) as client:
+        states = [(await send(client, one)).json()["state"] for one in sent.values()]
+    rules = [(await row_of(sqlite_database, Key("default", one.id))).rule for one in sent.values()]
+
+    assert states == ["kept", "held", "scheduled", "scheduled"]
+    assert rules == [*sent]
+
+
 async def test_a_hold_is_stored_with_any_reason(app_client, database):
     sent = webhook(webhookUrl="https://hooks.example.com/webhooks/sync?hold=%00%FF%F0%9F%AA%B0")
     answer = await send(app_client, sent)
