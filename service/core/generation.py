@@ -104,6 +104,20 @@ def read_generation(body: bytes) -> Generation:
     return generation
 
 
+def choose_body(earlier: str | None, later: str) -> str:
+    """Return the body of a generation that says more: *later*, unless it lacks a field that *earlier* has."""
+    if earlier is None:
+        return later
+    try:
+        known, shown = (msgspec.json.decode(body, type=dict[str, msgspec.Raw]) for body in (earlier, later))
+    except msgspec.DecodeError:
+        return later
+    lost = [
+        name for name, value in known.items() if bytes(value) != b"null" and bytes(shown.get(name, b"null")) == b"null"
+    ]
+    return earlier if lost else later
+
+
 def _decode(body: bytes) -> Generation:
     try:
         return _decoder.decode(body)

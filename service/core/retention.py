@@ -139,7 +139,9 @@ def refine_retention(
         return None
     # An operator or a second webhook has moved the due time: it does not become earlier.
     is_moved = ttl is None or abs(due_at - sent_at - ttl) >= timedelta(seconds=1)
-    if is_moved and found.hold_reason is None and not found.is_later_than(due_at):
+    # No signature covers an override that only the API shows: it can only keep the generation longer.
+    is_unsigned = found.rule.startswith(OVERRIDE_PREFIX)
+    if (is_moved or is_unsigned) and found.hold_reason is None and not found.is_later_than(due_at):
         return None
     return found
 

@@ -9,6 +9,7 @@ from sqlalchemy import Connection, Date, Row, bindparam, func, select, update
 from sqlalchemy import Text as TextType
 
 from service.core.attempts import Outcome, Step, Verdict
+from service.core.generation import choose_body
 from service.core.lifecycle import Move, State, state_after
 from service.core.retention import Retention
 from service.ledger import daily_limit, history, key_history, pausing
@@ -43,7 +44,10 @@ def store_copies(
             connection.execute(_set_counted, [{"b_seq": seq, "b_day": today} for seq in others[:reserved]])
         beyond = set(others[reserved:])
         outcomes = {i.claim.seq: CopyResult.LIMITED if i.claim.seq in beyond else CopyResult.KEPT for i in kept}
-    connection.execute(_copy, [_copy_values(item, now, outcomes[item.claim.seq]) for item in kept])
+    earlier = _read_copies(connection, [item.claim.seq for item in kept])
+    connection.execute(
+        _copy, [_copy_values(item, earlier.get(item.claim.seq), now, outcomes[item.claim.seq]) for item in kept]
+    )
     return [outcomes.get(item.claim.seq, CopyResult.LOST) for item in copies]
 
 
@@ -184,12 +188,18 @@ def _lock_claimed(connection: Connection, claims: Sequence[Claim]) -> dict[int, 
     return {row.seq: row for row in rows if attempts[row.seq] == row.attempts}
 
 
-def _copy_values(item: Copy, now: datetime, result: CopyResult) -> dict[str, Any]:
+def _read_copies(connection: Connection, seqs: Sequence[int]) -> dict[int, str]:
+    """Return the copies of early looks, by record."""
+    wanted = select(records.c.seq, records.c.copy).where(records.c.seq.in_(seqs), records.c.copy.is_not(None))
+    return {row.seq: row.copy for row in connection.execute(wanted)}
+
+
+def _copy_values(item: Copy, earlier: str | None, now: datetime, result: CopyResult) -> dict[str, Any]:
     columns = {f"b_{name}": value for name, value in generation_values(item.generation).items()}
     return columns | {
         "b_seq": item.claim.seq,
         "b_attempt": item.claim.attempt,
-        "b_copy": item.body,
+        "b_copy": choose_body(earlier, item.body),
         "b_copied_at": now,
         "b_unanswered_attempt": None if item.is_rehearsal or result is not CopyResult.KEPT else item.claim.attempt,
     }

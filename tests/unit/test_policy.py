@@ -172,7 +172,8 @@ def test_what_the_early_look_shows_moves_the_due_time_both_ways(ttl, by):
 def test_what_the_early_look_shows_can_keep_or_hold():
     assert refined(policy(rule("film", project="film", is_forever=True))).due_at is None
     assert refined(policy(rule("film", project="film", hold="x"))).hold_reason == "x"
-    assert refined(policy(), url=f"{OURS}?ttl=1h").due_at == NOW + HOUR
+    assert refined(policy(), url=f"{OURS}?ttl=7d").due_at == NOW + 7 * DAY
+    assert refined(policy(), url=f"{OURS}?ttl=1h") is None  # no signature covers it
     assert refined(policy(), url=f"{OURS}?hold=x").hold_reason == "x"
 
 
