@@ -8,6 +8,7 @@ from typing import Any, Final
 import click
 
 from service.core.instants import INSTANT_FORMS, parse_instant
+from service.core.labels import parse_label
 from service.core.lifecycle import State
 from service.ledger.reading import Filter, Span
 
@@ -34,13 +35,28 @@ class _InstantType(click.ParamType[datetime]):
         return found
 
 
+class _LabelType(click.ParamType[tuple[str, str]]):
+    """A label, NAME=VALUE."""
+
+    name = "label"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> tuple[str, str]:  # noqa: ANN401 - click's signature
+        """Parse *value*, or fail with what is accepted."""
+        try:
+            return value if isinstance(value, tuple) else parse_label(value)
+        except ValueError as error:
+            self.fail(f"it accepts {error}", param, ctx)
+
+
 _PAST: Final = _InstantType(is_past=True)
 _ANY: Final = _InstantType(is_past=False)
+_LABEL: Final = _LabelType()
 _OPTIONS: Final = (
     click.option("--state", type=click.Choice(list(State), case_sensitive=False), help="Only records in this state."),
     click.option("--status", help="Only generations with this sync.so status, such as FAILED, in any case."),
     click.option("--project", help="Only generations of this project id, once the webhook or the copy names it."),
     click.option("--find", "text", help="Only those with this text in id, file name, model or error."),
+    click.option("--label", "labels", type=_LABEL, multiple=True, help="Only those with this label, NAME=VALUE."),
     click.option("--from", "received_from", type=_PAST, help="Only what was received then or later, such as -1d."),
     click.option("--to", "received_to", type=_ANY, help="Only what was received before."),
     click.option("--due-from", type=_ANY, help="Only what is due then or later, such as 2026-12-31 or -1h."),
@@ -60,6 +76,7 @@ def filtered(command: Callable[..., None]) -> Callable[..., None]:
         status: str | None,
         project: str | None,
         text: str | None,
+        labels: tuple[tuple[str, str], ...],
         received_from: datetime | None,
         received_to: datetime | None,
         due_from: datetime | None,
@@ -69,7 +86,7 @@ def filtered(command: Callable[..., None]) -> Callable[..., None]:
         **others: object,
     ) -> None:
         received, due = Span(received_from, received_to), Span(due_from, due_to)
-        wanted = Filter(state, status, project, received, due, Span(deleted_from, deleted_to), text)
+        wanted = Filter(state, status, project, received, due, Span(deleted_from, deleted_to), text, dict(labels))
         command(wanted=wanted, **others)
 
     for option in reversed(_OPTIONS):

@@ -30,6 +30,18 @@ def suggest_label(name: str, value: str) -> str | None:
     return f"label.{match[2]}" if match is not None and is_meant else None
 
 
+def parse_label(text: str) -> tuple[str, str]:
+    """Parse ``customer=acme``, as filters have it.
+
+    Raises: ValueError, which says what is accepted.
+    """
+    name, equals, value = text.partition("=")
+    name = name.strip().lower().removeprefix("label.")
+    if not equals or not LABEL_NAME.fullmatch(name) or "\0" in value:
+        raise ValueError("NAME=VALUE, such as customer=acme")
+    return name, value
+
+
 def check_label(name: str, value: str) -> str | None:
     """Return what a label must be if this one cannot be stored."""
     if not LABEL_NAME.fullmatch(name):

@@ -3,8 +3,8 @@
 import base64
 import binascii
 import struct
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from enum import StrEnum, auto
 from typing import Any, Final, NamedTuple
@@ -28,6 +28,7 @@ from service.core.errors import ExplainedError
 from service.core.key import Key
 from service.core.lifecycle import State
 from service.core.retention import INVALID_RULE
+from service.ledger.labelling import has_labels, read_labels
 from service.ledger.schema import instant, microseconds, records
 
 MAX_PAGE = 500
@@ -83,6 +84,7 @@ class Filter:
     due: Span = _ALL
     deleted: Span = _ALL
     text: str | None = None
+    labels: Mapping[str, str] = field(default_factory=dict)
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,6 +95,7 @@ class Page:
     """
 
     rows: Sequence[Row[Any]]
+    labels: Mapping[int, Mapping[str, str]]  # by the seq of the record
     next_cursor: str | None
     size: int
     is_full: bool
@@ -131,7 +134,8 @@ def read_page(
     rows, size = _read_rows(connection, [row.seq for row in places[:limit]], room=room)
     if is_full := len(rows) < len(places):
         last = (rows[-1].received_at, rows[-1].seq)
-    return Page(rows, None if last is None else _cursor_of(last), size, is_full)
+    labels = read_labels(connection, [row.seq for row in rows])
+    return Page(rows, labels, None if last is None else _cursor_of(last), size, is_full)
 
 
 def _read_rows(connection: Connection, seqs: Sequence[int], *, room: int) -> tuple[list[Row[Any]], int]:
@@ -225,6 +229,7 @@ class HeldCause(StrEnum):
 
     OPERATOR = auto()
     OVERRIDE = auto()
+    POLICY = auto()
     INVALID_OVERRIDE = auto()  # nobody asked for this hold, so an operator must look at it
 
 
@@ -238,6 +243,7 @@ def count_held(connection: Connection) -> dict[HeldCause, int]:
     cause = case(
         (and_(is_override, records.c.hold_reason.startswith(INVALID_RULE)), HeldCause.INVALID_OVERRIDE.value),
         (is_override, HeldCause.OVERRIDE.value),
+        (records.c.hold_by == "policy", HeldCause.POLICY.value),
         else_=HeldCause.OPERATOR.value,
     ).label("cause")
     rows = connection.execute(select(cause, func.count()).where(records.c.state == State.HELD).group_by(cause))
@@ -267,7 +273,7 @@ def _conditions(wanted: Filter, *, is_sqlite: bool) -> list[ColumnElement[bool]]
     if is_sqlite:
         # Without statistics it takes these for likely, and would rather read all records in the order of a page.
         spans = [func.likelihood(condition, literal_column("0.001")) for condition in spans]
-    conditions += spans
+    conditions += [*spans, *has_labels(wanted.labels)]
     if wanted.text is not None:
         columns = (
             records.c.id,

@@ -1,6 +1,6 @@
 """The ledger as the API and the command line show it: records with their history, pages, statistics."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from typing import Any
@@ -14,6 +14,7 @@ from service.core.lifecycle import Move, State
 from service.ledger import heartbeats, history, pausing, reading
 from service.ledger.columns import GENERATION_COLUMNS
 from service.ledger.history import Entry
+from service.ledger.labelling import read_labels
 from service.ledger.pausing import Kind
 from service.ledger.reading import Page
 
@@ -110,6 +111,7 @@ class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_def
     next_attempt_at: datetime | None
     last_error: str | None
     retention: RecordRetention
+    labels: dict[str, str]
     hold: Hold | None
     archived: list[str]
     receipt: dict[str, Any] | None
@@ -140,12 +142,12 @@ class RecordPage(msgspec.Struct, rename="camel", frozen=True):
 
 def present_page(page: Page) -> RecordPage:
     """Convert a page of rows; up to 4 MiB take some 20 ms."""
-    return RecordPage([present_record(row) for row in page.rows], page.next_cursor)
+    return RecordPage([present_record(row, page.labels.get(row.seq)) for row in page.rows], page.next_cursor)
 
 
-def present_record(row: Row[Any]) -> Record:
+def present_record(row: Row[Any], labels: Mapping[str, str] | None = None) -> Record:
     """Convert a row of a page to a Record."""
-    return Record(**_record_fields(row))
+    return Record(**_record_fields(row, labels))
 
 
 @dataclass(frozen=True, slots=True)
@@ -153,6 +155,7 @@ class Found:
     """What the ledger has about one record."""
 
     row: Row[Any]
+    labels: Mapping[str, str] | None
     entries: Sequence[Entry]
     pauses: Sequence[PauseShown]
 
@@ -163,14 +166,15 @@ def find_record(connection: Connection, *, key: Key) -> Found | None:
     if row is None:
         return None
     pauses = _read_pauses(connection) if row.state in BLOCKED else []
-    return Found(row, history.read_entries(connection, row.seq), pauses)
+    labels = read_labels(connection, [row.seq]).get(row.seq)
+    return Found(row, labels, history.read_entries(connection, row.seq), pauses)
 
 
 def present_full(found: Found) -> FullRecord:
     """Convert what find_record() returned; with bodies of megabytes it takes tens of milliseconds."""
     row = found.row
     return FullRecord(
-        **_record_fields(row),
+        **_record_fields(row, found.labels),
         notification=_as_received(row.notification),
         copy=_as_received(row.copy),
         events=[Event(e.at, e.move, e.actor, e.detail) for e in found.entries],
@@ -178,7 +182,7 @@ def present_full(found: Found) -> FullRecord:
     )
 
 
-def _record_fields(row: Row[Any]) -> dict[str, Any]:
+def _record_fields(row: Row[Any], labels: Mapping[str, str] | None) -> dict[str, Any]:
     ttl = None if row.ttl_seconds is None else format_duration(row.ttl_seconds)
     return {name: getattr(row, name) for name in _COLUMNS} | {
         "state": State(row.state),
@@ -187,6 +191,7 @@ def _record_fields(row: Row[Any]) -> dict[str, Any]:
         "segments": _as_received(row.segments),
         "next_attempt_at": row.wake_at if row.state == State.SCHEDULED else None,
         "retention": RecordRetention(row.rule, ttl),
+        "labels": dict(labels or {}),
         "hold": Hold(row.hold_by, row.hold_reason, None) if row.state == State.HELD else None,
         "archived": [],
         "receipt": msgspec.json.decode(row.receipt) if row.receipt else None,

@@ -8,6 +8,7 @@ from litestar.connection import ASGIConnection
 from litestar.handlers.base import BaseRouteHandler
 from litestar.params import FromQuery, QueryParameter
 
+from service.core.labels import parse_label
 from service.core.lifecycle import State
 from service.ledger.reading import Filter, Span
 from service.web.problems import problem
@@ -25,6 +26,9 @@ def read_filter(  # noqa: PLR0917 - Litestar calls it by name
     due_to: Annotated[datetime | None, QueryParameter(name="dueTo", description="due before")] = None,
     deleted_from: Annotated[datetime | None, QueryParameter(name="deletedFrom", description="gone at or after")] = None,
     deleted_to: Annotated[datetime | None, QueryParameter(name="deletedTo", description="gone before")] = None,
+    label: Annotated[
+        list[str] | None, QueryParameter(description="has this label, NAME=VALUE; may be repeated")
+    ] = None,
     q: Annotated[str | None, QueryParameter(max_length=200, description=_Q)] = None,
 ) -> Filter:
     """Return what the query filters records by; a dependency."""
@@ -36,7 +40,15 @@ def read_filter(  # noqa: PLR0917 - Litestar calls it by name
         _span("dueFrom", due_from, "dueTo", due_to),
         _span("deletedFrom", deleted_from, "deletedTo", deleted_to),
         q,
+        _labels(label or []),
     )
+
+
+def _labels(texts: list[str]) -> dict[str, str]:
+    try:
+        return dict(parse_label(text) for text in texts)
+    except ValueError as error:
+        raise problem(400, "Bad request", f"label accepts {error}") from None
 
 
 def _span(name: str, since: datetime | None, other: str, until: datetime | None) -> Span:
