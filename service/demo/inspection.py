@@ -67,7 +67,7 @@ def _check_order(simulator: Simulator, line: Line) -> list[str]:
 
 
 def _check_copy(line: Line) -> list[str]:
-    kept = msgspec.to_builtins(line.record) if line.record else {}
+    kept = msgspec.json.decode(msgspec.json.encode(line.record)) if line.record else {}
     shown = line.generation.body()
     return [
         f"{line.scene.title}: {name} is missing or different"

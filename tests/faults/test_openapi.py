@@ -14,7 +14,7 @@ from urllib.parse import quote
 import pytest
 import requests
 import schemathesis
-from hypothesis import HealthCheck, Phase, given, settings
+from hypothesis import HealthCheck, Phase, assume, given, settings
 from hypothesis import strategies as st
 from schemathesis import GenerationMode
 from schemathesis.checks import not_a_server_error
@@ -57,6 +57,7 @@ SEEN = {
     "GET /health/ready": {200},
     "GET /metrics": {200},
     "GET /api/records": {200, 400},
+    "GET /api/records/export": {200, 400},
     "GET /api/records/{generation_id}": {200, 404},
     "POST /api/records/{generation_id}/{move}": {200, 404, 409},
     "POST /api/pause": {200},
@@ -177,6 +178,7 @@ def statuses_of(operation: Any, session: requests.Session) -> Counter[int]:  # n
     @given(case=cases, choice=CHOICES)
     def keeps_its_promise(case: Any, choice: Mapping[str, Any]) -> None:  # noqa: ANN401
         shape(case, choice, next(names), cursors)
+        assume(len(quote(str(case.query))) < 4000)  # beyond 4 KiB the server itself answers 414, in plain text
         session.auth = RequestAuth(is_signed=choice["is_signed"])
         answer = case.call_and_validate(session=session, checks=CHECKS)
         statuses[answer.status_code] += 1
