@@ -4,6 +4,7 @@ import asyncio
 import contextlib
 import time
 from functools import partial
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -254,9 +255,13 @@ async def test_the_copy_before_the_delete_replaces_the_early_one_unless_it_says_
         await looks.run(item.key)
         early[item.key] = api.answer.body
     for claim in await claims(database):
-        more = {"segments": []} if claim.key == rich.key else {"outputFileName": None}
-        fields = {"outputFileName": "take_07", "projectId": "none", "synthesizedAudioUrl": "https://audio"}
-        await copy(database, claim, **(fields | more))
+        fields: dict[str, Any] = {
+            "outputFileName": "take_07",
+            "projectId": "none",
+            "synthesizedAudioUrl": "https://audio",
+        }
+        fields |= {"segments": []} if claim.key == rich.key else {"outputFileName": None}
+        await copy(database, claim, **fields)
     rows = [await row_of(database, item.key) for item in (rich, poor)]
 
     assert '"segments": []' in rows[0].copy
