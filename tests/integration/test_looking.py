@@ -260,7 +260,10 @@ async def test_the_copy_before_the_delete_replaces_the_early_one_unless_it_says_
             "projectId": "none",
             "synthesizedAudioUrl": "https://audio",
         }
-        fields |= {"segments": []} if claim.key == rich.key else {"outputFileName": None}
+        if claim.key == rich.key:
+            fields["segments"] = []
+        else:
+            fields["outputFileName"] = None
         await copy(database, claim, **fields)
     rows = [await row_of(database, item.key) for item in (rich, poor)]
 
