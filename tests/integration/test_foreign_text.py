@@ -37,6 +37,8 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
     "records reopen": [("failed",), (FOREIGN,)],
     "records forget": [("failed",), ("failed", "--yes", "--reason", FOREIGN), ("held", "--yes"), ("--yes", FOREIGN)],
     "records export": [(), ("--format", "csv"), ("--find", FOREIGN)],
+    "policy check": [(), (FOREIGN,)],
+    "policy schema": [()],
     "stats": [(), ("--json",)],
     "pause": [("--reason", FOREIGN)],
     "resume": [()],

@@ -19,6 +19,7 @@ LEGAL = [
     (None, Move.RECEIVE, State.SCHEDULED),
     (None, Move.KEEP, State.KEPT),
     (State.SCHEDULED, Move.CLAIM, State.DELETING),
+    (State.SCHEDULED, Move.RESCHEDULE, State.SCHEDULED),
     (State.SCHEDULED, Move.HOLD, State.HELD),
     (State.SCHEDULED, Move.KEEP, State.KEPT),
     (State.HELD, Move.RELEASE, State.SCHEDULED),
