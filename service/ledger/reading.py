@@ -258,6 +258,11 @@ def count_by_state(connection: Connection) -> dict[State, int]:
     return {state: found.get(state, 0) for state in State}
 
 
+def filter_records(wanted: Filter, *, is_sqlite: bool) -> list[ColumnElement[bool]]:
+    """Return the conditions of *wanted*."""
+    return _conditions(wanted, is_sqlite=is_sqlite)
+
+
 def _conditions(wanted: Filter, *, is_sqlite: bool) -> list[ColumnElement[bool]]:
     status = wanted.status and wanted.status.upper()
     equal = (
