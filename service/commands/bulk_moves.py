@@ -105,7 +105,7 @@ def _confirm(move: Move, found: int) -> bool:
 
 
 def _report(move: Move, moved: Moved) -> str:
-    done = "are held" if move is Move.HOLD else "are released"
+    done = ("is " if moved.moved == 1 else "are ") + ("held" if move is Move.HOLD else "released")
     parts = [f"{moved.moved} {done}"]
     if moved.already:
         parts.append(f"{moved.already} were so already")

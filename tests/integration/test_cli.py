@@ -377,6 +377,16 @@ async def test_a_project_is_held_and_released_after_a_count(mayfly, ledger):
     assert json.loads((await mayfly("records", "show", ids[0], "--json")).stdout)["state"] == "scheduled"
 
 
+async def test_a_hold_by_label_holds_those_with_this_label(mayfly, ledger):
+    url = "https://hooks.example.com/webhooks/sync?label.customer="
+    await ledger(arrive, webhookUrl=f"{url}acme")
+    await ledger(arrive, webhookUrl=f"{url}other")
+
+    held = await mayfly("records", "hold", "--label", "customer=acme", "--yes")
+
+    assert held.stdout.splitlines() == ["These match: 1 scheduled.", "1 is held."]
+
+
 @pytest.mark.parametrize(
     "arguments", [("g1", "--project", "film"), (), ("g1", "--dry-run"), ("--state", "vanished"), ("--yes",)]
 )
