@@ -23,6 +23,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "simulate": "service.commands.trying",
     "send": "service.commands.trying",
     "records": "service.commands.records",
+    "explain": "service.commands.explaining",
     "stats": "service.commands.operating",
     "pause": "service.commands.operating",
     "resume": "service.commands.operating",

@@ -102,7 +102,15 @@ async def open_parts(
 def _make_ledger(used: KeyOfAccount, settings: Settings, database: Database) -> WorkerLedger:
     limit = None if settings.is_dry_run else settings.max_deletes_per_day
     actor = f"worker {socket.gethostname()}:{os.getpid()}"
-    return WorkerLedger(database, limit=limit, is_dry_run=settings.is_dry_run, actor=actor, key=used, now=_now)
+    return WorkerLedger(
+        database,
+        limit=limit,
+        is_dry_run=settings.is_dry_run,
+        actor=actor,
+        key=used,
+        min_ttl=settings.policy.bounds_of(used.account).min_ttl,
+        now=_now,
+    )
 
 
 def _open_api(
@@ -148,7 +156,7 @@ def _make_deletions(ground: _Ground, attempts: Attempts) -> tuple[CleanupJobs, O
     )
     overdue = Overdue(
         account=ledger.account,
-        ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.claim, ledger.beat),
+        ledger=LedgerCalls(ledger.read_outlook, ledger.end_leases, ledger.end_holds, ledger.claim, ledger.beat),
         enqueue=ground.enqueue,
         budget=ground.budget,
         attempts=attempts,

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from service.core.generation import Generation
 from service.core.key import Key
 from service.core.retention import Retention
-from service.ledger import claiming, daily_limit, heartbeats, looking, outcomes, pausing, settling
+from service.ledger import claiming, daily_limit, heartbeats, holding, looking, outcomes, pausing, settling
 from service.ledger import outlook as outlooks
 from service.ledger.claiming import Claim, NotYet, Wanted
 from service.ledger.database import Database
@@ -29,6 +29,8 @@ log = structlog.get_logger()
 LEASE: Final = timedelta(seconds=60)
 _LEASES_AT_ONCE: Final = 500
 _BEAT_SECONDS: Final = 10.0
+_HOLDS_AT_ONCE: Final = 500
+_HOLDS_SECONDS: Final = 10.0
 
 
 class WorkerLedger:
@@ -42,6 +44,7 @@ class WorkerLedger:
         is_dry_run: bool,
         actor: str,
         key: KeyOfAccount,
+        min_ttl: timedelta,
         now: Callable[[], datetime],
     ) -> None:
         self._key = key
@@ -50,7 +53,9 @@ class WorkerLedger:
         self._limit = limit
         self._is_dry_run = is_dry_run
         self._actor = actor
+        self._min_ttl = min_ttl
         self._now = now
+        self._holds_again_at = float("-inf")
         self._beat_again_at = float("-inf")
         self._is_started = False
 
@@ -101,6 +106,18 @@ class WorkerLedger:
             actor=self._actor,
         )
         return await self._database.write(write)
+
+    async def end_holds(self) -> int:
+        """End the holds that have reached their end, a bounded number at once; look for them every ten seconds."""
+        if time.monotonic() < self._holds_again_at:
+            return 0
+        ended = 0
+        if await self._database.read(partial(holding.has_ended, account=self.account, now=self._now())):
+            end = partial(holding.end_holds, account=self.account, min_ttl=self._min_ttl, limit=_HOLDS_AT_ONCE)
+            ended = await self._database.write(partial(end, now=self._now()))
+        if ended < _HOLDS_AT_ONCE:
+            self._holds_again_at = time.monotonic() + _HOLDS_SECONDS
+        return ended
 
     async def claim(self, limit: int) -> Sequence[Claim]:
         """Claim due records."""

@@ -37,6 +37,7 @@ class LedgerCalls:
 
     read_outlook: Callable[[datetime | None, datetime], Awaitable[Outlook]]  # from and to which due time
     end_leases: Callable[[], Awaitable[int]]  # of workers that died
+    end_holds: Callable[[], Awaitable[int]]  # that have reached their end
     claim: Callable[[int], Awaitable[Sequence[Claim]]]
     beat: Callable[[], Awaitable[None]]  # a worker was seen
 
@@ -92,6 +93,8 @@ class Overdue:
 
     async def _round(self) -> None:
         await self._ledger.beat()
+        if ended := await self._ledger.end_holds():
+            log.info("holds.ended", records=ended, what_now="they are deleted when due, after MAYFLY_MIN_TTL at least")
         now = self._now()
         horizon = now + self._horizon
         outlook = await self._ledger.read_outlook(self._enqueued_until, horizon)

@@ -50,13 +50,13 @@ class _LabelType(click.ParamType[tuple[str, str]]):
 
 _PAST: Final = _InstantType(is_past=True)
 _ANY: Final = _InstantType(is_past=False)
-_LABEL: Final = _LabelType()
+LABEL: Final = _LabelType()
 _OPTIONS: Final = (
     click.option("--state", type=click.Choice(list(State), case_sensitive=False), help="Only records in this state."),
     click.option("--status", help="Only generations with this sync.so status, such as FAILED, in any case."),
     click.option("--project", help="Only generations of this project id, once the webhook or the copy names it."),
     click.option("--find", "text", help="Only those with this text in id, file name, model or error."),
-    click.option("--label", "labels", type=_LABEL, multiple=True, help="Only those with this label, NAME=VALUE."),
+    click.option("--label", "labels", type=LABEL, multiple=True, help="Only those with this label, NAME=VALUE."),
     click.option("--from", "received_from", type=_PAST, help="Only what was received then or later, such as -1d."),
     click.option("--to", "received_to", type=_ANY, help="Only what was received before."),
     click.option("--due-from", type=_ANY, help="Only what is due then or later, such as 2026-12-31 or -1h."),

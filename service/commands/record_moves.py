@@ -5,25 +5,32 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, NoReturn
 
 import click
-from sqlalchemy import Connection, Row
+from sqlalchemy import Row
 
+from service.commands.bulk_moves import filter_options, move_all, pop_filter, refuse_mixture
 from service.commands.running import EXIT_FAILED, actor, open_ledger, run, settings_or_exit
 from service.config.settings import Settings
 from service.core.durations import parse_duration
 from service.core.errors import ExplainedError
+from service.core.generation import MalformedError
+from service.core.holding import Hold, parse_until
 from service.core.key import DEFAULT_ACCOUNT, Key
 from service.core.lifecycle import TARGETS, IllegalMoveError, Move, State
 from service.ledger import moving, reading
+from service.ledger.bulk import CONCERNED, Wanted
 from service.ledger.database import Database
 from service.ledger.moving import Grace
 from service.runtime.terminal import format_relative, format_time, plain
 
 _STDIN: Final = "-"
 _EXPLAINED: Final = {
-    Move.HOLD: "Stop the deletion of each generation ID until it is released.",
+    Move.HOLD: """Stop the deletion of each generation ID until it is released, or until --until.
+
+    A generation without a record is held from its first webhook on. Of two holds the longer one counts.
+    """,
     Move.RELEASE: """Let each generation ID, which is held or kept, be deleted.
 
     One that was held is deleted when it is due. If that is past, it is deleted at once, so the command asks first:
@@ -53,6 +60,19 @@ class _DurationType(click.ParamType[timedelta]):
             self.fail(f"it accepts {error}", param, ctx)
 
 
+class _UntilType(click.ParamType[datetime]):
+    """The end of a hold: a date, an instant or a duration from now."""
+
+    name = "time"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> datetime:  # noqa: ANN401 - click's signature
+        """Parse *value*, or fail with what is accepted."""
+        try:
+            return value if isinstance(value, datetime) else parse_until(value, now=datetime.now(UTC))
+        except ValueError as error:
+            self.fail(f"it accepts {error}", param, ctx)
+
+
 class RefusedError(ExplainedError):
     """A record was not moved; the text says why."""
 
@@ -63,6 +83,7 @@ class _Wanted:
 
     move: Move
     reason: str | None
+    until: datetime | None
     grace: Grace
     refused: Mapping[str, str]
 
@@ -73,27 +94,50 @@ def move_commands() -> list[click.Command]:
 
 
 def _move_command(move: Move) -> click.Command:
-    def act(
-        generation_ids: tuple[str, ...], reason: str | None, *, grace: timedelta | None = None, yes: bool = False
-    ) -> None:
-        settings = settings_or_exit()
-        ids = read_ids(generation_ids)
-        is_asking = move is Move.RELEASE and grace is None and not yes
-        refused = _ask_about(run(_find_overdue(settings, ids))) if is_asking else {}
-        wanted = _Wanted(move, reason, Grace.of(grace or timedelta(0), settings.min_ttl), refused)
-        sys.exit(EXIT_FAILED if run(_move_all(settings, ids, wanted)) else 0)
+    def act(generation_ids: tuple[str, ...], **options: Any) -> None:  # noqa: ANN401 - see _options()
+        settings, chosen = settings_or_exit(), pop_filter(options)
+        refuse_mixture(has_ids=bool(generation_ids), chosen=chosen, options=options)
+        if chosen is None:
+            _move_ids(settings, move, read_ids(generation_ids), options)
+        by = Hold(actor(), options["reason"], options.get("until"))
+        grace = Grace.of(options.get("grace") or settings.min_ttl, settings.min_ttl)
+        move_all(
+            settings,
+            Wanted(move, chosen, by, grace),
+            is_dry_run=options["is_dry_run"],
+            is_sure=options["yes"],
+            expected=options.get("expect"),
+        )
 
     command = click.command(move.value, help=_EXPLAINED[move] + IDS_HELP)(act)
-    command.params = [
-        click.Argument(["generation_ids"], metavar="ID...", nargs=-1, required=True),
+    command.params = _options(move)
+    return command
+
+
+def _options(move: Move) -> list[click.Parameter]:
+    has_filter = move in CONCERNED
+    options: list[click.Parameter] = [
+        click.Argument(["generation_ids"], metavar="ID...", nargs=-1, required=not has_filter),
         click.Option(["--reason"], help="Why; it is stored in the record's history."),
     ]
+    if move is Move.HOLD:
+        until = "When the hold ends: 2026-12-31, an instant or a duration such as 30d; never unless given."
+        options.append(click.Option(["--until"], type=_UntilType(), help=until))
     if move in (Move.RELEASE, Move.REOPEN):
-        grace = click.Option(["--grace"], type=_DurationType(), help="Wait at least so long, such as 1h.")
-        command.params.append(grace)
-    if move is Move.RELEASE:
-        command.params.append(click.Option(["--yes"], is_flag=True, help="Do not ask before a deletion at once."))
-    return command
+        options.append(click.Option(["--grace"], type=_DurationType(), help="Wait at least so long, such as 1h."))
+    if has_filter:
+        yes = "Do not ask before a deletion at once." if move is Move.RELEASE else "With a filter: do not ask."
+        options += [click.Option(["--yes"], is_flag=True, help=yes), *filter_options(move)]
+    return options
+
+
+def _move_ids(settings: Settings, move: Move, ids: Sequence[str], options: Mapping[str, Any]) -> NoReturn:
+    grace = options.get("grace")
+    is_asking = move is Move.RELEASE and grace is None and not options["yes"]
+    refused = _ask_about(run(_find_overdue(settings, ids))) if is_asking else {}
+    grace = Grace.of(grace or timedelta(0), settings.min_ttl)
+    wanted = _Wanted(move, options["reason"], options.get("until"), grace, refused)
+    sys.exit(EXIT_FAILED if run(_move_all(settings, ids, wanted)) else 0)
 
 
 def read_ids(generation_ids: Sequence[str]) -> list[str]:
@@ -128,14 +172,19 @@ async def _move_one(database: Database, generation_id: str, wanted: _Wanted) -> 
     if generation_id in wanted.refused:
         raise RefusedError(wanted.refused[generation_id])
     key = Key(DEFAULT_ACCOUNT, generation_id)
-    row = await database.read(partial(reading.find_row, key=key)) if generation_id.isprintable() else None
-    try:
-        moved = await database.write(partial(_write_move, key=key, wanted=wanted)) if row is not None else None
-    except IllegalMoveError as error:
-        raise RefusedError(f"{generation_id}: {error}") from error
-    if row is None or moved is None:
+    if not generation_id.isprintable():
         raise RefusedError(f"there is no record of generation {generation_id}")
-    return _describe(row, moved, wanted.move)
+    before = await database.read(partial(reading.find_row, key=key))
+    by = Hold(actor(), wanted.reason, wanted.until)
+    try:
+        after = await moving.move_generation(database, key, wanted.move, by, now=datetime.now(UTC), grace=wanted.grace)
+    except (IllegalMoveError, MalformedError) as error:
+        raise RefusedError(f"{generation_id}: {error}") from error
+    if after is None:
+        raise RefusedError(f"there is no record of generation {generation_id}")
+    if isinstance(after, Hold):
+        return _describe_unseen(generation_id, after, wanted.move)
+    return _describe(before, after, wanted.move)
 
 
 async def _find_overdue(settings: Settings, ids: Sequence[str]) -> dict[str, datetime]:
@@ -168,22 +217,18 @@ def is_terminal() -> bool:
     return sys.stdin.isatty()
 
 
-def _write_move(connection: Connection, *, key: Key, wanted: _Wanted) -> Row[Any] | None:
-    return moving.move_record(
-        connection,
-        key,
-        wanted.move,
-        now=datetime.now(UTC),
-        actor=actor(),
-        reason=wanted.reason,
-        grace=wanted.grace,
-    )
+def _describe_unseen(generation_id: str, hold: Hold, move: Move) -> str:
+    if move is Move.RELEASE:
+        return f"{plain(generation_id)} has no record. Its hold is removed."
+    until = f", until {format_time(hold.until)}" if hold.until else ""
+    return f"{plain(generation_id)} has no record yet. It is held from its first webhook on{until}."
 
 
-def _describe(before: Row[Any], after: Row[Any], move: Move) -> str:
+def _describe(before: Row[Any] | None, after: Row[Any], move: Move) -> str:
     shown = plain(after.id)
-    if before.state == TARGETS[move]:
-        return f"{shown} is {after.state} already."
+    until = f" until {format_time(after.hold_until)}" if after.hold_until else ""
+    if before is not None and before.state == TARGETS[move] and before.hold_until == after.hold_until:
+        return f"{shown} is {after.state} already{until}."
     if after.state == State.SCHEDULED and move is not Move.RETRY:
         now = datetime.now(UTC)
         if after.wake_at <= now:
@@ -193,4 +238,4 @@ def _describe(before: Row[Any], after: Row[Any], move: Move) -> str:
         )
     if after.state == State.KEPT and move is Move.RELEASE:
         return f"{shown} is kept. It has no due time; release it again to have it deleted."
-    return f"{shown} is {after.state}."
+    return f"{shown} is {after.state}{until}."

@@ -17,8 +17,9 @@ from service.core.attempts import Outcome
 from service.core.key import DEFAULT_ACCOUNT, Key
 from service.core.lifecycle import State
 from service.ledger import reading
+from service.ledger.explanations import Explanation, explain_key
 from service.ledger.reading import MAX_PAGE, MAX_PAGE_BYTES, Filter
-from service.ledger.views import BLOCKED, Found, FullRecord, Record, RecordPage, find_record, present_full, present_page
+from service.ledger.views import Found, FullRecord, Record, RecordPage, find_record, present_full, present_page
 from service.runtime.terminal import STATE_STYLES, cell, console, format_relative, format_time, plain
 
 _WIDE = 100
@@ -109,7 +110,8 @@ def _describe_next(record: Record, now: datetime) -> str:
         case State.FAILED:
             return f"needs an operator: {record.last_error}"
         case State.HELD if record.hold is not None:
-            return f"held: {record.hold.reason}"
+            until = f" until {format_time(record.hold.until)}" if record.hold.until else ""
+            return f"held{until}: {record.hold.reason}"
         case State.KEPT:
             return record.retention.rule
         case _:
@@ -127,37 +129,36 @@ def show(generation_id: str, *, is_json: bool) -> None:
 
     settings = settings_or_exit()
 
-    async def work() -> Found | None:
+    async def work() -> Found | Explanation:
+        now, key, is_dry_run = datetime.now(UTC), Key(DEFAULT_ACCOUNT, generation_id), settings.is_dry_run
         async with open_ledger(settings) as database:
-            return await database.read(partial(find_record, key=Key(DEFAULT_ACCOUNT, generation_id)))
+            found = await database.read(partial(find_record, key=key, now=now, is_dry_run=is_dry_run))
+            if found is not None:
+                return found
+            return await database.read(partial(explain_key, key=key, now=now, is_dry_run=is_dry_run))
 
-    found = run(work()) if generation_id.isprintable() else None
-    if found is None:
+    if not generation_id.isprintable():
         fail(f"there is no record of generation {generation_id}")
+    found = run(work())
+    if isinstance(found, Explanation):
+        held = f"; it is held before its first webhook, by {found.hold.by}" if found.hold else ""
+        fail(
+            f"there is no record of generation {generation_id}{held}; mayfly explain {generation_id} says what to check"
+        )
     record = present_full(found)
     if is_json:
         print_json(record)
     else:
         _print_record(record)
-        _print_obstacles(record, is_dry_run=settings.is_dry_run)
-
-
-def _print_obstacles(record: FullRecord, *, is_dry_run: bool) -> None:
-    """Say what blocks the deletion of a record that waits for one."""
-    for pause in record.blocked_by:
-        until = f", until {format_time(pause.until)}" if pause.until else ""
-        why = f"({pause.kind}) since {format_time(pause.since)}{until}, by {plain(pause.actor)}: {plain(pause.reason)}"
-        click.echo(f"\nNot deleted now: deletions are paused {why}. mayfly resume ends it.")
-    if is_dry_run and record.state in BLOCKED:
-        click.echo("\nNot deleted now: MAYFLY_DRY_RUN is set here.")
+        click.echo(f"\n{plain(record.explain)}")
 
 
 for _command in (*move_commands(), forget, export):
     records.add_command(_command)
 
 
-# The history and what blocks a deletion are printed after the table, and the bodies repeat the other fields.
-_ONLY_IN_JSON = frozenset({"events", "notification", "copy", "blockedBy"})
+# The history and the explanation are printed after the table, and the bodies repeat the other fields.
+_ONLY_IN_JSON = frozenset({"events", "notification", "copy", "explain", "blockedBy"})
 
 
 def _print_record(record: FullRecord) -> None:

@@ -98,7 +98,7 @@ def read_generation(body: bytes) -> Generation:
         raise MalformedError(f"not a generation: {error}") from None
     except RecursionError:
         raise MalformedError(_TOO_DEEP) from None
-    _check_id(generation.id)
+    check_id(generation.id)
     _check_duplicate_keys(generation, body)
     _check_no_nul(generation, body)
     return generation
@@ -154,8 +154,11 @@ def _check_depth(body: bytes) -> None:
             raise MalformedError(_TOO_DEEP)
 
 
-def _check_id(generation_id: str) -> None:
-    """Refuse an id that cannot be one segment of a URL path: empty, ``.`` or ``..``, control characters."""
+def check_id(generation_id: str) -> None:
+    """Refuse an id that cannot be one segment of a URL path: empty, ``.`` or ``..``, control characters.
+
+    Raises: MalformedError.
+    """
     if not generation_id or len(generation_id) > MAX_ID_LENGTH:
         raise MalformedError(f"not a generation: the id must have 1 to {MAX_ID_LENGTH} characters")
     if generation_id in (".", "..") or not generation_id.isprintable():

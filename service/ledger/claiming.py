@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Interval, Row, bindparam, func
 from service.core.attempts import Progress, Step, after_lost_lease, exclude_wait
 from service.core.key import Key
 from service.core.lifecycle import Move, State, state_after
-from service.ledger import pausing
+from service.ledger import holding, pausing
 from service.ledger.history import Entry, append_entries
 from service.ledger.schema import KEYS_OF_ACCOUNT, Instant, group_by_account, records
 
@@ -43,7 +43,7 @@ class Claim:
 _CLAIM_COLUMNS = tuple(
     records.c[name]
     for name in (
-        *("seq", "account", "id", "attempts", "due_at", "wake_at", "rule", "ttl_seconds"),
+        *("seq", "account", "id", "state", "attempts", "due_at", "wake_at", "rule", "ttl_seconds"),
         *("failing_since", "failures", "refusals", "unanswered_attempt"),
     )
 )
@@ -71,7 +71,7 @@ class NotYet:
 _LOCKED_WAIT = timedelta(seconds=1)
 # Their state is looked at afterwards: with it in here, SQLite would rather read all that are scheduled.
 _select_wanted = (
-    select(*_CLAIM_COLUMNS, records.c.state)
+    select(*_CLAIM_COLUMNS)
     .where(KEYS_OF_ACCOUNT)
     .order_by(records.c.account, records.c.id)
     .with_for_update(skip_locked=True)
@@ -167,7 +167,10 @@ def _check_wanted(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] 
 def _lease_rows(
     connection: Connection, rows: Sequence[Row[Any]], *, now: datetime, lease: timedelta, actor: str
 ) -> list[Claim]:
-    """Claim *rows*, which are locked, scheduled and due."""
+    """Claim *rows*, which are locked, scheduled and due; those with a hold that no record has yet are held instead."""
+    if rows:
+        held = holding.hold_locked(connection, rows, now=now)
+        rows = [row for row in rows if row.seq not in held]
     if not rows:
         return []
     values = {"b_seqs": [row.seq for row in rows], "b_until": now + lease}

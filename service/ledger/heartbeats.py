@@ -1,17 +1,16 @@
 """Rows that say when something was last seen: a worker, and the write of the readiness check."""
 
-from datetime import datetime, timedelta
+from datetime import datetime
 from typing import Final
 
 from sqlalchemy import Connection, select
 from sqlalchemy.dialects import postgresql, sqlite
 
+from service.core.explaining import WORKER_GONE_AFTER
 from service.ledger.schema import heartbeats
 
 WORKER: Final = "worker"
 READINESS: Final = "readiness"
-# A worker writes every ten seconds.
-GONE_AFTER: Final = timedelta(minutes=1)
 
 
 def record_beat(connection: Connection, name: str, *, now: datetime) -> None:
@@ -31,4 +30,7 @@ def describe_worker(seen_at: datetime | None, *, now: datetime) -> tuple[bool, s
     if seen_at is None:
         return False, "no worker has been seen"
     seconds = max(0, int((now - seen_at).total_seconds()))
-    return now - seen_at < GONE_AFTER, f"a worker was last seen {seconds} s ago, at {seen_at:%Y-%m-%d %H:%M:%S} UTC"
+    return (
+        now - seen_at < WORKER_GONE_AFTER,
+        f"a worker was last seen {seconds} s ago, at {seen_at:%Y-%m-%d %H:%M:%S} UTC",
+    )

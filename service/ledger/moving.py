@@ -2,14 +2,19 @@
 
 from dataclasses import dataclass
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Any
 
 import msgspec
 from sqlalchemy import Connection, Row, select, update
 
 from service.core.attempts import Outcome
+from service.core.generation import check_id
+from service.core.holding import Hold, longer_hold
 from service.core.key import Key
-from service.core.lifecycle import Move, State, operator_moves, state_after
+from service.core.lifecycle import IllegalMoveError, Move, State, operator_moves, state_after
+from service.ledger import holding
+from service.ledger.database import Database
 from service.ledger.history import Entry, append_entries
 from service.ledger.schema import records
 
@@ -36,19 +41,25 @@ def move_record(
     actor: str,
     reason: str | None,
     grace: Grace | None = None,
+    until: datetime | None = None,
 ) -> Row[Any] | None:
     """Make the operator's move *wanted* and return the record after it; None if there is no record.
 
-    A record that is in the state already stays as it is. Without *grace* a held record is due when it was.
+    A record that is in the state already stays as it is, but of two holds the longer one counts. *until* is the end of
+    a hold. Without *grace* a held record is due when it was.
 
     Raises: IllegalMoveError when the record's state does not allow it, as while its DELETE may be in progress.
     """
     mine = (records.c.account == key.account, records.c.id == key.id)
     row = connection.execute(select(records).where(*mine).with_for_update()).first()
-    if row is None or not (moves := _moves(row, wanted)):
-        return row
+    if row is None:
+        return None
+    moves = _moves(row, wanted)
+    hold = _end_unseen(connection, row, wanted, Hold(actor, reason, until))
+    if not moves:
+        return _prolong(connection, row, hold, now=now) if wanted is Move.HOLD else row
     state = state_after(State(row.state), *moves)
-    changes = _changes(wanted, actor=actor, reason=reason) | _due(row, wanted, now=now, actor=actor, grace=grace)
+    changes = _changes(wanted, hold) | _due(row, wanted, now=now, actor=actor, grace=grace)
     due_at = changes.get("due_at", row.due_at)
     wake_at = max(due_at, now) if state is State.SCHEDULED else None
     connection.execute(
@@ -56,9 +67,65 @@ def move_record(
         .where(records.c.seq == row.seq, records.c.state == row.state)
         .values(state=state, wake_at=wake_at, **changes)
     )
-    detail = _detail(row, wanted, reason=reason, due_at=due_at)
+    detail = holding.hold_detail(hold) if wanted is Move.HOLD else _detail(row, wanted, reason=reason, due_at=due_at)
     append_entries(connection, [Entry(row.seq, now, step, actor, detail) for step in moves])
     return connection.execute(select(records).where(records.c.seq == row.seq)).one()
+
+
+def _end_unseen(connection: Connection, row: Row[Any], wanted: Move, hold: Hold) -> Hold:
+    """Remove a hold that the record's webhook did not see, and return the longest of all where *hold* is wanted."""
+    if wanted not in (Move.HOLD, Move.RELEASE, Move.KEEP):
+        return hold
+    found = holding.release_unseen(connection, Key(row.account, row.id))
+    if wanted is not Move.HOLD:
+        return hold
+    return longer_hold(longer_hold(hold, found), holding.hold_of(row)) or hold
+
+
+async def move_generation(
+    database: Database, key: Key, wanted: Move, by: Hold, *, now: datetime, grace: Grace | None = None
+) -> Row[Any] | Hold | None:
+    """Make the operator's move *wanted*: see move_record(). *by* says who and why, and until when for a hold.
+
+    A generation without a record can be held, and released again: then the result is the hold that was stored or
+    removed. A hold that was returned is in force. None: there is neither a record nor a hold.
+
+    Raises: IllegalMoveError when it is too late; MalformedError for what can be no id; LedgerUnavailableError.
+    """
+    move = partial(
+        move_record, key=key, wanted=wanted, now=now, actor=by.by, reason=by.reason, grace=grace, until=by.until
+    )
+    if (row := await database.write(move)) is not None or wanted not in (Move.HOLD, Move.RELEASE):
+        return row
+    if wanted is Move.HOLD:
+        check_id(key.id)
+        held: Hold | None = await database.write(partial(holding.hold_unseen, key=key, hold=by, now=now))
+    else:
+        held = await database.write(partial(holding.release_unseen, key=key))
+    try:
+        # A webhook that was committed at the same time may have seen no hold, or the one before. From now on all do.
+        return await database.write(move) or held
+    except IllegalMoveError:
+        await database.write(partial(holding.remove_holds, keys=[key]))
+        raise
+
+
+def _prolong(connection: Connection, row: Row[Any], hold: Hold, *, now: datetime) -> Row[Any]:
+    """Replace the hold of a record by *hold* if that is longer; return the record after it."""
+    before = holding.hold_of(row)
+    if before is not None and not hold.is_longer_than(before):
+        return row
+    connection.execute(update(records).where(records.c.seq == row.seq).values(**_hold_values(hold)))
+    append_entries(connection, [Entry(row.seq, now, Move.HOLD, hold.by, holding.hold_detail(hold))])
+    return connection.execute(select(records).where(records.c.seq == row.seq)).one()
+
+
+def _hold_values(hold: Hold | None) -> dict[str, Any]:
+    return {
+        "hold_by": hold and hold.by,
+        "hold_reason": hold and hold.reason,
+        "hold_until": hold and hold.until,
+    }
 
 
 def _moves(row: Row[Any], wanted: Move) -> list[Move]:
@@ -73,20 +140,19 @@ def _moves(row: Row[Any], wanted: Move) -> list[Move]:
     return [wanted, Move.KEEP] if not has_due and moves in ([Move.RELEASE], [Move.RETRY]) else moves
 
 
-def _changes(wanted: Move, *, actor: str, reason: str | None) -> dict[str, Any]:
+def _changes(wanted: Move, hold: Hold) -> dict[str, Any]:
     """Return the columns that *wanted* changes, without the state and the times at which it is due."""
     # Time on hold does not count toward MAYFLY_GIVE_UP_AFTER, and a failed record may come by a hold.
     fresh = {"failing_since": None, "failures": 0, "refusals": 0}
-    no_hold = {"hold_by": None, "hold_reason": None}
     # A forgotten record that is to be deleted gets a copy, which has personal data.
     remembered = {"forgotten_at": None}
     match wanted:
         case Move.HOLD:
-            return {"hold_by": actor, "hold_reason": reason}
+            return _hold_values(hold)
         case Move.RELEASE:
-            return {**no_hold, **fresh, **remembered}
+            return {**_hold_values(None), **fresh, **remembered}
         case Move.KEEP:
-            return {**no_hold, "due_at": None, "rule": f"kept by {actor}", "ttl_seconds": None}
+            return {**_hold_values(None), "due_at": None, "rule": f"kept by {hold.by}", "ttl_seconds": None}
         case Move.RETRY:
             return fresh
         case Move.REOPEN:

@@ -126,7 +126,7 @@ def read_page(
     Raises: CursorError.
     """
     after = [] if cursor is None else [tuple_(*_PLACE) < _bound(_place_of(cursor))]
-    conditions = _conditions(wanted, is_sqlite=connection.dialect.name == "sqlite") + after
+    conditions = filter_records(wanted, is_sqlite=connection.dialect.name == "sqlite") + after
     last = None if wanted.text is None else _last_searched(connection, wanted, after)
     if last is not None:
         conditions.append(tuple_(*_PLACE) >= _bound(last))
@@ -258,7 +258,8 @@ def count_by_state(connection: Connection) -> dict[State, int]:
     return {state: found.get(state, 0) for state in State}
 
 
-def _conditions(wanted: Filter, *, is_sqlite: bool) -> list[ColumnElement[bool]]:
+def filter_records(wanted: Filter, *, is_sqlite: bool) -> list[ColumnElement[bool]]:
+    """Return the conditions of *wanted*."""
     status = wanted.status and wanted.status.upper()
     equal = (
         (records.c.state, wanted.state),
@@ -275,13 +276,8 @@ def _conditions(wanted: Filter, *, is_sqlite: bool) -> list[ColumnElement[bool]]
         spans = [func.likelihood(condition, literal_column("0.001")) for condition in spans]
     conditions += [*spans, *has_labels(wanted.labels)]
     if wanted.text is not None:
-        columns = (
-            records.c.id,
-            records.c.output_file_name,
-            records.c.model,
-            records.c.error,
-            records.c.error_code,
-        )
+        names = ("id", "output_file_name", "model", "error", "error_code")
+        columns = (records.c[name] for name in names)
         conditions.append(or_(*(column.icontains(wanted.text, autoescape=True) for column in columns)))
     return conditions
 

@@ -6,13 +6,15 @@ from operator import attrgetter
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, Text, bindparam, func, insert, select, update
+from sqlalchemy import Connection, Row, Text, bindparam, insert, select, update
 from sqlalchemy.dialects import postgresql, sqlite
 
 from service.core.generation import Generation
+from service.core.holding import Hold, longer_hold
 from service.core.key import Key
 from service.core.lifecycle import Move, State, interrupting_moves, state_after
 from service.core.retention import Retention
+from service.ledger import holding
 from service.ledger.columns import generation_values
 from service.ledger.history import Entry, append_entries
 from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, labels, records
@@ -53,8 +55,10 @@ _select_known = (
         records.c.wake_at,
         records.c.attempts,
         records.c.copied_attempt,
+        records.c.hold_by,
         records.c.hold_reason,
         records.c.forgotten_at,
+        records.c.hold_until,
         records.c.notification,
     )
     .where(KEYS_OF_ACCOUNT)
@@ -81,9 +85,9 @@ _update_record = (
         wake_at=bindparam("b_wake_at"),
         rule=bindparam("b_rule"),
         ttl_seconds=bindparam("b_ttl_seconds"),
-        # An existing hold stays as it is.
-        hold_by=func.coalesce(bindparam("b_hold_by", type_=Text), records.c.hold_by),
-        hold_reason=func.coalesce(bindparam("b_hold_reason", type_=Text), records.c.hold_reason),
+        hold_by=bindparam("b_hold_by", type_=Text),
+        hold_reason=bindparam("b_hold_reason", type_=Text),
+        hold_until=bindparam("b_hold_until", type_=records.c.hold_until.type),
     )
 )
 
@@ -92,7 +96,8 @@ def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt
     """Store *arrivals* in one transaction and return a receipt for each, in their order.
 
     A known generation keeps its first body. Of two webhooks the later due time wins, and a hold wins over both, as
-    long as no DELETE may be in progress. A due time never becomes earlier.
+    long as no DELETE may be in progress. A due time never becomes earlier. Of two holds the longer one wins, also of
+    those that came before the first webhook.
     """
     receipts: dict[int, Receipt] = {}
     waiting = dict(enumerate(arrivals))
@@ -113,16 +118,21 @@ class _Changes(msgspec.Struct, frozen=True, gc=False):
 
 def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
     """Store *arrivals*, one per generation: insert the new ones, then lock and update the others."""
-    rows = connection.execute(_insert[connection.dialect.name], [_insert_values(arrival) for arrival in arrivals])
+    found = holding.find_holds(connection, [arrival.key for arrival in arrivals])
+    holds = _add_overrides(found, arrivals)
+    values = [_insert_values(arrival, holds.get(arrival.key)) for arrival in arrivals]
+    rows = connection.execute(_insert[connection.dialect.name], values)
     new = {Key(account, name): seq for seq, account, name in rows}
     known = _lock_known(connection, [arrival.key for arrival in arrivals if arrival.key not in new])
     changes = _Changes([], [])
     receipts = [
-        _receipt_of_new(arrival, new[arrival.key], changes)
+        _receipt_of_new(arrival, new[arrival.key], holds.get(arrival.key), changes)
         if arrival.key in new
-        else _receipt_of_known(arrival, known[arrival.key], changes)
+        else _receipt_of_known(arrival, known[arrival.key], holds.get(arrival.key), changes)
         for arrival in arrivals
     ]
+    moved = [arrival.key for arrival, receipt in zip(arrivals, receipts, strict=True) if receipt.is_moved]
+    holding.remove_holds(connection, [key for key in moved if key in found])
     if changes.updates:
         connection.execute(_update_record, changes.updates)
     append_entries(connection, changes.entries)
@@ -143,6 +153,18 @@ def _insert_labels(connection: Connection, arrivals: Sequence[Arrival], new: Map
         connection.execute(insert(labels), rows)
 
 
+def _add_overrides(found: Mapping[Key, Hold], arrivals: Sequence[Arrival]) -> dict[Key, Hold]:
+    """Return the hold of each arrival that has one: *found* before its first webhook, or by its own override."""
+    holds = dict(found)
+    for arrival in arrivals:
+        reason = arrival.retention.hold_reason
+        by = arrival.retention.held_by(ACTOR)
+        override = None if by is None else Hold(by, reason, None)
+        if (hold := longer_hold(found.get(arrival.key), override)) is not None:
+            holds[arrival.key] = hold
+    return holds
+
+
 def _lock_known(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
     """Lock the records of *keys*, which are sorted."""
     if not keys:
@@ -151,38 +173,37 @@ def _lock_known(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[An
     return {Key(row.account, row.id): row for row in rows}
 
 
-def _first_moves(retention: Retention) -> list[Move]:
+def _first_moves(retention: Retention, hold: Hold | None) -> list[Move]:
     """Return the moves of a new record: it is scheduled, kept, or scheduled and held."""
-    if retention.hold_reason:
+    if hold is not None:
         return [Move.RECEIVE, Move.HOLD]
     return [Move.RECEIVE if retention.due_at else Move.KEEP]
 
 
-def _receipt_of_new(arrival: Arrival, seq: int, changes: _Changes) -> Receipt:
+def _receipt_of_new(arrival: Arrival, seq: int, hold: Hold | None, changes: _Changes) -> Receipt:
     """Add the history of a new record to *changes*."""
     retention = arrival.retention
-    moves = _first_moves(retention)
-    for move in moves:
-        detail = (
-            {"reason": retention.hold_reason}
-            if move is Move.HOLD
-            else {"rule": retention.rule, "status": arrival.generation.status}
-        )
-        changes.entries.append(Entry(seq, arrival.received_at, move, ACTOR, detail))
+    moves = _first_moves(retention, hold)
+    detail = {"rule": retention.rule, "status": arrival.generation.status}
+    changes.entries.append(Entry(seq, arrival.received_at, moves[0], ACTOR, detail))
+    if hold is not None:
+        changes.entries.append(Entry(seq, arrival.received_at, Move.HOLD, hold.by, holding.hold_detail(hold)))
     return Receipt(seq, state_after(None, *moves), retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
 
 
-def _receipt_of_known(arrival: Arrival, before: Row[Any], changes: _Changes) -> Receipt:
+def _receipt_of_known(arrival: Arrival, before: Row[Any], hold: Hold | None, changes: _Changes) -> Receipt:
     """Decide what another webhook for a known generation changes, and add that to *changes*."""
     retention = arrival.retention
     due_at = retention.due_at if retention.is_later_than(before.due_at) else before.due_at
-    moves = _moves(arrival, before, due_at)
+    existing = holding.hold_of(before)
+    hold = None if hold is not None and existing is not None and not hold.is_longer_than(existing) else hold
+    moves = _moves(arrival, before, due_at, is_hold=hold is not None)
     state = state_after(State(before.state), *(moves or ()))
     if moves is not None:
         # A deferred attempt, because of a Retry-After for example, is not made earlier.
         deferred_to = before.wake_at if before.state == State.SCHEDULED else None
         wake_at = max(due_at, deferred_to or due_at) if state is State.SCHEDULED and due_at else None
-        changes.updates.append(_update_values(before, state, due_at, wake_at, retention))
+        changes.updates.append(_update_values(before, state, due_at, wake_at, retention, hold or existing))
         detail = {"rule": retention.rule, "announced": "again"}
         recorded = moves or [Move.RECEIVE]  # only the due time changed
         changes.entries.extend(Entry(before.seq, arrival.received_at, move, ACTOR, detail) for move in recorded)
@@ -197,10 +218,9 @@ def _receipt_of_known(arrival: Arrival, before: Row[Any], changes: _Changes) -> 
     )
 
 
-def _moves(arrival: Arrival, before: Row[Any], due_at: datetime | None) -> list[Move] | None:
+def _moves(arrival: Arrival, before: Row[Any], due_at: datetime | None, *, is_hold: bool) -> list[Move] | None:
     """Return the moves that another webhook makes: an empty list if only the due time changes, None for no change."""
     state, is_copied = State(before.state), before.copied_attempt == before.attempts
-    is_hold = arrival.retention.hold_reason is not None and before.hold_reason is None
     if state in (State.DELETED, State.KEPT) or not (is_hold or due_at != before.due_at):
         return None
     if state in (State.HELD, State.FAILED):
@@ -213,8 +233,13 @@ def _moves(arrival: Arrival, before: Row[Any], due_at: datetime | None) -> list[
     return [*stopped, Move.KEEP] if due_at is None else stopped
 
 
-def _update_values(
-    before: Row[Any], state: State, due_at: datetime | None, wake_at: datetime | None, retention: Retention
+def _update_values(  # noqa: PLR0917 - the columns of one row
+    before: Row[Any],
+    state: State,
+    due_at: datetime | None,
+    wake_at: datetime | None,
+    retention: Retention,
+    hold: Hold | None,
 ) -> dict[str, Any]:
     return {
         "b_seq": before.seq,
@@ -225,15 +250,16 @@ def _update_values(
         "b_wake_at": wake_at,
         "b_rule": retention.rule,
         "b_ttl_seconds": _ttl_seconds(retention),
-        "b_hold_by": retention.held_by(ACTOR),
-        "b_hold_reason": retention.hold_reason,
+        "b_hold_by": hold and hold.by,
+        "b_hold_reason": hold and hold.reason,
+        "b_hold_until": hold and hold.until,
     }
 
 
-def _insert_values(arrival: Arrival) -> dict[str, Any]:
+def _insert_values(arrival: Arrival, hold: Hold | None) -> dict[str, Any]:
     """Return the values of a new record."""
     retention = arrival.retention
-    state = state_after(None, *_first_moves(retention))
+    state = state_after(None, *_first_moves(retention, hold))
     return generation_values(arrival.generation) | {
         "account": arrival.key.account,
         "id": arrival.key.id,
@@ -246,8 +272,9 @@ def _insert_values(arrival: Arrival) -> dict[str, Any]:
         "look_at": arrival.received_at,
         "rule": retention.rule,
         "ttl_seconds": _ttl_seconds(retention),
-        "hold_by": retention.held_by(ACTOR),
-        "hold_reason": retention.hold_reason,
+        "hold_by": hold and hold.by,
+        "hold_reason": hold and hold.reason,
+        "hold_until": hold and hold.until,
     }
 
 

@@ -12,7 +12,7 @@ from service.core.attempts import Outcome, Step, Verdict
 from service.core.generation import choose_body
 from service.core.lifecycle import Move, State, state_after
 from service.core.retention import Retention
-from service.ledger import daily_limit, history, key_history, pausing
+from service.ledger import daily_limit, history, holding, key_history, pausing
 from service.ledger.claiming import Claim
 from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.history import Entry, append_entries
@@ -30,6 +30,8 @@ def store_copies(
     """Store what the API showed of *account*'s generations, and count their deletions against the daily *limit*."""
     mine = _lock_claimed(connection, [item.claim for item in copies])
     kept = [item for item in copies if item.claim.seq in mine and item.claim.lease_until > now]
+    held = holding.hold_locked(connection, [mine[item.claim.seq] for item in kept], now=now)
+    kept = [item for item in kept if item.claim.seq not in held]
     if not kept:
         return [CopyResult.LOST] * len(copies)
     today = daily_limit.day_of(now)
@@ -109,7 +111,7 @@ def _doubt_unknown(
 
 
 _select_claimed = (
-    select(records.c.seq, records.c.attempts, records.c.counted_on)
+    select(*(records.c[name] for name in ("seq", "account", "id", "state", "attempts", "counted_on")))
     .where(records.c.seq.in_(bindparam("seqs", expanding=True)), records.c.state == State.DELETING)
     # In the same order as receive(), to avoid deadlocks.
     .order_by(records.c.account, records.c.id)
@@ -166,6 +168,7 @@ _set_retention = (
         ttl_seconds=bindparam("b_ttl_seconds"),
         hold_by=bindparam("b_hold_by"),
         hold_reason=bindparam("b_hold_reason"),
+        hold_until=None,
     )
 )
 _defer = (

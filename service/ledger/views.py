@@ -9,10 +9,13 @@ import msgspec
 from sqlalchemy import Connection, Row
 
 from service.core.durations import format_duration
+from service.core.explaining import Obstacle
+from service.core.holding import Hold
 from service.core.key import Key
 from service.core.lifecycle import Move, State
-from service.ledger import heartbeats, history, pausing, reading
+from service.ledger import explanations, heartbeats, history, holding, pausing, reading
 from service.ledger.columns import GENERATION_COLUMNS
+from service.ledger.explanations import Explanation
 from service.ledger.history import Entry
 from service.ledger.labelling import read_labels
 from service.ledger.pausing import Kind
@@ -67,14 +70,6 @@ class RecordRetention(msgspec.Struct, frozen=True):
     ttl: str | None
 
 
-class Hold(msgspec.Struct, frozen=True):
-    """Who put the record on hold, why, and until when."""
-
-    by: str
-    reason: str | None
-    until: datetime | None
-
-
 class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
     """A record: the generation under sync.so's field names, and Mayfly's own fields.
 
@@ -120,17 +115,14 @@ class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_def
 class FullRecord(Record, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
     """A record with its history and the bodies as they came: the webhook's, and the API's after the copy.
 
-    *blocked_by* are the pauses that stop its deletion now; none for a record that waits for no deletion.
+    *explain* says in plain words what becomes of it and why, *blocked_by* what blocks its deletion now.
     """
 
     notification: Any
     copy: Any
     events: list[Event]
-    blocked_by: list[PauseShown]
-
-
-# The states of a record whose deletion a pause or the dry run blocks.
-BLOCKED = frozenset({State.SCHEDULED, State.DELETING})
+    explain: str
+    blocked_by: list[Obstacle]
 
 
 class RecordPage(msgspec.Struct, rename="camel", frozen=True):
@@ -157,17 +149,17 @@ class Found:
     row: Row[Any]
     labels: Mapping[str, str] | None
     entries: Sequence[Entry]
-    pauses: Sequence[PauseShown]
+    explained: Explanation
 
 
-def find_record(connection: Connection, *, key: Key) -> Found | None:
-    """Read one record with its history and bodies; None if there is none."""
+def find_record(connection: Connection, *, key: Key, now: datetime, is_dry_run: bool) -> Found | None:
+    """Read one record with its history, its bodies and its explanation; None if there is none."""
     row = reading.find_row(connection, key)
     if row is None:
         return None
-    pauses = _read_pauses(connection) if row.state in BLOCKED else []
     labels = read_labels(connection, [row.seq]).get(row.seq)
-    return Found(row, labels, history.read_entries(connection, row.seq), pauses)
+    explained = explanations.explain_row(connection, row, now=now, is_dry_run=is_dry_run)
+    return Found(row, labels, history.read_entries(connection, row.seq), explained)
 
 
 def present_full(found: Found) -> FullRecord:
@@ -178,7 +170,8 @@ def present_full(found: Found) -> FullRecord:
         notification=_as_received(row.notification),
         copy=_as_received(row.copy),
         events=[Event(e.at, e.move, e.actor, e.detail) for e in found.entries],
-        blocked_by=list(found.pauses),
+        explain=found.explained.explain,
+        blocked_by=found.explained.blocked_by,
     )
 
 
@@ -192,7 +185,7 @@ def _record_fields(row: Row[Any], labels: Mapping[str, str] | None) -> dict[str,
         "next_attempt_at": row.wake_at if row.state == State.SCHEDULED else None,
         "retention": RecordRetention(row.rule, ttl),
         "labels": dict(labels or {}),
-        "hold": Hold(row.hold_by, row.hold_reason, None) if row.state == State.HELD else None,
+        "hold": holding.hold_of(row) if row.state == State.HELD else None,
         "archived": [],
         "receipt": msgspec.json.decode(row.receipt) if row.receipt else None,
     }

@@ -4,28 +4,31 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Annotated, Literal
+from typing import Annotated, Any, Literal
 
 import msgspec
-from litestar import Controller, Response, get, post
+from litestar import Controller, Request, Response, get, post
 from litestar.di import NamedDependency
+from litestar.exceptions import NotFoundException
+from litestar.openapi import ResponseSpec
 from litestar.openapi.spec import Operation, RequestBody
 from litestar.params import FromPath, FromQuery, JSONBody, PathParameter
-from sqlalchemy import Connection
 
 from service.core.durations import MAX_TTL
+from service.core.holding import Hold, parse_until
 from service.core.key import Key
 from service.core.lifecycle import Move
 from service.ledger import forgetting, key_history, moving, pausing
 from service.ledger.database import Database
+from service.ledger.explanations import Explanation, explain_key
 from service.ledger.moving import Grace
 from service.ledger.pausing import Kind, Pause
-from service.ledger.views import Found, FullRecord, Stats, find_record, read_stats
+from service.ledger.views import FullRecord, Stats, find_record, read_stats
 from service.web.problems import documented, problem
 from service.web.records import answer_record
 
 ACTOR = "operator"
-_MAX_GRACE_SECONDS = int(MAX_TTL.total_seconds())
+MAX_GRACE_SECONDS = int(MAX_TTL.total_seconds())
 
 
 class Reason(msgspec.Struct, frozen=True):
@@ -35,10 +38,15 @@ class Reason(msgspec.Struct, frozen=True):
 
 
 class MoveBody(msgspec.Struct, rename="camel", frozen=True, forbid_unknown_fields=True):
-    """Why, and for release and reopen how long the record waits at least; MAYFLY_MIN_TTL unless given."""
+    """Why, for a hold until when, and for release and reopen how long the record waits at least.
+
+    *until* is a date, its end in UTC, an instant or a duration such as 30d; a hold without it ends by a release.
+    *grace_seconds* is MAYFLY_MIN_TTL unless given.
+    """
 
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)] | None = None
-    grace_seconds: Annotated[int, msgspec.Meta(ge=0, le=_MAX_GRACE_SECONDS)] | None = None
+    until: Annotated[str, msgspec.Meta(min_length=1, max_length=64, examples=["2026-12-31", "30d"])] | None = None
+    grace_seconds: Annotated[int, msgspec.Meta(ge=0, le=MAX_GRACE_SECONDS)] | None = None
 
 
 @dataclass
@@ -60,32 +68,47 @@ class OperatorController(Controller):
         "/records/{generation_id:str}/{move:str}",
         status_code=200,
         summary="Hold, release, keep, retry, reopen or forget a record",
-        responses=documented(400, 401, 403, 404, 409, 503),
+        responses={
+            **documented(400, 401, 403, 404, 409, 503),
+            202: ResponseSpec(Explanation, description="held before its first webhook", generate_examples=False),
+        },
         operation_class=_OptionalBodyOperation,
     )
     async def move_record(  # noqa: PLR0917 - Litestar calls it by name
         self,
+        request: Request[Any, Any, Any],
         database: NamedDependency[Database],
         now: NamedDependency[Callable[[], datetime]],
         min_ttl: NamedDependency[timedelta],
+        is_dry_run: NamedDependency[bool],
         generation_id: FromPath[str],
         move: Annotated[Literal["hold", "release", "keep", "retry", "reopen", "forget"], PathParameter()],
         data: JSONBody[MoveBody | None] = None,
         account: FromQuery[str] = "default",
-    ) -> Response[FullRecord]:
+    ) -> Response[FullRecord | Explanation]:
         """Answer the record after the move, or 409 if its state does not allow it.
 
-        A record that is in that state already, or forgotten, is answered as it is.
+        A record that is in that state already, or forgotten, is answered as it is. A hold of a generation without a
+        record is stored and answered 202: its record will be held from the beginning, unless a release comes first.
         """
-        change = partial(
-            _move_and_read,
-            key=Key(account, generation_id),
-            wanted=Move(move),
-            now=now(),
-            reason=data.reason if data else None,
-            grace=_grace(Move(move), data.grace_seconds if data else None, min_ttl),
+        wanted, at, body = Move(move), now(), data or MoveBody()
+        if b"%2f" in request.scope.get("raw_path", b"").lower():  # it would be the hold of another id
+            raise NotFoundException("An id with a slash has no path: use mayfly records")
+        key, grace = Key(account, generation_id), _grace(wanted, body.grace_seconds, min_ttl)
+        by = _by(wanted, body, at)
+        find = partial(find_record, key=key, now=at, is_dry_run=is_dry_run)
+        if wanted is Move.FORGET:
+            await database.write(partial(forgetting.forget_record, key=key, now=at, actor=ACTOR, reason=by.reason))
+        moved = (
+            None
+            if wanted is Move.FORGET
+            else await moving.move_generation(database, key, wanted, by, now=at, grace=grace)
         )
-        return await answer_record(await database.write(change))
+        if not isinstance(moved, Hold):
+            answer: Response[Any] = await answer_record(await database.read(find))
+            return answer
+        explained = await database.read(partial(explain_key, key=key, now=at, is_dry_run=is_dry_run))
+        return Response(explained, status_code=202 if wanted is Move.HOLD else 200)
 
     @post(
         "/pause",
@@ -124,11 +147,19 @@ def _grace(move: Move, seconds: int | None, min_ttl: timedelta) -> Grace:
     return Grace.of(min_ttl if seconds is None else timedelta(seconds=seconds), min_ttl)
 
 
-def _move_and_read(
-    connection: Connection, *, key: Key, wanted: Move, now: datetime, reason: str | None, grace: Grace
-) -> Found | None:
-    if wanted is Move.FORGET:
-        forgetting.forget_record(connection, key, now=now, actor=ACTOR, reason=reason)
-        return find_record(connection, key=key)
-    row = moving.move_record(connection, key, wanted, now=now, actor=ACTOR, reason=reason, grace=grace)
-    return None if row is None else find_record(connection, key=key)
+def read_until(text: str | None, now: datetime) -> datetime | None:
+    """Return the end of a hold; None is until a release.
+
+    Raises: ProblemDetailsException.
+    """
+    try:
+        return None if text is None else parse_until(text, now=now)
+    except ValueError as error:
+        raise problem(400, "Bad Request", f"until: it accepts {error}") from None
+
+
+def _by(move: Move, body: MoveBody, now: datetime) -> Hold:
+    """Return who moves a record, why, and until when it is held."""
+    if body.until is not None and move is not Move.HOLD:
+        raise problem(400, "Bad Request", "until is for hold alone")
+    return Hold(ACTOR, body.reason, read_until(body.until, now))

@@ -14,6 +14,7 @@ from litestar.response import Response
 from service.core.generation import MalformedError
 from service.core.lifecycle import IllegalMoveError
 from service.core.signature import SignatureError
+from service.ledger.bulk import ExpectationError
 from service.ledger.database import (
     LedgerMovedError,
     LedgerUnavailableError,
@@ -43,7 +44,7 @@ def documented(*statuses: int) -> dict[int, ResponseSpec]:
         403: "the operator API is closed: MAYFLY_API_TOKEN is not set",
         404: "no record of this generation",
         408: "the body took longer than 10 s to arrive",
-        409: "the record's state does not allow this move",
+        409: "the record's state does not allow this move, or another number of records matches than expected",
         413: "the body is larger than 1 MiB",
         415: "the body is not JSON in UTF-8",
         503: "not stored, or not known to be: the database does not answer, or too many large bodies arrive at once",
@@ -94,10 +95,17 @@ _WIRE_NAMES = {
 }
 
 
+def _wire_name(found: Mapping[str, Any]) -> str:
+    """Return the client's name of what is invalid: of a parameter, of the body or of a field in it."""
+    name = str(found.get("key", ""))
+    is_field = found.get("source") == "body" and name != "data"
+    return name if is_field else _WIRE_NAMES.get(name, name)
+
+
 def _from_http_exception(error: HTTPException) -> ProblemDetailsException:
     """Describe an error of Litestar's in the client's names; Litestar's text repeats the query."""
     found = error.extra if isinstance(error, ValidationException) and isinstance(error.extra, list) else []
-    reasons = [f"{_WIRE_NAMES.get(one.get('key', ''), one.get('key'))}: {one.get('message')}" for one in found]
+    reasons = [f"{_wire_name(one)}: {one.get('message')}" for one in found]
     title = HTTPStatus(error.status_code).phrase
     return problem(error.status_code, title, "; ".join(reasons) or error.detail, error.headers)
 
@@ -128,6 +136,7 @@ plugin = ProblemDetailsPlugin(
             RefusedDataError: lambda error: problem(400, "Not storable", str(error)),
             MalformedError: lambda error: problem(400, "Not a generation", str(error)),
             IllegalMoveError: lambda error: problem(409, "Not possible now", str(error)),
+            ExpectationError: lambda error: problem(409, "Another number", str(error)),
             CursorError: lambda error: problem(400, "Bad cursor", str(error)),
         },
     )

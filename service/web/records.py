@@ -3,6 +3,7 @@
 import asyncio
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass
+from datetime import datetime
 from functools import partial
 from typing import Annotated, Any, Final
 
@@ -17,6 +18,7 @@ from litestar.response import Stream
 from service.core.key import Key
 from service.ledger import reading
 from service.ledger.database import Database
+from service.ledger.explanations import Explanation, explain_key
 from service.ledger.exporting import MEDIA_TYPES, Format, export_lines
 from service.ledger.reading import MAX_PAGE, Filter
 from service.ledger.views import Found, FullRecord, RecordPage, find_record, present_full, present_page
@@ -105,10 +107,33 @@ class RecordsController(Controller):
         responses=documented(400, 401, 403, 404, 503),
     )
     async def show_record(
-        self, database: NamedDependency[Database], generation_id: FromPath[str], account: FromQuery[str] = "default"
+        self,
+        database: NamedDependency[Database],
+        now: NamedDependency[Callable[[], datetime]],
+        is_dry_run: NamedDependency[bool],
+        generation_id: FromPath[str],
+        account: FromQuery[str] = "default",
     ) -> Response[FullRecord]:
         """Answer one record, or 404."""
-        return await answer_record(await database.read(partial(find_record, key=Key(account, generation_id))))
+        find = partial(find_record, key=Key(account, generation_id), now=now(), is_dry_run=is_dry_run)
+        return await answer_record(await database.read(find))
+
+    @get(
+        "/{generation_id:str}/explain",
+        summary="Why a generation is or is not deleted, also one without a record",
+        responses=documented(400, 401, 403, 503),
+    )
+    async def explain(
+        self,
+        database: NamedDependency[Database],
+        now: NamedDependency[Callable[[], datetime]],
+        is_dry_run: NamedDependency[bool],
+        generation_id: FromPath[str],
+        account: FromQuery[str] = "default",
+    ) -> Explanation:
+        """Answer what becomes of the generation, what blocks its deletion now, and what can be done, in plain words."""
+        read = partial(explain_key, key=Key(account, generation_id), now=now(), is_dry_run=is_dry_run)
+        return await database.read(read)
 
 
 async def _joined(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

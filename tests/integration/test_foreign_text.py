@@ -30,7 +30,8 @@ CONTROL = re.compile("[\x00-\x09\x0b-\x1f\x7f-\x9f\u200e\u200f\u202a-\u202e\u206
 COMMANDS: dict[str, list[tuple[str, ...]]] = {
     "records list": [("--state", "failed"), ("--state", "held"), ("--state", "kept"), ("--json",), ("--find", FOREIGN)],
     "records show": [("failed",), ("failed", "--json"), ("held",), ("kept",), ("scheduled",), (FOREIGN,)],
-    "records hold": [("failed", "--reason", FOREIGN), ("held",), (FOREIGN, "kept")],
+    "explain": [("scheduled",), ("failed",), ("held",), ("kept",), (FOREIGN,), ("held", "--json")],
+    "records hold": [("--find", FOREIGN), ("failed", "--reason", FOREIGN), ("held",), (FOREIGN, "kept")],
     "records release": [("held",), ("kept", "--yes", "--reason", FOREIGN), (FOREIGN,)],
     "records keep": [("failed", "--reason", FOREIGN), (FOREIGN,)],
     "records retry": [("failed", "--reason", FOREIGN), (FOREIGN,)],

@@ -97,7 +97,7 @@ def looks_of(api, policy, metrics):
     """Make the job of a worker over a database; *enqueued* has what it enqueues."""
 
     def make(database, *, take_call=yes):
-        ledger = WorkerLedger(database, limit=None, is_dry_run=False, actor=ACTOR, key=KEY, now=utc_now)
+        ledger = WorkerLedger(database, limit=None, is_dry_run=False, actor=ACTOR, key=KEY, min_ttl=HOUR, now=utc_now)
         enqueued = []
 
         async def enqueue_cleanup(key, attempt, at):

@@ -7,6 +7,7 @@ from datetime import timedelta
 from functools import partial
 
 import pytest
+from sqlalchemy import update
 from structlog.testing import capture_logs
 
 from service.core.attempts import Verdict
@@ -19,6 +20,7 @@ from service.jobs.enqueue import CleanupJob
 from service.ledger import outlook, pausing, reading
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
+from service.ledger.schema import records
 from service.runtime.tasks import cancel_and_wait
 from service.sync.rate_limit import Budget
 from tests.support.ledger import (
@@ -27,6 +29,7 @@ from tests.support.ledger import (
     HOUR,
     claim,
     confirmed,
+    end_holds,
     end_lease,
     lose_leases,
     row_of,
@@ -62,7 +65,7 @@ class Net:
         self.attempts = Attempts(self.clean, limit=10)
         self.overdue = Overdue(
             account="default",
-            ledger=LedgerCalls(self.read_outlook, self.end_leases, self.claim, self.beat_in_ledger),
+            ledger=LedgerCalls(self.read_outlook, self.end_leases, self.end_holds, self.claim, self.beat_in_ledger),
             enqueue=self.enqueue,
             budget=self.budget,
             attempts=self.attempts,
@@ -90,6 +93,9 @@ class Net:
 
     async def end_leases(self):
         return await lose_leases(self.database)
+
+    async def end_holds(self):
+        return await end_holds(self.database, min_ttl=HOUR)
 
     async def claim(self, limit):
         if self.claim_faults:
@@ -328,3 +334,17 @@ async def test_a_task_that_loses_a_cancellation_is_cancelled_again():
 
     assert len(lost) == 2
     assert all(helper.cancelled() for helper in helpers)
+
+
+async def test_a_hold_that_reached_its_end_is_ended_by_the_safety_net(net):
+    key = await store(net.database, hold="wait")
+    past = update(records).where(records.c.id == key.id).values(hold_until=utc_now() - MINUTE)
+    await net.database.write(lambda connection: connection.execute(past).rowcount)
+    running = asyncio.create_task(net.overdue.run())
+    try:
+        await eventually(lambda: net.rounds > 1)
+    finally:
+        net.stopping.set()
+        await running
+
+    assert (await row_of(net.database, key)).state == State.SCHEDULED

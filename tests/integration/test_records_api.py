@@ -686,8 +686,68 @@ async def test_an_unknown_move_or_an_invalid_body_is_refused(sqlite_client, sqli
     assert (await row_of(sqlite_database, key)).state == "scheduled"
 
 
-async def test_a_move_of_a_missing_record_is_404(sqlite_client):
-    assert (await move(sqlite_client, Key("default", "nowhere"), "hold", {"reason": "x"})).status_code == 404
+@pytest.mark.parametrize("name", ["release", "keep", "retry", "reopen"])
+async def test_a_move_of_a_missing_record_is_404(sqlite_client, name):
+    assert (await move(sqlite_client, Key("default", "nowhere"), name)).status_code == 404
+
+
+async def test_a_generation_without_a_record_can_be_held_and_released(client, database):
+    key = Key("default", "g-unseen")
+    held = await move(client, key, "hold", {"reason": "audit", "until": "30d"})
+    explained = await client.get("/api/records/g-unseen/explain")
+    await receive(database, arrival(id=key.id))
+    record = (await client.get("/api/records/g-unseen")).json()
+
+    assert (held.status_code, held.json()["state"], held.json()["hold"]["reason"]) == (202, None, "audit")
+    assert "on hold before its first webhook, by operator until" in held.json()["explain"]
+    assert held.json() == explained.json()
+    assert (record["state"], record["hold"]) == ("held", held.json()["hold"])
+
+
+async def test_the_hold_of_a_generation_without_a_record_can_be_released(client, database):
+    key = Key("default", "g-unseen")
+    await move(client, key, "hold")
+    released, again = [await move(client, key, "release") for _ in range(2)]
+    await receive(database, arrival(id=key.id))
+
+    assert (released.status_code, released.json()["hold"], again.status_code) == (200, None, 404)
+    assert (await row_of(database, key)).state == "scheduled"
+
+
+@pytest.mark.parametrize("until", ["tomorrow", "30", "0s", "2020-01-01", "", 5])
+async def test_an_invalid_end_of_a_hold_is_400_and_holds_nothing(sqlite_client, sqlite_database, until):
+    key = await store(sqlite_database, due_in=HOUR)
+    answer = await move(sqlite_client, key, "hold", {"until": until})
+
+    assert answer.status_code == 400
+    assert "until" in answer.json()["detail"]
+    assert (await row_of(sqlite_database, key)).state == "scheduled"
+
+
+async def test_an_end_is_for_a_hold_alone(sqlite_client, sqlite_database):
+    answer = await move(sqlite_client, await store(sqlite_database, due_in=HOUR), "keep", {"until": "1d"})
+
+    assert (answer.status_code, answer.json()["detail"]) == (400, "until is for hold alone")
+
+
+@pytest.mark.parametrize("generation_id", ["x" * 256, "%C2%85", "..%20x%07"])
+async def test_what_can_be_no_id_of_a_generation_is_not_held(sqlite_client, generation_id):
+    assert (await sqlite_client.post(f"/api/records/{generation_id}/hold")).status_code == 400
+
+
+async def test_a_record_is_explained_with_what_blocks_it(client, database):
+    key = await store(database, due_in=HOUR)
+    await client.post("/api/pause", json={"reason": "audit"})
+    record = (await client.get(f"/api/records/{key.id}")).json()
+    explained = (await client.get(f"/api/records/{key.id}/explain")).json()
+    unknown = await client.get("/api/records/nobody/explain")
+
+    assert record["explain"] == explained["explain"]
+    assert record["blockedBy"] == explained["blockedBy"]
+    assert [one["kind"] for one in record["blockedBy"]] == ["operator", "no_worker"]
+    assert "MAYFLY_TTL decided this" in record["explain"]
+    assert (unknown.status_code, unknown.json()["state"]) == (200, None)
+    assert "There is no record of generation nobody" in unknown.json()["explain"]
 
 
 async def test_pause_and_resume_apply_to_all_deletions(client, database):

@@ -28,7 +28,7 @@ from workers.ledger import WorkerLedger
 
 
 def worker(database, *, limit=None, is_dry_run=False):
-    return WorkerLedger(database, limit=limit, is_dry_run=is_dry_run, actor=ACTOR, key=KEY, now=utc_now)
+    return WorkerLedger(database, limit=limit, is_dry_run=is_dry_run, actor=ACTOR, key=KEY, min_ttl=HOUR, now=utc_now)
 
 
 async def test_a_worker_is_seen_in_the_ledger_and_writes_rarely(database):

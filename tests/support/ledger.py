@@ -10,13 +10,15 @@ from sqlalchemy import Row, update
 
 from service.core.attempts import Outcome, Progress, Step, Verdict
 from service.core.generation import Generation, read_generation
+from service.core.holding import Hold
 from service.core.key import DEFAULT_ACCOUNT, Key
 from service.core.lifecycle import Move
 from service.core.retention import Retention
-from service.ledger import claiming, history, reading, receiving, settling
+from service.ledger import claiming, history, holding, moving, reading, receiving, settling
 from service.ledger.claiming import Claim
 from service.ledger.database import Database
 from service.ledger.key_history import KeyOfAccount
+from service.ledger.moving import Grace
 from service.ledger.outcomes import Copy, CopyResult, Settled, Settlement
 from service.ledger.receiving import Arrival, Receipt
 from service.ledger.schema import records
@@ -121,6 +123,28 @@ async def lose_leases(database: Database, *, now: datetime | None = None, limit:
     return await database.write(
         partial(claiming.end_expired_leases, account=ACCOUNT, now=now or utc_now(), limit=limit, actor=ACTOR)
     )
+
+
+async def move(
+    database: Database,
+    key: Key,
+    wanted: Move,
+    *,
+    by: str = "ann",
+    reason: str | None = "why",
+    until: datetime | None = None,
+    grace: Grace | None = None,
+) -> Row[Any] | Hold | None:
+    """Make an operator's move."""
+    return await moving.move_generation(database, key, wanted, Hold(by, reason, until), now=utc_now(), grace=grace)
+
+
+async def end_holds(
+    database: Database, *, now: datetime | None = None, min_ttl: timedelta = HOUR, limit: int = 100
+) -> int:
+    """End holds that have reached their end."""
+    write = partial(holding.end_holds, account=ACCOUNT, now=now or utc_now(), min_ttl=min_ttl, limit=limit)
+    return await database.write(write)
 
 
 async def row_of(database: Database, key: Key) -> Row[Any]:

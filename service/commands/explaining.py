@@ -1,0 +1,33 @@
+"""`mayfly explain`: why a generation is or is not deleted, in plain words."""
+
+from datetime import UTC, datetime
+from functools import partial
+
+import click
+
+from service.commands.running import as_json, open_ledger, print_json, run, settings_or_exit
+from service.core.key import DEFAULT_ACCOUNT, Key
+from service.ledger.explanations import Explanation, explain_key
+from service.runtime.terminal import plain
+
+
+@click.command()
+@click.argument("generation_id", metavar="ID")
+@as_json
+def explain(generation_id: str, *, is_json: bool) -> None:
+    """Say what becomes of generation ID, which rule decided, what blocks its deletion now, and what you can do.
+
+    It also answers for a generation that has no record, and says what to check.
+    """
+    settings = settings_or_exit()
+
+    async def work() -> Explanation:
+        async with open_ledger(settings) as database:
+            now, key = datetime.now(UTC), Key(DEFAULT_ACCOUNT, generation_id)
+            return await database.read(partial(explain_key, key=key, now=now, is_dry_run=settings.is_dry_run))
+
+    found = run(work())
+    if is_json:
+        print_json(found)
+    else:
+        click.echo(plain(found.explain))
