@@ -33,8 +33,8 @@ def inspect(simulator: Simulator, lines: list[Line], forged: Generation, forged_
             [p for line in deleted for p in _check_copy(line)],
         ),
         Finding(
-            f"{len(spared)} generations were to be kept: they exist, and no call touched them.",
-            [p for line in spared for p in _check_untouched(simulator, line.generation, line.scene.title)],
+            f"{len(spared)} generations were to be kept: they exist, and no DELETE was sent.",
+            [p for line in spared for p in _check_spared(simulator, line.generation, line.scene.title)],
         ),
         Finding(
             "The forged webhook was refused, and no call followed.",
@@ -76,10 +76,16 @@ def _check_copy(line: Line) -> list[str]:
     ]
 
 
-def _check_untouched(simulator: Simulator, generation: Generation, title: str) -> list[str]:
-    if generation.id in simulator.generations and not any(c.generation_id == generation.id for c in simulator.calls):
+def _check_spared(simulator: Simulator, generation: Generation, title: str) -> list[str]:
+    if generation.id in simulator.generations and not _calls(simulator, generation, Operation.DELETE):
         return []
-    return [f"{title}: it was called or deleted"]
+    return [f"{title}: a DELETE was sent, or it is gone"]
+
+
+def _check_untouched(simulator: Simulator, generation: Generation, title: str) -> list[str]:
+    if any(call.generation_id == generation.id for call in simulator.calls):
+        return [f"{title}: it was called"]
+    return _check_spared(simulator, generation, title)
 
 
 def _calls(simulator: Simulator, generation: Generation, operation: Operation) -> list[datetime]:
