@@ -126,6 +126,7 @@ def deleted(generation, **fields):
         "retention": {"rule": "MAYFLY_TTL", "ttl": "4s"},
         "hold": None,
         "archived": [],
+        "labels": {},
         "receipt": None,
     }
     blank = dict.fromkeys(_wire_names())
