@@ -92,10 +92,11 @@ def store_look(  # noqa: PLR0917 - what was seen, by whom, with which key
     *decide* is asked for scheduled records alone: one that is held or kept stays so. Where the API shows nothing, the
     webhook's value stays.
     """
-    key_history.note_answers(connection, used, is_shown=True, unknown=0, now=now, actor=actor)
     row = _lock(connection, key)
     if row is None:
         return None
+    # Records before keys, as settle_attempts() locks them.
+    key_history.note_answers(connection, used, is_shown=True, unknown=0, now=now, actor=actor)
     found = decide(_known(row)) if row.state == State.SCHEDULED else None
     shown = {name: value for name, value in generation_values(generation).items() if value is not None}
     changes = {} if found is None else _retention_changes(row, found)
