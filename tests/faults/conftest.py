@@ -50,29 +50,42 @@ def sqlite_ledger(sqlite_url: URL) -> Iterator[Ledger]:
 
 
 @pytest.fixture
-async def system(starter: ProcessStarter, tmp_path: Path, sqlite_ledger: Ledger) -> AsyncIterator[System]:
+def is_looking(request: pytest.FixtureRequest) -> bool:
+    """Whether early looks are made: in tests with the mark ``looks``."""
+    return request.node.get_closest_marker("looks") is not None
+
+
+@pytest.fixture
+async def system(
+    starter: ProcessStarter, tmp_path: Path, sqlite_ledger: Ledger, *, is_looking: bool
+) -> AsyncIterator[System]:
     """A system on SQLite."""
-    async with running(starter, tmp_path, sqlite_ledger) as system:
+    async with running(starter, tmp_path, sqlite_ledger, is_looking=is_looking) as system:
         yield system
 
 
 @pytest.fixture
-async def either_system(starter: ProcessStarter, tmp_path: Path, ledger: Ledger) -> AsyncIterator[System]:
+async def either_system(
+    starter: ProcessStarter, tmp_path: Path, ledger: Ledger, *, is_looking: bool
+) -> AsyncIterator[System]:
     """A system: the test runs once on each kind of database."""
-    async with running(starter, tmp_path, ledger) as system:
+    async with running(starter, tmp_path, ledger, is_looking=is_looking) as system:
         yield system
 
 
 @pytest.fixture
 async def both(
-    starter: ProcessStarter, tmp_path: Path, sqlite_ledger: Ledger, postgres_url: URL
+    starter: ProcessStarter, tmp_path: Path, sqlite_ledger: Ledger, postgres_url: URL, *, is_looking: bool
 ) -> AsyncIterator[tuple[System, System]]:
     """A system on SQLite and one on PostgreSQL."""
     ledger = _ledger(postgres_url)
     folders = [tmp_path / "on_sqlite", tmp_path / "on_postgresql"]
     for folder in folders:
         folder.mkdir()
-    async with running(starter, folders[0], sqlite_ledger) as first, running(starter, folders[1], ledger) as second:
+    async with (
+        running(starter, folders[0], sqlite_ledger, is_looking=is_looking) as first,
+        running(starter, folders[1], ledger, is_looking=is_looking) as second,
+    ):
         yield first, second
     ledger.close()
 
@@ -95,21 +108,25 @@ async def mortal_postgres(_mortal_postgres: Postgres) -> AsyncIterator[Postgres]
 
 
 @pytest.fixture
-async def mortal_system(starter: ProcessStarter, tmp_path: Path, mortal_postgres: Postgres) -> AsyncIterator[System]:
+async def mortal_system(
+    starter: ProcessStarter, tmp_path: Path, mortal_postgres: Postgres, *, is_looking: bool
+) -> AsyncIterator[System]:
     """A system on that PostgreSQL."""
     ledger = await mortal_postgres.ledger()
     folder = tmp_path / "on_mortal_postgresql"
     folder.mkdir()
-    async with running(starter, folder, ledger) as system:
+    async with running(starter, folder, ledger, is_looking=is_looking) as system:
         yield system
     ledger.close()
 
 
 @pytest.fixture
-async def postgres_system(starter: ProcessStarter, tmp_path: Path, postgres_url: URL) -> AsyncIterator[System]:
+async def postgres_system(
+    starter: ProcessStarter, tmp_path: Path, postgres_url: URL, *, is_looking: bool
+) -> AsyncIterator[System]:
     """A system on PostgreSQL."""
     ledger = PostgresLedger(str(postgres_url.query["host"]), postgres_url.database or "")
-    async with running(starter, tmp_path, ledger) as system:
+    async with running(starter, tmp_path, ledger, is_looking=is_looking) as system:
         yield system
     ledger.close()
 

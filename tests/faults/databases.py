@@ -71,6 +71,9 @@ class Ledger(Protocol):
     async def execute(self, statement: str) -> None:
         """Run a statement of the test's own; ``:now`` stands for the present."""
 
+    def without_looks(self) -> contextlib.AbstractAsyncContextManager[None]:
+        """Let new records want no early look until the block ends."""
+
     async def number(self, statement: str) -> int:
         """Return the one number that *statement* selects."""
 
@@ -112,6 +115,15 @@ class SqliteLedger:
         now = (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
         with contextlib.closing(self._connect()) as connection:
             await asyncio.to_thread(connection.execute, statement.replace(":now", str(now)))
+
+    @contextlib.asynccontextmanager
+    async def without_looks(self) -> AsyncIterator[None]:
+        """See Ledger."""
+        await self.execute(
+            "CREATE TRIGGER no_looks AFTER INSERT ON records BEGIN "
+            "UPDATE records SET look_at = NULL WHERE seq = NEW.seq; END"
+        )
+        yield  # the file is this test's own
 
     async def number(self, statement: str) -> int:
         """See Ledger."""
@@ -302,6 +314,21 @@ class PostgresLedger:
                     return
         finally:
             await connection.close()
+
+    @contextlib.asynccontextmanager
+    async def without_looks(self) -> AsyncIterator[None]:
+        """See Ledger."""
+        await self.execute(
+            "CREATE OR REPLACE FUNCTION no_looks() RETURNS trigger LANGUAGE plpgsql AS "
+            "$$ BEGIN NEW.look_at := NULL; RETURN NEW; END $$; "
+            "CREATE OR REPLACE TRIGGER no_looks BEFORE INSERT ON records FOR EACH ROW EXECUTE FUNCTION no_looks()"
+        )
+        try:
+            yield
+        finally:
+            # The database is another test's next, unless this test has killed its server.
+            with contextlib.suppress(OSError, asyncpg.PostgresError):
+                await self.execute("DROP FUNCTION no_looks() CASCADE")
 
     async def number(self, statement: str) -> int:
         """See Ledger."""

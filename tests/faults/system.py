@@ -262,14 +262,19 @@ async def running(
     ledger: Ledger,
     *,
     environment: Mapping[str, str] | None = None,
+    is_looking: bool = False,
     **options: str,
 ) -> AsyncIterator[System]:
-    """Run a simulator and a Redis with *options* for a System whose processes the test starts; end all of it."""
+    """Run a simulator and a Redis with *options* for a System whose processes the test starts; end all of it.
+
+    Without *is_looking* the ledger wants no early look of any record: the API's calls are those of attempts alone.
+    """
     simulator = Simulator(api_key=API_KEY, webhook_secret=SECRET, seed=0)
     simulator.calls = calls = WatchedCalls(ledger.has_copy)
     server = RedisServer(folder / "redis", options=options)
     await server.start()
     async with (
+        contextlib.nullcontext() if is_looking else ledger.without_looks(),
         simulator.serve(),
         httpx.AsyncClient(verify=False, trust_env=False, timeout=10, limits=_MANY) as client,  # noqa: S501
         HealthMonitor(client, server.reach, ledger.reach).running() as health_monitor,

@@ -30,6 +30,7 @@ async def mortal_both(system: System, mortal_system: System) -> tuple[System, Sy
 
 
 @pytest.mark.chaos
+@pytest.mark.looks
 @pytest.mark.timeout(SECONDS * 2 + 180)
 @pytest.mark.parametrize("seed", SEEDS)
 async def test_under_random_faults_nothing_is_lost_deleted_early_or_without_a_record(
