@@ -19,6 +19,8 @@ from service.core.generation import RUNNING, Generation, MalformedError, read_ge
 
 # A generation has a few kilobytes, more with segments and scripts.
 MAX_BYTES: Final = 2 * 1024 * 1024
+# A page of the list has a hundred of them.
+MAX_PAGE_BYTES: Final = 32 * 1024 * 1024
 
 _MOST_SECONDS: Final = 10**9  # keeps timedelta from overflowing; throttle_duration() clamps further
 _SECONDS = re.compile(r"[0-9]{1,400}", re.ASCII)
@@ -62,8 +64,9 @@ _ALL_OTHERS: Final = Meaning(Verdict.RETRY)
 class Answer:
     """The result of one call.
 
-    *generation* and *body* are set when the API showed the generation asked for. *error* is a sentence for the
-    operator, without URLs and bodies. *status* is None without an answer. *throttle* is for how long to make no calls.
+    *generation* and *body* are set when the API showed the generation asked for; a page of the list is a *body* alone.
+    *error* is a sentence for the operator, without URLs and bodies. *status* is None without an answer. *throttle* is
+    for how long to make no calls.
     """
 
     verdict: Verdict
@@ -80,7 +83,7 @@ class Answer:
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """An answer as received; *body* is None if it is longer than MAX_BYTES."""
+    """An answer as received; *body* is None if it is longer than MAX_BYTES, or MAX_PAGE_BYTES for a list."""
 
     status: int
     body: bytes | None
@@ -119,6 +122,20 @@ def read_list(reply: Reply) -> Answer:
     answer = _read_error(reply)
     is_theirs = reply.body == b"" or _parse_details(reply.body) is not None
     return answer if answer.verdict is Verdict.UNAUTHORIZED and is_theirs else replace(answer, verdict=Verdict.RETRY)
+
+
+def read_page(reply: Reply) -> Answer:
+    """Interpret the answer to a page of the list of generations: DONE with the whole array as *body*."""
+    if reply.status != HTTPStatus.OK:
+        return _read_error(reply)
+    if reply.body is None:
+        return Answer(Verdict.RETRY, reply.status, error="the API's answer is longer than any page of generations")
+    try:
+        msgspec.json.decode(reply.body, type=list[msgspec.Raw])
+        body = reply.body.decode()
+    except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
+        return Answer(Verdict.RETRY, reply.status, error="the API answered 200 without a list of generations")
+    return Answer(Verdict.DONE, reply.status, body=body, is_key_good=True)
 
 
 def explain_refusal(refusal: Answer, proof: Answer | None) -> Answer:

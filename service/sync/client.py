@@ -1,6 +1,6 @@
-"""The Sync API as Mayfly uses it: GET and DELETE of a generation, and a list to prove the key.
+"""The Sync API as Mayfly uses it: GET and DELETE of a generation, the list, and a short one to prove the key.
 
-Source: sync.so API v2 reference, "Get generation" and "Delete generation"; their paths differ.
+Source: sync.so API v2 reference, "Get generation", "Delete generation" and "List generations"; their paths differ.
 """
 
 import asyncio
@@ -18,7 +18,16 @@ from service.core.attempts import Verdict
 from service.core.secret import Secret
 from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
-from service.sync.answers import MAX_BYTES, Answer, Reply, read_delete, read_get, read_list
+from service.sync.answers import (
+    MAX_BYTES,
+    MAX_PAGE_BYTES,
+    Answer,
+    Reply,
+    read_delete,
+    read_get,
+    read_list,
+    read_page,
+)
 from service.sync.connections import Connections
 
 # For the whole call, from connecting to the last byte: httpx's timeouts are per read, and a body that drips never
@@ -26,8 +35,11 @@ from service.sync.connections import Connections
 GET_SECONDS: Final = 10.0
 DELETE_SECONDS: Final = 30.0
 KEY_SECONDS: Final = 5.0
+PAGE_SECONDS: Final = 30.0
 # The cheapest call that needs the key and changes nothing.
 LIST_ONE: Final = "/v2/generations?limit=1"
+# The most that the API allows. Without a limit the list is in no order, and the cursor needs the same one throughout.
+PAGE_LIMIT: Final = 100
 _CONNECT_SECONDS: Final = 5.0
 _IDLE_SECONDS: Final = 30.0
 _HEADERS: Final = {
@@ -69,10 +81,18 @@ class SyncApi:
         """List one generation, which needs a valid key and concerns no generation: see read_list()."""
         return await self._call("GET", LIST_ONE, KEY_SECONDS, read_list)
 
-    async def _call(self, method: str, path: str, seconds: float, read: Callable[[Reply], Answer]) -> Answer:
+    async def list_page(self, cursor: str | None) -> Answer:
+        """List up to PAGE_LIMIT generations, newest first, from the one after *cursor*, the id of a generation, on."""
+        after = "" if cursor is None else f"&cursor={quote(cursor, safe='')}"
+        path = f"/v2/generations?limit={PAGE_LIMIT}{after}"
+        return await self._call("GET", path, PAGE_SECONDS, read_page, max_bytes=MAX_PAGE_BYTES)
+
+    async def _call(
+        self, method: str, path: str, seconds: float, read: Callable[[Reply], Answer], *, max_bytes: int = MAX_BYTES
+    ) -> Answer:
         try:
             async with asyncio.timeout(seconds):
-                reply = await self._exchange(method, path)
+                reply = await self._exchange(method, path, max_bytes)
         except TimeoutError:
             self._metrics.api_calls.labels(method, "timeout").inc()
             return Answer(Verdict.RETRY, error=f"the API did not answer the {method} within {seconds:.0f} s")
@@ -87,18 +107,18 @@ class SyncApi:
             self._on_throttled(answer.throttle.total_seconds())
         return answer
 
-    async def _exchange(self, method: str, path: str) -> Reply:
+    async def _exchange(self, method: str, path: str, max_bytes: int) -> Reply:
         async with self._client.stream(method, path) as response:
-            return await _read_reply(response)
+            return await _read_reply(response, max_bytes)
 
 
-async def _read_reply(response: httpx.Response) -> Reply:
+async def _read_reply(response: httpx.Response, max_bytes: int) -> Reply:
     chunks, size = [], 0
     # Raw: no encoding was requested, and a compressed body could be a decompression bomb.
     async for chunk in response.aiter_raw():
         chunks.append(chunk)
         size += len(chunk)
-        if size > MAX_BYTES:
+        if size > max_bytes:
             return Reply(response.status_code, None, response.headers.get("retry-after"))
     return Reply(response.status_code, b"".join(chunks), response.headers.get("retry-after"))
 
