@@ -37,11 +37,14 @@ from workers.key_proof import KeyProof
 from workers.ledger import LEASE, WorkerLedger
 from workers.overdue import LedgerCalls, Overdue
 from workers.runner import max_jobs
+from workers.sweep import Sweep, Sweeper
 
 log = structlog.get_logger()
 
 # How long a proof of the key waits for the budget; the attempt's GET and DELETE are used up.
 _PROOF_SECONDS: Final = 5.0
+# How long one call of a sweep waits for deletions that need the whole budget.
+_SWEEP_SECONDS: Final = 600.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -53,6 +56,7 @@ class WorkerParts:
     overdue: Overdue
     looks: Looks
     look_net: LookNet
+    sweep: Sweep | None  # None where no sweep is asked for
 
 
 @dataclass(frozen=True, slots=True)
@@ -90,13 +94,18 @@ async def open_parts(
     with contextlib.suppress(LedgerUnavailableError):  # then the pause stays
         await database.write(partial(key_history.resume_for_key, key=used))
     call_slot = partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget)
-    async with _open_api(settings, key, budget, metrics) as api:
+    async with _open_api(settings, key, budget, metrics, connections=settings.concurrency) as api:
         ledger = _make_ledger(used, settings, database)
         ground = _Ground(settings, pool, metrics, stopping, budget, ledger, api, call_slot)
         attempts = Attempts(_make_cleaner(ground).clean, limit=max_jobs(settings.concurrency))
         jobs, overdue = _make_deletions(ground, attempts)
         looks, look_net = _make_looks(ground)
-        yield WorkerParts(jobs, attempts, overdue, looks, look_net)
+        sweep = _make_sweep(ground, key, database)
+        try:
+            yield WorkerParts(jobs, attempts, overdue, looks, look_net, sweep)
+        finally:
+            if sweep is not None:
+                await sweep.wait()
 
 
 def _make_ledger(used: KeyOfAccount, settings: Settings, database: Database) -> WorkerLedger:
@@ -114,12 +123,12 @@ def _make_ledger(used: KeyOfAccount, settings: Settings, database: Database) -> 
 
 
 def _open_api(
-    settings: Settings, key: Secret, budget: Budget, metrics: Metrics
+    settings: Settings, key: Secret, budget: Budget, metrics: Metrics, *, connections: int
 ) -> AbstractAsyncContextManager[SyncApi]:
     return open_sync_api(
         settings.base_url,
         key,
-        connections=settings.concurrency,
+        connections=connections,
         metrics=metrics,
         # For existing claims. New claims wait for the pause in the ledger.
         on_throttled=lambda seconds: budget.close_for(min(seconds, LEASE.total_seconds())),
@@ -141,6 +150,29 @@ def _make_cleaner(ground: _Ground) -> Cleaner:
         metrics=ground.metrics,
         key_proof=KeyProof(ground.api, call_slot=ground.call_slot, acquire=acquire),
     )
+
+
+def _make_sweep(ground: _Ground, key: Secret, database: Database) -> Sweep | None:
+    scope = ground.settings.scopes.get(ground.ledger.account)
+    if scope is None:
+        return None
+    sweeper = Sweeper(
+        scope=scope,
+        policy=ground.settings.policy,
+        database=database,
+        # A client of its own: its calls wait for no place of a deletion, and take none.
+        open_api=partial(_open_api, ground.settings, key, ground.budget, ground.metrics, connections=1),
+        acquire=partial(SpareCalls(ground.budget, time.monotonic).wait, _SWEEP_SECONDS, ground.stopping),
+        now=_now,
+        metrics=ground.metrics,
+    )
+
+    async def enqueue_soon(jobs: Sequence[CleanupJob]) -> None:
+        horizon = _now() + ground.settings.queue_horizon
+        if soon := [job for job in jobs if job.at <= horizon]:
+            await ground.enqueue(soon)
+
+    return Sweep(sweeper, enqueue=enqueue_soon, stopping=ground.stopping)
 
 
 def _make_deletions(ground: _Ground, attempts: Attempts) -> tuple[CleanupJobs, Overdue]:

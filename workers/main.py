@@ -7,13 +7,15 @@ from functools import partial
 from typing import Any
 
 import structlog
+from arq.cron import CronJob
 
 from service.config.settings import Settings, require_api_key
+from service.core.secret import Secret
 from service.jobs.enqueue import queue_of
 from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
-from workers.account import open_parts
+from workers.account import WorkerParts, open_parts
 from workers.hygiene import Hygiene
 from workers.runner import STOP_SECONDS, Jobs, run_jobs
 
@@ -37,16 +39,29 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
         # One for all accounts, and for those that are no longer here: it runs in the queue of the first.
         ttl = settings.record_ttl
         hygiene = None if ttl is None else Hygiene(resources.database, ttl, metrics=metrics, stopping=stopping)
-        for name, part in parts.items():
-            jobs = Jobs(part.jobs, part.looks, hygiene)
-            work.append(run_jobs(pool, queue_of(name), jobs, settings.concurrency, metrics, stopping))
+        for account, key in accounts:
+            part = parts[account.id]
+            jobs = Jobs(part.jobs, part.looks, hygiene, _crons(part, key))
+            work.append(run_jobs(pool, queue_of(account.id), jobs, settings.concurrency, metrics, stopping))
             hygiene = None
+        _log_without_sweep([name for name, part in parts.items() if part.sweep is None])
         log.info("worker.started", accounts=[*parts], concurrency=settings.concurrency, dry_run=settings.is_dry_run)
         try:
             await _run_until(stop, work, stopping)
         finally:
             drained = await asyncio.gather(*(part.attempts.wait(STOP_SECONDS) for part in parts.values()))
             log.info("worker.stopped", is_drained=all(drained))
+
+
+def _crons(part: WorkerParts, key: Secret) -> list[CronJob]:
+    """Return the cron jobs of an account; the sweep's minute is spread by its key."""
+    return [] if part.sweep is None else [part.sweep.cron_job(minute=int(key.identify(), 16) % 60)]
+
+
+def _log_without_sweep(names: Sequence[str]) -> None:
+    if names:
+        what_now = "generations whose webhook does not arrive are not deleted; set MAYFLY_PUBLIC_URL to find them"
+        log.info("sweep.off", accounts=[*names], what_now=what_now)
 
 
 async def _run_until(stop: asyncio.Event, work: Sequence[Coroutine[Any, Any, None]], stopping: asyncio.Event) -> None:

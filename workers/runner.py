@@ -5,12 +5,14 @@ import contextlib
 import os
 import signal
 import socket
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
 from typing import Final
 
 import structlog
 from arq.connections import ArqRedis
+from arq.cron import CronJob
 from arq.worker import Worker, func
 
 from service.jobs import connection, enqueue
@@ -38,11 +40,15 @@ def max_jobs(concurrency: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """What arq runs in one queue: the jobs of its account, and in one of the queues the hygiene of all records."""
+    """What arq runs in one queue: the jobs of its account, and in one of the queues the hygiene of all records.
+
+    *crons* are the account's own.
+    """
 
     cleanup: CleanupJobs
     looks: Looks
     hygiene: Hygiene | None = None
+    crons: Sequence[CronJob] = ()
 
 
 async def run_jobs(  # noqa: PLR0917 - the parts of one worker
@@ -98,7 +104,7 @@ def _arq_worker(pool: ArqRedis, queue: str, jobs: Jobs, concurrency: int) -> Wor
         functions=[func(cleanup, name=enqueue.CLEANUP), func(copy, name=enqueue.COPY)],
         queue_name=queue,
         redis_pool=pool,
-        cron_jobs=[] if jobs.hygiene is None else [hygiene_cron()],
+        cron_jobs=[*jobs.crons, *([] if jobs.hygiene is None else [hygiene_cron()])],
         ctx={"jobs": jobs.cleanup, "looks": jobs.looks, "hygiene": jobs.hygiene},
         handle_signals=False,
         job_completion_wait=int(STOP_SECONDS),

@@ -1,4 +1,4 @@
-"""Rows that say when something was last seen: a worker, and the write of the readiness check."""
+"""Rows that say when something was last seen: a worker, the write of the readiness check, the sweeps of an account."""
 
 from datetime import datetime
 from typing import Final
@@ -18,6 +18,18 @@ def record_beat(connection: Connection, name: str, *, now: datetime) -> None:
     insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     statement = insert(heartbeats).values(name=name, at=now)
     connection.execute(statement.on_conflict_do_update(index_elements=["name"], set_={"at": now}))
+
+
+def take_turn(connection: Connection, name: str, *, now: datetime, every: timedelta) -> bool:
+    """Store that *name* was seen at *now*, unless it was within *every*; then return False.
+
+    Of several workers one gets the turn.
+    """
+    insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
+    statement = insert(heartbeats).values(name=name, at=now)
+    is_over = heartbeats.c.at.not_between(now - every, now)  # a time that is still to come is a clock's error
+    upsert = statement.on_conflict_do_update(index_elements=["name"], set_={"at": now}, where=is_over)
+    return connection.execute(upsert.returning(heartbeats.c.at)).first() is not None
 
 
 def last_beat(connection: Connection, name: str) -> datetime | None:

@@ -90,6 +90,17 @@ def throttle(connection: Connection, wait: timedelta, *, now: datetime, actor: s
         pause(connection, wanted)  # unless it is longer already: another has ended it meanwhile
 
 
+def find_closing(connection: Connection, account: str, *, now: datetime) -> Pause | None:
+    """Return the pause for which the API is not even read: its key is refused or another's, or it wants no calls.
+
+    A refused key is tried again from its next probe on.
+    """
+    at = earlier_clock(connection, now)
+    closing = (Kind.UNAUTHORIZED, Kind.WRONG_ORGANISATION, Kind.THROTTLED)
+    found = (one for one in find_pauses(connection, account) if one.kind in closing)
+    return next((one for one in found if one.until is None or one.until > at), None)
+
+
 def take_allowance(connection: Connection, account: str, *, now: datetime) -> int:
     """Return how many records of *account* may be claimed now: all, none, or one as a probe of a refused key.
 

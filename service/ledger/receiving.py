@@ -1,4 +1,4 @@
-"""Storing webhooks: one record per account and generation, however many webhooks arrive for it."""
+"""Storing webhooks, and generations that a sweep adopts: one record per account and generation, however many arrive."""
 
 from collections.abc import Mapping, Sequence
 from datetime import datetime
@@ -23,14 +23,20 @@ ACTOR = "webhook"
 
 
 class Arrival(msgspec.Struct, frozen=True, gc=False):
-    """A verified notification of a terminal generation, and its retention; *sent_at* is where the ttl begins."""
+    """A terminal generation, and its retention; *sent_at* is where the ttl begins.
+
+    *body* is that of the verified webhook, None for one that is adopted; that one has a *copy*, as the API shows it,
+    and wants no early look. *actor* is who brought it.
+    """
 
     key: Key
     generation: Generation
-    body: str
+    body: str | None
     retention: Retention
     received_at: datetime
     sent_at: datetime
+    copy: str | None = None
+    actor: str = ACTOR
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):
@@ -111,6 +117,29 @@ def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt
     return [receipts[index] for index in range(len(arrivals))]
 
 
+def adopt(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt | None]:
+    """Store those of *arrivals*, one per generation, that have no record, and return a receipt or None for each.
+
+    A record stays as it is, whatever its state: what was deleted, held or kept is not adopted again.
+    """
+    ordered = sorted(arrivals, key=lambda arrival: (arrival.key.account, arrival.key.id))  # as in receive()
+    inserted, entries = _insert_new(connection, ordered), list[Entry]()
+    receipts = {
+        arrival.key: _receipt_of_new(arrival, inserted, entries) for arrival in ordered if arrival.key in inserted.new
+    }
+    holding.remove_holds(connection, [key for key in receipts if key in inserted.found])
+    append_entries(connection, entries)
+    return [receipts.get(arrival.key) for arrival in arrivals]
+
+
+class _Inserted(msgspec.Struct, frozen=True, gc=False):
+    """The numbers of the *new* records, the holds *found* before there was one, and the *holds* in force."""
+
+    new: Mapping[Key, int]
+    found: Mapping[Key, Hold]
+    holds: Mapping[Key, Hold]
+
+
 class _Changes(msgspec.Struct, frozen=True, gc=False):
     updates: list[dict[str, Any]]
     entries: list[Entry]
@@ -118,27 +147,34 @@ class _Changes(msgspec.Struct, frozen=True, gc=False):
 
 def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
     """Store *arrivals*, one per generation: insert the new ones, then lock and update the others."""
-    found = holding.find_holds(connection, [arrival.key for arrival in arrivals])
-    holds = _add_overrides(found, arrivals)
-    values = [_insert_values(arrival, holds.get(arrival.key)) for arrival in arrivals]
-    rows = connection.execute(_insert[connection.dialect.name], values)
-    new = {Key(account, name): seq for seq, account, name in rows}
+    inserted = _insert_new(connection, arrivals)
+    new, holds = inserted.new, inserted.holds
     known = _lock_known(connection, [arrival.key for arrival in arrivals if arrival.key not in new])
     changes = _Changes([], [])
     receipts = [
-        _receipt_of_new(arrival, new[arrival.key], holds.get(arrival.key), changes)
+        _receipt_of_new(arrival, inserted, changes.entries)
         if arrival.key in new
         else _receipt_of_known(arrival, known[arrival.key], holds.get(arrival.key), changes)
         for arrival in arrivals
     ]
     moved = [arrival.key for arrival, receipt in zip(arrivals, receipts, strict=True) if receipt.is_moved]
-    holding.remove_holds(connection, [key for key in moved if key in found])
+    holding.remove_holds(connection, [key for key in moved if key in inserted.found])
     if changes.updates:
         connection.execute(_update_record, changes.updates)
     append_entries(connection, changes.entries)
+    return receipts
+
+
+def _insert_new(connection: Connection, arrivals: Sequence[Arrival]) -> _Inserted:
+    """Insert those of *arrivals* that have no record, with their labels and holds."""
+    found = holding.find_holds(connection, [arrival.key for arrival in arrivals])
+    holds = _add_overrides(found, arrivals)
+    values = [_insert_values(arrival, holds.get(arrival.key)) for arrival in arrivals]
+    rows = connection.execute(_insert[connection.dialect.name], values)
+    new = {Key(account, name): seq for seq, account, name in rows}
     if any(arrival.retention.labels for arrival in arrivals):
         _insert_labels(connection, arrivals, new)
-    return receipts
+    return _Inserted(new, found, holds)
 
 
 def _insert_labels(connection: Connection, arrivals: Sequence[Arrival], new: Mapping[Key, int]) -> None:
@@ -158,7 +194,7 @@ def _add_overrides(found: Mapping[Key, Hold], arrivals: Sequence[Arrival]) -> di
     holds = dict(found)
     for arrival in arrivals:
         reason = arrival.retention.hold_reason
-        by = arrival.retention.held_by(ACTOR)
+        by = arrival.retention.held_by(arrival.actor)
         override = None if by is None else Hold(by, reason, None)
         if (hold := longer_hold(found.get(arrival.key), override)) is not None:
             holds[arrival.key] = hold
@@ -180,14 +216,14 @@ def _first_moves(retention: Retention, hold: Hold | None) -> list[Move]:
     return [Move.RECEIVE if retention.due_at else Move.KEEP]
 
 
-def _receipt_of_new(arrival: Arrival, seq: int, hold: Hold | None, changes: _Changes) -> Receipt:
-    """Add the history of a new record to *changes*."""
-    retention = arrival.retention
+def _receipt_of_new(arrival: Arrival, inserted: _Inserted, entries: list[Entry]) -> Receipt:
+    """Add the history of a new record to *entries*."""
+    retention, seq, hold = arrival.retention, inserted.new[arrival.key], inserted.holds.get(arrival.key)
     moves = _first_moves(retention, hold)
     detail = {"rule": retention.rule, "status": arrival.generation.status}
-    changes.entries.append(Entry(seq, arrival.received_at, moves[0], ACTOR, detail))
+    entries.append(Entry(seq, arrival.received_at, moves[0], arrival.actor, detail))
     if hold is not None:
-        changes.entries.append(Entry(seq, arrival.received_at, Move.HOLD, hold.by, holding.hold_detail(hold)))
+        entries.append(Entry(seq, arrival.received_at, Move.HOLD, hold.by, holding.hold_detail(hold)))
     return Receipt(seq, state_after(None, *moves), retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
 
 
@@ -265,11 +301,12 @@ def _insert_values(arrival: Arrival, hold: Hold | None) -> dict[str, Any]:
         "id": arrival.key.id,
         "state": str(state),  # SQLite's driver is slow to adapt a subclass of str
         "notification": arrival.body,
+        "copy": arrival.copy,
         "received_at": arrival.received_at,
         "sent_at": arrival.sent_at,
         "due_at": retention.due_at,
         "wake_at": retention.due_at if state is State.SCHEDULED else None,
-        "look_at": arrival.received_at,
+        "look_at": None if arrival.body is None else arrival.received_at,
         "rule": retention.rule,
         "ttl_seconds": _ttl_seconds(retention),
         "hold_by": hold and hold.by,

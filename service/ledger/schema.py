@@ -289,6 +289,6 @@ tallies = Table(
 heartbeats = Table(
     "heartbeats",
     metadata,
-    Column("name", String(64), primary_key=True),
+    Column("name", String(80), primary_key=True),
     Column("at", Instant, nullable=False),
 )

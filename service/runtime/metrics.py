@@ -41,6 +41,11 @@ class Metrics:
         self.failed_records = self._gauge("failed_records", "Records given up, which need an operator.")
         self.held_records = self._gauge("held_records", "Records on hold, by what holds them.", "cause")
         self.ledger_up = self._gauge("ledger_up", "1 if the ledger answered when these gauges were last read, else 0.")
+        self.sweep_complete_seconds = self._gauge(
+            "sweep_complete_timestamp_seconds",
+            "When a sweep last was complete, in seconds since 1970; 0 if never. Only of accounts that are swept.",
+            "account",
+        )
         self.pauses = self._gauge("pauses", "1 while deletions are paused for this reason.", "kind")
 
     def _make_workers(self) -> None:
@@ -68,6 +73,12 @@ class Metrics:
             "worker_round_timestamp_seconds",
             "When the loop of a worker in this process began its last round, in seconds since 1970.",
             "account",
+        )
+        self.sweep_adopted = self._counter(
+            "sweep_adopted", "Generations that a sweep adopted, because no webhook told of them."
+        )
+        self.sweep_unreadable = self._counter(
+            "sweep_unreadable", "Items in the API's lists that are no generations; they are not adopted."
         )
         self.loops_failed = self._counter("loops_failed", "Failed rounds of a background loop.", "loop")
 

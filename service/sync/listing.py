@@ -68,16 +68,19 @@ async def list_generations(
     *,
     acquire: Callable[[], Awaitable[bool]],
     wanted: Callable[[Generation], bool],
+    begin: Callable[[], None] = lambda: None,
     progress: Callable[[Listing], None] = lambda _listing: None,
 ) -> Listing:
     """Read the whole list and keep the generations that are *wanted*.
 
-    *acquire* waits until one call may be made, and returns False to end. *progress* is called after each page. Failures
-    are in the result; a few in a row are retried.
+    *acquire* waits until one call may be made, and returns False to end. *begin* is called when the list begins, also
+    when it begins anew; then *wanted* once for each generation, and *progress* after each page. Failures are in the
+    result; a few in a row are retried.
     """
     listing, calls = Listing(), _Calls(api, acquire)
     for _ in range(_RESTARTS + 1):
         listing = Listing()
+        begin()
         try:
             await _read_pages(calls, listing, wanted, progress)
         except _DeadCursorError:

@@ -33,6 +33,8 @@ _ASK_AGAIN_SECONDS: Final = 5.0
 # attempt: for longer it could come too soon before the next one, and the limiter takes nothing back.
 _LEFT_SECONDS: Final = 1.0
 _MIN_PAUSE_SECONDS: Final = 0.01
+# It asks Redis.
+_SPARE_AGAIN_SECONDS: Final = 0.1
 _MAX_PAUSE_SECONDS: Final = 1.0
 
 
@@ -118,7 +120,10 @@ class Budget:
         return granted
 
     async def grant_spare(self) -> bool:
-        """Grant one attempt for what can wait: while nothing waits, and more than half of the window is left."""
+        """Grant one attempt for what can wait: while nothing waits, and more than half of the window is left.
+
+        Of a window with a single attempt, all of it.
+        """
         if self.waiting or self._closed_seconds():
             return False
         limit = self._shared if self._clock() >= self._ask_again_at else self._alone
@@ -127,7 +132,7 @@ class Budget:
                 left = (await limit.limiter.get_window_stats(limit.item, self._name)).remaining
         except (StorageError, OSError, TimeoutError):
             return False
-        return 2 * (left - 1) >= limit.attempts and await self.grant(1) == 1
+        return left >= min(limit.attempts, limit.attempts / 2 + 1) and await self.grant(1) == 1
 
     def put_back(self, attempts: int) -> None:
         """Return *attempts* that were granted and not started to the budget, which keeps them for a while."""
@@ -208,3 +213,16 @@ class SpareCalls:
             return False
         self._left, self._left_until = CALLS - 1, self._clock() + _LEFT_SECONDS
         return True
+
+    async def wait(self, seconds: float, stopping: asyncio.Event) -> bool:
+        """Wait up to *seconds* until one call may be made; False at the timeout or when *stopping* is set."""
+        deadline = self._clock() + seconds
+        while not stopping.is_set():
+            if await self.take():
+                return True
+            if self._clock() >= deadline:
+                return False
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_SPARE_AGAIN_SECONDS):
+                    await stopping.wait()
+        return False

@@ -40,7 +40,7 @@ def upgrade() -> None:
     )
     op.create_table(
         "heartbeats",
-        sa.Column("name", sa.String(64), primary_key=True),
+        sa.Column("name", sa.String(80), primary_key=True),
         sa.Column("at", _INSTANT, nullable=False),
     )
 
