@@ -7,7 +7,7 @@ from typing import Final, TypeVar
 
 from service.config.parsers import read_header_value, read_secrets
 from service.config.rules_file import Account as AccountOfFile
-from service.config.rules_shape import Adopt
+from service.core.adopting import Adopt
 from service.core.key import DEFAULT_ACCOUNT
 from service.core.rate import Rate
 from service.core.secret import Secret

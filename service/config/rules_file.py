@@ -16,8 +16,9 @@ from typing import Any, Final
 import msgspec
 
 from service.config.rules_keys import ACCOUNT_KEYS, RULE_KEYS, Key
-from service.config.rules_shape import AccountTable, Adopt, RuleTable
+from service.config.rules_shape import AccountTable, RuleTable
 from service.config.toml_lines import TomlLines
+from service.core.adopting import Adopt
 from service.core.errors import ExplainedError
 from service.core.key import DEFAULT_ACCOUNT
 from service.core.matchers import Texts

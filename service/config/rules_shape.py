@@ -5,7 +5,7 @@ from typing import Annotated, Final, Literal
 import msgspec
 from msgspec import Meta
 
-Adopt = Literal["ours", "without-webhook", "all"]
+from service.core.adopting import Adopt
 
 RULE_ID: Final = r"^[a-z0-9][a-z0-9._-]{0,62}$"
 ACCOUNT_ID: Final = r"^[a-z0-9][a-z0-9_-]{0,62}$"

@@ -34,6 +34,7 @@ from service.config.parsers import (
 )
 from service.config.rules_file import RulesFile, RulesFileError, read_rules_file
 from service.config.url_options import UrlOptionError
+from service.core.adopting import Scope
 from service.core.durations import parse_ttl
 from service.core.errors import ExplainedError
 from service.core.rate import Rate
@@ -102,6 +103,12 @@ class Settings:
     def accounts(self) -> tuple[Account, ...]:
         """The accounts whose webhooks are taken and whose generations are deleted."""
         return join_accounts(self.keys, self.rules_file.accounts, self.api_rate)
+
+    @property
+    def scopes(self) -> Mapping[str, Scope]:
+        """What the sweep adopts, for each account that is swept."""
+        found = (Scope(one.id, self.public_url, one.adopt) for one in self.accounts)
+        return {scope.account: scope for scope in found if not scope.is_empty}
 
     @property
     def ledger_url(self) -> URL:

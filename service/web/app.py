@@ -115,6 +115,7 @@ def _health_dependencies(  # noqa: PLR0917 - the parts of make_app()
         "metrics": metrics,
         "now": now,
         "is_dry_run": settings.is_dry_run,
+        "swept": frozenset(settings.scopes),
     }
     return {name: _provide(value) for name, value in values.items()}
 

@@ -1,7 +1,7 @@
 """Health checks and metrics."""
 
 import asyncio
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from datetime import datetime, timedelta
 from typing import Literal
 
@@ -13,7 +13,7 @@ from litestar.openapi import ResponseSpec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
 from service.jobs.connection import QUEUE_ERRORS
-from service.ledger import pausing, reading
+from service.ledger import adopting, pausing, reading
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
 from service.runtime.metrics import Metrics
@@ -165,28 +165,32 @@ async def show_metrics(
     ledger_check: NamedDependency[LedgerCheck],
     metrics: NamedDependency[Metrics],
     now: NamedDependency[Callable[[], datetime]],
+    swept: NamedDependency[frozenset[str]],
 ) -> Response[bytes]:
-    """Answer the metrics of this process, and gauges read from the ledger."""
-    failure, is_read = await asyncio.gather(ledger_check.find_failure(), _read_gauges(database, metrics, now()))
+    """Answer the metrics of this process, and gauges read from the ledger; *swept* are the accounts that are swept."""
+    failure, is_read = await asyncio.gather(ledger_check.find_failure(), _read_gauges(database, metrics, now(), swept))
     metrics.ledger_up.set(failure is None and is_read)
     return Response(generate_latest(metrics.registry), media_type=_TEXT)
 
 
-async def _read_gauges(database: Database, metrics: Metrics, now: datetime) -> bool:
+async def _read_gauges(database: Database, metrics: Metrics, now: datetime, swept: Iterable[str]) -> bool:
     """Read the ledger's gauges; False if it does not answer, and they keep their values."""
     try:
-        backlog, held, pauses = await run_within(
+        backlog, held, pauses, sweeps = await run_within(
             _CHECK_SECONDS,
             database.read(
                 lambda connection: (
                     reading.read_backlog(connection, now=now),
                     reading.count_held(connection),
                     pausing.find_pauses(connection),
+                    {account: adopting.last_complete(connection, account) for account in swept},
                 )
             ),
         )
     except (LedgerUnavailableError, TimeoutError):
         return False
+    for account, at in sweeps.items():
+        metrics.sweep_complete_seconds.labels(account).set(0 if at is None else at.timestamp())
     metrics.oldest_overdue_seconds.set(backlog.oldest_overdue.total_seconds())
     metrics.due_records.set(backlog.due)
     metrics.failed_records.set(backlog.failed)
