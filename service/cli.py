@@ -28,6 +28,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "pause": "service.commands.operating",
     "resume": "service.commands.operating",
     "policy": "service.commands.policy",
+    "sweep": "service.commands.sweeping",
     "doctor": "service.commands.doctor",
 }
 

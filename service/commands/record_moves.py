@@ -47,7 +47,7 @@ _EXPLAINED: Final = {
 IDS_HELP: Final = "\n\n    ID may be given several times; - reads ids from standard input, one a line."
 
 
-class _DurationType(click.ParamType[timedelta]):
+class DurationType(click.ParamType[timedelta]):
     """A duration such as 1h."""
 
     name = "duration"
@@ -124,7 +124,7 @@ def _options(move: Move) -> list[click.Parameter]:
         until = "When the hold ends: 2026-12-31, an instant or a duration such as 30d; never unless given."
         options.append(click.Option(["--until"], type=_UntilType(), help=until))
     if move in (Move.RELEASE, Move.REOPEN):
-        options.append(click.Option(["--grace"], type=_DurationType(), help="Wait at least so long, such as 1h."))
+        options.append(click.Option(["--grace"], type=DurationType(), help="Wait at least so long, such as 1h."))
     if has_filter:
         yes = "Do not ask before a deletion at once." if move is Move.RELEASE else "With a filter: do not ask."
         options += [click.Option(["--yes"], is_flag=True, help=yes), *filter_options(move)]

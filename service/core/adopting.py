@@ -2,6 +2,7 @@
 
 import re
 from collections.abc import Mapping
+from collections.abc import Set as AbstractSet
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from enum import StrEnum
@@ -34,6 +35,7 @@ class Fit(StrEnum):
     FOREIGN = "foreign"  # its webhookUrl is not the account's, and `adopt` does not ask for it
     RECENT = "recent"  # it is not old enough for what was asked for
     BATCH = "batch"  # it is no generation, but a batch
+    NOT_ASKED_FOR = "not_asked_for"  # others are asked for, by their ids
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,13 +43,14 @@ class Scope:
     """What is adopted of *account*, whose webhooks come to its route under *public_url*.
 
     *adopt* is the account's setting. *created_before* leaves out what is younger, and what does not say when it was
-    created; None is no limit.
+    created; None is no limit. *only* leaves out all other ids.
     """
 
     account: str
     public_url: str | None
     adopt: Adopt
     created_before: datetime | None = None
+    only: AbstractSet[str] | None = None
 
     @property
     def is_empty(self) -> bool:
@@ -56,6 +59,8 @@ class Scope:
 
     def find_fit(self, generation: Generation) -> Fit:
         """Decide about one generation of the account's list, whatever records there are."""
+        if self.only is not None and generation.id not in self.only:
+            return Fit.NOT_ASKED_FOR
         if generation.is_batch:
             return Fit.BATCH
         if not generation.is_terminal:

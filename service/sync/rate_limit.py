@@ -130,7 +130,8 @@ class Budget:
         try:
             async with asyncio.timeout(_ASK_SECONDS):
                 left = (await limit.limiter.get_window_stats(limit.item, self._name)).remaining
-        except (StorageError, OSError, TimeoutError):
+        except (StorageError, OSError, TimeoutError) as error:
+            self._note_unshared(error)
             return False
         return left >= min(limit.attempts, limit.attempts / 2 + 1) and await self.grant(1) == 1
 
@@ -173,10 +174,13 @@ class Budget:
                 async with asyncio.timeout(_ASK_SECONDS):
                     return await self._ask_limiter(self._shared)
             except (StorageError, OSError, TimeoutError) as error:
-                self._ask_again_at = self._clock() + _ASK_AGAIN_SECONDS
-                what_now = f"this worker uses a 1/{ALONE_SHARE} share of MAYFLY_API_RATE until Redis answers"
-                log.warning("budget.unshared", error=describe_cause(error), what_now=what_now)
+                self._note_unshared(error)
         return await self._ask_limiter(self._alone)
+
+    def _note_unshared(self, error: BaseException) -> None:
+        self._ask_again_at = self._clock() + _ASK_AGAIN_SECONDS
+        what_now = f"this worker uses a 1/{ALONE_SHARE} share of MAYFLY_API_RATE until Redis answers"
+        log.warning("budget.unshared", error=describe_cause(error), what_now=what_now)
 
     async def _ask_limiter(self, limit: "_Limit") -> bool:
         is_granted = await limit.limiter.hit(limit.item, self._name, cost=limit.at_once)
