@@ -1,16 +1,19 @@
 """What `mayfly sweep` shows: how many generations there are, by status and project, and what becomes of them."""
 
 from collections import Counter
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from contextlib import contextmanager
 from datetime import datetime
 
 import click
 import msgspec
+from rich.console import Console
+from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 from rich.table import Table
 
 from service.core.adopting import Fit, read_created_at
 from service.runtime.terminal import cell, console, format_relative, format_time, plain
-from service.sync.listing import Listed
+from service.sync.listing import Listed, Listing
 from workers.sweep import Adopted, Found
 
 _MANY = 12
@@ -49,6 +52,8 @@ class SweepReport(msgspec.Struct, rename="camel", kw_only=True):
     adopted: dict[str, int] = {}
     vanished: list[str] = []
     failure: str | None = None
+    held_now: int = 0  # what a plan holds and what had a record already
+    not_held: list[str] = []  # where it was too late
 
 
 def make_report(account: str, found: Found, *, first_due_at: datetime | None) -> SweepReport:
@@ -160,3 +165,13 @@ def describe_first(first_due_at: datetime | None, now: datetime) -> str:
 
 def _generations(number: int) -> str:
     return f"{number} generation{'' if number == 1 else 's'}"
+
+
+@contextmanager
+def progress_bar(account: str) -> Iterator[Callable[[Listing], None]]:
+    """Show how many generations have been read, on a terminal."""
+    console = Console(stderr=True)
+    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} read"), TimeElapsedColumn())
+    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
+        task = progress.add_task(f"listing {plain(account)}", total=None)
+        yield lambda listing: progress.update(task, completed=listing.read)

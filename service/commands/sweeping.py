@@ -4,7 +4,7 @@ import asyncio
 import sys
 import time
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping, Sequence
-from contextlib import AsyncExitStack, asynccontextmanager, contextmanager
+from contextlib import AsyncExitStack, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
 from functools import partial
@@ -13,8 +13,6 @@ from typing import Final
 
 import click
 from arq.connections import ArqRedis
-from rich.console import Console
-from rich.progress import BarColumn, Progress, TextColumn, TimeElapsedColumn
 
 from service.commands.record_moves import DurationType, is_terminal
 from service.commands.running import (
@@ -29,17 +27,26 @@ from service.commands.running import (
     settings_or_exit,
 )
 from service.commands.sweep_plan import NEW, Plan, PlanError, PlanLine, read_plan, write_plan
-from service.commands.sweep_report import SweepReport, describe_first, make_report, note_adopted, print_report
+from service.commands.sweep_report import (
+    SweepReport,
+    describe_first,
+    make_report,
+    note_adopted,
+    print_report,
+    progress_bar,
+)
 from service.config.accounts import Account
 from service.config.settings import Settings, require_api_key
 from service.core.adopting import Scope
+from service.core.key import Key
+from service.core.lifecycle import IllegalMoveError, Move, State
 from service.jobs.embedded_redis import embedded_redis, prepare_data_dir
+from service.ledger import moving, reading
 from service.ledger.database import Database
 from service.resources import open_queue
 from service.runtime.metrics import Metrics
 from service.runtime.terminal import plain
 from service.sync.client import open_sync_api
-from service.sync.listing import Listing
 from service.sync.rate_limit import Budget, SpareCalls
 from workers.sweep import Found, Sweeper
 
@@ -157,7 +164,7 @@ async def _sweep_all(settings: Settings, wanted: _Wanted) -> int:
             if report.failure is not None:
                 advice = "nothing of this account was adopted; try again"
                 click.echo(f"mayfly: {plain(scope.account)}: {plain(report.failure)}; {advice}", err=True)
-    failed = sum(report.failure is not None for report in reports)
+    failed = sum(report.failure is not None or bool(report.not_held) for report in reports)
     if wanted.plan_path is not None and not failed:
         _write_plan_or_exit(wanted.plan_path, lines, is_json=wanted.is_json)
     if wanted.is_json:
@@ -208,7 +215,7 @@ def _make_sweeper(settings: Settings, scope: Scope, database: Database, make_bud
 async def _sweep_one(sweeper: Sweeper, wanted: _Wanted, lines: list[PlanLine]) -> SweepReport:
     """List, and adopt unless it is a dry run or the operator says no; add to *lines* those of a plan."""
     account = sweeper.scope.account
-    with _progress_bar(account) as progress:
+    with progress_bar(account) as progress:
         found = await sweeper.find(progress)
     plan = wanted.plans.get(account, Plan())
     now = datetime.now(UTC)
@@ -218,11 +225,28 @@ async def _sweep_one(sweeper: Sweeper, wanted: _Wanted, lines: list[PlanLine]) -
     report.vanished = sorted(plan.ids - {item.generation.id for item in found.listing.items})
     if wanted.plan_path is not None:
         lines += _plan_lines(sweeper, found, now)
-    if wanted.is_dry_run or not found.unknown or (wanted.is_asking and not _confirm(report, plan, found, now)):
+    is_refused = found.unknown and wanted.is_asking and not _confirm(report, plan, found, now)
+    if wanted.is_dry_run or is_refused:
         return report
     adopted = await sweeper.adopt(found.unknown, holds=plan.holds)
     note_adopted(report, adopted)
+    await _hold_known(sweeper, plan, report)
     return report
+
+
+async def _hold_known(sweeper: Sweeper, plan: Plan, report: SweepReport) -> None:
+    """Hold what the plan holds and what had a record: who wrote a hold into its line relies on it."""
+    for generation_id, reason in plan.holds.items():
+        key = Key(sweeper.scope.account, generation_id)
+        row = await sweeper.database.read(partial(reading.find_row, key=key))
+        if row is None or row.state in (State.HELD, State.KEPT):
+            continue
+        hold = partial(moving.move_record, key=key, wanted=Move.HOLD, actor=sweeper.actor, reason=reason)
+        try:
+            await sweeper.database.write(partial(hold, now=datetime.now(UTC)))
+            report.held_now += 1
+        except IllegalMoveError as error:
+            report.not_held.append(f"{generation_id}: {error}")
 
 
 def _confirm(report: SweepReport, plan: Plan, found: Found, now: datetime) -> bool:
@@ -262,13 +286,3 @@ def _plan_lines(sweeper: Sweeper, found: Found, now: datetime) -> Iterator[PlanL
             known.rule if known else retention.rule,
             None if known else found.held.get(generation.id, retention.hold_reason),
         )
-
-
-@contextmanager
-def _progress_bar(account: str) -> Iterator[Callable[[Listing], None]]:
-    """Show how many generations have been read, on a terminal."""
-    console = Console(stderr=True)
-    columns = (TextColumn("{task.description}"), BarColumn(), TextColumn("{task.completed} read"), TimeElapsedColumn())
-    with Progress(*columns, console=console, transient=True, disable=not console.is_terminal) as progress:
-        task = progress.add_task(f"listing {plain(account)}", total=None)
-        yield lambda listing: progress.update(task, completed=listing.read)
