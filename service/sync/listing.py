@@ -19,7 +19,7 @@ from service.sync.client import PAGE_LIMIT, SyncApi
 
 # So often one call may fail in a row before the list is given up.
 _TRIES: Final = 4
-_WAIT_SECONDS: Final = 1.0
+_WAIT_SECONDS: Final = 2.0
 _LONGEST_WAIT: Final = timedelta(seconds=60)
 _RESTARTS: Final = 5
 _SHOWN: Final = 10
@@ -70,14 +70,15 @@ async def list_generations(
     wanted: Callable[[Generation], bool],
     begin: Callable[[], None] = lambda: None,
     progress: Callable[[Listing], None] = lambda _listing: None,
+    wait_seconds: float = _WAIT_SECONDS,
 ) -> Listing:
     """Read the whole list and keep the generations that are *wanted*.
 
     *acquire* waits until one call may be made, and returns False to end. *begin* is called when the list begins, also
     when it begins anew; then *wanted* once for each generation, and *progress* after each page. Failures are in the
-    result; a few in a row are retried.
+    result; a few in a row are retried, the first after *wait_seconds*, each one after twice the time.
     """
-    listing, calls = Listing(), _Calls(api, acquire)
+    listing, calls = Listing(), _Calls(api, acquire, wait_seconds)
     for _ in range(_RESTARTS + 1):
         listing = Listing()
         begin()
@@ -159,9 +160,10 @@ def _add_oddity(body: bytes, why: str, listing: Listing, seen: set[str | int]) -
 class _Calls:
     """The calls of one list, each one within the budget; a few failures in a row are retried."""
 
-    def __init__(self, api: SyncApi, acquire: Callable[[], Awaitable[bool]]) -> None:
+    def __init__(self, api: SyncApi, acquire: Callable[[], Awaitable[bool]], wait_seconds: float) -> None:
         self._api = api
         self._acquire = acquire
+        self._wait = timedelta(seconds=wait_seconds)
 
     async def list_page(self, cursor: str | None) -> list[msgspec.Raw]:
         """Return the items of one page.
@@ -188,13 +190,13 @@ class _Calls:
         return False
 
     async def _call(self, call: Callable[[], Awaitable[Answer]]) -> Answer:
-        for failures in range(1, _TRIES + 1):
+        for failures in range(_TRIES):
             if not await self._acquire():
                 raise _EndedError("deletions needed all calls, or Mayfly was stopped")
             answer = await call()
-            wait = max(answer.retry_after or timedelta(0), timedelta(seconds=_WAIT_SECONDS * 2**failures))
-            is_last = failures == _TRIES or wait > _LONGEST_WAIT
-            if answer.verdict is not Verdict.RETRY or answer.generation is not None or is_last:
+            wait = max(answer.retry_after or timedelta(0), self._wait * 2**failures)
+            if answer.verdict is not Verdict.RETRY or answer.generation is not None or wait > _LONGEST_WAIT:
                 return answer
-            await asyncio.sleep(wait.total_seconds())
-        raise AssertionError("unreachable")
+            if failures + 1 < _TRIES:
+                await asyncio.sleep(wait.total_seconds())
+        return answer
