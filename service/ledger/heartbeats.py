@@ -27,7 +27,7 @@ def take_turn(connection: Connection, name: str, *, now: datetime, every: timede
     """
     insert = sqlite.insert if connection.dialect.name == "sqlite" else postgresql.insert
     statement = insert(heartbeats).values(name=name, at=now)
-    is_over = heartbeats.c.at.not_between(now - every, now)  # a time that is still to come is a clock's error
+    is_over = ~heartbeats.c.at.between(now - every, now)  # a time that is still to come is a clock's error
     upsert = statement.on_conflict_do_update(index_elements=["name"], set_={"at": now}, where=is_over)
     return connection.execute(upsert.returning(heartbeats.c.at)).first() is not None
 
