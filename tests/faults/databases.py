@@ -47,7 +47,7 @@ class Row:
     wake_at: datetime | None
     copied_at: datetime | None
     deleted_at: datetime | None
-    notification: str
+    notification: str | None  # None: it was adopted
     copy: str | None
     receipt: str | None
     synthesized_audio_url: str | None

@@ -128,6 +128,7 @@ def _judge_calls(verdict: Verdict, sent: Sequence[Sent], rows: Sequence[Row], si
     for one in sent:
         told.setdefault(one.id, []).append(one)
     known = {one.id for one in sent if one.status is None or one.is_accepted}
+    known |= {row.id for row in rows if row.notification is None}  # adopted
     calls = simulator.calls
     if isinstance(calls, WatchedCalls):
         verdict.unrecorded += [f"I2 DELETE of {one} before its copy could be read" for one in calls.without_copy]
@@ -143,7 +144,7 @@ def _judge_calls(verdict: Verdict, sent: Sequence[Sent], rows: Sequence[Row], si
         if row is None or call.generation_id not in known:
             verdict.uninvited.append(f"I5 DELETE of {call.generation_id}, which nobody announced")
             continue
-        due_at = _promised(call, row, told[row.id])
+        due_at = _promised(call, row, told.get(row.id, []))
         if due_at is None or call.at < due_at:
             verdict.early.append(f"I3 DELETE of {call.generation_id} at {call.at}, due {due_at}")
 
