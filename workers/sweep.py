@@ -24,10 +24,10 @@ from service.core.lifecycle import State
 from service.core.retention import Policy, Retention
 from service.jobs.connection import QUEUE_ERRORS
 from service.jobs.enqueue import CleanupJob
-from service.ledger import adopting, pausing, receiving
+from service.ledger import adopting, pausing
 from service.ledger.adopting import Known
 from service.ledger.database import Database, LedgerUnavailableError, RefusedDataError
-from service.ledger.receiving import Arrival, Receipt
+from service.ledger.inserting import Arrival, Receipt
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
 from service.sync.client import SyncApi
@@ -120,7 +120,7 @@ class Sweeper:
     async def _adopt_some(self, items: Sequence[Listed], holds: Mapping[str, str], adopted: "Adopted") -> None:
         arrivals = [self._arrival(item, holds.get(item.generation.id)) for item in items]
         try:
-            receipts = await self.database.write(partial(receiving.adopt, arrivals=arrivals))
+            receipts = await self.database.write(partial(adopting.adopt, arrivals=arrivals))
         except RefusedDataError:
             if len(items) > 1:
                 for item in items:
@@ -142,7 +142,7 @@ class Sweeper:
                 "hold of a plan", retention.ttl, retention.due_at, hold, retention.invalid, retention.labels
             )
         key = Key(self.scope.account, item.generation.id)
-        return Arrival(key, item.generation, None, retention, now, now, item.body, self.actor)
+        return Arrival(key, item.generation, item.body, retention, now, now, is_adopted=True, actor=self.actor)
 
 
 @dataclass(slots=True)

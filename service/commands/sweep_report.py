@@ -150,9 +150,12 @@ def _print_outcome(report: SweepReport, now: datetime) -> None:
         click.echo("Nothing was adopted." + (f" {describe_first(report.first_due_at, now)}" if report.new else ""))
         return
     states = ", ".join(f"{number} {state}" for state, number in report.adopted.items())
-    click.echo(
-        f"Adopted: {states or 'none'}. {describe_first(report.first_due_at, now) if report.adopted else ''}".strip()
-    )
+    when = f" {describe_first(report.first_due_at, now)}" if report.adopted else ""
+    click.echo(f"Adopted: {states or 'none'}.{when}")
+    if report.held_now:
+        click.echo(f"Put on hold, as the plan says, of what was known already: {report.held_now}.")
+    for problem in report.not_held:
+        click.echo(f"mayfly: not put on hold: {plain(problem)}", err=True)
 
 
 def describe_first(first_due_at: datetime | None, now: datetime) -> str:

@@ -40,10 +40,10 @@ from service.config.settings import Settings, require_api_key
 from service.core.adopting import Scope
 from service.core.key import Key
 from service.core.lifecycle import IllegalMoveError, Move, State
+from service.jobs import connection
 from service.jobs.embedded_redis import embedded_redis, prepare_data_dir
 from service.ledger import moving, reading
 from service.ledger.database import Database
-from service.resources import open_queue
 from service.runtime.metrics import Metrics
 from service.runtime.terminal import plain
 from service.sync.client import open_sync_api
@@ -180,7 +180,9 @@ async def _open_budget_store(settings: Settings) -> AsyncIterator[ArqRedis]:
         if redis_url is None:
             prepare_data_dir(settings.data_dir)
             redis_url = await stack.enter_async_context(embedded_redis(settings.data_dir))
-        yield await stack.enter_async_context(open_queue(redis_url, retries=1))
+        pool = connection.connect(redis_url, retries=1)
+        stack.push_async_callback(pool.aclose, close_connection_pool=True)
+        yield pool
 
 
 def _write_plan_or_exit(path: Path, lines: Sequence[PlanLine], *, is_json: bool) -> None:
@@ -240,7 +242,7 @@ async def _hold_known(sweeper: Sweeper, plan: Plan, report: SweepReport) -> None
         key = Key(sweeper.scope.account, generation_id)
         row = await sweeper.database.read(partial(reading.find_row, key=key))
         if row is None or row.state in (State.HELD, State.KEPT):
-            continue
+            continue  # also what was adopted just now
         hold = partial(moving.move_record, key=key, wanted=Move.HOLD, actor=sweeper.actor, reason=reason)
         try:
             await sweeper.database.write(partial(hold, now=datetime.now(UTC)))

@@ -1,15 +1,19 @@
-"""What the ledger knows of the generations in a list, and when a sweep of an account last was complete."""
+"""Adopting generations of a list that have no record, and when a sweep of an account last was complete."""
 
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Final
 
-from sqlalchemy import Connection, bindparam, select
+from sqlalchemy import Connection, select
 
+from service.core.holding import NO_REASON
+from service.core.key import Key
 from service.core.lifecycle import State
-from service.ledger import heartbeats
-from service.ledger.schema import KEYS_OF_ACCOUNT, holds, records
+from service.ledger import heartbeats, holding
+from service.ledger.history import Entry, append_entries
+from service.ledger.inserting import Arrival, Receipt, insert_new, receipt_of_new
+from service.ledger.schema import KEYS_OF_ACCOUNT, records
 
 # How many ids one statement has; SQLite takes 32 766 parameters.
 _IDS_AT_ONCE: Final = 1000
@@ -17,9 +21,6 @@ _IDS_AT_ONCE: Final = 1000
 TURN: Final = timedelta(minutes=10)
 
 _select_known = select(records.c.id, records.c.state, records.c.due_at, records.c.rule).where(KEYS_OF_ACCOUNT)
-_select_held = select(holds.c.id, holds.c.reason).where(
-    holds.c.account == bindparam("account"), holds.c.id.in_(bindparam("ids", expanding=True))
-)
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,25 @@ def find_known(connection: Connection, account: str, ids: Sequence[str]) -> dict
 def find_held(connection: Connection, account: str, ids: Sequence[str]) -> dict[str, str]:
     """Return the reasons of the holds that were made for some of *ids* before there was a record."""
     return {
-        row.id: row.reason
+        key.id: hold.reason or NO_REASON
         for some in _split(ids)
-        for row in connection.execute(_select_held, {"account": account, "ids": some})
+        for key, hold in holding.find_holds(connection, [Key(account, one) for one in some]).items()
     }
+
+
+def adopt(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt | None]:
+    """Store those of *arrivals*, one per generation, that have no record, and return a receipt or None for each.
+
+    A record stays as it is, whatever its state: what was deleted, held or kept is not adopted again.
+    """
+    ordered = sorted(arrivals, key=lambda arrival: (arrival.key.account, arrival.key.id))  # as in receive()
+    inserted, entries = insert_new(connection, ordered), list[Entry]()
+    receipts = {
+        arrival.key: receipt_of_new(arrival, inserted, entries) for arrival in ordered if arrival.key in inserted.new
+    }
+    holding.remove_holds(connection, [key for key in receipts if key in inserted.found])
+    append_entries(connection, entries)
+    return [receipts.get(arrival.key) for arrival in arrivals]
 
 
 def _split(ids: Sequence[str]) -> Iterator[Sequence[str]]:

@@ -1,6 +1,6 @@
 """Rows that say when something was last seen: a worker, the write of the readiness check, the sweeps of an account."""
 
-from datetime import datetime
+from datetime import datetime, timedelta
 from typing import Final
 
 from sqlalchemy import Connection, select

@@ -1,55 +1,23 @@
-"""Storing webhooks, and generations that a sweep adopts: one record per account and generation, however many arrive."""
+"""Storing webhooks: one record per account and generation, however many webhooks arrive for it."""
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from datetime import datetime
 from operator import attrgetter
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, Row, Text, bindparam, insert, select, update
-from sqlalchemy.dialects import postgresql, sqlite
+from sqlalchemy import Connection, Row, Text, bindparam, select, update
 
-from service.core.generation import Generation
-from service.core.holding import Hold, longer_hold
+from service.core.holding import Hold
 from service.core.key import Key
 from service.core.lifecycle import Move, State, interrupting_moves, state_after
 from service.core.retention import Retention
 from service.ledger import holding
-from service.ledger.columns import generation_values
 from service.ledger.history import Entry, append_entries
-from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, labels, records
+from service.ledger.inserting import ACTOR, Arrival, Receipt, insert_new, receipt_of_new, ttl_seconds
+from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, records
 
-ACTOR = "webhook"
-
-
-class Arrival(msgspec.Struct, frozen=True, gc=False):
-    """A terminal generation, and its retention; *sent_at* is where the ttl begins.
-
-    *body* is that of the verified webhook, None for one that is adopted; that one has a *copy*, as the API shows it,
-    and wants no early look. *actor* is who brought it.
-    """
-
-    key: Key
-    generation: Generation
-    body: str | None
-    retention: Retention
-    received_at: datetime
-    sent_at: datetime
-    copy: str | None = None
-    actor: str = ACTOR
-
-
-class Receipt(msgspec.Struct, frozen=True, gc=False):
-    """The record after an arrival."""
-
-    seq: int
-    state: State
-    due_at: datetime | None
-    attempts: int
-    is_new: bool
-    is_moved: bool  # its due time or state changed, so that it needs another job
-    is_conflict: bool  # an earlier webhook for this generation had another body, which is kept
-
+__all__ = ["ACTOR", "Arrival", "Receipt", "receive"]
 
 _select_known = (
     select(
@@ -71,13 +39,6 @@ _select_known = (
     .order_by(records.c.account, records.c.id)
     .with_for_update()
 )
-# One statement per database: SQLAlchemy has no ON CONFLICT that is common to both.
-_insert = {
-    dialect.name: statement(records)
-    .on_conflict_do_nothing(index_elements=["account", "id"])
-    .returning(records.c.seq, records.c.account, records.c.id)
-    for dialect, statement in ((sqlite.dialect, sqlite.insert), (postgresql.dialect, postgresql.insert))
-}
 _update_record = (
     update(records)
     .where(
@@ -117,29 +78,6 @@ def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt
     return [receipts[index] for index in range(len(arrivals))]
 
 
-def adopt(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt | None]:
-    """Store those of *arrivals*, one per generation, that have no record, and return a receipt or None for each.
-
-    A record stays as it is, whatever its state: what was deleted, held or kept is not adopted again.
-    """
-    ordered = sorted(arrivals, key=lambda arrival: (arrival.key.account, arrival.key.id))  # as in receive()
-    inserted, entries = _insert_new(connection, ordered), list[Entry]()
-    receipts = {
-        arrival.key: _receipt_of_new(arrival, inserted, entries) for arrival in ordered if arrival.key in inserted.new
-    }
-    holding.remove_holds(connection, [key for key in receipts if key in inserted.found])
-    append_entries(connection, entries)
-    return [receipts.get(arrival.key) for arrival in arrivals]
-
-
-class _Inserted(msgspec.Struct, frozen=True, gc=False):
-    """The numbers of the *new* records, the holds *found* before there was one, and the *holds* in force."""
-
-    new: Mapping[Key, int]
-    found: Mapping[Key, Hold]
-    holds: Mapping[Key, Hold]
-
-
 class _Changes(msgspec.Struct, frozen=True, gc=False):
     updates: list[dict[str, Any]]
     entries: list[Entry]
@@ -147,12 +85,12 @@ class _Changes(msgspec.Struct, frozen=True, gc=False):
 
 def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
     """Store *arrivals*, one per generation: insert the new ones, then lock and update the others."""
-    inserted = _insert_new(connection, arrivals)
+    inserted = insert_new(connection, arrivals)
     new, holds = inserted.new, inserted.holds
     known = _lock_known(connection, [arrival.key for arrival in arrivals if arrival.key not in new])
     changes = _Changes([], [])
     receipts = [
-        _receipt_of_new(arrival, inserted, changes.entries)
+        receipt_of_new(arrival, inserted, changes.entries)
         if arrival.key in new
         else _receipt_of_known(arrival, known[arrival.key], holds.get(arrival.key), changes)
         for arrival in arrivals
@@ -165,66 +103,12 @@ def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[R
     return receipts
 
 
-def _insert_new(connection: Connection, arrivals: Sequence[Arrival]) -> _Inserted:
-    """Insert those of *arrivals* that have no record, with their labels and holds."""
-    found = holding.find_holds(connection, [arrival.key for arrival in arrivals])
-    holds = _add_overrides(found, arrivals)
-    values = [_insert_values(arrival, holds.get(arrival.key)) for arrival in arrivals]
-    rows = connection.execute(_insert[connection.dialect.name], values)
-    new = {Key(account, name): seq for seq, account, name in rows}
-    if any(arrival.retention.labels for arrival in arrivals):
-        _insert_labels(connection, arrivals, new)
-    return _Inserted(new, found, holds)
-
-
-def _insert_labels(connection: Connection, arrivals: Sequence[Arrival], new: Mapping[Key, int]) -> None:
-    """Store the labels of new records; a known one keeps those of its first webhook."""
-    rows = [
-        {"record": seq, "name": name, "value": value}
-        for arrival in arrivals
-        if (seq := new.get(arrival.key)) is not None
-        for name, value in arrival.retention.labels.items()
-    ]
-    if rows:
-        connection.execute(insert(labels), rows)
-
-
-def _add_overrides(found: Mapping[Key, Hold], arrivals: Sequence[Arrival]) -> dict[Key, Hold]:
-    """Return the hold of each arrival that has one: *found* before its first webhook, or by its own override."""
-    holds = dict(found)
-    for arrival in arrivals:
-        reason = arrival.retention.hold_reason
-        by = arrival.retention.held_by(arrival.actor)
-        override = None if by is None else Hold(by, reason, None)
-        if (hold := longer_hold(found.get(arrival.key), override)) is not None:
-            holds[arrival.key] = hold
-    return holds
-
-
 def _lock_known(connection: Connection, keys: Sequence[Key]) -> dict[Key, Row[Any]]:
     """Lock the records of *keys*, which are sorted."""
     if not keys:
         return {}
     rows: list[Any] = [row for mine in group_by_account(keys) for row in connection.execute(_select_known, mine).all()]
     return {Key(row.account, row.id): row for row in rows}
-
-
-def _first_moves(retention: Retention, hold: Hold | None) -> list[Move]:
-    """Return the moves of a new record: it is scheduled, kept, or scheduled and held."""
-    if hold is not None:
-        return [Move.RECEIVE, Move.HOLD]
-    return [Move.RECEIVE if retention.due_at else Move.KEEP]
-
-
-def _receipt_of_new(arrival: Arrival, inserted: _Inserted, entries: list[Entry]) -> Receipt:
-    """Add the history of a new record to *entries*."""
-    retention, seq, hold = arrival.retention, inserted.new[arrival.key], inserted.holds.get(arrival.key)
-    moves = _first_moves(retention, hold)
-    detail = {"rule": retention.rule, "status": arrival.generation.status}
-    entries.append(Entry(seq, arrival.received_at, moves[0], arrival.actor, detail))
-    if hold is not None:
-        entries.append(Entry(seq, arrival.received_at, Move.HOLD, hold.by, holding.hold_detail(hold)))
-    return Receipt(seq, state_after(None, *moves), retention.due_at, 0, is_new=True, is_moved=True, is_conflict=False)
 
 
 def _receipt_of_known(arrival: Arrival, before: Row[Any], hold: Hold | None, changes: _Changes) -> Receipt:
@@ -285,35 +169,8 @@ def _update_values(  # noqa: PLR0917 - the columns of one row
         "b_due_at": due_at,
         "b_wake_at": wake_at,
         "b_rule": retention.rule,
-        "b_ttl_seconds": _ttl_seconds(retention),
+        "b_ttl_seconds": ttl_seconds(retention),
         "b_hold_by": hold and hold.by,
         "b_hold_reason": hold and hold.reason,
         "b_hold_until": hold and hold.until,
     }
-
-
-def _insert_values(arrival: Arrival, hold: Hold | None) -> dict[str, Any]:
-    """Return the values of a new record."""
-    retention = arrival.retention
-    state = state_after(None, *_first_moves(retention, hold))
-    return generation_values(arrival.generation) | {
-        "account": arrival.key.account,
-        "id": arrival.key.id,
-        "state": str(state),  # SQLite's driver is slow to adapt a subclass of str
-        "notification": arrival.body,
-        "copy": arrival.copy,
-        "received_at": arrival.received_at,
-        "sent_at": arrival.sent_at,
-        "due_at": retention.due_at,
-        "wake_at": retention.due_at if state is State.SCHEDULED else None,
-        "look_at": None if arrival.body is None else arrival.received_at,
-        "rule": retention.rule,
-        "ttl_seconds": _ttl_seconds(retention),
-        "hold_by": hold and hold.by,
-        "hold_reason": hold and hold.reason,
-        "hold_until": hold and hold.until,
-    }
-
-
-def _ttl_seconds(retention: Retention) -> int | None:
-    return None if retention.ttl is None else int(retention.ttl.total_seconds())

@@ -84,7 +84,7 @@ async def test_each_call_waits_for_the_budget_and_none_is_made_without(simulator
 async def test_a_cursor_that_was_deleted_begins_the_list_anew(simulator, api, answer):
     ids = fill(simulator, 350)
     simulator.switches.dead_cursor = answer
-    begun = []
+    begun: list[int] = []
 
     def remove_cursor(listing):
         if listing.pages == 2 and len(begun) == 1:
