@@ -19,6 +19,7 @@ from arq.cron import CronJob, cron
 
 from service.core.adopting import Fit, Scope, decide_adopted_retention
 from service.core.generation import Generation
+from service.core.holding import Hold
 from service.core.key import Key
 from service.core.lifecycle import State
 from service.core.retention import Policy, Retention
@@ -137,12 +138,17 @@ class Sweeper:
     def _arrival(self, item: Listed, hold: str | None) -> Arrival:
         now = self.now()
         retention = self.decide(item.generation, now=now)
-        if hold is not None:
-            retention = Retention(
-                "hold of a plan", retention.ttl, retention.due_at, hold, retention.invalid, retention.labels
-            )
-        key = Key(self.scope.account, item.generation.id)
-        return Arrival(key, item.generation, item.body, retention, now, now, is_adopted=True, actor=self.actor)
+        return Arrival(
+            Key(self.scope.account, item.generation.id),
+            item.generation,
+            item.body,
+            retention,
+            received_at=now,
+            sent_at=now,
+            is_adopted=True,
+            actor=self.actor,
+            hold=None if hold is None else Hold(self.actor, hold, None),
+        )
 
 
 @dataclass(slots=True)

@@ -47,6 +47,7 @@ class Facts:
     hold: Hold | None  # its own, or one that came before its first webhook
     look_at: datetime | None  # the next early look at the API, None once it is over
     looks: int
+    is_adopted: bool = False  # by a sweep: no webhook told of it
 
 
 class Obstacle(msgspec.Struct, frozen=True):
@@ -215,7 +216,8 @@ def _explain_look(facts: Facts) -> list[str]:
 
 def _describe_rule(facts: Facts) -> str:
     """Say which rule set the due time; no full stop."""
-    after = f", {facts.ttl} after its webhook was sent" if facts.ttl else ""
+    since = "a sweep adopted it" if facts.is_adopted else "its webhook was sent"
+    after = f", {facts.ttl} after {since}" if facts.ttl else ""
     rule = facts.rule
     if rule == DEFAULT_RULE:
         return f"MAYFLY_TTL decided this{after}"

@@ -74,6 +74,7 @@ def _facts_of(connection: Connection, row: Row[Any]) -> Facts:
         hold=hold,
         look_at=row.look_at,
         looks=row.looks,
+        is_adopted=row.notification is None and row.forgotten_at is None,
     )
 
 

@@ -25,7 +25,7 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
     """A terminal generation, and its retention; *sent_at* is where the ttl begins.
 
     *body* is that of the verified webhook or, with *is_adopted*, the API's own: such a record wants no early look.
-    *actor* is who brought it.
+    *actor* is who brought it; *hold* is one beside those of the retention.
     """
 
     key: Key
@@ -36,6 +36,7 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
     sent_at: datetime
     is_adopted: bool = False
     actor: str = ACTOR
+    hold: Hold | None = None
 
 
 class Receipt(msgspec.Struct, frozen=True, gc=False):
@@ -98,7 +99,7 @@ def _add_overrides(found: Mapping[Key, Hold], arrivals: Sequence[Arrival]) -> di
         reason = arrival.retention.hold_reason
         by = arrival.retention.held_by(arrival.actor)
         override = None if by is None else Hold(by, reason, None)
-        if (hold := longer_hold(found.get(arrival.key), override)) is not None:
+        if (hold := longer_hold(longer_hold(found.get(arrival.key), override), arrival.hold)) is not None:
             holds[arrival.key] = hold
     return holds
 

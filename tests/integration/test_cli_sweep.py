@@ -167,7 +167,8 @@ async def test_a_plan_adopts_exactly_its_lines_and_holds_what_it_says(mayfly, le
     assert result.exit_code == 0
     assert f"1 of the plan are no longer there, or have not ended: {gone['id']}" in result.output
     row = await row_of(ledger, Key(ACCOUNT, protected["id"]))
-    assert (row.state, row.hold_reason, row.wake_at) == ("held", "legal", None)
+    assert (row.state, row.hold_reason, row.wake_at, row.rule) == ("held", "legal", None, "MAYFLY_TTL")
+    assert row.hold_by.startswith("sweep by ")
     assert row.due_at >= before + 24 * HOUR
     assert [move.value for move in await moves_of(ledger, Key(ACCOUNT, protected["id"]))] == ["receive", "hold"]
     counted = json.loads((await mayfly("--all", "--dry-run", "--json")).stdout)[0]

@@ -19,7 +19,7 @@ from service.core.lifecycle import Move, State
 from service.core.rate import Rate
 from service.core.retention import Policy
 from service.core.secret import Secret
-from service.ledger import adopting, history, holding, pausing, reading
+from service.ledger import adopting, explanations, history, holding, pausing, reading
 from service.ledger.pausing import Kind, Pause
 from service.ledger.reading import Filter
 from service.ledger.schema import labels, records
@@ -121,6 +121,15 @@ async def test_an_adopted_record_is_found_by_its_file_name(database, simulator, 
 
     page = await database.read(partial(reading.read_page, wanted=Filter(text="needle"), limit=10, cursor=None))
     assert [row.id for row in page.rows] == [missed.id]
+
+
+async def test_an_adopted_record_is_explained_without_a_webhook(database, simulator, make_sweeper):
+    missed = simulator.add(webhook_url=OURS)
+    await swept(make_sweeper())
+    key = Key(ACCOUNT, missed.id)
+    explained = await database.read(partial(explanations.explain_key, key=key, now=utc_now(), is_dry_run=False))
+
+    assert "MAYFLY_TTL decided this, 1d after a sweep adopted it" in explained.explain
 
 
 async def test_an_override_that_holds_or_keeps_counts(database, simulator, make_sweeper):
