@@ -102,7 +102,7 @@ async def all_three_wait(ledger: Ledger) -> bool:
     assert isinstance(ledger, PostgresLedger)
     waiting = await ledger.waiting()
     inserts = [one for one in waiting if one.startswith("INSERT INTO records")]
-    fences = [one for one in waiting if one.startswith("SELECT records.seq, records.attempts")]
+    fences = [one for one in waiting if one.startswith("SELECT records.seq, records.")]
     return len(inserts) >= 1 and len(fences) >= 2
 
 
