@@ -70,6 +70,7 @@ class OperatorController(Controller):
         summary="Hold, release, keep, retry, reopen or forget a record",
         responses={
             **documented(400, 401, 403, 404, 409, 503),
+            200: ResponseSpec(FullRecord, description="the record after it", generate_examples=False),
             202: ResponseSpec(Explanation, description="held before its first webhook", generate_examples=False),
         },
         operation_class=_OptionalBodyOperation,
@@ -85,7 +86,7 @@ class OperatorController(Controller):
         move: Annotated[Literal["hold", "release", "keep", "retry", "reopen", "forget"], PathParameter()],
         data: JSONBody[MoveBody | None] = None,
         account: FromQuery[str] = "default",
-    ) -> Response[FullRecord | Explanation]:
+    ) -> Response[Any]:  # one of the two above
         """Answer the record after the move, or 409 if its state does not allow it.
 
         A record that is in that state already, or forgotten, is answered as it is. A hold of a generation without a
