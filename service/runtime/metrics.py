@@ -47,6 +47,10 @@ class Metrics:
             "account",
         )
         self.pauses = self._gauge("pauses", "1 while deletions are paused for this reason.", "kind")
+        self.account_paused = self._gauge("account_paused", "1 while deletions of this account are paused.", "account")
+        self.account_overdue_seconds = self._gauge(
+            "account_overdue_seconds", "Age of the most overdue deletion of this account.", "account"
+        )
 
     def _make_workers(self) -> None:
         self.attempts = self._counter(
