@@ -64,6 +64,7 @@ class _Ground:
     """What the parts that work for an account share; *call_slot* waits for a place at the API: see _call_slot()."""
 
     settings: Settings
+    account: Account
     pool: ArqRedis
     metrics: Metrics
     stopping: asyncio.Event
@@ -96,7 +97,7 @@ async def open_parts(
     call_slot = partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget)
     async with _open_api(settings, key, budget, metrics, connections=settings.concurrency) as api:
         ledger = _make_ledger(used, settings, database)
-        ground = _Ground(settings, pool, metrics, stopping, budget, ledger, api, call_slot)
+        ground = _Ground(settings, account, pool, metrics, stopping, budget, ledger, api, call_slot)
         attempts = Attempts(_make_cleaner(ground).clean, limit=max_jobs(settings.concurrency))
         jobs, overdue = _make_deletions(ground, attempts)
         looks, look_net = _make_looks(ground)
@@ -149,6 +150,7 @@ def _make_cleaner(ground: _Ground) -> Cleaner:
         is_dry_run=ground.settings.is_dry_run,
         metrics=ground.metrics,
         key_proof=KeyProof(ground.api, call_slot=ground.call_slot, acquire=acquire),
+        key_name=ground.account.key_name,
     )
 
 

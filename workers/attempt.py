@@ -64,6 +64,7 @@ class Cleaner:
     is_dry_run: bool
     metrics: Metrics
     key_proof: KeyProof
+    key_name: str  # the variable that has the key
 
     async def clean(self, claim: Claim) -> Verdict | None:
         """Make one attempt at a claimed record and return the verdict that ended it; None if there was none.
@@ -174,7 +175,7 @@ class Cleaner:
         self.metrics.attempts.labels(answer.verdict).inc()
         if step.move is Move.CONFIRM:
             self.metrics.deletion_lag_seconds.observe((now - claim.due_at).total_seconds())
-        _log_end(claim, answer, step)
+        _log_end(claim, answer, step, self.key_name)
         return answer.verdict
 
     async def _settle_dry_run(self, claim: Claim) -> Verdict | None:
@@ -205,7 +206,7 @@ class Cleaner:
             self._log_lost_lease(claim)
         elif settled is Settled.DOUBTED:
             self.metrics.settlements.labels("doubted").inc()
-            what_now = "kept as scheduled; all deletions are paused: check SYNC_API_KEY with mayfly doctor"
+            what_now = f"kept as scheduled; deletions are paused: check {self.key_name} with mayfly doctor"
             log.error("cleanup.doubted", **_log_fields(claim), error="the key knows no generation", what_now=what_now)
         else:
             self.metrics.settlements.labels(result).inc()
@@ -254,12 +255,12 @@ def _receipt_json(method: str, answer: Answer, now: datetime, detail: str | None
     return msgspec.json.encode(receipt).decode()
 
 
-def _log_end(claim: Claim, answer: Answer, step: Step) -> None:
+def _log_end(claim: Claim, answer: Answer, step: Step, key_name: str) -> None:
     names = _log_fields(claim) | {"verdict": answer.verdict, "status": answer.status}
     if step.move is Move.CONFIRM:
         log.info("cleanup.confirmed", **names, outcome=step.outcome)
     elif answer.verdict is Verdict.UNAUTHORIZED:
-        what_now = "all deletions are paused; one record a minute tests the key: check SYNC_API_KEY"
+        what_now = f"deletions are paused; one record a minute tests the key: check {key_name}"
         log.error("deletions.paused", **names, error=answer.error, what_now=what_now)
     elif step.move is Move.GIVE_UP:
         what_now = "no further attempt until an operator retries the record"

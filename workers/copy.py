@@ -53,7 +53,7 @@ class LookLedger:
 
     is_wanted: Callable[[Key], Awaitable[bool]]
     store: Callable[[Key, Generation, str, Callable[[Known], Retention | None]], Awaitable[Looked | None]]
-    put_off: Callable[[Key, Callable[[int], timedelta]], Awaitable[None]]
+    put_off: Callable[[Key, Callable[[int], timedelta], timedelta | None], Awaitable[None]]
     end: Callable[[Key, str], Awaitable[None]]
 
 
@@ -109,7 +109,7 @@ class Looks:
         else:
             jitter = random.random()  # noqa: S311 - only spreads load
             wait = partial(backoff, retry_after=answer.retry_after, jitter=jitter)
-            await self.ledger.put_off(key, wait)
+            await self.ledger.put_off(key, wait, answer.throttle)
 
     async def _store(self, key: Key, generation: Generation, body: str) -> None:
         looked = await self.ledger.store(key, generation, body, partial(self._decide, key, generation))

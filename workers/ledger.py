@@ -180,9 +180,10 @@ class WorkerLedger:
         )
         return await self._database.write(write)
 
-    async def put_off_look(self, key: Key, wait: Callable[[int], timedelta]) -> None:
-        """Commit that a look failed."""
-        await self._database.write(partial(looking.put_off_look, key=key, wait=wait, now=self._now()))
+    async def put_off_look(self, key: Key, wait: Callable[[int], timedelta], throttle: timedelta | None) -> None:
+        """Commit that a look failed, and for how long the API wants no calls."""
+        write = partial(looking.put_off_look, key=key, wait=wait, throttle=throttle, now=self._now(), actor=self._actor)
+        await self._database.write(write)
 
     async def end_look(self, key: Key, error: str) -> None:
         """Commit that there is nothing to look at."""

@@ -2,6 +2,7 @@
 
 import sys
 from collections.abc import Mapping
+from dataclasses import replace
 from datetime import UTC, datetime
 from functools import partial
 from typing import Any, Final, NoReturn
@@ -37,10 +38,13 @@ def filter_options(move: Move) -> list[click.Parameter]:
     return options
 
 
-def pop_filter(options: dict[str, Any]) -> Filter | None:
-    """Take the filter out of *options*; None without one."""
+def pop_filter(options: dict[str, Any], *, has_ids: bool) -> Filter | None:
+    """Take the filter out of *options*; None without one. The account alone is one unless there are ids."""
     state, status, project, text, labels = (options.pop(name, None) for name in _NAMES)
     chosen = Filter(state=state, status=status, project_id=project, text=text, labels=dict(labels or ()))
+    if chosen == Filter() and has_ids:
+        return None
+    chosen = replace(chosen, account=options.get("account"))
     return None if chosen == Filter() else chosen
 
 

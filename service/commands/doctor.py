@@ -4,21 +4,18 @@ import asyncio
 import os
 import sys
 import tempfile
-from collections.abc import Callable, Sequence
 from contextlib import AsyncExitStack
-from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
+from datetime import UTC, datetime
 from functools import partial
 from pathlib import Path
-from typing import Final
 
 import click
-import httpx
 import msgspec
 from rich.markup import escape
 from rich.table import Table
 from sqlalchemy import Connection, text
 
+from service.commands.account_checks import check_accounts
 from service.commands.running import (
     EXIT_FAILED,
     as_json,
@@ -30,7 +27,7 @@ from service.commands.running import (
 )
 from service.commands.service_checks import Finding, check_records, check_service
 from service.config.rules_advice import find_warnings
-from service.config.settings import Settings, SettingsError, require_api_key, require_webhook_secret
+from service.config.settings import Settings
 from service.core.overrides import WEBHOOK_PATH
 from service.core.secret import Secret
 from service.jobs import connection
@@ -41,11 +38,7 @@ from service.ledger.database import LedgerUnavailableError
 from service.ledger.migrating import SchemaError
 from service.runtime.causes import describe_cause
 from service.runtime.terminal import console
-from service.sync.organisation import OTHER_ORGANISATION, SECRET_PATH, is_same_organisation
 
-# The Date header has whole seconds, and the answer takes time: a smaller difference says nothing.
-_SKEW_NOTED: Final = timedelta(seconds=30)
-_API_SECONDS: Final = 10.0
 _MARKS = {"ok": "[green]✓ ok[/]", "warning": "[yellow]! check[/]", "failing": "[bold red]✗ failing[/]"}
 
 
@@ -63,12 +56,13 @@ class Report(msgspec.Struct, frozen=True):
     type=click.Choice(["up", "api", "worker"]),
     default="up",
     show_default=True,
-    help="The command to check for: api needs no SYNC_API_KEY, worker no SYNC_WEBHOOK_SECRET.",
+    help="The command to check for: api needs no API key, worker no webhook secret.",
 )
 def doctor(*, is_json: bool, role: str) -> None:
     """Check the settings, the ledger, Redis, the API key and the clock, and say what to do.
 
-    It changes no record, but commits a row of its own. It asks the API for a page of one generation, and what answers
+    It changes no record, but commits a row of its own. It asks the API with each account's key for a page of one
+    generation and the webhook secret, and what answers
     at MAYFLY_HOST and MAYFLY_PORT for its health. The exit code is 0 if nothing is failing, 1 if something is, 2 if the
     settings are invalid.
     """
@@ -90,21 +84,10 @@ def _print_report(report: Report) -> None:
 
 async def examine(settings: Settings, role: str = "up") -> list[Finding]:
     """Run all checks, also when some fail; *role* is the command that runs with these settings."""
-    inside = (_check_webhook_secret, _check_policy, _check_data_dir, _check_dry_run)
-    outside = (_check_ledger, _check_redis, _check_api, check_service)
+    inside = (_check_policy, _check_data_dir, _check_dry_run)
+    outside = (_check_ledger, _check_redis, partial(check_accounts, role=role), check_service)
     found = await asyncio.gather(*(check(settings) for check in (*inside, *outside)))
-    return [_excuse(finding, settings, role) for findings in found for finding in findings]
-
-
-def _excuse(finding: Finding, settings: Settings, role: str) -> Finding:
-    """Accept that a secret is missing which *role* does not use."""
-    is_unneeded = (role, finding.part) in {("api", "API key"), ("worker", "webhook secret")}
-    is_set = settings.api_key if role == "api" else settings.webhook_secrets
-    return Finding(finding.part, "ok", f"not set, and not needed by {role}") if is_unneeded and not is_set else finding
-
-
-async def _check_webhook_secret(settings: Settings) -> list[Finding]:
-    return [_check_required("webhook secret", require_webhook_secret, settings, f"{len(settings.webhook_secrets)} set")]
+    return [finding for findings in found for finding in findings]
 
 
 async def _check_policy(settings: Settings) -> list[Finding]:
@@ -117,14 +100,6 @@ async def _check_policy(settings: Settings) -> list[Finding]:
     if settings.public_url is not None:
         found.append(Finding("public URL", "ok", f"the webhookUrl to set is {settings.public_url}{WEBHOOK_PATH}"))
     return found
-
-
-def _check_required(part: str, require: Callable[[Settings], None], settings: Settings, detail: str) -> Finding:
-    try:
-        require(settings)
-    except SettingsError as error:
-        return Finding(part, "failing", str(error))
-    return Finding(part, "ok", detail)
 
 
 def _nearest_existing(path: Path) -> tuple[Path, Path]:
@@ -150,7 +125,7 @@ async def _check_ledger(settings: Settings) -> list[Finding]:
         async with open_ledger(settings) as database:
             await database.write(partial(migrating.check_commits, now=now))
             found = await database.read(_check_durability)
-            found += await database.read(partial(check_records, now=now))
+            found += await database.read(partial(check_records, accounts=settings.account_ids, now=now))
     except SchemaError as error:
         return [Finding("ledger", "failing", str(error))]
     except LedgerUnavailableError as error:
@@ -200,63 +175,6 @@ async def _check_redis_at(url: Secret, detail: str) -> list[Finding]:
     if warnings:
         return [Finding("redis", "warning", warning) for warning in warnings]
     return [Finding("redis", "ok", f"it answers, evicts no jobs and keeps them over a restart{detail}")]
-
-
-async def _check_api(settings: Settings) -> list[Finding]:
-    """List one generation: the cheapest call that needs the key and changes nothing."""
-    required = _check_required("API key", require_api_key, settings, "")
-    if settings.api_key is None:
-        return [required]
-    headers = {"x-api-key": settings.api_key.reveal(), "accept": "application/json"}
-    try:
-        async with asyncio.timeout(_API_SECONDS), httpx.AsyncClient(trust_env=False, follow_redirects=False) as client:
-            answer = await client.get(f"{settings.base_url}/v2/generations", params={"limit": 1}, headers=headers)
-            secret = await client.get(f"{settings.base_url}{SECRET_PATH}", headers=headers)
-    except (httpx.HTTPError, httpx.InvalidURL, TimeoutError) as error:
-        detail = f"the API is unreachable ({describe_cause(error)}); check SYNC_BASE_URL and the network"
-        return [Finding("API key", "failing", detail)]
-    return [
-        _judge_answer(answer.status_code, answer.content),
-        *_check_organisation(secret, settings.webhook_secrets),
-        *_check_clock(answer.headers.get("date", ""), settings.webhook_tolerance),
-    ]
-
-
-def _judge_answer(status: int, body: bytes) -> Finding:
-    if status == 200 and body.lstrip().startswith(b"["):
-        return Finding("API key", "ok", "the API accepts it")
-    if status == 200:
-        return Finding("API key", "failing", "the answer is not the Sync API's; check SYNC_BASE_URL")
-    if status in (401, 402, 403):
-        return Finding("API key", "failing", f"the API refuses it ({status}); check SYNC_API_KEY and the account")
-    if 300 <= status < 400 or status == 404:
-        return Finding("API key", "failing", f"this is not the Sync API ({status}); check SYNC_BASE_URL")
-    return Finding("API key", "warning", f"the API answered {status}; try again later")
-
-
-def _check_organisation(answer: httpx.Response, secrets: Sequence[Secret]) -> list[Finding]:
-    """Compare the webhook secrets with the key's organisation: with another one's key every generation seems gone."""
-    is_same = is_same_organisation(answer.status_code, answer.content, secrets)
-    if is_same is None:
-        return []
-    if is_same:
-        return [Finding("organisation", "ok", "the API key and the webhook secret belong together")]
-    return [Finding("organisation", "failing", OTHER_ORGANISATION)]
-
-
-def _check_clock(header: str, tolerance: timedelta) -> list[Finding]:
-    """Compare this machine's clock with the API's: signatures contain the time."""
-    try:
-        theirs = parsedate_to_datetime(header)
-    except ValueError:
-        return [Finding("clock", "warning", "the API's answer has no date to compare with")]
-    skew = abs(datetime.now(UTC) - theirs.astimezone(UTC))
-    if skew > _SKEW_NOTED:
-        detail = (
-            f"it differs from the API's by {skew.total_seconds():.0f} s; set it, or webhooks will be refused as stale"
-        )
-        return [Finding("clock", "failing" if skew > tolerance else "warning", detail)]
-    return [Finding("clock", "ok", "it agrees with the API's")]
 
 
 async def _check_dry_run(settings: Settings) -> list[Finding]:

@@ -10,9 +10,11 @@ from service.commands.running import actor, as_json, open_ledger, print_json, ru
 from service.config.settings import Settings
 from service.core.lifecycle import State
 from service.ledger import heartbeats, key_history, pausing
-from service.ledger.pausing import Kind, Pause
+from service.ledger.account_reading import require_account
+from service.ledger.database import Database
+from service.ledger.pausing import ALL_ACCOUNTS, Kind, Pause
 from service.ledger.views import Stats, read_stats
-from service.runtime.terminal import console, format_time, plain
+from service.runtime.terminal import cell, console, format_time, plain
 
 MEANINGS = {
     State.SCHEDULED: "wait for their due time or the next attempt",
@@ -31,7 +33,7 @@ def stats(*, is_json: bool) -> None:
 
     async def work(settings: Settings) -> Stats:
         async with open_ledger(settings) as database:
-            return await database.read(partial(read_stats, now=datetime.now(UTC)))
+            return await database.read(partial(read_stats, accounts=settings.account_ids, now=datetime.now(UTC)))
 
     found = run(work(settings_or_exit()))
     if is_json:
@@ -50,6 +52,7 @@ def _print_stats(found: Stats) -> None:
     console().print(table)
     late = f", the longest for {found.oldest_overdue_seconds:.0f} s" if found.due else ""
     click.echo(f"\nDue now: {found.due}{late}.")
+    _print_accounts(found)
     is_running, sentence = heartbeats.describe_worker(found.worker_seen_at, now=datetime.now(UTC))
     click.echo(f"{sentence[0].upper()}{sentence[1:]}.")
     if not found.pauses:
@@ -59,37 +62,72 @@ def _print_stats(found: Stats) -> None:
     for pause in found.pauses:
         until = f", until {format_time(pause.until)}" if pause.until else ""
         since = f"since {format_time(pause.since)}{until}"
-        click.echo(f"  {pause.kind} {since}, by {plain(pause.actor)}: {plain(pause.reason)}")
+        whose = "" if len(found.accounts) == 1 else f"{plain(pause.account or 'all accounts')}: "
+        click.echo(f"  {whose}{pause.kind} {since}, by {plain(pause.actor)}: {plain(pause.reason)}")
+
+
+def _print_accounts(found: Stats) -> None:
+    """Print what waits in each account, if there are several or one is not configured."""
+    if len(found.accounts) == 1 and found.accounts[0].configured:
+        return
+    click.echo()
+    table = Table(box=None, pad_edge=False)
+    for heading in ("account", "waiting", "due", "longest overdue"):
+        table.add_column(heading, justify="left" if heading == "account" else "right")
+    for one in found.accounts:
+        overdue = f"{one.oldest_overdue_seconds:.0f} s" if one.due else ""
+        table.add_row(cell(one.account), str(one.waiting), str(one.due), overdue)
+    console().print(table)
+    for one in found.accounts:
+        if not one.configured and one.waiting:
+            click.echo(f"Account {plain(one.account)} is not configured: nothing deletes its {one.waiting} records.")
+    click.echo()
 
 
 @click.command()
 @click.option("--reason", default="no reason given", help="Why, for other operators.")
-def pause(reason: str) -> None:
+@click.option("--account", metavar="NAME", help="Only the deletions of this account; all unless given.")
+def pause(reason: str, account: str | None) -> None:
     """Pause all deletions: no worker starts one until `mayfly resume`, also after restarts.
 
     Webhooks are still stored. Deletions in progress end first.
     """
 
     async def work(settings: Settings) -> bool:
-        wanted = Pause(Kind.OPERATOR, datetime.now(UTC), actor(), reason[:500], None)
+        wanted = Pause(Kind.OPERATOR, datetime.now(UTC), actor(), reason[:500], None, account or ALL_ACCOUNTS)
         async with open_ledger(settings) as database:
+            await _require_account(database, settings, account)
             return await database.write(partial(pausing.pause, wanted=wanted))
 
     is_new = run(work(settings_or_exit()))
-    click.echo("Deletions are paused." if is_new else "Deletions were paused already; the first reason is kept.")
+    which = f"Deletions of account {account}" if account else "Deletions"
+    click.echo(f"{which} are paused." if is_new else f"{which} were paused already; the first reason is kept.")
+
+
+async def _require_account(database: Database, settings: Settings, account: str | None) -> None:
+    if account is not None:
+        await database.read(partial(require_account, name=account, configured=settings.account_ids))
 
 
 @click.command()
-def resume() -> None:
+@click.option("--account", metavar="NAME", help="Only the pauses of this account; all unless given.")
+def resume(account: str | None) -> None:
     """Resume deletions: end every pause, whatever its kind.
 
     Pauses by Mayfly itself also end without it: for a refused key when a probe succeeds, for the daily limit at
     midnight UTC. A pause whose cause persists comes back.
     """
 
-    async def work(settings: Settings) -> list[Kind]:
+    async def work(settings: Settings) -> tuple[list[Kind], list[Pause]]:
         async with open_ledger(settings) as database:
-            return await database.write(key_history.resume_all)
+            await _require_account(database, settings, account)
+            ended = await database.write(partial(key_history.resume_all, account=account))
+            left = await database.read(partial(pausing.find_pauses, account=account)) if account else []
+            return ended, left
 
-    ended = run(work(settings_or_exit()))
-    click.echo(f"Deletions are resumed. Ended: {', '.join(ended)}." if ended else "There was no pause to end.")
+    ended, left = run(work(settings_or_exit()))
+    which = f"Deletions of account {account}" if account else "Deletions"
+    resumed = f"{which} are resumed. Ended: {', '.join(ended)}."
+    if left:
+        resumed = f"Ended: {', '.join(ended) or 'nothing'}. All accounts are still paused: mayfly resume ends that."
+    click.echo(resumed if ended or left else "There was no pause to end.")

@@ -53,6 +53,7 @@ _ANY: Final = _InstantType(is_past=False)
 LABEL: Final = _LabelType()
 _OPTIONS: Final = (
     click.option("--state", type=click.Choice(list(State), case_sensitive=False), help="Only records in this state."),
+    click.option("--account", metavar="NAME", help="Only records of this account."),
     click.option("--status", help="Only generations with this sync.so status, such as FAILED, in any case."),
     click.option("--project", help="Only generations of this project id, once the webhook or the copy names it."),
     click.option("--find", "text", help="Only those with this text in id, file name, model or error."),
@@ -73,6 +74,7 @@ def filtered(command: Callable[..., None]) -> Callable[..., None]:
     def call(
         *,
         state: State | None,
+        account: str | None,
         status: str | None,
         project: str | None,
         text: str | None,
@@ -86,7 +88,8 @@ def filtered(command: Callable[..., None]) -> Callable[..., None]:
         **others: object,
     ) -> None:
         received, due = Span(received_from, received_to), Span(due_from, due_to)
-        wanted = Filter(state, status, project, received, due, Span(deleted_from, deleted_to), text, dict(labels))
+        deleted = Span(deleted_from, deleted_to)
+        wanted = Filter(state, status, project, received, due, deleted, text, dict(labels), account)
         command(wanted=wanted, **others)
 
     for option in reversed(_OPTIONS):

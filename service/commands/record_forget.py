@@ -8,11 +8,11 @@ from functools import partial
 import click
 
 from service.commands import record_moves
-from service.commands.record_moves import IDS_HELP, RefusedError, read_ids
-from service.commands.running import EXIT_FAILED, actor, fail, open_ledger, run, settings_or_exit
+from service.commands.record_moves import IDS_HELP, RefusedError, read_ids, refuse_missing
+from service.commands.running import EXIT_FAILED, actor, fail, of_account, open_ledger, run, settings_or_exit
 from service.config.settings import Settings
 from service.core.errors import ExplainedError
-from service.core.key import DEFAULT_ACCOUNT, Key
+from service.core.key import Key, choose_account
 from service.core.lifecycle import IllegalMoveError
 from service.ledger import forgetting
 from service.ledger.database import Database
@@ -29,14 +29,15 @@ this by itself for deleted ones.
 @click.command(help=_HELP + IDS_HELP)
 @click.argument("generation_ids", metavar="ID...", nargs=-1, required=True)
 @click.option("--reason", help="Why; it is stored in the record's history.")
+@of_account
 @click.option("--yes", is_flag=True, help="Do not ask.")
-def forget(generation_ids: tuple[str, ...], *, reason: str | None, yes: bool) -> None:
+def forget(generation_ids: tuple[str, ...], *, reason: str | None, account: str | None, yes: bool) -> None:
     """Forget records; the help is above."""
     settings = settings_or_exit()
     ids = read_ids(generation_ids)
     if not yes:
         _ask(len(ids))
-    sys.exit(EXIT_FAILED if run(_forget_all(settings, ids, reason)) else 0)
+    sys.exit(EXIT_FAILED if run(_forget_all(settings, _keys(settings, ids, account), reason)) else 0)
 
 
 def _ask(number: int) -> None:
@@ -48,31 +49,29 @@ def _ask(number: int) -> None:
         fail("nothing was forgotten")
 
 
-async def _forget_all(settings: Settings, ids: Sequence[str], reason: str | None) -> int:
+def _keys(settings: Settings, ids: Sequence[str], account: str | None) -> list[Key]:
+    return [Key(choose_account(settings.account_ids, account), one) for one in ids]
+
+
+async def _forget_all(settings: Settings, keys: Sequence[Key], reason: str | None) -> int:
     """Forget each record in a transaction of its own, report each on a line, and return how many were not forgotten."""
     failed = 0
     async with open_ledger(settings) as database:
-        for generation_id in ids:
+        for key in keys:
             try:
-                await _forget_one(database, generation_id, reason)
-                click.echo(f"{plain(generation_id)} is forgotten.")
+                await _forget_one(database, key, reason)
+                click.echo(f"{plain(key.id)} is forgotten.")
             except ExplainedError as error:
                 failed += 1
                 click.echo(f"mayfly: {plain(str(error))}", err=True)
     return failed
 
 
-async def _forget_one(database: Database, generation_id: str, reason: str | None) -> None:
-    write = partial(
-        forgetting.forget_record,
-        key=Key(DEFAULT_ACCOUNT, generation_id),
-        now=datetime.now(UTC),
-        actor=actor(),
-        reason=reason,
-    )
+async def _forget_one(database: Database, key: Key, reason: str | None) -> None:
+    write = partial(forgetting.forget_record, key=key, now=datetime.now(UTC), actor=actor(), reason=reason)
     try:
-        is_there = generation_id.isprintable() and await database.write(write)
+        is_there = key.id.isprintable() and await database.write(write)
     except IllegalMoveError as error:
-        raise RefusedError(f"{generation_id}: {error}") from error
+        raise RefusedError(f"{key.id}: {error}") from error
     if not is_there:
-        raise RefusedError(f"there is no record of generation {generation_id}")
+        raise await refuse_missing(database, key)

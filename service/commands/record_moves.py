@@ -11,21 +11,23 @@ import click
 from sqlalchemy import Row
 
 from service.commands.bulk_moves import filter_options, move_all, pop_filter, refuse_mixture
-from service.commands.running import EXIT_FAILED, actor, open_ledger, run, settings_or_exit
+from service.commands.running import ACCOUNT_HELP, EXIT_FAILED, actor, open_ledger, run, settings_or_exit
 from service.config.settings import Settings
 from service.core.durations import parse_duration
 from service.core.errors import ExplainedError
 from service.core.generation import MalformedError
 from service.core.holding import Hold, parse_until
-from service.core.key import DEFAULT_ACCOUNT, Key
+from service.core.key import Key, choose_account, describe_missing
 from service.core.lifecycle import TARGETS, IllegalMoveError, Move, State
 from service.ledger import moving, reading
+from service.ledger.account_reading import find_others, require_account
 from service.ledger.bulk import CONCERNED, Wanted
 from service.ledger.database import Database
 from service.ledger.moving import Grace
 from service.runtime.terminal import format_relative, format_time, plain
 
 _STDIN: Final = "-"
+_ALL_OF_IT: Final = " Without ids: only records of this account, or all of them."
 _EXPLAINED: Final = {
     Move.HOLD: """Stop the deletion of each generation ID until it is released, or until --until.
 
@@ -86,6 +88,7 @@ class _Wanted:
     until: datetime | None
     grace: Grace
     refused: Mapping[str, str]
+    is_account_given: bool
 
 
 def move_commands() -> list[click.Command]:
@@ -95,7 +98,7 @@ def move_commands() -> list[click.Command]:
 
 def _move_command(move: Move) -> click.Command:
     def act(generation_ids: tuple[str, ...], **options: Any) -> None:  # noqa: ANN401 - see _options()
-        settings, chosen = settings_or_exit(), pop_filter(options)
+        settings, chosen = settings_or_exit(), pop_filter(options, has_ids=bool(generation_ids))
         refuse_mixture(has_ids=bool(generation_ids), chosen=chosen, options=options)
         if chosen is None:
             _move_ids(settings, move, read_ids(generation_ids), options)
@@ -119,6 +122,7 @@ def _options(move: Move) -> list[click.Parameter]:
     options: list[click.Parameter] = [
         click.Argument(["generation_ids"], metavar="ID...", nargs=-1, required=not has_filter),
         click.Option(["--reason"], help="Why; it is stored in the record's history."),
+        click.Option(["--account"], metavar="NAME", help=ACCOUNT_HELP + (_ALL_OF_IT if has_filter else "")),
     ]
     if move is Move.HOLD:
         until = "When the hold ends: 2026-12-31, an instant or a duration such as 30d; never unless given."
@@ -133,11 +137,13 @@ def _options(move: Move) -> list[click.Parameter]:
 
 def _move_ids(settings: Settings, move: Move, ids: Sequence[str], options: Mapping[str, Any]) -> NoReturn:
     grace = options.get("grace")
+    account = choose_account(settings.account_ids, options["account"])
+    keys = [Key(account, one) for one in ids]
     is_asking = move is Move.RELEASE and grace is None and not options["yes"]
-    refused = _ask_about(run(_find_overdue(settings, ids))) if is_asking else {}
+    refused = _ask_about(run(_find_overdue(settings, keys))) if is_asking else {}
     grace = Grace.of(grace or timedelta(0), settings.min_ttl)
-    wanted = _Wanted(move, options["reason"], options.get("until"), grace, refused)
-    sys.exit(EXIT_FAILED if run(_move_all(settings, ids, wanted)) else 0)
+    wanted = _Wanted(move, options["reason"], options.get("until"), grace, refused, options["account"] is not None)
+    sys.exit(EXIT_FAILED if run(_move_all(settings, keys, wanted)) else 0)
 
 
 def read_ids(generation_ids: Sequence[str]) -> list[str]:
@@ -151,51 +157,62 @@ def read_ids(generation_ids: Sequence[str]) -> list[str]:
     return found
 
 
-async def _move_all(settings: Settings, ids: Sequence[str], wanted: _Wanted) -> int:
+async def _move_all(settings: Settings, keys: Sequence[Key], wanted: _Wanted) -> int:
     """Move each record in a transaction of its own, report each on a line, and return how many were not moved."""
     failed = 0
     async with open_ledger(settings) as database:
-        for generation_id in ids:
+        for account in {key.account for key in keys}:
+            await database.read(partial(require_account, name=account, configured=settings.account_ids))
+        for key in keys:
             try:
-                click.echo(await _move_one(database, generation_id, wanted))
+                click.echo(await _move_one(database, key, wanted))
             except ExplainedError as error:
                 failed += 1
                 click.echo(f"mayfly: {plain(str(error))}", err=True)
     return failed
 
 
-async def _move_one(database: Database, generation_id: str, wanted: _Wanted) -> str:
+async def _move_one(database: Database, key: Key, wanted: _Wanted) -> str:
     """Move a record and return the line to print.
 
     Raises: ExplainedError with the reason why it is as it was.
     """
-    if generation_id in wanted.refused:
-        raise RefusedError(wanted.refused[generation_id])
-    key = Key(DEFAULT_ACCOUNT, generation_id)
-    if not generation_id.isprintable():
-        raise RefusedError(f"there is no record of generation {generation_id}")
+    if key.id in wanted.refused:
+        raise RefusedError(wanted.refused[key.id])
+    if not key.id.isprintable():
+        raise RefusedError(f"there is no record of generation {key.id}")
     before = await database.read(partial(reading.find_row, key=key))
+    others = await database.read(partial(find_others, key=key))
+    # Held before its first webhook here, the record of another account would be deleted nevertheless.
+    if before is None and others and not wanted.is_account_given:
+        raise await refuse_missing(database, key)
     by = Hold(actor(), wanted.reason, wanted.until)
     try:
         after = await moving.move_generation(database, key, wanted.move, by, now=datetime.now(UTC), grace=wanted.grace)
     except (IllegalMoveError, MalformedError) as error:
-        raise RefusedError(f"{generation_id}: {error}") from error
+        raise RefusedError(f"{key.id}: {error}") from error
     if after is None:
-        raise RefusedError(f"there is no record of generation {generation_id}")
+        raise await refuse_missing(database, key)
     if isinstance(after, Hold):
-        return _describe_unseen(generation_id, after, wanted.move)
+        return _describe_unseen(key.id, after, wanted.move)
     return _describe(before, after, wanted.move)
 
 
-async def _find_overdue(settings: Settings, ids: Sequence[str]) -> dict[str, datetime]:
+async def refuse_missing(database: Database, key: Key) -> RefusedError:
+    """Return the error for a record that is not there; it names the account that has one of this id."""
+    others = await database.read(partial(find_others, key=key)) if key.id.isprintable() else []
+    return RefusedError(describe_missing(key, others) + (f": add --account {others[0]}" if others else ""))
+
+
+async def _find_overdue(settings: Settings, keys: Sequence[Key]) -> dict[str, datetime]:
     """Return when each of those records was due that a release would have deleted at once."""
     overdue = {}
     async with open_ledger(settings) as database:
-        for generation_id in filter(str.isprintable, ids):
-            row = await database.read(partial(reading.find_row, key=Key(DEFAULT_ACCOUNT, generation_id)))
+        for key in keys:
+            row = await database.read(partial(reading.find_row, key=key)) if key.id.isprintable() else None
             is_held = row is not None and row.state == State.HELD and row.due_at is not None
             if row is not None and is_held and row.due_at <= datetime.now(UTC):
-                overdue[generation_id] = row.due_at
+                overdue[key.id] = row.due_at
     return overdue
 
 

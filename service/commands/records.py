@@ -1,5 +1,6 @@
 """`mayfly records`: the records of the ledger, read directly; no running service is needed."""
 
+from collections.abc import Sequence
 from datetime import UTC, datetime
 from functools import partial
 
@@ -11,12 +12,13 @@ from service.commands.record_export import export
 from service.commands.record_filters import filtered
 from service.commands.record_forget import forget
 from service.commands.record_moves import move_commands
-from service.commands.running import as_json, fail, open_ledger, print_json, run, settings_or_exit
+from service.commands.running import as_json, fail, of_account, open_ledger, print_json, run, settings_or_exit
 from service.config.settings import Settings
 from service.core.attempts import Outcome
-from service.core.key import DEFAULT_ACCOUNT, Key
+from service.core.key import Key, choose_account, describe_missing
 from service.core.lifecycle import State
 from service.ledger import reading
+from service.ledger.account_reading import find_others, require_account
 from service.ledger.explanations import Explanation, explain_key
 from service.ledger.reading import MAX_PAGE, MAX_PAGE_BYTES, Filter
 from service.ledger.views import Found, FullRecord, Record, RecordPage, find_record, present_full, present_page
@@ -120,8 +122,9 @@ def _describe_next(record: Record, now: datetime) -> str:
 
 @records.command()
 @click.argument("generation_id", metavar="ID")
+@of_account
 @as_json
-def show(generation_id: str, *, is_json: bool) -> None:
+def show(generation_id: str, *, account: str | None, is_json: bool) -> None:
     """Show the record of generation ID with its history; --json has both bodies as they came, too.
 
     The output has URLs with tokens that open the media.
@@ -129,28 +132,36 @@ def show(generation_id: str, *, is_json: bool) -> None:
 
     settings = settings_or_exit()
 
-    async def work() -> Found | Explanation:
-        now, key, is_dry_run = datetime.now(UTC), Key(DEFAULT_ACCOUNT, generation_id), settings.is_dry_run
+    key = Key(choose_account(settings.account_ids, account), generation_id)
+
+    async def work() -> Found | str:
+        now, is_dry_run = datetime.now(UTC), settings.is_dry_run
         async with open_ledger(settings) as database:
+            await database.read(partial(require_account, name=key.account, configured=settings.account_ids))
             found = await database.read(partial(find_record, key=key, now=now, is_dry_run=is_dry_run))
             if found is not None:
                 return found
-            return await database.read(partial(explain_key, key=key, now=now, is_dry_run=is_dry_run))
+            others = await database.read(partial(find_others, key=key))
+            explained = await database.read(partial(explain_key, key=key, now=now, is_dry_run=is_dry_run))
+            return _describe_missing(key, others, explained)
 
     if not generation_id.isprintable():
         fail(f"there is no record of generation {generation_id}")
     found = run(work())
-    if isinstance(found, Explanation):
-        held = f"; it is held before its first webhook, by {found.hold.by}" if found.hold else ""
-        fail(
-            f"there is no record of generation {generation_id}{held}; mayfly explain {generation_id} says what to check"
-        )
+    if isinstance(found, str):
+        fail(found)
     record = present_full(found)
     if is_json:
         print_json(record)
     else:
         _print_record(record)
         click.echo(f"\n{plain(record.explain)}")
+
+
+def _describe_missing(key: Key, others: Sequence[str], explained: Explanation) -> str:
+    held = f"; it is held before its first webhook, by {explained.hold.by}" if explained.hold else ""
+    advice = f"add --account {others[0]}" if others else f"mayfly explain {key.id} says what to check"
+    return f"{describe_missing(key, others)}{held}; {advice}"
 
 
 for _command in (*move_commands(), forget, export):

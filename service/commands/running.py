@@ -38,6 +38,8 @@ EXIT_INTERRUPTED: Final = 130
 
 # The same option for all commands.
 as_json = click.option("--json", "is_json", is_flag=True, help="Print JSON, for scripts.")
+ACCOUNT_HELP: Final = "The account, as in [[account]]; the only one, else default, unless given."
+of_account = click.option("--account", metavar="NAME", help=ACCOUNT_HELP)
 
 
 def settings_or_exit(

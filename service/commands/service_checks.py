@@ -1,5 +1,6 @@
 """What the doctor finds out about the service itself: what answers at its port, its workers, records that wait."""
 
+from collections.abc import Sequence
 from datetime import datetime, timedelta
 from typing import Final, Literal
 
@@ -66,9 +67,12 @@ def _judge_health(url: str, answer: httpx.Response) -> Finding:
     return Finding("service", "failing", f"Mayfly is not ready at {url}: {'; '.join(parts)}")
 
 
-def check_records(connection: Connection, *, now: datetime) -> list[Finding]:
-    """Judge what the ledger says of workers, deletions and records that wait for an operator."""
-    stats = read_stats(connection, now=now)
+def check_records(connection: Connection, accounts: Sequence[str], *, now: datetime) -> list[Finding]:
+    """Judge what the ledger says of workers, deletions and records that wait for an operator.
+
+    *accounts* are those that are configured.
+    """
+    stats = read_stats(connection, accounts, now=now)
     found = _judge_deletions(stats, now)
     if failed := stats.records[State.FAILED]:
         detail = f"{failed} given up, each needs an operator: {_name_some(connection, State.FAILED, failed)}"
@@ -81,11 +85,21 @@ def check_records(connection: Connection, *, now: datetime) -> list[Finding]:
 def _judge_deletions(stats: Stats, now: datetime) -> list[Finding]:
     is_running, sentence = heartbeats.describe_worker(stats.worker_seen_at, now=now)
     found = [Finding("worker", "ok" if is_running else "warning", sentence)]
-    found += [Finding("deletions", "warning", f"paused ({one.kind}): {one.reason}") for one in stats.pauses]
-    late = timedelta(seconds=stats.oldest_overdue_seconds)
-    if late > LATE and not stats.pauses:
-        detail = f"the oldest is {late // timedelta(minutes=1)} min overdue: check that a worker runs"
-        found.append(Finding("deletions", "failing", detail))
+    has_several = len(stats.accounts) > 1
+    for one in stats.pauses:
+        part = f"deletions of {one.account or 'all accounts'}" if has_several else "deletions"
+        found.append(Finding(part, "warning", f"paused ({one.kind}): {one.reason}"))
+    paused = {one.account for one in stats.pauses}
+    for account in stats.accounts:
+        part = f"deletions of {account.account}" if has_several else "deletions"
+        late = timedelta(seconds=account.oldest_overdue_seconds)
+        if not account.configured and account.waiting:
+            waiting = f"nothing deletes its {account.waiting} records, of which {account.due} are due"
+            detail = f"the account is not configured: {waiting}; add its [[account]], or keep its records"
+            found.append(Finding(part, "failing" if account.due else "warning", detail))
+        elif late > LATE and not paused & {None, account.account}:
+            detail = f"the oldest is {late // timedelta(minutes=1)} min overdue: check that a worker runs"
+            found.append(Finding(part, "failing", detail))
     return found
 
 

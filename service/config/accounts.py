@@ -85,5 +85,11 @@ def join_accounts(keys: Mapping[str, Keys], tables: Sequence[AccountOfFile], rat
 
 
 def _join(name: str, keys: Keys, table: AccountOfFile, rate: Rate) -> Account:
-    names = (table.api_key_env or KEY_NAME, table.webhook_secret_env or SECRET_NAME)
+    # SYNC_API_KEY and SYNC_WEBHOOK_SECRET are those of the default account alone.
+    whose = f"a variable named by {{}} of account {name}"
+    is_default = name == DEFAULT_ACCOUNT
+    names = (
+        table.api_key_env or (KEY_NAME if is_default else whose.format("api_key_env")),
+        table.webhook_secret_env or (SECRET_NAME if is_default else whose.format("webhook_secret_env")),
+    )
     return Account(name, keys, table.rate or rate, table.adopt, *names)

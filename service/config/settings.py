@@ -111,6 +111,11 @@ class Settings:
         return {scope.account: scope for scope in found if not scope.is_empty}
 
     @property
+    def account_ids(self) -> tuple[str, ...]:
+        """The names of the accounts."""
+        return tuple(self.keys)
+
+    @property
     def ledger_url(self) -> URL:
         """The URL of the ledger: MAYFLY_DATABASE_URL, else SQLite in the data directory."""
         return self.database_url or URL.create("sqlite", database=str(self.data_dir / "ledger.db"))

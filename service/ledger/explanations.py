@@ -18,9 +18,10 @@ from service.core.explaining import (
     find_obstacles,
 )
 from service.core.holding import Hold
-from service.core.key import Key
+from service.core.key import Key, describe_missing
 from service.core.lifecycle import State
 from service.ledger import heartbeats, holding, pausing, reading
+from service.ledger.account_reading import find_others
 from service.ledger.schema import records
 
 
@@ -41,7 +42,12 @@ def explain_key(connection: Connection, *, key: Key, now: datetime, is_dry_run: 
     if row is not None:
         return explain_row(connection, row, now=now, is_dry_run=is_dry_run)
     hold = holding.find_hold(connection, key)
-    return Explanation(key.account, key.id, None, hold, explain_unseen(key.id, hold), [])
+    text, others = explain_unseen(key.id, hold), find_others(connection, key)
+    if others:
+        missing = describe_missing(key, others)
+        unused = f" It is also on hold before its first webhook in account {key.account}." if hold else ""
+        text = f"{missing[0].upper()}{missing[1:]}: ask for that account.{unused}"
+    return Explanation(key.account, key.id, None, hold, text, [])
 
 
 def explain_row(connection: Connection, row: Row[Any], *, now: datetime, is_dry_run: bool) -> Explanation:

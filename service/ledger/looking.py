@@ -110,12 +110,25 @@ def store_look(  # noqa: PLR0917 - what was seen, by whom, with which key
     return Looked(row.attempts, changes["wake_at"] if is_waiting else None)
 
 
-def put_off_look(connection: Connection, key: Key, wait: Callable[[int], timedelta], *, now: datetime) -> None:
-    """Let the look wait for what *wait* returns for the number of failed looks, from 1."""
+def put_off_look(
+    connection: Connection,
+    key: Key,
+    wait: Callable[[int], timedelta],
+    throttle: timedelta | None,
+    *,
+    now: datetime,
+    actor: str,
+) -> None:
+    """Let the look wait for what *wait* returns for the number of failed looks, from 1.
+
+    *throttle* is for how long the API wants no calls at all: deletions and other workers obey it, too.
+    """
     row = _lock(connection, key)
     if row is not None:
         later = {"looks": row.looks + 1, "look_at": now + wait(row.looks + 1)}
         connection.execute(update(records).where(records.c.seq == row.seq).values(later))
+    if throttle is not None:
+        pausing.throttle(connection, throttle, now=now, actor=actor, account=key.account)
 
 
 def end_look(connection: Connection, key: Key, error: str) -> None:

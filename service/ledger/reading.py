@@ -85,6 +85,7 @@ class Filter:
     deleted: Span = _ALL
     text: str | None = None
     labels: Mapping[str, str] = field(default_factory=dict)
+    account: str | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -262,6 +263,7 @@ def filter_records(wanted: Filter, *, is_sqlite: bool) -> list[ColumnElement[boo
     """Return the conditions of *wanted*."""
     status = wanted.status and wanted.status.upper()
     equal = (
+        (records.c.account, wanted.account),
         (records.c.state, wanted.state),
         (records.c.status, status),
         (records.c.project_id, wanted.project_id),

@@ -14,17 +14,19 @@ from service.core.holding import Hold
 from service.core.key import Key
 from service.core.lifecycle import Move, State
 from service.ledger import explanations, heartbeats, history, holding, pausing, reading
+from service.ledger.account_reading import AccountBacklog, read_backlogs
 from service.ledger.columns import GENERATION_COLUMNS
 from service.ledger.explanations import Explanation
 from service.ledger.history import Entry
 from service.ledger.labelling import read_labels
-from service.ledger.pausing import Kind
+from service.ledger.pausing import ALL_ACCOUNTS, Kind
 from service.ledger.reading import Page
 
 
 class PauseShown(msgspec.Struct, frozen=True):
-    """One pause of all deletions: *until* is its end or its next probe, None without either."""
+    """One pause of an *account*, None for all: *until* is its end or its next probe, None without either."""
 
+    account: str | None
     kind: Kind
     since: datetime
     actor: str
@@ -40,18 +42,23 @@ class Stats(msgspec.Struct, rename="camel", frozen=True):
     due: int
     pauses: list[PauseShown]
     worker_seen_at: datetime | None
+    accounts: list[AccountBacklog]
 
 
-def read_stats(connection: Connection, *, now: datetime) -> Stats:
-    """Read the ledger's statistics."""
+def read_stats(connection: Connection, accounts: Sequence[str], *, now: datetime) -> Stats:
+    """Read the ledger's statistics; *accounts* are those that are configured."""
     backlog = reading.read_backlog(connection, now=now)
     counts = reading.count_by_state(connection)
     seen_at = heartbeats.last_beat(connection, heartbeats.WORKER)
-    return Stats(counts, backlog.oldest_overdue.total_seconds(), backlog.due, _read_pauses(connection), seen_at)
+    oldest, apart = backlog.oldest_overdue.total_seconds(), read_backlogs(connection, accounts, now=now)
+    return Stats(counts, oldest, backlog.due, _read_pauses(connection), seen_at, apart)
 
 
 def _read_pauses(connection: Connection) -> list[PauseShown]:
-    return [PauseShown(p.kind, p.since, p.actor, p.reason, p.until) for p in pausing.find_pauses(connection)]
+    return [
+        PauseShown(None if p.account == ALL_ACCOUNTS else p.account, p.kind, p.since, p.actor, p.reason, p.until)
+        for p in pausing.find_pauses(connection)
+    ]
 
 
 class Event(msgspec.Struct, rename="camel", frozen=True):

@@ -28,6 +28,7 @@ class Metrics:
         )
         self.running = self._gauge("running", "1 for each side that this process runs, web or worker.", "side")
         self._make_workers()
+        self._make_accounts()
         self.receive_seconds = Histogram(
             "mayfly_receive_seconds",
             "Time from the last byte of the first webhook of a commit until the commit is durable.",
@@ -47,6 +48,12 @@ class Metrics:
             "account",
         )
         self.pauses = self._gauge("pauses", "1 while deletions are paused for this reason.", "kind")
+
+    def _make_accounts(self) -> None:
+        self.account_paused = self._gauge("account_paused", "1 while deletions of this account are paused.", "account")
+        self.account_overdue_seconds = self._gauge(
+            "account_overdue_seconds", "Age of the most overdue deletion of this account.", "account"
+        )
 
     def _make_workers(self) -> None:
         self.attempts = self._counter(

@@ -29,6 +29,8 @@ ALONE_SHARE: Final = 4
 _LONGER_WINDOWS: Final = 10
 _ASK_SECONDS: Final = 1.0
 _ASK_AGAIN_SECONDS: Final = 5.0
+# Of a longer window with a single attempt nothing is spare: it is left to deletions.
+_SPARE_WINDOW_SECONDS: Final = 60
 # How long a granted attempt that was put back stays available, at least. At a slow rate it is a tenth of the time per
 # attempt: for longer it could come too soon before the next one, and the limiter takes nothing back.
 _LEFT_SECONDS: Final = 1.0
@@ -122,7 +124,7 @@ class Budget:
     async def grant_spare(self) -> bool:
         """Grant one attempt for what can wait: while nothing waits, and more than half of the window is left.
 
-        Of a window with a single attempt, all of it.
+        Of a window with a single attempt, all of it, unless the next deletion would then wait for over a minute.
         """
         if self.waiting or self._closed_seconds():
             return False
@@ -133,7 +135,8 @@ class Budget:
         except (StorageError, OSError, TimeoutError) as error:
             self._note_unshared(error)
             return False
-        return left >= min(limit.attempts, limit.attempts / 2 + 1) and await self.grant(1) == 1
+        is_spare = limit.is_refilled_soon and left >= min(limit.attempts, limit.attempts / 2 + 1)
+        return is_spare and await self.grant(1) == 1
 
     def put_back(self, attempts: int) -> None:
         """Return *attempts* that were granted and not started to the budget, which keeps them for a while."""
@@ -197,6 +200,7 @@ class _Limit:
         self.item = RateLimitItemPerSecond(self.attempts, self.window_seconds)
         # Asking for a tenth of a window's attempts at once saves a busy worker nine in ten round trips.
         self.at_once = max(1, self.attempts // 10)
+        self.is_refilled_soon = self.attempts > 1 or self.window_seconds <= _SPARE_WINDOW_SECONDS
 
 
 class SpareCalls:

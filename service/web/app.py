@@ -116,6 +116,8 @@ def _health_dependencies(  # noqa: PLR0917 - the parts of make_app()
         "now": now,
         "is_dry_run": settings.is_dry_run,
         "swept": frozenset(settings.scopes),
+        "key_names": {one.id: one.key_name for one in settings.accounts},
+        "accounts": settings.account_ids,
     }
     return {name: _provide(value) for name, value in values.items()}
 

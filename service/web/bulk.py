@@ -33,6 +33,7 @@ class Chosen(msgspec.Struct, rename="camel", frozen=True, forbid_unknown_fields=
     q: Annotated[str, msgspec.Meta(min_length=1, max_length=200)] | None = None
 
     labels: Annotated[dict[str, str], msgspec.Meta(max_length=20)] = {}
+    account: Annotated[str, msgspec.Meta(min_length=1, max_length=63)] | None = None
 
     def as_filter(self) -> Filter:
         """Return the filter.
@@ -40,8 +41,8 @@ class Chosen(msgspec.Struct, rename="camel", frozen=True, forbid_unknown_fields=
         Raises: ProblemDetailsException without any.
         """
         if self == Chosen():
-            raise problem(400, "Bad Request", "filter needs one of state, status, projectId, labels and q")
-        return Filter(self.state, self.status, self.project_id, text=self.q, labels=self.labels)
+            raise problem(400, "Bad Request", "filter needs one of account, state, status, projectId, labels and q")
+        return Filter(self.state, self.status, self.project_id, text=self.q, labels=self.labels, account=self.account)
 
 
 class HoldAll(msgspec.Struct, rename="camel", frozen=True, forbid_unknown_fields=True):

@@ -1,8 +1,9 @@
 """Health checks and metrics."""
 
 import asyncio
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Coroutine, Iterable, Mapping, Sequence
 from datetime import datetime, timedelta
+from functools import partial
 from typing import Literal
 
 import msgspec
@@ -11,11 +12,12 @@ from litestar import Response, get
 from litestar.di import NamedDependency
 from litestar.openapi import ResponseSpec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
+from sqlalchemy import Connection
 
 from service.jobs.connection import QUEUE_ERRORS
-from service.ledger import adopting, pausing, reading
+from service.ledger import account_reading, adopting, pausing, reading
 from service.ledger.database import Database, LedgerUnavailableError
-from service.ledger.pausing import Kind, Pause
+from service.ledger.pausing import ALL_ACCOUNTS, Kind, Pause
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import run_within
 from service.web.ledger_check import LedgerCheck
@@ -62,18 +64,20 @@ async def worker_live(
     summary="Can it take webhooks?",
     responses={503: ResponseSpec(Health, generate_examples=False, description="No; the parts say why")},
 )
-async def ready(
+async def ready(  # noqa: PLR0917 - injected
     database: NamedDependency[Database],
     ledger_check: NamedDependency[LedgerCheck],
     queue_pool: NamedDependency[ArqRedis],
     now: NamedDependency[Callable[[], datetime]],
     is_dry_run: NamedDependency[bool],
+    key_names: NamedDependency[Mapping[str, str]],
 ) -> Response[Health]:
     """Answer 200 while webhooks can be stored, else 503; both with the state of each part.
 
     An unreachable Redis only delays deletions. Refusing webhooks would lose them, because sync.so does not retry.
     """
-    return _answer(await _check_stores(database, ledger_check, queue_pool, now(), is_dry_run=is_dry_run))
+    deletions = _check_deletions(database, key_names, now(), is_dry_run=is_dry_run)
+    return _answer(await _check_stores(ledger_check, queue_pool, deletions))
 
 
 @get("/health/ready")
@@ -84,17 +88,19 @@ async def worker_ready(  # noqa: PLR0917 - injected
     metrics: NamedDependency[Metrics],
     now: NamedDependency[Callable[[], datetime]],
     is_dry_run: NamedDependency[bool],
+    key_names: NamedDependency[Mapping[str, str]],
 ) -> Response[Health]:
     """Answer 200 while the worker can commit and its loop goes round, else 503; both with the state of each part."""
-    parts = await _check_stores(database, ledger_check, queue_pool, now(), is_dry_run=is_dry_run)
+    deletions = _check_deletions(database, key_names, now(), is_dry_run=is_dry_run)
+    parts = await _check_stores(ledger_check, queue_pool, deletions)
     return _answer(parts | {"worker": _check_worker(metrics, now())})
 
 
 async def _check_stores(
-    database: Database, ledger_check: LedgerCheck, queue_pool: ArqRedis, now: datetime, *, is_dry_run: bool
+    ledger_check: LedgerCheck, queue_pool: ArqRedis, check_deletions: Coroutine[object, object, Part]
 ) -> dict[str, Part]:
     ledger, redis, deletions = await asyncio.gather(
-        _check_ledger(ledger_check), _check_redis(queue_pool), _check_deletions(database, now, is_dry_run=is_dry_run)
+        _check_ledger(ledger_check), _check_redis(queue_pool), check_deletions
     )
     return {"ledger": ledger, "redis": redis, "deletions": deletions}
 
@@ -130,53 +136,73 @@ async def _check_redis(queue_pool: ArqRedis) -> Part:
     return Part("ok")
 
 
-async def _check_deletions(database: Database, now: datetime, *, is_dry_run: bool) -> Part:
+async def _check_deletions(
+    database: Database, key_names: Mapping[str, str], now: datetime, *, is_dry_run: bool
+) -> Part:
     try:
-        pauses, next_wake = await run_within(
-            _CHECK_SECONDS,
-            database.read(lambda connection: (pausing.find_pauses(connection), reading.next_wake(connection))),
-        )
+        pauses, overdue = await run_within(_CHECK_SECONDS, database.read(partial(_read_deletions, now=now)))
     except (LedgerUnavailableError, TimeoutError):
         return Part("failing", "the database does not answer")
     if pauses:
-        return Part("paused", "; ".join(_explain_pause(pause) for pause in pauses))
+        paused = {pause.account for pause in pauses}
+        others = {one: late for one, late in overdue.items() if not paused & {one, ALL_ACCOUNTS}}
+        reasons = [_explain_pause(pause, key_names) for pause in pauses]
+        return Part("paused", "; ".join(reasons + [_explain_late(*one, key_names) for one in others.items()]))
     if is_dry_run:
         return Part("paused", "MAYFLY_DRY_RUN is on: nothing is deleted")
-    if next_wake is not None and now - next_wake > LATE:
-        minutes = (now - next_wake) // timedelta(minutes=1)
-        return Part("late", f"the oldest is {minutes} min overdue: check that a worker runs, and its log")
+    if overdue:
+        return Part("late", "; ".join(_explain_late(account, late, key_names) for account, late in overdue.items()))
     return Part("ok")
 
 
-def _explain_pause(pause: Pause) -> str:
+def _read_deletions(connection: Connection, *, now: datetime) -> tuple[list[Pause], dict[str, timedelta]]:
+    return pausing.find_pauses(connection), account_reading.find_overdue(connection, now=now, than=LATE)
+
+
+def _explain_late(account: str, late: timedelta, key_names: Mapping[str, str]) -> str:
+    oldest = f"the oldest is {late // timedelta(minutes=1)} min overdue"
+    if account not in key_names:
+        return f"account {account} is not configured: nothing deletes its records, and {oldest}"
+    whose = "" if len(key_names) == 1 else f"account {account}: "
+    return f"{whose}{oldest}: check that a worker runs, and its log"
+
+
+def _explain_pause(pause: Pause, key_names: Mapping[str, str]) -> str:
+    key = key_names.get(pause.account) or " and ".join(key_names.values())
     advice = {
         Kind.OPERATOR: "mayfly resume ends it",
-        Kind.UNAUTHORIZED: "check SYNC_API_KEY; one record a minute tests whether it works again",
+        Kind.UNAUTHORIZED: f"check {key}; one record a minute tests whether it works again",
         Kind.DAILY_LIMIT: "MAYFLY_MAX_DELETES_PER_DAY is reached; it ends at midnight UTC, or with a higher limit",
-        Kind.WRONG_ORGANISATION: "check SYNC_API_KEY with mayfly doctor; mayfly resume ends it if they are really gone",
+        Kind.WRONG_ORGANISATION: f"check {key} with mayfly doctor; mayfly resume ends it if they are really gone",
         Kind.THROTTLED: "it ends after the time that the API asked for",
     }
-    return f"since {pause.since:%Y-%m-%d %H:%M:%S} UTC by {pause.actor}: {pause.reason}; {advice[pause.kind]}"
+    whose = "" if pause.account == ALL_ACCOUNTS or list(key_names) == [pause.account] else f"account {pause.account}, "
+    since = f"{whose}since {pause.since:%Y-%m-%d %H:%M:%S} UTC"
+    return f"{since} by {pause.actor}: {pause.reason}; {advice[pause.kind]}"
 
 
 @get("/metrics", tags=["health"], summary="Prometheus metrics", media_type=_TEXT)
-async def show_metrics(
+async def show_metrics(  # noqa: PLR0917 - injected
     database: NamedDependency[Database],
     ledger_check: NamedDependency[LedgerCheck],
     metrics: NamedDependency[Metrics],
     now: NamedDependency[Callable[[], datetime]],
     swept: NamedDependency[frozenset[str]],
+    key_names: NamedDependency[Mapping[str, str]],
 ) -> Response[bytes]:
     """Answer the metrics of this process, and gauges read from the ledger; *swept* are the accounts that are swept."""
-    failure, is_read = await asyncio.gather(ledger_check.find_failure(), _read_gauges(database, metrics, now(), swept))
+    gauges = _read_gauges(database, metrics, [*key_names], swept, now())
+    failure, is_read = await asyncio.gather(ledger_check.find_failure(), gauges)
     metrics.ledger_up.set(failure is None and is_read)
     return Response(generate_latest(metrics.registry), media_type=_TEXT)
 
 
-async def _read_gauges(database: Database, metrics: Metrics, now: datetime, swept: Iterable[str]) -> bool:
+async def _read_gauges(
+    database: Database, metrics: Metrics, accounts: Sequence[str], swept: Iterable[str], now: datetime
+) -> bool:
     """Read the ledger's gauges; False if it does not answer, and they keep their values."""
     try:
-        backlog, held, pauses, sweeps = await run_within(
+        backlog, held, pauses, sweeps, overdue = await run_within(
             _CHECK_SECONDS,
             database.read(
                 lambda connection: (
@@ -184,6 +210,7 @@ async def _read_gauges(database: Database, metrics: Metrics, now: datetime, swep
                     reading.count_held(connection),
                     pausing.find_pauses(connection),
                     {account: adopting.last_complete(connection, account) for account in swept},
+                    account_reading.find_overdue(connection, now=now, than=timedelta(0)),
                 )
             ),
         )
@@ -198,4 +225,8 @@ async def _read_gauges(database: Database, metrics: Metrics, now: datetime, swep
         metrics.held_records.labels(cause).set(number)
     for kind in Kind:
         metrics.pauses.labels(kind).set(any(pause.kind is kind for pause in pauses))
+    paused = {pause.account for pause in pauses}
+    for account in {*accounts, *overdue}:
+        metrics.account_paused.labels(account).set(bool(paused & {account, ALL_ACCOUNTS}))
+        metrics.account_overdue_seconds.labels(account).set(overdue.get(account, timedelta(0)).total_seconds())
     return True

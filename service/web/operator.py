@@ -1,6 +1,6 @@
 """The operator API, with the bearer token: move a record, pause and resume all deletions, read statistics."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
@@ -12,20 +12,21 @@ from litestar.di import NamedDependency
 from litestar.exceptions import NotFoundException
 from litestar.openapi import ResponseSpec
 from litestar.openapi.spec import Operation, RequestBody
-from litestar.params import FromPath, FromQuery, JSONBody, PathParameter
+from litestar.params import FromPath, FromQuery, JSONBody, PathParameter, QueryParameter
 
 from service.core.durations import MAX_TTL
 from service.core.holding import Hold, parse_until
-from service.core.key import Key
+from service.core.key import Key, choose_account
 from service.core.lifecycle import Move
-from service.ledger import forgetting, key_history, moving, pausing
+from service.ledger import forgetting, key_history, moving, pausing, reading
+from service.ledger.account_reading import UnknownAccountError, find_others, require_account
 from service.ledger.database import Database
 from service.ledger.explanations import Explanation, explain_key
 from service.ledger.moving import Grace
 from service.ledger.pausing import Kind, Pause
 from service.ledger.views import FullRecord, Stats, find_record, read_stats
 from service.web.problems import documented, problem
-from service.web.records import answer_record
+from service.web.records import answer_record, refuse_missing
 
 ACTOR = "operator"
 MAX_GRACE_SECONDS = int(MAX_TTL.total_seconds())
@@ -82,10 +83,11 @@ class OperatorController(Controller):
         now: NamedDependency[Callable[[], datetime]],
         min_ttl: NamedDependency[timedelta],
         is_dry_run: NamedDependency[bool],
+        accounts: NamedDependency[Sequence[str]],
         generation_id: FromPath[str],
         move: Annotated[Literal["hold", "release", "keep", "retry", "reopen", "forget"], PathParameter()],
         data: JSONBody[MoveBody | None] = None,
-        account: FromQuery[str] = "default",
+        account: FromQuery[str | None] = None,
     ) -> Response[Any]:  # one of the two above
         """Answer the record after the move, or 409 if its state does not allow it.
 
@@ -95,7 +97,9 @@ class OperatorController(Controller):
         wanted, at, body = Move(move), now(), data or MoveBody()
         if b"%2f" in request.scope.get("raw_path", b"").lower():  # it would be the hold of another id
             raise NotFoundException("An id with a slash has no path: use mayfly records")
-        key, grace = Key(account, generation_id), _grace(wanted, body.grace_seconds, min_ttl)
+        key = Key(choose_account(accounts, account), generation_id)
+        grace = _grace(wanted, body.grace_seconds, min_ttl)
+        await _check_account(database, key, accounts, is_given=account is not None)
         by = _by(wanted, body, at)
         find = partial(find_record, key=key, now=at, is_dry_run=is_dry_run)
         if wanted is Move.FORGET:
@@ -106,7 +110,7 @@ class OperatorController(Controller):
             else await moving.move_generation(database, key, wanted, by, now=at, grace=grace)
         )
         if not isinstance(moved, Hold):
-            answer: Response[Any] = await answer_record(await database.read(find))
+            answer: Response[Any] = await answer_record(database, key, await database.read(find))
             return answer
         explained = await database.read(partial(explain_key, key=key, now=at, is_dry_run=is_dry_run))
         return Response(explained, status_code=202 if wanted is Move.HOLD else 200)
@@ -122,23 +126,62 @@ class OperatorController(Controller):
         self,
         database: NamedDependency[Database],
         now: NamedDependency[Callable[[], datetime]],
+        accounts: NamedDependency[Sequence[str]],
         data: JSONBody[Reason | None] = None,
+        account: Annotated[str | None, QueryParameter(description="pause this one alone")] = None,
     ) -> Stats:
         """Pause until resume. Webhooks are still stored; deletions in progress end first."""
-        wanted = Pause(Kind.OPERATOR, now(), ACTOR, data.reason if data else "no reason given", None)
+        reason = data.reason if data else "no reason given"
+        await _require_known(database, account, accounts)
+        wanted = Pause(Kind.OPERATOR, now(), ACTOR, reason, None, account or pausing.ALL_ACCOUNTS)
         await database.write(partial(pausing.pause, wanted=wanted))
-        return await database.read(partial(read_stats, now=now()))
+        return await database.read(partial(read_stats, accounts=accounts, now=now()))
 
     @post("/resume", status_code=200, summary="Resume deletions", responses=documented(400, 401, 403, 503))
-    async def resume(self, database: NamedDependency[Database], now: NamedDependency[Callable[[], datetime]]) -> Stats:
+    async def resume(
+        self,
+        database: NamedDependency[Database],
+        now: NamedDependency[Callable[[], datetime]],
+        accounts: NamedDependency[Sequence[str]],
+        account: Annotated[str | None, QueryParameter(description="end the pauses of this one alone")] = None,
+    ) -> Stats:
         """End every pause, whatever its kind; one whose cause persists comes back by itself."""
-        await database.write(key_history.resume_all)
-        return await database.read(partial(read_stats, now=now()))
+        await _require_known(database, account, accounts)
+        await database.write(partial(key_history.resume_all, account=account))
+        return await database.read(partial(read_stats, accounts=accounts, now=now()))
 
     @get("/stats", summary="Statistics of the ledger", responses=documented(400, 401, 403, 503))
-    async def stats(self, database: NamedDependency[Database], now: NamedDependency[Callable[[], datetime]]) -> Stats:
+    async def stats(
+        self,
+        database: NamedDependency[Database],
+        now: NamedDependency[Callable[[], datetime]],
+        accounts: NamedDependency[Sequence[str]],
+    ) -> Stats:
         """Answer the number of records in each state, the age of the most overdue deletion, and the pauses."""
-        return await database.read(partial(read_stats, now=now()))
+        return await database.read(partial(read_stats, accounts=accounts, now=now()))
+
+
+async def _require_known(database: Database, account: str | None, accounts: Sequence[str]) -> None:
+    if account is None:
+        return
+    try:
+        await database.read(partial(require_account, name=account, configured=accounts))
+    except UnknownAccountError as error:
+        raise problem(400, "Bad Request", str(error)) from None
+
+
+async def _check_account(database: Database, key: Key, accounts: Sequence[str], *, is_given: bool) -> None:
+    """Refuse an account that is unknown, and an id that only another account has if none was given.
+
+    Held before its first webhook here, the record of the other account would be deleted nevertheless.
+    """
+    if is_given:
+        await _require_known(database, key.account, accounts)
+        return
+    is_there = await database.read(partial(reading.find_row, key=key)) is not None
+    others = await database.read(partial(find_others, key=key))
+    if others and not is_there:
+        raise await refuse_missing(database, key)
 
 
 def _grace(move: Move, seconds: int | None, min_ttl: timedelta) -> Grace:

@@ -17,6 +17,7 @@ _Q = "part of an id, file name, model or error; a page searches 10 000 records a
 
 
 def read_filter(  # noqa: PLR0917 - Litestar calls it by name
+    account: FromQuery[str | None] = None,
     in_state: Annotated[State | None, QueryParameter(name="state")] = None,
     status: FromQuery[str | None] = None,
     project_id: Annotated[str | None, QueryParameter(name="projectId", description="its project id")] = None,
@@ -41,6 +42,7 @@ def read_filter(  # noqa: PLR0917 - Litestar calls it by name
         _span("deletedFrom", deleted_from, "deletedTo", deleted_to),
         q,
         _labels(label or []),
+        account,
     )
 
 

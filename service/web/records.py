@@ -1,7 +1,7 @@
 """``/api/records``: pages of records, and single ones."""
 
 import asyncio
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -15,8 +15,9 @@ from litestar.openapi.spec import OpenAPIMediaType, OpenAPIResponse, OpenAPIType
 from litestar.params import FromPath, FromQuery, QueryParameter
 from litestar.response import Stream
 
-from service.core.key import Key
+from service.core.key import Key, choose_account, describe_missing
 from service.ledger import reading
+from service.ledger.account_reading import find_others
 from service.ledger.database import Database
 from service.ledger.explanations import Explanation, explain_key
 from service.ledger.exporting import MEDIA_TYPES, Format, export_lines
@@ -34,11 +35,19 @@ async def encode_answer(build: Callable[[], object]) -> Any:  # noqa: ANN401 - a
     return await asyncio.to_thread(lambda: msgspec.json.encode(build()))
 
 
-async def answer_record(found: Found | None) -> Response[FullRecord]:
-    """Answer one record, or 404."""
+async def answer_record(database: Database, key: Key, found: Found | None) -> Response[FullRecord]:
+    """Answer one record, or 404, which names the account that has one of this id."""
     if found is None:
-        raise NotFoundException("No record of this generation")
+        raise await refuse_missing(database, key)
     return Response(await encode_answer(lambda: present_full(found)), media_type=MediaType.JSON)
+
+
+async def refuse_missing(database: Database, key: Key) -> NotFoundException:
+    """Return the 404 for a record that is not there; it names the account that has one of this id."""
+    others = await database.read(partial(find_others, key=key))
+    if not others:
+        return NotFoundException("No record of this generation")
+    return NotFoundException(f"{describe_missing(key, others)}: add account={others[0]}")
 
 
 @dataclass
@@ -106,34 +115,37 @@ class RecordsController(Controller):
         summary="One record with its history and the bodies as they came",
         responses=documented(400, 401, 403, 404, 503),
     )
-    async def show_record(
+    async def show_record(  # noqa: PLR0917 - Litestar calls it by name
         self,
         database: NamedDependency[Database],
         now: NamedDependency[Callable[[], datetime]],
         is_dry_run: NamedDependency[bool],
         generation_id: FromPath[str],
-        account: FromQuery[str] = "default",
+        accounts: NamedDependency[Sequence[str]],
+        account: FromQuery[str | None] = None,
     ) -> Response[FullRecord]:
         """Answer one record, or 404."""
-        find = partial(find_record, key=Key(account, generation_id), now=now(), is_dry_run=is_dry_run)
-        return await answer_record(await database.read(find))
+        key = Key(choose_account(accounts, account), generation_id)
+        found = await database.read(partial(find_record, key=key, now=now(), is_dry_run=is_dry_run))
+        return await answer_record(database, key, found)
 
     @get(
         "/{generation_id:str}/explain",
         summary="Why a generation is or is not deleted, also one without a record",
         responses=documented(400, 401, 403, 503),
     )
-    async def explain(
+    async def explain(  # noqa: PLR0917 - Litestar calls it by name
         self,
         database: NamedDependency[Database],
         now: NamedDependency[Callable[[], datetime]],
         is_dry_run: NamedDependency[bool],
         generation_id: FromPath[str],
-        account: FromQuery[str] = "default",
+        accounts: NamedDependency[Sequence[str]],
+        account: FromQuery[str | None] = None,
     ) -> Explanation:
         """Answer what becomes of the generation, what blocks its deletion now, and what can be done, in plain words."""
-        read = partial(explain_key, key=Key(account, generation_id), now=now(), is_dry_run=is_dry_run)
-        return await database.read(read)
+        key = Key(choose_account(accounts, account), generation_id)
+        return await database.read(partial(explain_key, key=key, now=now(), is_dry_run=is_dry_run))
 
 
 async def _joined(first: bytes, others: AsyncIterator[bytes]) -> AsyncIterator[bytes]:

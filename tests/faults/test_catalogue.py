@@ -37,10 +37,11 @@ def test_each_row_under_fire_has_at_least_one_test():
     assert all(NAMED.findall(row["tests"]) for row in rows)
 
 
-def test_the_table_has_each_of_the_seventy_rows_with_at_least_one_test():
+def test_the_table_has_each_row_with_at_least_one_test():
     rows = table()
 
-    assert list(rows) == list(range(1, 71))
+    assert list(rows) == list(range(1, len(rows) + 1))
+    assert len(rows) >= 81
     assert all(rows.values())
 
 

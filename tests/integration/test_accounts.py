@@ -76,6 +76,13 @@ def test_what_an_account_lacks_is_named_by_its_variable(tmp_path):
         require_key_or_secret(found)
 
 
+def test_without_a_variable_of_its_own_no_other_accounts_variable_is_named(tmp_path):
+    found = settings(tmp_path, '[[account]]\nid = "bolt"\n', SYNC_API_KEY="sk-1")
+
+    with pytest.raises(SettingsError, match=r"^a variable named by api_key_env of account bolt is not set: put an API"):
+        require_api_key(found)
+
+
 def test_an_invalid_key_of_an_account_is_named_and_not_shown(tmp_path):
     with pytest.raises(SettingsError, match=r"account acme: ACME_SECRET is invalid") as raised:
         settings(tmp_path, ACME_SECRET="verysecret")

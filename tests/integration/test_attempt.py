@@ -76,6 +76,7 @@ def cleaner_of(database, metrics):
             return True
 
         cleaner = Cleaner(
+            key_name="SYNC_API_KEY",
             api=api,
             copy=copy,
             settle=settle_one,

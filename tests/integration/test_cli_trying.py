@@ -17,7 +17,7 @@ import pytest
 from sqlalchemy import URL
 from structlog.testing import capture_logs
 
-from service.commands.doctor import _check_clock, _judge_answer
+from service.commands.account_checks import check_clock, judge_page
 from service.config.settings import read_settings
 from service.core.secret import Secret
 from service.ledger import heartbeats
@@ -246,7 +246,6 @@ async def test_doctor_passes_with_postgresql_and_redis(tmp_path, simulator, post
     [
         ({"SYNC_API_KEY": "sk-another"}, "API key", "SYNC_API_KEY"),
         ({"SYNC_API_KEY": ""}, "API key", "SYNC_API_KEY"),
-        ({"SYNC_WEBHOOK_SECRET": ""}, "webhook secret", "SYNC_WEBHOOK_SECRET"),
         ({"SYNC_BASE_URL": "http://127.0.0.1:1"}, "API key", "SYNC_BASE_URL"),
         ({"MAYFLY_REDIS_URL": "redis://127.0.0.1:1"}, "redis", "MAYFLY_REDIS_URL"),
         ({"MAYFLY_DATABASE_URL": "postgresql://x:hunter2@127.0.0.1:1/x"}, "ledger", "MAYFLY_DATABASE_URL"),
@@ -336,8 +335,8 @@ async def test_doctor_fails_with_a_secret_of_another_organisation(tmp_path, simu
 
 @pytest.mark.parametrize(("status", "body"), [(200, b"<html>"), (402, b"{}"), (403, b""), (404, b"{}"), (301, b"")])
 def test_doctor_fails_if_the_url_or_the_key_is_wrong(status, body):
-    assert _judge_answer(status, body).status == "failing"
-    assert _judge_answer(200, b"[]").status == "ok"
+    assert judge_page(status, body, "SYNC_API_KEY").status == "failing"
+    assert judge_page(200, b"[]", "SYNC_API_KEY").status == "ok"
 
 
 async def test_doctor_fails_if_deletions_are_late(tmp_path, simulator, sqlite_database, sqlite_url):
@@ -489,6 +488,7 @@ async def test_doctor_fails_for_a_database_in_another_encoding(tmp_path, simulat
     [("api", "SYNC_API_KEY", "API key"), ("worker", "SYNC_WEBHOOK_SECRET", "webhook secret")],
 )
 async def test_doctor_knows_which_secret_a_role_does_not_need(tmp_path, simulator, role, missing, part):
+    simulator.webhook_secret = "whsec_" + "*" * 8  # masked: it cannot be fetched
     code, found = await examined(tmp_path, simulator, "--role", role, **{missing: ""})
     other, _ = await examined(tmp_path, simulator, **{missing: ""})
 
@@ -519,4 +519,37 @@ async def test_doctor_reports_missing_tables_and_a_dry_run(tmp_path, simulator, 
 def test_doctor_compares_the_clock_with_the_api(off, status):
     theirs = format_datetime(datetime.now(UTC) + timedelta(seconds=off), usegmt=True)
 
-    assert [finding.status for finding in _check_clock(theirs, timedelta(minutes=5))] == [status]
+    assert [finding.status for finding in check_clock(theirs, timedelta(minutes=5))] == [status]
+
+
+async def test_doctor_says_that_the_secret_is_fetched_with_the_key(tmp_path, simulator):
+    code, found = await examined(tmp_path, simulator, SYNC_WEBHOOK_SECRET="")
+
+    assert (code, found["webhook secret"]["status"]) == (0, "ok")
+    assert "fetched with SYNC_API_KEY" in found["webhook secret"]["detail"]
+    simulator.webhook_secret = "whsec_********"
+    code, found = await examined(tmp_path, simulator, SYNC_WEBHOOK_SECRET="")
+
+    assert (code, found["webhook secret"]["status"]) == (1, "failing")
+    assert "SYNC_WEBHOOK_SECRET" in found["webhook secret"]["detail"]
+
+
+async def test_doctor_checks_each_account_by_its_own_variables(tmp_path, simulator):
+    config = tmp_path / "mayfly.toml"
+    config.write_text(
+        "".join(f'[[account]]\nid = "{name}"\napi_key_env = "{name.upper()}_KEY"\n' for name in ("acme", "bolt"))
+        + 'webhook_secret_env = "BOLT_SECRET"\n',
+        encoding="utf-8",
+    )
+    keys = {"ACME_KEY": "sk-revoked", "BOLT_KEY": simulator.api_key, "BOLT_SECRET": "whsec_of_another_organisation"}
+    code, found = await examined(tmp_path, simulator, MAYFLY_CONFIG=str(config), **keys)
+
+    assert code == 1
+    states = {part: finding["status"] for part, finding in found.items()}
+    assert states["API key of default"] == states["organisation of default"] == "ok"
+    assert states["API key of acme"] == "failing"
+    assert "ACME_KEY" in found["API key of acme"]["detail"]
+    assert (states["API key of bolt"], states["organisation of bolt"]) == ("ok", "failing")
+    assert "BOLT_SECRET and BOLT_KEY" in found["organisation of bolt"]["detail"]
+    assert list(states).count("clock") == 1
+    assert not any(key in str(found) for key in keys.values())

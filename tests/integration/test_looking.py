@@ -285,6 +285,20 @@ async def test_looks_take_only_what_deletions_leave_of_the_budget(settings, pool
     assert not await SpareCalls(waiting, time.monotonic).take()
 
 
+async def test_at_one_attempt_in_two_seconds_a_look_takes_what_nobody_waits_for(settings, pool):
+    rate = settings(MAYFLY_API_RATE="60/minute").api_rate
+    budget = Budget(rate, pool, Secret(API_KEY), clock=time.monotonic, stopping=asyncio.Event())
+    spare = SpareCalls(budget, time.monotonic)
+    taken = [await spare.take() for _ in range(4)]
+    began = time.monotonic()
+
+    assert taken == [True, True, False, False]  # the calls of one attempt
+    assert await budget.acquire(10)
+    assert time.monotonic() - began < 5  # a deletion waits for one window at most
+    budget.waiting = 1
+    assert not await SpareCalls(budget, time.monotonic).take()
+
+
 async def test_a_slow_rate_is_left_to_deletions(settings, pool):
     rate = settings(MAYFLY_API_RATE="1/hour").api_rate
     budget = Budget(rate, pool, Secret(API_KEY), clock=time.monotonic, stopping=asyncio.Event())
@@ -302,3 +316,15 @@ async def test_without_budget_a_look_is_left_to_the_safety_net(database, looks_o
     await looks.run(item.key)
 
     assert (api.calls, (await row_of(database, item.key)).looks) == ([], 0)
+
+
+async def test_a_429_to_a_look_pauses_its_account(database, looks_of, api):
+    item = arrival(due_in=24 * HOUR)
+    await receive(database, item)
+    api.answer = Answer(Verdict.RETRY, 429, error="the API answered 429", throttle=HOUR)
+    looks, _ = looks_of(database)
+    await looks.run(item.key)
+
+    (pause,) = await database.read(pausing.find_pauses)
+    assert (pause.account, pause.kind) == (ACCOUNT, Kind.THROTTLED)
+    assert pause.until > utc_now() + HOUR / 2

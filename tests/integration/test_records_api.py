@@ -116,7 +116,7 @@ async def test_an_unknown_query_parameter_that_is_like_no_other_is_400(sqlite_cl
     moved = await sqlite_client.post("/api/records/g1/release?grace=60")
 
     assert (answer.status_code, moved.status_code) == (400, 400)
-    assert "'zzz': there are cursor, deletedFrom," in answer.json()["detail"]
+    assert "'zzz': there are account, cursor, deletedFrom," in answer.json()["detail"]
 
 
 async def test_without_the_token_no_parameter_is_named(sqlite_database, open_client):
