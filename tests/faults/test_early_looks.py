@@ -12,6 +12,8 @@ from service.simulator import Operation
 from tests.faults.system import TOKEN, System, on_both, overdue
 from tests.support.waiting import eventually
 
+pytestmark = pytest.mark.looks
+
 OPERATOR = {"authorization": f"Bearer {TOKEN}"}
 FILM = "0b1d6c0e-3f3a-4d8e-9a51-0f6f1b6f2a11"
 RULES = f"""

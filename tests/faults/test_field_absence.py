@@ -51,7 +51,7 @@ async def test_a_delete_with_a_lost_answer_ends_as_deleted_and_says_why(system: 
 async def test_the_verdict_fails_for_a_deleted_record_whose_generation_exists(system: System):
     await asyncio.gather(system.worker(), system.api())
     # Of what the API itself says, only the judge can know that it is not true.
-    untrue = await system.accepted(system.generation(get=["404:answer=own*2"]))  # the look and the attempt
+    untrue = await system.accepted(system.generation(get=["404:answer=own"]))
     await system.until(untrue, "deleted")
 
     verdict = await system.judged()
