@@ -15,7 +15,6 @@ from tests.faults.system import API_KEY, TOKEN, System, running
 from tests.support.organisations import Organisations
 from tests.support.waiting import eventually
 
-
 ACME_KEY = "sk-acme-0123456789abcdef"
 ACME_SECRET = "whsec_of_acme_0123456789abcdef"
 OPERATOR = {"authorization": f"Bearer {TOKEN}"}
