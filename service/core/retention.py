@@ -112,7 +112,7 @@ def decide_retention(
     if not request_url or "?" not in request_url:
         return found
     base = Retention(found.rule, found.ttl, found.due_at)
-    return _keep_longer(found, _apply_overrides(base, _read_url(request_url), clock, place="the URL of its request"))
+    return keep_longer(found, _apply_overrides(base, _read_url(request_url), clock, place="the URL of its request"))
 
 
 def refine_retention(
@@ -164,7 +164,7 @@ def reconsider_retention(
     return found if found.hold_reason is not None or found.is_later_than(due_at) else None
 
 
-def _keep_longer(first: Retention, second: Retention) -> Retention:
+def keep_longer(first: Retention, second: Retention) -> Retention:
     """Return what keeps the generation longer; a hold of either counts, the first one's before the second's."""
     timed = second if second.is_later_than(first.due_at) else first
     held = first if first.hold_reason is not None else second

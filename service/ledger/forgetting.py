@@ -29,7 +29,7 @@ _RECEIPT: Final = frozenset({"method", "status", "at", "detail"})
 _DETAILS: Final = frozenset(
     {
         *("attempt", "verdict", "outcome", "status", "rule", "announced"),
-        *("retryAt", "dueAt", "deletedAt", "receipt", "detail"),
+        *("retryAt", "dueAt", "oldRule", "oldDueAt", "deletedAt", "receipt", "detail"),
     }
 )
 # So many receipts or details are in memory at once; each may have the body of an answer.
