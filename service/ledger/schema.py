@@ -184,7 +184,7 @@ Index(
     sqlite_where=records.c.project_id.is_not(None),
     postgresql_where=records.c.project_id.is_not(None),
 )
-# The pages of what is due, or was deleted, within some time; the second shows what is to be forgotten as well.
+# The pages of what is due, or was deleted, within some time.
 Index(
     "records_due_at",
     records.c.due_at,
@@ -196,11 +196,19 @@ Index(
 Index(
     "records_deleted_at",
     records.c.deleted_at,
-    records.c.forgotten_at,
     records.c.received_at,
     records.c.seq,
     sqlite_where=records.c.deleted_at.is_not(None),
     postgresql_where=records.c.deleted_at.is_not(None),
+)
+# What is to be forgotten: each rule may have a time of its own. A forgotten record leaves it.
+_NOT_FORGOTTEN = and_(records.c.deleted_at.is_not(None), records.c.forgotten_at.is_(None))
+Index(
+    "records_rule_deleted_at",
+    records.c.rule,
+    records.c.deleted_at,
+    sqlite_where=_NOT_FORGOTTEN,
+    postgresql_where=_NOT_FORGOTTEN,
 )
 
 

@@ -38,6 +38,13 @@ def existing(ttl=DAY, **changes):
     return replace(found, **changes)
 
 
+def change_of(changed, record):
+    """Return the change that there is."""
+    found = reapply_policy(changed, record, now=NOW)
+    assert isinstance(found, Change)
+    return found
+
+
 FILM = {"project": "film"}
 CASES = {
     "raised": (existing(), policy(ttl=3 * DAY), Effect.LATER, "MAYFLY_TTL", 3 * DAY),
@@ -98,12 +105,9 @@ CASES = {
 
 
 @pytest.mark.parametrize(("record", "changed", "effect", "name", "due_in"), CASES.values(), ids=CASES)
-def test_a_policy_changes_a_record_from_the_time_at_which_it_was_sent(  # noqa: PLR0917 - a table
-    record, changed, effect, name, due_in
-):
-    found = reapply_policy(changed, record, now=NOW)
+def test_a_policy_changes_a_record_from_the_time_at_which_it_was_sent(record, changed, effect, name, due_in):
+    found = change_of(changed, record)
 
-    assert isinstance(found, Change)
     assert (found.effect, found.retention.rule) == (effect, name)
     assert found.retention.due_at == (None if due_in is None else SENT + due_in)
     assert found.retention.ttl == due_in
@@ -141,8 +145,8 @@ def test_a_policy_leaves_what_is_not_its_to_decide(record, changed, left):
 def test_what_is_not_known_can_keep_longer_and_hold():
     unknown = existing(facts=Facts())
 
-    assert reapply_policy(policy(ACME, ttl=3 * DAY), unknown, now=NOW).retention.due_at == SENT + 3 * DAY
-    assert reapply_policy(policy(ACME, rule("h", hold="x")), unknown, now=NOW).effect is Effect.HELD
+    assert change_of(policy(ACME, ttl=3 * DAY), unknown).retention.due_at == SENT + 3 * DAY
+    assert change_of(policy(ACME, rule("h", hold="x")), unknown).effect is Effect.HELD
 
 
 def test_a_rule_about_what_is_not_known_does_not_decide():
@@ -152,7 +156,7 @@ def test_a_rule_about_what_is_not_known_does_not_decide():
 
 
 def test_after_a_second_webhook_the_clock_starts_at_the_second():
-    found = reapply_policy(policy(ttl=3 * DAY), existing(due_at=SENT + DAY + HOUR), now=NOW)
+    found = change_of(policy(ttl=3 * DAY), existing(due_at=SENT + DAY + HOUR))
 
     assert (found.retention.due_at, found.retention.ttl) == (SENT + 3 * DAY + HOUR, 3 * DAY)
 
