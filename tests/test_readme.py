@@ -81,6 +81,7 @@ def test_each_option_changes_what_is_read(field):
 @pytest.mark.parametrize("field", OPTIONS)
 def test_each_setting_is_used(field):
     through = {"ttl": "policy", "min_ttl": "policy", "api_rate": "accounts", "database_url": "ledger_url"}
+    through["record_ttl"] = "record_ttls"
     name = through.get(field, field)
     sources = [path for package in ("service", "workers") for path in (ROOT / package).rglob("*.py")]
     users = [

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Row, Text, bindparam, literal, or_, select, tuple_, update
 
+from service.core.holding import ENDED
 from service.core.lifecycle import Move, State, state_after
 from service.core.matchers import Facts
 from service.core.reapplying import Change, Effect, Existing, reapply_policy
@@ -31,14 +32,13 @@ _INPUTS_AT_ONCE: Final = 200
 _PLACE = (records.c.received_at, records.c.seq)
 # By these an operator has decided about the record, though its rule does not say so; not by the end of a hold.
 _DECISIONS = (Move.RELEASE, Move.RETRY, Move.REOPEN)
-_HOLD_ENDED: Final = "hold ended"
 _select_decided = (
     select(events.c.record)
     .distinct()
     .where(
         events.c.record.in_(bindparam("seqs", expanding=True)),
         events.c.move.in_(_DECISIONS),
-        events.c.actor != _HOLD_ENDED,
+        events.c.actor != ENDED,
         ~events.c.actor.startswith(ACTOR_PREFIX),
     )
 )

@@ -6,13 +6,16 @@ import re
 from datetime import datetime, timedelta
 
 import pytest
-from sqlalchemy import update
+from sqlalchemy import URL, func, select, update
 
 from service.commands import record_moves
 from service.core.lifecycle import Move, State
-from service.ledger.schema import records
+from service.ledger import migrating
+from service.ledger.opening import open_database
+from service.ledger.schema import events, records
 from tests.support.commands import command
-from tests.support.ledger import HOUR, moves_of, row_of, store, utc_now
+from tests.support.ledger import HOUR, arrival, moves_of, receive, row_of, store, utc_now
+from tests.support.waiting import eventually
 
 DAY = 24 * HOUR
 RULES = """
@@ -34,7 +37,7 @@ hold = "case 7"
 
 
 @pytest.fixture
-def mayfly(database_url, tmp_path):
+def policy(database_url, tmp_path):
     """Run ``mayfly policy`` on the ledger of the test; the file has the rules above unless *rules* are given."""
     file = tmp_path / "mayfly.toml"
     environment = {
@@ -70,9 +73,9 @@ async def rows_of(database, keys):
     return {name: await row_of(database, key) for name, key in keys.items()}
 
 
-async def test_a_diff_counts_what_would_change_and_changes_nothing(mayfly, database, keys):
+async def test_a_diff_counts_what_would_change_and_changes_nothing(policy, database, keys):
     before = await rows_of(database, keys)
-    result = await mayfly("diff")
+    result = await policy("diff")
 
     assert result.exit_code == 0
     assert "MAYFLY_TTL=1d (it is not set here: this is the default), MAYFLY_MIN_TTL=1m" in result.stdout
@@ -93,8 +96,8 @@ async def test_a_diff_counts_what_would_change_and_changes_nothing(mayfly, datab
     assert await rows_of(database, keys) == before
 
 
-async def test_a_diff_for_scripts_has_all_counts(mayfly, keys):
-    found = json.loads((await mayfly("diff", "--json", "--limit", "1", MAYFLY_TTL="1d")).stdout)
+async def test_a_diff_for_scripts_has_all_counts(policy, keys):
+    found = json.loads((await policy("diff", "--json", "--limit", "1", MAYFLY_TTL="1d")).stdout)
 
     assert (found["ttl"], found["isTtlSet"], found["minTtl"]) == ("1d", True, "1m")
     assert (found["examined"], found["changed"]) == (5, 4)
@@ -122,28 +125,28 @@ async def test_a_diff_for_scripts_has_all_counts(mayfly, keys):
         (HOUR / 2, "within_a_day"),
     ],
 )
-async def test_a_diff_says_when_records_become_due(mayfly, database, age, due):
+async def test_a_diff_says_when_records_become_due(policy, database, age, due):
     key = await store(database, due_in=DAY, status="FAILED")
     older = {"sent_at": utc_now() - age, "ttl_seconds": int((DAY + age).total_seconds())}
     await database.write(
         lambda connection: connection.execute(update(records).where(records.c.id == key.id).values(older)).rowcount
     )
-    found = json.loads((await mayfly("diff", "--json")).stdout)
+    found = json.loads((await policy("diff", "--json")).stdout)
 
     assert {name for name, number in found["due"].items() if number} == {due}
 
 
-async def test_a_diff_says_what_it_leaves_and_why(mayfly, database):
+async def test_a_diff_says_what_it_leaves_and_why(policy, database):
     await store(database, due_in=DAY)
     rules = '[[rule]]\nid = "film"\nproject = "film"\nttl = "9d"\n'
-    result = await mayfly("diff", rules=rules, MAYFLY_TTL="2h")
+    result = await policy("diff", rules=rules, MAYFLY_TTL="2h")
 
     assert "Of 1 record that the policy decided, 0 would change." in result.stdout
     assert "a rule may protect them whose facts the API has not shown yet" in result.stdout
 
 
-async def test_apply_changes_what_the_diff_shows(mayfly, database, keys):
-    result = await mayfly("apply", "--existing", "--yes")
+async def test_apply_changes_what_the_diff_shows(policy, database, keys):
+    result = await policy("apply", "--existing", "--yes")
     rows = await rows_of(database, keys)
 
     assert result.exit_code == 0
@@ -160,7 +163,7 @@ async def test_apply_changes_what_the_diff_shows(mayfly, database, keys):
     }
     assert rows["failed"].due_at == rows["failed"].wake_at == rows["failed"].sent_at + 2 * HOUR
     assert await moves_of(database, keys["failed"]) == [Move.RECEIVE, Move.RESCHEDULE]
-    again = await mayfly("apply", "--existing", "--yes")
+    again = await policy("apply", "--existing", "--yes")
     assert again.stdout.endswith("Nothing was changed.\n")
 
 
@@ -174,10 +177,10 @@ async def test_apply_changes_what_the_diff_shows(mayfly, database, keys):
     ],
 )
 async def test_apply_changes_nothing_without_a_word(  # noqa: PLR0917 - three are fixtures
-    mayfly, database, keys, arguments, exit_code, said
+    policy, database, keys, arguments, exit_code, said
 ):
     before = await rows_of(database, keys)
-    result = await mayfly("apply", *arguments)
+    result = await policy("apply", *arguments)
 
     assert result.exit_code == exit_code
     assert said in result.stdout + result.stderr
@@ -185,9 +188,9 @@ async def test_apply_changes_nothing_without_a_word(  # noqa: PLR0917 - three ar
 
 
 @pytest.mark.parametrize(("answer", "exit_code"), [("y", 0), ("n", 1)])
-async def test_apply_asks_on_a_terminal(mayfly, database, keys, monkeypatch, answer, exit_code):  # noqa: PLR0917
+async def test_apply_asks_on_a_terminal(policy, database, keys, monkeypatch, answer, exit_code):  # noqa: PLR0917
     monkeypatch.setattr(record_moves, "is_terminal", lambda: True)
-    result = await mayfly("apply", "--existing", stdin=f"{answer}\n".encode())
+    result = await policy("apply", "--existing", stdin=f"{answer}\n".encode())
 
     assert result.exit_code == exit_code
     assert "Change 4 records? [y/N]" in result.stdout
@@ -195,11 +198,37 @@ async def test_apply_asks_on_a_terminal(mayfly, database, keys, monkeypatch, ans
 
 
 @pytest.mark.parametrize("arguments", [("diff",), ("apply", "--existing", "--yes")])
-async def test_a_policy_without_a_file_or_with_a_fault_changes_nothing(mayfly, database, keys, arguments):
+async def test_a_policy_without_a_file_or_with_a_fault_changes_nothing(policy, database, keys, arguments):
     before = await rows_of(database, keys)
-    without = await mayfly(*arguments, has_file=False, MAYFLY_TTL="2h")
-    faulty = await mayfly(*arguments, rules=RULES.replace("2h", "2"))
+    without = await policy(*arguments, has_file=False, MAYFLY_TTL="2h")
+    faulty = await policy(*arguments, rules=RULES.replace("2h", "2"))
 
     assert (without.exit_code, faulty.exit_code) == (2, 2)
     assert "there is no file" in without.stderr
     assert await rows_of(database, keys) == before
+
+
+async def test_a_killed_apply_leaves_what_is_done_and_the_next_one_does_the_rest(mayfly, tmp_path):
+    url, data = URL.create("sqlite", database=str(tmp_path / "data" / "ledger.db")), tmp_path / "data"
+    data.mkdir(mode=0o700)
+    (tmp_path / "mayfly.toml").write_text("", encoding="utf-8")
+    async with open_database(url) as database:
+        await database.write(migrating.migrate)
+        await receive(database, *(arrival(due_in=DAY, id=f"g-{number}") for number in range(3000)))
+
+        async def count_changed():
+            changed = select(func.count()).where(records.c.ttl_seconds == 7200)
+            return await database.read(lambda connection: connection.scalar(changed))
+
+        process = mayfly("policy apply mayfly.toml --existing --yes", MAYFLY_TTL="2h")
+        process.spawn()
+        await eventually(count_changed, seconds=60)
+        await process.kill9()
+        done = await count_changed()
+        process.spawn()
+        assert await process.wait() == 0
+
+        assert 0 < done < 3000
+        assert await count_changed() == 3000
+        moves = select(func.count()).where(events.c.move == Move.RESCHEDULE)
+        assert await database.read(lambda connection: connection.scalar(moves)) == 3000
