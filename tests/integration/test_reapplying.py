@@ -12,7 +12,7 @@ from service.core.lifecycle import Move, State
 from service.core.matchers import Pattern, Texts
 from service.core.retention import Bounds, Policy
 from service.core.rules import NO_RULES, Rule, RuleSet
-from service.ledger import forgetting, history, looking, moving, reapplying
+from service.ledger import forgetting, history, holding, looking, moving, reapplying
 from service.ledger.moving import Grace
 from service.ledger.opening import open_database
 from service.ledger.reapplying import FIRST, Place, Seen
@@ -212,6 +212,21 @@ async def test_what_is_not_the_policys_to_decide_stays(database):
     assert [await row_of(database, key) for key in keys] == before
     states = [State.SCHEDULED, State.HELD, State.KEPT, State.FAILED, State.DELETED, State.DELETING]
     assert [row.state for row in before] == [*states, State.SCHEDULED, State.SCHEDULED, State.KEPT]
+
+
+async def test_the_end_of_a_hold_is_no_decision_of_an_operator(database):
+    key = await store(database, due_in=HOUR)
+    until = utc_now() + 2 * HOUR
+    hold = partial(moving.move_record, key=key, wanted=Move.HOLD, actor="operator", reason="x", until=until)
+    await database.write(partial(hold, now=utc_now()))
+    await set_columns(database, key, hold_until=utc_now() - MINUTE)
+    end = partial(holding.end_holds, account=ACCOUNT, now=utc_now(), min_ttl=3 * HOUR, limit=9)
+    assert await database.write(end) == 1
+    moved_to = (await row_of(database, key)).due_at
+
+    assert await apply(database, policy_of(ttl=MINUTE)) == 0
+    assert await apply(database, policy_of(ttl=DAY)) == 1
+    assert (await row_of(database, key)).due_at > moved_to
 
 
 async def test_without_a_copy_a_rule_about_the_project_may_protect(database):
