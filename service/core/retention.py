@@ -141,7 +141,11 @@ def refine_retention(
     is_moved = ttl is None or abs(due_at - sent_at - ttl) >= timedelta(seconds=1)
     # No signature covers an override that only the API shows: it can only keep the generation longer.
     is_unsigned = found.rule.startswith(OVERRIDE_PREFIX)
-    if (is_moved or is_unsigned) and found.hold_reason is None and not found.is_later_than(due_at):
+    # Without what only the API says another rule would have decided, so the configuration has changed since.
+    known = msgspec.structs.replace(facts, project=None, source=None, output_file_name=None, is_complete=False)
+    first = decide_retention(policy, known, webhook_url=webhook_url, sent_at=sent_at, now=now)
+    is_reconfigured = first.rule != rule
+    if (is_moved or is_unsigned or is_reconfigured) and found.hold_reason is None and not found.is_later_than(due_at):
         return None
     return found
 
