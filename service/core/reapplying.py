@@ -7,6 +7,7 @@ from typing import Final
 
 import msgspec
 
+from service.core.adopting import POLLERS_TTL
 from service.core.lifecycle import Move, State
 from service.core.matchers import Facts
 from service.core.retention import DEFAULT_RULE, Policy, Retention, decide_retention, keep_longer
@@ -14,8 +15,6 @@ from service.core.rules import RULE_PREFIX
 
 # ttl_seconds has no fractions.
 _SAME: Final = timedelta(seconds=1)
-# Nothing that a sweep adopted is kept for less: who made it without our webhookUrl polls for it, then downloads it.
-_ADOPTED_AT_LEAST: Final = timedelta(minutes=15)
 
 
 class Effect(StrEnum):
@@ -110,16 +109,16 @@ def _decide_from_start(policy: Policy, record: Existing) -> Retention:
     """Return what *policy* says, as if it were the moment at which the clock of *record* starts.
 
     The labels that are stored are those of the signed webhook, while its URL may be the API's. So whatever only the
-    URL says can keep it longer, and cannot shorten.
+    URL says can keep it longer, and cannot shorten. Nothing that a sweep adopted is kept for less than POLLERS_TTL.
     """
     start = _start(record)
     found = decide_retention(policy, record.facts, webhook_url=record.webhook_url, sent_at=start, now=start)
     if not is_decided_by_policy(found.rule) or found.labels != record.facts.labels:
         plain = decide_retention(policy, record.facts, webhook_url=None, sent_at=start, now=start)
         found = keep_longer(plain, found)
-    if record.has_webhook or found.due_at is None or found.due_at >= start + _ADOPTED_AT_LEAST:
+    if record.has_webhook or found.due_at is None or found.due_at >= start + POLLERS_TTL:
         return found
-    return msgspec.structs.replace(found, ttl=_ADOPTED_AT_LEAST, due_at=start + _ADOPTED_AT_LEAST)
+    return msgspec.structs.replace(found, ttl=POLLERS_TTL, due_at=start + POLLERS_TTL)
 
 
 def _start(record: Existing) -> datetime:
