@@ -139,7 +139,8 @@ def _existing(row: Row[Any], labels: Mapping[str, str], *, is_decided: bool) -> 
         input_types=read_input_types((row.input or "null").encode()) if "input" in row._fields else (),
         output_duration=row.output_duration,
         labels=labels,
-        is_complete=row.copied_at is not None,
+        # Of what a sweep adopted, the list of the API was the first to tell.
+        is_complete=row.copied_at is not None or not row.has_webhook,
     )
     return Existing(
         State(row.state),

@@ -238,6 +238,15 @@ async def test_without_a_copy_a_rule_about_the_project_may_protect(database):
     assert [(await row_of(database, key)).ttl_seconds for key in (unknown, known)] == [86_400, 7_200]
 
 
+async def test_of_what_a_sweep_adopted_all_is_known(database):
+    key = await store(database, due_in=DAY, projectId="other")
+    await set_columns(database, key, notification=None, look_at=None)
+    changed = policy_of(rule("film", ttl=3 * DAY, project="film"), ttl=2 * HOUR)
+
+    assert await apply(database, changed) == 1
+    assert (await row_of(database, key)).ttl_seconds == 7_200
+
+
 # What changes meanwhile
 
 
