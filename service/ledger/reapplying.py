@@ -1,6 +1,6 @@
 """A changed policy on records that exist: read in batches, and changed only while they are as they were seen.
 
-No record moves without this. A worker's safety net makes the job of one that is due earlier, within four seconds.
+No record moves without this. A worker's safety net makes the job of one that is due earlier, within five seconds.
 """
 
 from collections.abc import Mapping, Sequence
