@@ -82,6 +82,7 @@ def test_each_option_changes_what_is_read(field):
 def test_each_setting_is_used(field):
     through = {"ttl": "policy", "min_ttl": "policy", "database_url": "ledger_url"}
     through |= dict.fromkeys(("api_key", "webhook_secrets", "api_rate"), "accounts")
+    through["record_ttl"] = "record_ttls"
     name = through.get(field, field)
     sources = [path for package in ("service", "workers") for path in (ROOT / package).rglob("*.py")]
     users = [

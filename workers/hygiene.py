@@ -1,8 +1,8 @@
-"""An arq cron job: it forgets records whose generations have been gone for MAYFLY_RECORD_TTL."""
+"""An arq cron job: it forgets records whose generations have been gone for MAYFLY_RECORD_TTL, or as their rule says."""
 
 import asyncio
 import contextlib
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from datetime import UTC, datetime, timedelta
 from functools import partial
 from typing import Any, Final
@@ -10,6 +10,7 @@ from typing import Any, Final
 import structlog
 from arq.cron import CronJob, cron
 
+from service.core.record_ttls import RecordTtls
 from service.ledger import forgetting
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.forgetting import Forgotten
@@ -18,7 +19,7 @@ from service.runtime.metrics import Metrics
 log = structlog.get_logger()
 
 NAME: Final = "forget_records"
-# Who forgets, in a record's history: the setting decided it.
+# Who forgets, in a record's history: the setting decided it, or else the rule is named.
 ACTOR: Final = "MAYFLY_RECORD_TTL"
 # Every ten minutes; what one run leaves, the next one takes.
 MINUTES: Final = frozenset(range(5, 60, 10))
@@ -36,14 +37,14 @@ class Hygiene:
     def __init__(
         self,
         database: Database,
-        ttl: timedelta,
+        ttls: RecordTtls,
         *,
         metrics: Metrics,
         stopping: asyncio.Event,
         now: Callable[[], datetime] = lambda: datetime.now(UTC),
     ) -> None:
         self._database = database
-        self._ttl = ttl
+        self._ttls = ttls
         self._now = now
         self._metrics = metrics
         self._stopping = stopping
@@ -55,12 +56,8 @@ class Hygiene:
         """
         number = 0
         try:
-            after: datetime | None = None
-            for _ in range(_MAX_BATCHES):
-                batch = await self._forget(after)
-                number, after = number + batch.number, batch.last_deleted_at
-                if batch.number < BATCH or await self._is_stopping():
-                    break
+            async for batch in self._forget_all():
+                number += batch.number
         except LedgerUnavailableError as error:
             self._metrics.loops_failed.labels("hygiene").inc()
             log.warning("records.not_forgotten", error=str(error), what_now="tried again within ten minutes")
@@ -71,9 +68,24 @@ class Hygiene:
             log.info("records.forgotten", records=number, what_now="their proof of deletion stays")
         return number
 
-    async def _forget(self, after: datetime | None) -> Forgotten:
+    async def _forget_all(self) -> AsyncIterator[Forgotten]:
+        """Forget batch by batch, the records of one rule after those of another, and yield each batch."""
+        left = _MAX_BATCHES
+        for rule in await self._database.read(forgetting.find_rules):
+            after: datetime | None = None
+            while (ttl := self._ttls.of_rule(rule)) is not None:
+                batch = await self._forget(rule, ttl, after)
+                yield batch
+                after, left = batch.last_deleted_at, left - (batch.number > 0)
+                if batch.number and (left == 0 or await self._is_stopping()):
+                    return
+                if batch.number < BATCH:
+                    break
+
+    async def _forget(self, rule: str, ttl: timedelta, after: datetime | None) -> Forgotten:
+        actor = rule if rule in self._ttls.by_rule else ACTOR
         forget = partial(
-            forgetting.forget_deleted, ttl=self._ttl, after=after, now=self._now(), limit=BATCH, actor=ACTOR
+            forgetting.forget_deleted, rule=rule, ttl=ttl, after=after, now=self._now(), limit=BATCH, actor=actor
         )
         return await self._database.write(forget)
 

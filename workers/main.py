@@ -37,8 +37,8 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
         parts = {account.id: await stack.enter_async_context(open_account(account, key)) for account, key in accounts}
         work = [net.run() for part in parts.values() for net in (part.overdue, part.look_net)]
         # One for all accounts, and for those that are no longer here: it runs in the queue of the first.
-        ttl = settings.record_ttl
-        hygiene = None if ttl is None else Hygiene(resources.database, ttl, metrics=metrics, stopping=stopping)
+        ttls = settings.record_ttls
+        hygiene = None if ttls.is_forever else Hygiene(resources.database, ttls, metrics=metrics, stopping=stopping)
         for account, key in accounts:
             part = parts[account.id]
             jobs = Jobs(part.jobs, part.looks, hygiene, _crons(part, key))

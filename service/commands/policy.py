@@ -1,13 +1,14 @@
-"""`mayfly policy`: the rules of MAYFLY_CONFIG, checked and shown in plain words."""
+"""`mayfly policy`: the rules of MAYFLY_CONFIG, checked, shown in plain words, and applied to what exists."""
 
-import os
 from datetime import UTC, datetime
 
 import click
 import msgspec
 from rich.table import Table
 
-from service.commands.running import EXIT_SETTINGS, as_json, print_json, settings_or_exit
+from service.commands import policy_changes
+from service.commands.policy_changes import settings_of_file
+from service.commands.running import as_json, print_json
 from service.commands.suggesting import SuggestingGroup
 from service.config.rules_advice import find_warnings
 from service.config.rules_shape import make_schema
@@ -36,7 +37,11 @@ class PolicyShown(msgspec.Struct, frozen=True):
 
 @click.group(cls=SuggestingGroup)
 def policy() -> None:
-    """Check the rules that say how long generations are kept."""
+    """Check the rules that say how long generations are kept, and see what they would do."""
+
+
+policy.add_command(policy_changes.diff)
+policy.add_command(policy_changes.apply)
 
 
 @policy.command()
@@ -48,10 +53,7 @@ def check(*, file: str | None, is_json: bool) -> None:
     It reads the file as the service would, together with the environment. The exit code is 0 for a valid file, also
     with warnings, and 2 if the service would not start with it. Nothing is changed.
     """
-    settings = settings_or_exit(environment={**os.environ, "MAYFLY_CONFIG": file} if file else os.environ)
-    if settings.config_path is None:
-        click.echo("mayfly: there is no file to check: name one, or set MAYFLY_CONFIG", err=True)
-        raise SystemExit(EXIT_SETTINGS)
+    settings = settings_of_file(file)
     shown = show_policy(settings, now=datetime.now(UTC))
     if is_json:
         print_json(shown)

@@ -38,6 +38,7 @@ from service.core.adopting import Scope
 from service.core.durations import parse_ttl
 from service.core.errors import ExplainedError
 from service.core.rate import Rate
+from service.core.record_ttls import RecordTtls
 from service.core.retention import Bounds, Policy
 from service.core.secret import Secret
 
@@ -98,6 +99,11 @@ class Settings:
             for one in self.rules_file.accounts
         }
         return Policy(self.ttl, self.min_ttl, self.rules_file.rules, bounds)
+
+    @property
+    def record_ttls(self) -> RecordTtls:
+        """How long records are kept after their generations are gone."""
+        return RecordTtls.of(self.record_ttl, self.rules_file.rules)
 
     @property
     def accounts(self) -> tuple[Account, ...]:

@@ -112,7 +112,7 @@ def decide_retention(
     if not request_url or "?" not in request_url:
         return found
     base = Retention(found.rule, found.ttl, found.due_at)
-    return _keep_longer(found, _apply_overrides(base, _read_url(request_url), clock, place="the URL of its request"))
+    return keep_longer(found, _apply_overrides(base, _read_url(request_url), clock, place="the URL of its request"))
 
 
 def refine_retention(
@@ -141,7 +141,11 @@ def refine_retention(
     is_moved = ttl is None or abs(due_at - sent_at - ttl) >= timedelta(seconds=1)
     # No signature covers an override that only the API shows: it can only keep the generation longer.
     is_unsigned = found.rule.startswith(OVERRIDE_PREFIX)
-    if (is_moved or is_unsigned) and found.hold_reason is None and not found.is_later_than(due_at):
+    # Without what only the API says another rule would have decided, so the configuration has changed since.
+    known = msgspec.structs.replace(facts, project=None, source=None, output_file_name=None, is_complete=False)
+    first = decide_retention(policy, known, webhook_url=webhook_url, sent_at=sent_at, now=now)
+    is_reconfigured = first.rule != rule
+    if (is_moved or is_unsigned or is_reconfigured) and found.hold_reason is None and not found.is_later_than(due_at):
         return None
     return found
 
@@ -164,7 +168,7 @@ def reconsider_retention(
     return found if found.hold_reason is not None or found.is_later_than(due_at) else None
 
 
-def _keep_longer(first: Retention, second: Retention) -> Retention:
+def keep_longer(first: Retention, second: Retention) -> Retention:
     """Return what keeps the generation longer; a hold of either counts, the first one's before the second's."""
     timed = second if second.is_later_than(first.due_at) else first
     held = first if first.hold_reason is not None else second

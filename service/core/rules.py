@@ -165,14 +165,14 @@ def read_facts(
         project=generation.project_id,
         source=generation.source,
         output_file_name=generation.output_file_name,
-        input_types=_input_types(generation.input) if "input_type" in rules.asks_for else (),
+        input_types=read_input_types(generation.input) if "input_type" in rules.asks_for else (),
         output_duration=generation.output_duration,
         labels=labels or {},
         is_complete=is_complete,
     )
 
 
-def _input_types(raw: bytes | memoryview) -> tuple[str, ...]:
+def read_input_types(raw: bytes | memoryview) -> tuple[str, ...]:
     """Return the different types of the inputs; what is not documented counts as missing."""
     try:
         inputs = msgspec.json.decode(raw)

@@ -29,7 +29,7 @@ _RECEIPT: Final = frozenset({"method", "status", "at", "detail"})
 _DETAILS: Final = frozenset(
     {
         *("attempt", "verdict", "outcome", "status", "rule", "announced"),
-        *("retryAt", "dueAt", "deletedAt", "receipt", "detail"),
+        *("retryAt", "dueAt", "oldRule", "oldDueAt", "deletedAt", "receipt", "detail"),
     }
 )
 # So many receipts or details are in memory at once; each may have the body of an answer.
@@ -78,10 +78,26 @@ def forget_record(connection: Connection, key: Key, *, now: datetime, actor: str
     return True
 
 
+def find_rules(connection: Connection) -> list[str]:
+    """Return the rules of the records that are deleted and not forgotten; each costs one entry of an index."""
+    found: list[str] = []
+    mine = (records.c.deleted_at.is_not(None), records.c.forgotten_at.is_(None))
+    while (
+        rule := connection.scalar(
+            select(records.c.rule)
+            .where(records.c.rule > (found[-1] if found else ""), *mine)
+            .order_by(records.c.rule)
+            .limit(1)
+        )
+    ) is not None:
+        found.append(rule)
+    return found
+
+
 def forget_deleted(
-    connection: Connection, *, ttl: timedelta, after: datetime | None, now: datetime, limit: int, actor: str
+    connection: Connection, rule: str, *, ttl: timedelta, after: datetime | None, now: datetime, limit: int, actor: str
 ) -> Forgotten:
-    """Forget up to *limit* records whose generations have been gone for *ttl*, the longest first.
+    """Forget up to *limit* records of *rule* whose generations have been gone for *ttl*, the longest first.
 
     *after* is the last_deleted_at of the batch before, which saves reading again what is forgotten. Records that
     another worker has locked are left to it.
@@ -93,7 +109,7 @@ def forget_deleted(
     rows: Sequence[Any] = connection.execute(
         select(records.c.seq, records.c.deleted_at)
         # Only deleted records have a deleted_at. With the state in here, SQLite reads all of them instead.
-        .where(*conditions, records.c.forgotten_at.is_(None))
+        .where(records.c.rule == rule, *conditions, records.c.forgotten_at.is_(None))
         .order_by(records.c.deleted_at)
         .limit(limit)
         .with_for_update(skip_locked=True)

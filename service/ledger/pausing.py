@@ -155,3 +155,10 @@ def earlier_clock(connection: Connection, now: datetime) -> datetime:
     if connection.dialect.name == "sqlite":
         return now
     return min(now, connection.scalar(select(func.statement_timestamp())) or now)
+
+
+def later_clock(connection: Connection, now: datetime) -> datetime:
+    """Return the later of *now* and the database's clock: a clock that is behind must make nothing due early."""
+    if connection.dialect.name == "sqlite":
+        return now
+    return max(now, connection.scalar(select(func.statement_timestamp())) or now)

@@ -8,6 +8,7 @@ from sqlalchemy import (
     BigInteger,
     Boolean,
     Column,
+    ColumnElement,
     Date,
     DateTime,
     Dialect,
@@ -144,64 +145,29 @@ records = Table(
     Index("records_state_received_at", "state", "received_at", "seq"),
     sqlite_autoincrement=True,
 )
+
+
+def _index(name: str, *columns: Column[Any], where: ColumnElement[bool]) -> None:
+    """Add an index of the records *where* that is true."""
+    Index(name, *columns, sqlite_where=where, postgresql_where=where)
+
+
+_c = records.c
 # One index entry shows the next due record of an account. Without the state in the index, SQLite sorts all scheduled
 # rows; without the account, a worker would read through another account's backlog.
-Index(
-    "records_account_state_wake_at",
-    records.c.account,
-    records.c.state,
-    records.c.wake_at,
-    sqlite_where=records.c.wake_at.is_not(None),
-    postgresql_where=records.c.wake_at.is_not(None),
-)
-Index(
-    "records_account_look_at",
-    records.c.account,
-    records.c.look_at,
-    sqlite_where=records.c.look_at.is_not(None),
-    postgresql_where=records.c.look_at.is_not(None),
-)
-Index(
-    "records_hold_until",
-    records.c.hold_until,
-    sqlite_where=records.c.hold_until.is_not(None),
-    postgresql_where=records.c.hold_until.is_not(None),
-)
+_index("records_account_state_wake_at", _c.account, _c.state, _c.wake_at, where=_c.wake_at.is_not(None))
+_index("records_account_look_at", _c.account, _c.look_at, where=_c.look_at.is_not(None))
+_index("records_hold_until", _c.hold_until, where=_c.hold_until.is_not(None))
 # Nearly all records are COMPLETED, and a page of those needs no index.
-Index(
-    "records_status_received_at",
-    records.c.status,
-    records.c.received_at,
-    records.c.seq,
-    sqlite_where=records.c.status != literal_column("'COMPLETED'"),
-    postgresql_where=records.c.status != literal_column("'COMPLETED'"),
-)
-Index(
-    "records_project_id_received_at",
-    records.c.project_id,
-    records.c.received_at,
-    records.c.seq,
-    sqlite_where=records.c.project_id.is_not(None),
-    postgresql_where=records.c.project_id.is_not(None),
-)
-# The pages of what is due, or was deleted, within some time; the second shows what is to be forgotten as well.
-Index(
-    "records_due_at",
-    records.c.due_at,
-    records.c.received_at,
-    records.c.seq,
-    sqlite_where=records.c.due_at.is_not(None),
-    postgresql_where=records.c.due_at.is_not(None),
-)
-Index(
-    "records_deleted_at",
-    records.c.deleted_at,
-    records.c.forgotten_at,
-    records.c.received_at,
-    records.c.seq,
-    sqlite_where=records.c.deleted_at.is_not(None),
-    postgresql_where=records.c.deleted_at.is_not(None),
-)
+_is_rarer = _c.status != literal_column("'COMPLETED'")
+_index("records_status_received_at", _c.status, _c.received_at, _c.seq, where=_is_rarer)
+_index("records_project_id_received_at", _c.project_id, _c.received_at, _c.seq, where=_c.project_id.is_not(None))
+# The pages of what is due, or was deleted, within some time.
+_index("records_due_at", _c.due_at, _c.received_at, _c.seq, where=_c.due_at.is_not(None))
+_index("records_deleted_at", _c.deleted_at, _c.received_at, _c.seq, where=_c.deleted_at.is_not(None))
+# What is to be forgotten, for each rule, as it may have a time of its own. A forgotten record leaves it.
+_is_left = and_(_c.deleted_at.is_not(None), _c.forgotten_at.is_(None))
+_index("records_rule_deleted_at", _c.rule, _c.deleted_at, where=_is_left)
 
 
 # Some ids of one account. By account, because for pairs of account and id SQLite reads the whole index.

@@ -7,10 +7,13 @@ from functools import partial
 from typing import Any
 
 import pytest
-from sqlalchemy import insert, select, update
+from sqlalchemy import event, insert, select, update
 
 import workers.runner
 from service.commands import record_moves
+from service.config.settings import read_settings
+from service.core.key import Key
+from service.core.record_ttls import RecordTtls
 from service.ledger import forgetting
 from service.ledger.opening import open_database
 from service.ledger.schema import events, labels, records
@@ -82,12 +85,17 @@ def mayfly(database_url, tmp_path):
     return run
 
 
+def ttls_of(default, **by_rule):
+    """Return how long records are kept: *default*, or as a rule says."""
+    return RecordTtls(default, {f"rule: {name}": ttl for name, ttl in by_rule.items()})
+
+
 @pytest.fixture
 def make_hygiene(database, metrics):
     """Make the hygiene of a worker: ``make_hygiene(ttl)``."""
 
-    def make(ttl, *, now=utc_now, on=database):
-        return Hygiene(on, ttl, now=now, metrics=metrics, stopping=asyncio.Event())
+    def make(ttl, *, now=utc_now, on=database, **by_rule):
+        return Hygiene(on, ttls_of(ttl, **by_rule), now=now, metrics=metrics, stopping=asyncio.Event())
 
     return make
 
@@ -317,6 +325,73 @@ async def test_a_clock_that_is_ahead_forgets_nothing_early_on_postgresql(postgre
         assert (await row_of(database, key)).forgotten_at is None
 
 
+async def deleted_by(database, rule, **options):
+    """Store a record that *rule* decided and that is deleted."""
+    key = await deleted(database, **options)
+    named = update(records).where(records.c.id == key.id).values(rule=rule)
+    await database.write(lambda connection: connection.execute(named).rowcount)
+    return key
+
+
+async def forgetters_of(database, *keys: Key):
+    """Return who forgot each record; None for one that is not forgotten."""
+    entries = [await events_of(database, key) for key in keys]
+    return [next((one.actor for one in mine if one.move == "forget"), None) for mine in entries]
+
+
+async def test_a_rule_has_a_record_ttl_of_its_own(database, make_hygiene):
+    rules = ("rule: short", "rule: film", "rule: gone", "MAYFLY_TTL", "override: ttl")
+    keys = [await deleted_by(database, rule, ago=3 * HOUR) for rule in rules]
+    young = await deleted_by(database, "rule: short", ago=HOUR / 2)
+
+    assert await make_hygiene(24 * HOUR, short=HOUR, film=None).run() == 1
+    assert await forgetters_of(database, *keys, young) == ["rule: short", *[None] * 5]
+    assert SECRET not in await texts_of(database, keys[0])
+    assert await make_hygiene(2 * HOUR, short=HOUR, film=None).run() == 3
+    assert await forgetters_of(database, *keys[1:], young) == [None, *["MAYFLY_RECORD_TTL"] * 3, None]
+
+
+async def test_without_the_setting_a_rule_alone_says_when_records_are_forgotten(database, make_hygiene):
+    keys = [await deleted_by(database, rule, ago=3 * HOUR) for rule in ("rule: short", "rule: gone", "MAYFLY_TTL")]
+
+    assert await make_hygiene(None, short=HOUR).run() == 1
+    assert await forgetters_of(database, *keys) == ["rule: short", None, None]
+
+
+def test_the_settings_have_the_record_ttl_of_each_rule(tmp_path):
+    file = tmp_path / "mayfly.toml"
+    rule = '[[rule]]\nid = "short"\nstatus = "FAILED"\nttl = "1h"\nrecord_ttl = "7d"\n'
+    file.write_text(rule, encoding="utf-8")
+    settings = read_settings({"MAYFLY_CONFIG": str(file), "MAYFLY_RECORD_TTL": "90d"})
+
+    assert settings.record_ttls == RecordTtls(90 * 24 * HOUR, {"rule: short": 7 * 24 * HOUR})
+
+
+async def test_what_is_to_be_forgotten_is_found_by_an_index(database):
+    """Each rule costs its own entries alone, however many records there are."""
+    searched = {"sqlite": "records_rule_deleted_at (rule=? AND deleted_at<?)", "postgresql": "records_rule_deleted_at"}
+    rows: list[str] = []
+
+    def explain(connection):
+        if connection.dialect.name == "postgresql":
+            connection.exec_driver_sql("SET LOCAL enable_seqscan = off")
+
+        def note(conn, _cursor, text, parameters, _context, _many):
+            if "deleted_at <=" in text and "EXPLAIN" not in text:
+                rows.extend(str(row[-1]) for row in conn.exec_driver_sql(_explain(connection, text), parameters))
+
+        event.listen(connection, "before_cursor_execute", note)
+        forgetting.forget_deleted(connection, "MAYFLY_TTL", ttl=HOUR, after=None, now=utc_now(), limit=5, actor=ACTOR)
+        return connection.dialect.name
+
+    name = await database.write(explain)
+    assert any(searched[name] in row for row in rows)
+
+
+def _explain(connection, text):
+    return f"{'EXPLAIN QUERY PLAN' if connection.dialect.name == 'sqlite' else 'EXPLAIN'} {text}"
+
+
 async def many_deleted(database, number):
     """Store *number* records that were deleted an hour ago."""
     items = [arrival(**PERSONAL) for _ in range(number)]
@@ -346,7 +421,9 @@ async def test_several_workers_at_once_forget_each_record_once(database, make_hy
 
 async def test_a_batch_is_bounded_and_continues_after_the_last(database):
     await many_deleted(database, 7)
-    forget_some = partial(forgetting.forget_deleted, ttl=timedelta(0), now=utc_now(), limit=5, actor=ACTOR)
+    forget_some = partial(
+        forgetting.forget_deleted, rule="MAYFLY_TTL", ttl=timedelta(0), now=utc_now(), limit=5, actor=ACTOR
+    )
     first = await database.write(partial(forget_some, after=None))
     second = await database.write(partial(forget_some, after=first.last_deleted_at))
     third = await database.write(partial(forget_some, after=second.last_deleted_at))
@@ -358,14 +435,14 @@ async def test_a_stop_ends_a_run_after_its_batch(database, metrics):
     await many_deleted(database, BATCH + 1)
     stopping = asyncio.Event()
     stopping.set()
-    hygiene = Hygiene(database, HOUR / 2, metrics=metrics, stopping=stopping)
+    hygiene = Hygiene(database, ttls_of(HOUR / 2), metrics=metrics, stopping=stopping)
 
     assert await hygiene.run() == BATCH
 
 
 async def test_a_database_that_does_not_answer_ends_a_run_and_is_counted(sqlite_database, metrics):
     await sqlite_database.close()
-    hygiene = Hygiene(sqlite_database, HOUR, metrics=metrics, stopping=asyncio.Event())
+    hygiene = Hygiene(sqlite_database, ttls_of(HOUR), metrics=metrics, stopping=asyncio.Event())
 
     assert await hygiene.run() == 0
     assert metrics.registry.get_sample_value("mayfly_loops_failed_total", {"loop": "hygiene"}) == 1

@@ -6,6 +6,7 @@ import time
 from functools import partial
 from typing import Any
 
+import msgspec
 import pytest
 from structlog.testing import capture_logs
 
@@ -167,6 +168,20 @@ async def test_a_rule_about_the_project_decides_once_it_is_known(  # noqa: PLR09
         assert enqueued == [(item.key, 1, row.due_at)]
     else:
         assert (row.wake_at, enqueued) == (None, [])
+
+
+@pytest.mark.parametrize("ttl", [24 * HOUR, HOUR])
+async def test_a_rule_that_was_changed_since_moves_nothing_at_the_look(database, looks_of, api, ttl):
+    item = arrival(due_in=ttl)
+    item = msgspec.structs.replace(item, retention=msgspec.structs.replace(item.retention, rule="rule: scratch"))
+    await receive(database, item)
+    api.show(*shown(item, projectId="scratch"))  # for which the rule now says two hours
+    looks, enqueued = looks_of(database)
+    await looks.run(item.key)
+    row = await row_of(database, item.key)
+
+    assert (row.rule, row.due_at, enqueued) == ("rule: scratch", item.retention.due_at, [])
+    assert row.copied_at is not None
 
 
 async def test_a_record_that_is_held_or_kept_stays_so(database, looks_of, api):

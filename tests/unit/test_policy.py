@@ -166,7 +166,19 @@ def refined(rules, facts=None, *, by="MAYFLY_TTL", due_at=NOW + DAY, ttl=DAY, ur
 @pytest.mark.parametrize("ttl", [HOUR, 3 * DAY])
 @pytest.mark.parametrize("by", ["MAYFLY_TTL", "rule: other"])
 def test_what_the_early_look_shows_moves_the_due_time_both_ways(ttl, by):
-    assert refined(policy(rule("film", project="film", ttl=ttl)), by=by) == Retention("rule: film", ttl, NOW + ttl)
+    rules = [rule("film", project="film", ttl=ttl), *([rule("other", ttl=DAY)] if by != "MAYFLY_TTL" else [])]
+
+    assert refined(policy(*rules), by=by) == Retention("rule: film", ttl, NOW + ttl)
+
+
+@pytest.mark.parametrize("by", ["MAYFLY_TTL", "rule: gone"])
+@pytest.mark.parametrize("about", [{}, {"status": "COMPLETED"}])
+def test_a_rule_that_is_new_in_the_configuration_shortens_nothing_at_the_look(by, about):
+    shown = Facts(status="COMPLETED", project="film", is_complete=True)
+
+    assert refined(policy(rule("new", ttl=HOUR, **about)), shown, by=by) is None
+    assert refined(policy(ttl=HOUR), shown, by="rule: gone") is None
+    assert refined(policy(rule("new", ttl=3 * DAY, **about)), shown, by=by).due_at == NOW + 3 * DAY
 
 
 def test_what_the_early_look_shows_can_keep_or_hold():

@@ -128,7 +128,8 @@ def _indexes() -> None:
         ("records_status_received_at", ["status", "received_at", "seq"], "status != 'COMPLETED'"),
         ("records_project_id_received_at", ["project_id", "received_at", "seq"], "project_id IS NOT NULL"),
         ("records_due_at", ["due_at", "received_at", "seq"], "due_at IS NOT NULL"),
-        ("records_deleted_at", ["deleted_at", "forgotten_at", "received_at", "seq"], "deleted_at IS NOT NULL"),
+        ("records_deleted_at", ["deleted_at", "received_at", "seq"], "deleted_at IS NOT NULL"),
+        ("records_rule_deleted_at", ["rule", "deleted_at"], "deleted_at IS NOT NULL AND forgotten_at IS NULL"),
     ):
         where = sa.text(condition)
         op.create_index(name, "records", columns, sqlite_where=where, postgresql_where=where)
