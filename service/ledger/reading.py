@@ -233,8 +233,8 @@ class HeldCause(StrEnum):
     INVALID_OVERRIDE = auto()  # nobody asked for this hold, so an operator must look at it
 
 
-# Who puts an override's hold on a record: the webhook, or an attempt to which the API showed it.
-_BY_OVERRIDE = ("webhook", "override")
+# Who puts an override's hold on a record: the webhook, that of its batch, or an attempt to which the API showed it.
+_BY_OVERRIDE = ("webhook", "batch", "override")
 
 
 def count_held(connection: Connection) -> dict[HeldCause, int]:
