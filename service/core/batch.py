@@ -58,7 +58,7 @@ def read_batch(notification: Generation, body: bytes) -> Batch:
     """Return the batch of a *notification* that read_generation() has read from *body*. It raises nothing."""
     top = _object(body) or {}
     created_at = notification.created_at or _text(top, "created_at")
-    metrics = _object(bytes(notification.metrics)) if notification.is_batch else None
+    metrics = None if notification.metrics is msgspec.UNSET else _object(bytes(notification.metrics))
     return Batch(
         notification.id,
         notification.status,
@@ -104,9 +104,12 @@ def read_line(line: bytes) -> Line:
     return Line(is_error=any(_has_error(fields) for _, fields in objects))
 
 
-def _objects(raw: bytes, fields: Mapping[str, msgspec.Raw], depth: int) -> Iterator[tuple[bytes, dict[str, msgspec.Raw]]]:
+_Fields = Mapping[str, msgspec.Raw]
+
+
+def _objects(raw: bytes, fields: _Fields, depth: int) -> Iterator[tuple[bytes, _Fields]]:
     """Yield the object of a line and those within it where a generation may be, the outermost first."""
-    yield raw, dict(fields)
+    yield raw, fields
     if depth == 0:
         return
     for name in _PLACES:

@@ -76,8 +76,8 @@ def receive_batch(connection: Connection, arrival: BatchArrival) -> tuple[BatchS
     statement = insert(batches).values(values).on_conflict_do_nothing(index_elements=["account", "id"])
     if connection.execute(statement.returning(batches.c.id)).first() is not None:
         return BatchState.WAITING, True
-    known = connection.scalar(select(batches.c.state).where(*_is(arrival.key)))
-    return BatchState(known), False
+    known = connection.execute(select(batches.c.state).where(*_is(arrival.key))).one()
+    return BatchState(known.state), False
 
 
 def find_due_batches(connection: Connection, account: str, *, now: datetime, limit: int) -> Sequence[Key]:
@@ -161,7 +161,8 @@ def settle_batch(
 def retry_batch(connection: Connection, key: Key, *, now: datetime) -> bool:
     """Let a batch be looked at again now, whatever its state; return False if there is none."""
     values = {"state": str(BatchState.WAITING), "look_at": now, "waited_seconds": 0, "resolved_at": None}
-    return connection.execute(update(batches).where(*_is(key)).values(values).returning(batches.c.id)).first() is not None
+    statement = update(batches).where(*_is(key)).values(values).returning(batches.c.id)
+    return connection.execute(statement).first() is not None
 
 
 def find_batch(connection: Connection, key: Key) -> Row[Any] | None:

@@ -8,7 +8,6 @@ connection goes to the very address that was checked. Source: sync.so docs, "Bat
 import asyncio
 import socket
 from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
@@ -207,9 +206,8 @@ class _NoCookies(CookieJar):
         """Do nothing."""
 
 
-@asynccontextmanager
-async def open_results_reader(base_url: str) -> AsyncIterator[ResultsReader]:
-    """Yield a reader of results for the API at *base_url*."""
+def make_results_reader(base_url: str) -> ResultsReader:
+    """Return a reader of results for the API at *base_url*; it opens a client for each file."""
     tls = httpx.create_ssl_context()
     tls.load_default_certs()  # the machine's store, too, for a company's own certificate authority
     open_client = partial(
@@ -221,4 +219,4 @@ async def open_results_reader(base_url: str) -> AsyncIterator[ResultsReader]:
         trust_env=False,
         verify=tls,
     )
-    yield ResultsReader(open_client, base_url, resolve_host)
+    return ResultsReader(open_client, base_url, resolve_host)

@@ -12,8 +12,9 @@ from litestar.di import NamedDependency
 from litestar.openapi import ResponseSpec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 
+from service.core.batch import BatchState
 from service.jobs.connection import QUEUE_ERRORS
-from service.ledger import adopting, pausing, reading
+from service.ledger import adopting, batches, pausing, reading
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.pausing import Kind, Pause
 from service.runtime.metrics import Metrics
@@ -176,7 +177,7 @@ async def show_metrics(
 async def _read_gauges(database: Database, metrics: Metrics, now: datetime, swept: Iterable[str]) -> bool:
     """Read the ledger's gauges; False if it does not answer, and they keep their values."""
     try:
-        backlog, held, pauses, sweeps = await run_within(
+        backlog, held, pauses, sweeps, counted = await run_within(
             _CHECK_SECONDS,
             database.read(
                 lambda connection: (
@@ -184,6 +185,7 @@ async def _read_gauges(database: Database, metrics: Metrics, now: datetime, swep
                     reading.count_held(connection),
                     pausing.find_pauses(connection),
                     {account: adopting.last_complete(connection, account) for account in swept},
+                    batches.count_batches(connection),
                 )
             ),
         )
@@ -191,6 +193,9 @@ async def _read_gauges(database: Database, metrics: Metrics, now: datetime, swep
         return False
     for account, at in sweeps.items():
         metrics.sweep_complete_seconds.labels(account).set(0 if at is None else at.timestamp())
+    for state, number in counted.items():
+        if state is not BatchState.RESOLVED:
+            metrics.batches_open.labels(state).set(number)
     metrics.oldest_overdue_seconds.set(backlog.oldest_overdue.total_seconds())
     metrics.due_records.set(backlog.due)
     metrics.failed_records.set(backlog.failed)
