@@ -23,7 +23,7 @@ from service.ledger.database import Database, RefusedDataError
 from service.ledger.receiving import Arrival, Receipt
 from service.sync.answers import Answer
 from service.sync.client import SyncApi
-from service.sync.listing import list_generations
+from service.sync.listing import WAIT_SECONDS, list_generations
 from service.sync.results import Results, ResultsReader
 
 log = structlog.get_logger()
@@ -64,7 +64,10 @@ class _Found:
 
 @dataclass(frozen=True, kw_only=True)
 class BatchLook:
-    """A look at the batch *claimed*; *acquire* waits until one call may be made, and returns False to end."""
+    """A look at the batch *claimed*; *acquire* waits until one call may be made, and returns False to end.
+
+    *list_wait_seconds* is how long a failed page of the list waits.
+    """
 
     claimed: Claimed
     policy: Policy
@@ -73,6 +76,7 @@ class BatchLook:
     reader: ResultsReader
     acquire: Callable[[], Awaitable[bool]]
     now: Callable[[], datetime]
+    list_wait_seconds: float = WAIT_SECONDS
 
     async def resolve(self, adopt: Adopt) -> Resolution | None:
         """Find the generations of the batch and *adopt* those that have ended and have no record.
@@ -131,7 +135,12 @@ class BatchLook:
             return
         window = _Window(created_at - _MARGIN, self.claimed.sent_at + _MARGIN, webhook_url)
         listing = await list_generations(
-            api, acquire=self.acquire, wanted=window.contains, begin=window.begin, is_enough=window.is_passed
+            api,
+            acquire=self.acquire,
+            wanted=window.contains,
+            begin=window.begin,
+            is_enough=window.is_passed,
+            wait_seconds=self.list_wait_seconds,
         )
         if listing.failure is not None:
             found.unread += found.errors  # the list could have had their generations

@@ -10,7 +10,7 @@ from typing import Any, Final
 import structlog
 from arq.cron import CronJob, cron
 
-from service.ledger import forgetting
+from service.ledger import batches, forgetting
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.forgetting import Forgotten
 from service.runtime.metrics import Metrics
@@ -67,6 +67,7 @@ class Hygiene:
         except Exception:  # arq would report it without what follows
             self._metrics.loops_failed.labels("hygiene").inc()
             log.exception("records.not_forgotten", what_now="tried again within ten minutes")
+        await self._forget_batches()
         if number:
             log.info("records.forgotten", records=number, what_now="their proof of deletion stays")
         return number
@@ -76,6 +77,13 @@ class Hygiene:
             forgetting.forget_deleted, ttl=self._ttl, after=after, now=self._now(), limit=BATCH, actor=ACTOR
         )
         return await self._database.write(forget)
+
+    async def _forget_batches(self) -> None:
+        """Remove batches that were resolved long ago: their notifications have a URL that opens the results."""
+        before = self._now() - self._ttl
+        forget = partial(batches.forget_batches, before=before, limit=BATCH)
+        with contextlib.suppress(LedgerUnavailableError):  # the next run
+            await self._database.write(forget)
 
     async def _is_stopping(self) -> bool:
         """Wait a little between two batches, and return whether the worker stops."""

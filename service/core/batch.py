@@ -23,6 +23,8 @@ MAX_LINES: Final = 20_000
 # Where the generation of a line may be, and how deep: {"response": {"body": {…}}}.
 _PLACES: Final = ("generation", "result", "response", "output", "data", "body")
 _DEPTH: Final = 3
+# Where an ``id`` is that of the generation, though nothing else says so: that of a response could be the response's.
+_NAMED: Final = ("generation", "result")
 _ID_KEYS: Final = ("generation_id", "generationId")
 # A status beside one of these is that of a generation; any other could be that of the line.
 _DESCRIBING: Final = ("model", "input", "createdAt", "outputUrl")
@@ -92,30 +94,31 @@ def read_line(line: bytes) -> Line:
     top = _object(line)
     if top is None:
         return Line()
-    objects = list(_objects(line, top, _DEPTH))
-    for raw, fields in objects:
+    objects = list(_objects("", line, top, _DEPTH))
+    for _, raw, fields in objects:
         if (found := _read_described(raw, fields)) is not None:
             return Line(found, is_ended=found.is_terminal)
-    for place, (_, fields) in enumerate(objects):
-        names = (*_ID_KEYS, "id") if place else _ID_KEYS
-        for name in names:
+    for place, _, fields in objects:
+        for name in (*_ID_KEYS, "id") if place in _NAMED else _ID_KEYS:
             if (named := _read_named(_text(fields, name))) is not None:
                 return Line(named)
-    return Line(is_error=any(_has_error(fields) for _, fields in objects))
+    return Line(is_error=any(_has_error(fields) for _, _, fields in objects))
 
 
 _Fields = Mapping[str, msgspec.Raw]
 
 
-def _objects(raw: bytes, fields: _Fields, depth: int) -> Iterator[tuple[bytes, _Fields]]:
+def _objects(place: str, raw: bytes, fields: _Fields, depth: int) -> Iterator[tuple[str, bytes, _Fields]]:
     """Yield the object of a line and those within it where a generation may be, the outermost first."""
-    yield raw, fields
+    if "metrics" in fields:
+        return  # a batch
+    yield place, raw, fields
     if depth == 0:
         return
     for name in _PLACES:
         inner = bytes(fields[name]) if name in fields else b""
         if (found := _object(inner)) is not None:
-            yield from _objects(inner, found, depth - 1)
+            yield from _objects(name, inner, found, depth - 1)
 
 
 def _read_described(raw: bytes, fields: Mapping[str, msgspec.Raw]) -> Generation | None:

@@ -19,7 +19,7 @@ from service.sync.client import PAGE_LIMIT, SyncApi
 
 # So often one call may fail in a row before the list is given up.
 _TRIES: Final = 4
-_WAIT_SECONDS: Final = 2.0
+WAIT_SECONDS: Final = 2.0
 _LONGEST_WAIT: Final = timedelta(seconds=60)
 _RESTARTS: Final = 5
 _SHOWN: Final = 10
@@ -71,7 +71,7 @@ async def list_generations(
     begin: Callable[[], None] = lambda: None,
     is_enough: Callable[[], bool] = lambda: False,
     progress: Callable[[Listing], None] = lambda _listing: None,
-    wait_seconds: float = _WAIT_SECONDS,
+    wait_seconds: float = WAIT_SECONDS,
 ) -> Listing:
     """Read the whole list and keep the generations that are *wanted*.
 

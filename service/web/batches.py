@@ -31,11 +31,11 @@ class BatchesController(Controller):
     async def list_batches(
         self,
         database: NamedDependency[Database],
-        state: Annotated[BatchState | None, QueryParameter()] = None,
+        in_state: Annotated[BatchState | None, QueryParameter(name="state")] = None,
         limit: Annotated[int, QueryParameter(ge=1, le=MAX_BATCHES)] = DEFAULT_BATCHES,
     ) -> BatchPage:
         """Answer the newest finished batches, all or those in one state."""
-        return await database.read(partial(list_batches, state=state, limit=limit))
+        return await database.read(partial(list_batches, state=in_state, limit=limit))
 
     @get(
         "/{batch_id:str}",
