@@ -28,8 +28,9 @@ from service.core.errors import ExplainedError
 from service.core.key import Key
 from service.core.lifecycle import State
 from service.core.retention import INVALID_RULE
+from service.ledger.instant import instant, microseconds
 from service.ledger.labelling import has_labels, read_labels
-from service.ledger.schema import instant, microseconds, records
+from service.ledger.schema import records
 
 MAX_PAGE = 500
 # A page ends before the record that would make it larger; a single record may be.

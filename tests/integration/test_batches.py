@@ -18,10 +18,11 @@ from service.core.lifecycle import State
 from service.core.rate import Rate
 from service.core.retention import Policy
 from service.core.secret import Secret
+from service.jobs import connection
 from service.jobs.enqueue import BatchJob, CleanupJob, CopyJob
 from service.ledger import batches, pausing
-from service.ledger.batch_table import batches as table
 from service.ledger.pausing import Kind, Pause
+from service.ledger.schema import batches as table
 from service.ledger.schema import records
 from service.simulator import Operation
 from service.sync.client import open_sync_api
@@ -41,11 +42,16 @@ BEARER = {"authorization": f"Bearer {API_TOKEN}"}
 
 
 @pytest.fixture
-def worker(database, simulator, pool, metrics):
-    """Make the job of a worker; ``enqueued`` has what it enqueued."""
+def enqueued():
+    return []
+
+
+@pytest.fixture
+def worker(database, simulator, pool, metrics, enqueued):
+    """Make the job of a worker; *enqueued* has what it enqueued."""
 
     def make(*, database=database, now=utc_now, stopping=None):
-        stopping, enqueued = stopping or asyncio.Event(), []
+        stopping = stopping or asyncio.Event()
         budget = Budget(Rate(100_000, 1), pool, Secret(API_KEY), clock=time.monotonic, stopping=stopping)
         look = partial(
             BatchLook,
@@ -61,7 +67,7 @@ def worker(database, simulator, pool, metrics):
         async def enqueue(jobs):
             enqueued.extend(jobs)
 
-        made = Batches(
+        return Batches(
             database=database,
             look=lambda claimed: look(claimed=claimed),
             enqueue=enqueue,
@@ -70,8 +76,6 @@ def worker(database, simulator, pool, metrics):
             metrics=metrics,
             stopping=stopping,
         )
-        made.enqueued = enqueued
-        return made
 
     return make
 
@@ -123,11 +127,10 @@ async def rows_of(database):
     return await database.read(lambda connection: connection.execute(select(records)).all())
 
 
-async def test_a_batch_with_failures_leads_to_a_record_of_each_generation(database, simulator, app, worker):
+async def test_a_batch_with_failures_leads_to_a_record_of_each_generation(database, simulator, app, worker, enqueued):
     simulator.switches.endings = ("COMPLETED", "COMPLETED", "COMPLETED", "FAILED", "REJECTED")
     found = await make_quiet_batch(simulator, app)
-    job = worker()
-    await job.run(Key(ACCOUNT, found.id))
+    await worker().run(Key(ACCOUNT, found.id))
 
     rows = await rows_of(database)
     assert {row.id for row in rows} == {one.id for one in found.generations}
@@ -139,8 +142,8 @@ async def test_a_batch_with_failures_leads_to_a_record_of_each_generation(databa
     for one in rows:
         assert (one.state, one.rule, one.due_at) == ("scheduled", "MAYFLY_TTL", row.sent_at + TTL)
         assert (one.notification, one.copy, one.look_at is not None) == (None, None, True)
-    assert [type(one) for one in job.enqueued].count(CopyJob) == 40
-    assert [type(one) for one in job.enqueued].count(CleanupJob) == 40
+    assert [type(one) for one in enqueued].count(CopyJob) == 40
+    assert [type(one) for one in enqueued].count(CleanupJob) == 40
 
 
 async def test_the_key_is_sent_to_neither_url_of_the_results(simulator, app, worker):
@@ -164,7 +167,7 @@ async def test_the_webhook_is_stored_once_and_its_job_enqueued(database, simulat
     job = BatchJob(Key(ACCOUNT, found.id), utc_now())
 
     async def is_enqueued():
-        return await pool.zscore("mayfly", job.id)
+        return await pool.zscore(connection.QUEUE, job.id)
 
     assert await eventually(is_enqueued)
 

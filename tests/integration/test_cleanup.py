@@ -27,6 +27,7 @@ from tests.support.ledger import ACCOUNT, ACTOR, HOUR, LEASE, confirmed, deferre
 from tests.support.waiting import eventually
 from workers import account, cleanup, runner
 from workers import ledger as worker_ledger
+from workers.batch import Batches
 from workers.cleanup import Attempts, CleanupJobs
 from workers.copy import Looks
 
@@ -85,8 +86,8 @@ class Work:
 
 
 def jobs_of(work: Work) -> runner.Jobs:
-    """Return the jobs of *work*, without early looks."""
-    return runner.Jobs(work.jobs, cast("Looks", None))
+    """Return the jobs of *work*, without early looks and batches."""
+    return runner.Jobs(work.jobs, cast("Looks", None), cast("Batches", None))
 
 
 @pytest.fixture

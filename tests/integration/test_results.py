@@ -135,7 +135,7 @@ class Internet:
     def __init__(self, answers, addresses=None) -> None:
         self.answers = answers
         self.addresses = addresses or {}
-        self.requests = []
+        self.requests: list[tuple[str, str, object]] = []
 
     def reader(self, base_url="https://api.sync.so"):
         transport = httpx.MockTransport(self._answer)
