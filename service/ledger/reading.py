@@ -38,8 +38,7 @@ MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
 # What a record adds to its texts: the names of its fields, times and numbers.
 _RECORD_BYTES: Final = 1200
 # So many records are read at first, then as many as there may be room for.
-_READ_AT_ONCE: Final = 16
-_MOST_AT_ONCE: Final = 128
+_READ_AT_ONCE, _MOST_AT_ONCE = 16, 128
 # How many records one page of a search reads: some 15 ms.
 SEARCHED = 10_000
 # Microseconds since 1970 and the record's number.

@@ -34,6 +34,9 @@ class Metrics:
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
             registry=self.registry,
         )
+        self._make_ledger()
+
+    def _make_ledger(self) -> None:
         self.oldest_overdue_seconds = self._gauge(
             "oldest_overdue_seconds", "Age of the most overdue deletion, read from the ledger."
         )

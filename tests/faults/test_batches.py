@@ -1,4 +1,4 @@
-"""A finished batch while its worker is killed, Redis is emptied, the API is away: each generation is deleted once."""
+"""A finished batch while its worker is killed, Redis is emptied, the API silent: each generation is deleted once."""
 
 import asyncio
 import json
@@ -91,7 +91,7 @@ async def test_a_batch_whose_job_redis_lost_is_found_in_the_ledger(system: Syste
 
 
 @on_both
-async def test_a_batch_waits_for_an_api_that_is_away(system: System):
+async def test_a_batch_waits_for_an_api_that_does_not_answer(system: System):
     for operation in ("BATCH-RESULT", "BATCH-GET", "LIST"):
         system.simulator.plan.stand(operation, "drop")
     await asyncio.gather(system.api(), system.worker())

@@ -42,7 +42,7 @@ async def host(answer):
 
     async with await asyncio.start_server(serve, "127.0.0.1", 0) as server:
         yield f"http://127.0.0.1:{server.sockets[0].getsockname()[1]}/results?token=t", requests
-    await asyncio.gather(*serving)
+    await asyncio.gather(*(task for task in serving if task is not None))
 
 
 async def read(answer, **options):
