@@ -14,12 +14,13 @@ from typing import Any, Final
 import structlog
 
 from service.core.key import Key
+from service.core.lifecycle import State
 from service.jobs.connection import QUEUE_ERRORS
 from service.jobs.enqueue import CleanupJob, CopyJob, Job
 from service.ledger import batches
 from service.ledger.batches import Claimed, Resolution
 from service.ledger.database import Database, LedgerUnavailableError
-from service.ledger.receiving import Arrival, Receipt
+from service.ledger.inserting import Arrival, Receipt
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
 from workers.batch_look import BatchLook
@@ -120,9 +121,9 @@ class Batches:
         receipts = await self._database.write(partial(batches.adopt_of_batch, claimed=claimed, arrivals=arrivals))
         jobs: list[Job] = []
         for arrival, receipt in zip(arrivals, receipts, strict=True):
-            if receipt is not None and arrival.copy is None:
+            if receipt is not None and arrival.is_partial:
                 jobs.append(CopyJob(arrival.key, arrival.received_at))
-            if receipt is not None and receipt.due_at is not None:
+            if receipt is not None and receipt.state is State.SCHEDULED and receipt.due_at is not None:
                 jobs.append(CleanupJob(arrival.key, receipt.attempts + 1, receipt.due_at))
         try:
             await self._enqueue(jobs)

@@ -20,7 +20,7 @@ from service.core.rules import read_facts
 from service.ledger import adopting, pausing
 from service.ledger.batches import Claimed, Resolution
 from service.ledger.database import Database, RefusedDataError
-from service.ledger.receiving import Arrival, Receipt
+from service.ledger.inserting import Arrival, Receipt
 from service.sync.answers import Answer
 from service.sync.client import SyncApi
 from service.sync.listing import WAIT_SECONDS, list_generations
@@ -228,7 +228,17 @@ class BatchLook:
             now=now,
         )
         key, sent_at = Key(account, generation_id), min(self.claimed.sent_at, now)
-        return Arrival(key, generation, None, retention, now, sent_at, copy, ACTOR)
+        return Arrival(
+            key,
+            generation,
+            copy or "",
+            retention,
+            now,
+            sent_at,
+            is_adopted=True,
+            is_partial=copy is None,
+            actor=ACTOR,
+        )
 
     async def _conclude(self, found: _Found) -> Resolution:
         recorded = len(await self._find_known(found))

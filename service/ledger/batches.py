@@ -16,7 +16,8 @@ from sqlalchemy.dialects import postgresql, sqlite
 from service.core.batch import Batch, BatchState
 from service.core.key import Key
 from service.ledger import pausing
-from service.ledger.receiving import Arrival, Receipt, adopt
+from service.ledger.adopting import adopt
+from service.ledger.inserting import Arrival, Receipt
 from service.ledger.schema import batches
 
 _OPEN: Final = (BatchState.WAITING, BatchState.UNRESOLVED)
