@@ -9,7 +9,7 @@ from functools import partial
 import httpx
 import msgspec
 import pytest
-from sqlalchemy import select, update
+from sqlalchemy import select, text, update
 from structlog.testing import capture_logs
 
 from service.core.batch import BatchState
@@ -474,10 +474,25 @@ async def test_old_batches_that_are_resolved_are_removed(database, simulator, ap
     assert await count(database) == 20
 
 
-async def test_a_batch_that_the_database_does_not_take_is_503_and_not_lost_silently(open_client, database):
-    await database.write(table.drop)
-    async with open_client(database) as client:
-        body = json.dumps(batch()).encode()
-        answer = await client.post("/webhooks/sync", content=body, headers=webhook(body).headers)
+async def rename(database, old, new):
+    await database.write(lambda connection: connection.execute(text(f"ALTER TABLE {old} RENAME TO {new}")))
+
+
+async def test_a_batch_that_the_database_does_not_take_is_503(open_client, database):
+    await rename(database, "batches", "elsewhere")
+    try:
+        async with open_client(database) as client:
+            body = json.dumps(batch()).encode()
+            answer = await client.post("/webhooks/sync", content=body, headers=webhook(body).headers)
+    finally:
+        await rename(database, "elsewhere", "batches")
 
     assert answer.status_code == httpx.codes.SERVICE_UNAVAILABLE
+
+
+async def test_explain_says_that_the_webhook_of_its_batch_told_of_a_generation(simulator, app, worker):
+    found = await make_quiet_batch(simulator, app, lines=20)
+    await worker().run(Key(ACCOUNT, found.id))
+    shown = (await app.get(f"/api/records/{found.generations[0].id}/explain", headers=BEARER)).json()
+
+    assert "after the webhook of its batch was sent" in shown["explain"]
