@@ -34,6 +34,7 @@ from tests.support.waiting import eventually
 from tests.support.webhooks import batch, webhook
 from workers.batch import Batches
 from workers.batch_look import BatchLook
+from workers.hygiene import Hygiene
 
 PAYLOAD = {"model": "lipsync-2", "input": [{"type": "video", "url": "https://cdn.example.com/a.mp4"}]}
 TTL = timedelta(hours=24)
@@ -461,14 +462,15 @@ async def test_batches_are_listed_by_their_state(simulator, app, worker):
     assert (await app.get("/api/batches")).status_code == 401
 
 
-async def test_old_batches_that_are_resolved_are_removed(database, simulator, app, worker):
+async def test_old_batches_that_are_resolved_are_removed(database, simulator, app, worker, metrics):
     found = await make_quiet_batch(simulator, app, lines=20)
     other = await make_quiet_batch(simulator, app, lines=20)
     await worker().run(Key(ACCOUNT, found.id))
-    early, late = utc_now() - HOUR, utc_now() + HOUR
+    hygiene = partial(Hygiene, database, HOUR, metrics=metrics, stopping=asyncio.Event())
+    await hygiene().run()
+    assert await batch_row(database, found) is not None
+    await hygiene(now=lambda: utc_now() + 2 * HOUR).run()
 
-    assert await database.write(partial(batches.forget_batches, before=early, limit=9)) == 0
-    assert await database.write(partial(batches.forget_batches, before=late, limit=9)) == 1
     assert await batch_row(database, found) is None
     assert BatchState((await batch_row(database, other)).state) is BatchState.WAITING
     assert await count(database) == 20
