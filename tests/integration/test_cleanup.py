@@ -350,7 +350,7 @@ async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(wor
     }
 
     assert {name: getattr(worker, name) for name in is_built} == is_built
-    assert list(worker.functions) == [enqueue.CLEANUP, enqueue.COPY]
+    assert list(worker.functions) == [enqueue.CLEANUP, enqueue.COPY, enqueue.BATCH]
     assert worker.queue_read_limit >= 10 * worker.max_jobs
     # It may wait for the budget and then hold a whole lease; and so long arq keeps the id of a worker that died.
     assert cleanup.BUDGET_SECONDS + worker_ledger.LEASE.total_seconds() < worker.job_timeout_s <= 90
