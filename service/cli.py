@@ -24,6 +24,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "send": "service.commands.trying",
     "records": "service.commands.records",
     "explain": "service.commands.explaining",
+    "batches": "service.commands.batches",
     "stats": "service.commands.operating",
     "pause": "service.commands.operating",
     "resume": "service.commands.operating",

@@ -20,7 +20,7 @@ from service.config.settings import Settings
 from service.core.key import Key
 from service.core.secret import Secret
 from service.jobs import connection, enqueue
-from service.jobs.enqueue import CleanupJob, Job
+from service.jobs.enqueue import BatchJob, CleanupJob, Job
 from service.ledger import key_history
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.group_commit import GroupCommit
@@ -29,7 +29,10 @@ from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.sync.client import SyncApi, open_sync_api
 from service.sync.rate_limit import Budget, SpareCalls
+from service.sync.results import make_results_reader
 from workers.attempt import Cleaner
+from workers.batch import Batches
+from workers.batch_look import BatchLook
 from workers.cleanup import Attempts, CleanupJobs
 from workers.copy import LookLedger, LookNet, Looks
 from workers.heartbeat import beat
@@ -43,7 +46,7 @@ log = structlog.get_logger()
 
 # How long a proof of the key waits for the budget; the attempt's GET and DELETE are used up.
 _PROOF_SECONDS: Final = 5.0
-# How long one call of a sweep waits for deletions that need the whole budget.
+# How long one call of a sweep or of a look at a batch waits for deletions that need the whole budget.
 _SWEEP_SECONDS: Final = 600.0
 
 
@@ -56,6 +59,8 @@ class WorkerParts:
     overdue: Overdue
     looks: Looks
     look_net: LookNet
+    batches: Batches
+    batch_net: LookNet
     sweep: Sweep | None  # None where no sweep is asked for
 
 
@@ -76,6 +81,12 @@ class _Ground:
     async def enqueue(self, jobs: Sequence[Job]) -> str:
         """Enqueue *jobs* of the account."""
         return await enqueue.enqueue_jobs(self.pool, self.ledger.account, jobs, now=_now())
+
+    async def enqueue_soon(self, jobs: Sequence[Job]) -> None:
+        """Enqueue those of *jobs* that are due within the horizon; the safety nets enqueue the others later."""
+        horizon = _now() + self.settings.queue_horizon
+        if soon := [job for job in jobs if job.at <= horizon]:
+            await self.enqueue(soon)
 
 
 @asynccontextmanager
@@ -102,9 +113,11 @@ async def open_parts(
         jobs, overdue = _make_deletions(ground, attempts)
         looks, look_net = _make_looks(ground)
         sweep = _make_sweep(ground, key, database)
+        batches, batch_net = _make_batches(ground, key, database)
         try:
-            yield WorkerParts(jobs, attempts, overdue, looks, look_net, sweep)
+            yield WorkerParts(jobs, attempts, overdue, looks, look_net, batches, batch_net, sweep)
         finally:
+            await batches.close()
             if sweep is not None:
                 await sweep.wait()
 
@@ -169,12 +182,39 @@ def _make_sweep(ground: _Ground, key: Secret, database: Database) -> Sweep | Non
         metrics=ground.metrics,
     )
 
-    async def enqueue_soon(jobs: Sequence[CleanupJob]) -> None:
-        horizon = _now() + ground.settings.queue_horizon
-        if soon := [job for job in jobs if job.at <= horizon]:
-            await ground.enqueue(soon)
+    return Sweep(sweeper, enqueue=ground.enqueue_soon, stopping=ground.stopping)
 
-    return Sweep(sweeper, enqueue=enqueue_soon, stopping=ground.stopping)
+
+def _make_batches(ground: _Ground, key: Secret, database: Database) -> tuple[Batches, LookNet]:
+    """Return the job that finds the generations of finished batches, and its safety net."""
+    look = partial(
+        BatchLook,
+        policy=ground.settings.policy,
+        database=database,
+        open_api=partial(_open_api, ground.settings, key, ground.budget, ground.metrics, connections=1),
+        reader=make_results_reader(ground.settings.base_url),
+        acquire=partial(SpareCalls(ground.budget, time.monotonic).wait, _SWEEP_SECONDS, ground.stopping),
+        now=_now,
+    )
+    found = Batches(
+        database=database,
+        look=lambda claimed: look(claimed=claimed),
+        enqueue=ground.enqueue_soon,
+        give_up_after=ground.settings.give_up_after,
+        now=_now,
+        metrics=ground.metrics,
+        stopping=ground.stopping,
+    )
+    net = LookNet(
+        find_due=ground.ledger.find_due_batches,
+        enqueue=ground.enqueue,
+        now=_now,
+        metrics=ground.metrics,
+        stopping=ground.stopping,
+        make_job=BatchJob,
+        name="batches",
+    )
+    return found, net
 
 
 def _make_deletions(ground: _Ground, attempts: Attempts) -> tuple[CleanupJobs, Overdue]:

@@ -11,7 +11,7 @@ from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Final
+from typing import Any, Final, Literal
 
 import structlog
 
@@ -21,7 +21,7 @@ from service.core.key import Key
 from service.core.retention import Policy, Retention, refine_retention
 from service.core.rules import read_facts
 from service.jobs.connection import QUEUE_ERRORS
-from service.jobs.enqueue import CopyJob
+from service.jobs.enqueue import CopyJob, Job
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.looking import Known, Looked
 from service.runtime.causes import describe_cause
@@ -121,7 +121,7 @@ class Looks:
             return None
         found = refine_retention(
             self.policy,
-            read_facts(self.policy.rules, key.account, generation, is_complete=True),
+            read_facts(self.policy.rules, key.account, generation, is_complete=True, labels=known.labels),
             rule=known.rule,
             due_at=known.due_at,
             ttl=known.ttl,
@@ -136,17 +136,24 @@ class Looks:
 
 
 class LookNet:
-    """One loop over the ledger, which enqueues the looks that no job has made; *enqueue* enqueues jobs."""
+    """One loop over the ledger, which enqueues the looks that no job has made; *enqueue* enqueues jobs.
+
+    *make_job* makes the job of a look; *name* is what the looks are of, for the log.
+    """
 
     def __init__(
         self,
         *,
         find_due: Callable[[timedelta, int], Awaitable[Sequence[Key]]],
-        enqueue: Callable[[Sequence[CopyJob]], Awaitable[object]],
+        enqueue: Callable[[Sequence[Job]], Awaitable[object]],
         now: Callable[[], datetime],
         metrics: Metrics,
         stopping: asyncio.Event,
+        make_job: Callable[[Key, datetime], Job] = CopyJob,
+        name: Literal["looks", "batches"] = "looks",
     ) -> None:
+        self._make_job = make_job
+        self._name = name
         self._find_due = find_due
         self._enqueue = enqueue
         self._now = now
@@ -155,16 +162,17 @@ class LookNet:
 
     async def run(self) -> None:
         """Check the ledger every five seconds until the worker stops."""
+        what_now = "retrying in five seconds"
         while not self._stopping.is_set():
             try:
                 if keys := await self._find_due(LATE, AT_ONCE):
-                    await self._enqueue([CopyJob(key, self._now()) for key in keys])
+                    await self._enqueue([self._make_job(key, self._now()) for key in keys])
             except (LedgerUnavailableError, *QUEUE_ERRORS) as error:
-                self._metrics.loops_failed.labels("looks").inc()
-                log.warning("looks.failed", error=describe_cause(error), what_now="retrying in five seconds")
+                self._metrics.loops_failed.labels(self._name).inc()
+                log.warning("looks.failed", of=self._name, error=describe_cause(error), what_now=what_now)
             except Exception:  # the loop must survive every error
-                self._metrics.loops_failed.labels("looks").inc()
-                log.exception("looks.crashed", what_now="retrying in five seconds")
+                self._metrics.loops_failed.labels(self._name).inc()
+                log.exception("looks.crashed", of=self._name, what_now=what_now)
             with contextlib.suppress(TimeoutError):
                 async with asyncio.timeout(EVERY.total_seconds()):
                     await self._stopping.wait()

@@ -11,7 +11,7 @@ import structlog
 from arq.cron import CronJob, cron
 
 from service.core.record_ttls import RecordTtls
-from service.ledger import forgetting
+from service.ledger import batches, forgetting
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.forgetting import Forgotten
 from service.runtime.metrics import Metrics
@@ -25,10 +25,11 @@ ACTOR: Final = "MAYFLY_RECORD_TTL"
 MINUTES: Final = frozenset(range(5, 60, 10))
 # Records in one transaction, which no webhook of SQLite can enter meanwhile.
 BATCH: Final = 200
-_MAX_BATCHES: Final = 500
+_MAX_BATCHES: Final = 200
 # Between two batches webhooks and attempts have the database to themselves.
 _PAUSE_SECONDS: Final = 0.2
-_TIMEOUT_SECONDS: Final = 9 * 60
+# Not longer than a cleanup job may take: for the longest timeout of all functions arq blocks the ids of a killed worker.
+_TIMEOUT_SECONDS: Final = 85
 
 
 class Hygiene:
@@ -64,6 +65,7 @@ class Hygiene:
         except Exception:  # arq would report it without what follows
             self._metrics.loops_failed.labels("hygiene").inc()
             log.exception("records.not_forgotten", what_now="tried again within ten minutes")
+        await self._forget_batches()
         if number:
             log.info("records.forgotten", records=number, what_now="their proof of deletion stays")
         return number
@@ -88,6 +90,15 @@ class Hygiene:
             forgetting.forget_deleted, rule=rule, ttl=ttl, after=after, now=self._now(), limit=BATCH, actor=actor
         )
         return await self._database.write(forget)
+
+    async def _forget_batches(self) -> None:
+        """Remove batches that were resolved long ago: their notifications have a URL that opens the results."""
+        if self._ttls.default is None:
+            return
+        before = self._now() - self._ttls.default
+        forget = partial(batches.forget_batches, before=before, limit=BATCH)
+        with contextlib.suppress(LedgerUnavailableError):  # the next run
+            await self._database.write(forget)
 
     async def _is_stopping(self) -> bool:
         """Wait a little between two batches, and return whether the worker stops."""

@@ -12,7 +12,7 @@ from sqlalchemy import Connection
 from service.core.generation import Generation
 from service.core.key import Key
 from service.core.retention import Retention
-from service.ledger import claiming, daily_limit, heartbeats, holding, looking, outcomes, pausing, settling
+from service.ledger import batches, claiming, daily_limit, heartbeats, holding, looking, outcomes, pausing, settling
 from service.ledger import outlook as outlooks
 from service.ledger.claiming import Claim, NotYet, Wanted
 from service.ledger.database import Database
@@ -154,6 +154,11 @@ class WorkerLedger:
         """Commit the outcomes of attempts."""
         write = partial(settling.settle_attempts, key=self._key, settlements=items, now=self._now(), actor=self._actor)
         return await self._database.write(write)
+
+    async def find_due_batches(self, late: timedelta, limit: int) -> Sequence[Key]:
+        """Return the batches whose look is due for longer than *late*; none while the API refuses its key."""
+        read = partial(batches.find_due_batches, account=self.account, now=self._now() - late, limit=limit)
+        return await self._database.read(read)
 
     async def find_due_looks(self, late: timedelta, limit: int) -> Sequence[Key]:
         """Return the records whose early look is due for longer than *late*; none while the API refuses its key."""

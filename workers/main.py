@@ -35,13 +35,13 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
             open_parts, settings, database=resources.database, pool=pool, metrics=metrics, stopping=stopping
         )
         parts = {account.id: await stack.enter_async_context(open_account(account, key)) for account, key in accounts}
-        work = [net.run() for part in parts.values() for net in (part.overdue, part.look_net)]
+        work = [net.run() for part in parts.values() for net in (part.overdue, part.look_net, part.batch_net)]
         # One for all accounts, and for those that are no longer here: it runs in the queue of the first.
         ttls = settings.record_ttls
         hygiene = None if ttls.is_forever else Hygiene(resources.database, ttls, metrics=metrics, stopping=stopping)
         for account, key in accounts:
             part = parts[account.id]
-            jobs = Jobs(part.jobs, part.looks, hygiene, _crons(part, key))
+            jobs = Jobs(part.jobs, part.looks, part.batches, hygiene, _crons(part, key))
             work.append(run_jobs(pool, queue_of(account.id), jobs, settings.concurrency, metrics, stopping))
             hygiene = None
         _log_without_sweep([name for name, part in parts.items() if part.sweep is None])

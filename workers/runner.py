@@ -19,6 +19,7 @@ from service.jobs import connection, enqueue
 from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
+from workers.batch import Batches, batch
 from workers.cleanup import BUDGET_SECONDS, CleanupJobs, cleanup
 from workers.copy import Looks, copy
 from workers.hygiene import Hygiene, hygiene_cron
@@ -47,6 +48,7 @@ class Jobs:
 
     cleanup: CleanupJobs
     looks: Looks
+    batches: Batches
     hygiene: Hygiene | None = None
     crons: Sequence[CronJob] = ()
 
@@ -101,11 +103,15 @@ async def _after_failure(pool: ArqRedis, queue: str, error: BaseException | None
 def _arq_worker(pool: ArqRedis, queue: str, jobs: Jobs, concurrency: int) -> Worker:
     at_once = max_jobs(concurrency)
     return Worker(
-        functions=[func(cleanup, name=enqueue.CLEANUP), func(copy, name=enqueue.COPY)],
+        functions=[
+            func(cleanup, name=enqueue.CLEANUP),
+            func(copy, name=enqueue.COPY),
+            func(batch, name=enqueue.BATCH),
+        ],
         queue_name=queue,
         redis_pool=pool,
         cron_jobs=[*jobs.crons, *([] if jobs.hygiene is None else [hygiene_cron()])],
-        ctx={"jobs": jobs.cleanup, "looks": jobs.looks, "hygiene": jobs.hygiene},
+        ctx={"jobs": jobs.cleanup, "looks": jobs.looks, "batches": jobs.batches, "hygiene": jobs.hygiene},
         handle_signals=False,
         job_completion_wait=int(STOP_SECONDS),
         # arq refuses an id while its result exists, and an attempt may have to be enqueued again.

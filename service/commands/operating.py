@@ -8,6 +8,7 @@ from rich.table import Table
 
 from service.commands.running import actor, as_json, open_ledger, print_json, run, settings_or_exit
 from service.config.settings import Settings
+from service.core.batch import BatchState
 from service.core.lifecycle import State
 from service.ledger import heartbeats, key_history, pausing
 from service.ledger.account_reading import require_account
@@ -55,6 +56,10 @@ def _print_stats(found: Stats) -> None:
     _print_accounts(found)
     is_running, sentence = heartbeats.describe_worker(found.worker_seen_at, now=datetime.now(UTC))
     click.echo(f"{sentence[0].upper()}{sentence[1:]}.")
+    waiting = found.batches[BatchState.WAITING] + found.batches[BatchState.UNRESOLVED]
+    if waiting or found.batches[BatchState.FAILED]:
+        given_up = f", {found.batches[BatchState.FAILED]} were given up" if found.batches[BatchState.FAILED] else ""
+        click.echo(f"Batches: {waiting} are still looked at{given_up}; mayfly batches list shows them.")
     if not found.pauses:
         click.echo("Deletions are running." if is_running else "Deletions are not paused, but need a worker that runs.")
     else:

@@ -48,6 +48,7 @@ class Facts:
     look_at: datetime | None  # the next early look at the API, None once it is over
     looks: int
     is_adopted: bool = False  # by a sweep: no webhook told of it
+    is_of_batch: bool = False  # the webhook of its batch told of it
 
 
 class Obstacle(msgspec.Struct, frozen=True):
@@ -217,6 +218,7 @@ def _explain_look(facts: Facts) -> list[str]:
 def _describe_rule(facts: Facts) -> str:
     """Say which rule set the due time; no full stop."""
     since = "a sweep adopted it" if facts.is_adopted else "its webhook was sent"
+    since = "the webhook of its batch was sent" if facts.is_of_batch else since
     after = f", {facts.ttl} after {since}" if facts.ttl else ""
     rule = facts.rule
     if rule == DEFAULT_RULE:

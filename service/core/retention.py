@@ -94,15 +94,16 @@ def decide_retention(
     sent_at: datetime,
     now: datetime,
     request_url: str | None = None,
+    request_place: str = "the URL of its request",
 ) -> Retention:
     """Decide how long a terminal generation is kept: by the override in its *webhook_url*, else by *policy*.
 
     An override is ``ttl``, ``expires`` or ``hold`` in the query of the signed body's *webhook_url*. An invalid one, or
     what looks like one, puts the record on hold. In a URL that is not ours, and in *request_url*, which no signature
-    covers, an override can only keep the generation longer. Without an override the first rule that matches *facts*
-    and the labels in *webhook_url* decides, else the policy's ttl. A hold counts, whoever asks for it: the override,
-    or the rule. The clock starts at *sent_at*, the signed send time, or at *now* if that is earlier. Nothing is due
-    before *now* plus the account's min_ttl.
+    covers and of which *request_place* says where it stood, an override can only keep the generation longer. Without an
+    override the first rule that matches *facts* and the labels in *webhook_url* decides, else the policy's ttl. A hold
+    counts, whoever asks for it: the override, or the rule. The clock starts at *sent_at*, the signed send time, or at
+    *now* if that is earlier. Nothing is due before *now* plus the account's min_ttl.
     """
     bounds = policy.bounds_of(facts.account)
     # In another zone, a day that is added would be one of its calendar, which may have 23 hours.
@@ -112,7 +113,7 @@ def decide_retention(
     if not request_url or "?" not in request_url:
         return found
     base = Retention(found.rule, found.ttl, found.due_at)
-    return keep_longer(found, _apply_overrides(base, _read_url(request_url), clock, place="the URL of its request"))
+    return keep_longer(found, _apply_overrides(base, _read_url(request_url), clock, place=request_place))
 
 
 def refine_retention(

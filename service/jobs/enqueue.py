@@ -1,4 +1,4 @@
-"""The queues: delayed arq jobs in Redis, one for the next attempt at each scheduled record, one for its early look.
+"""The queues: delayed arq jobs in Redis, for the next attempt at each scheduled record, its early look, and batches.
 
 A job may be lost, late, duplicated or early, and no record depends on it: the ledger decides what is due, and the
 worker's safety net enqueues what is missing.
@@ -25,6 +25,7 @@ log = structlog.get_logger()
 
 CLEANUP: Final = "cleanup"
 COPY: Final = "copy"
+BATCH: Final = "batch"
 
 # A slower enqueue is abandoned: the record is durable, and the safety net enqueues its job.
 ENQUEUE_TIMEOUT_SECONDS: Final = 2.0
@@ -87,7 +88,29 @@ class CopyJob(msgspec.Struct, frozen=True, gc=False):
         return self.key.account, self.key.id
 
 
-Job = CleanupJob | CopyJob
+class BatchJob(msgspec.Struct, frozen=True, gc=False):
+    """The look at the finished batch of *key*, to start at the aware instant *at*."""
+
+    key: Key
+    at: datetime
+
+    @property
+    def id(self) -> str:
+        """The job's id; a batch has one look at a time."""
+        return f"{self.key.account}:{self.key.id}:batch"
+
+    @property
+    def function(self) -> str:
+        """The name of the job's function."""
+        return BATCH
+
+    @property
+    def arguments(self) -> tuple[str, str]:
+        """The arguments of the job's function."""
+        return self.key.account, self.key.id
+
+
+Job = CleanupJob | CopyJob | BatchJob
 
 
 async def enqueue_job(pool: ArqRedis, job: Job, *, now: datetime) -> None:

@@ -17,7 +17,8 @@ from service.core.key import Key
 from service.core.lifecycle import Move, State, state_after
 from service.ledger import holding, pausing
 from service.ledger.history import Entry, append_entries
-from service.ledger.schema import KEYS_OF_ACCOUNT, Instant, group_by_account, records
+from service.ledger.instant import Instant
+from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, records
 
 LOST_LEASE = "its worker did not finish"
 # The last_error of a record that a dry run has rehearsed.

@@ -20,7 +20,7 @@ from service.core.explaining import (
 from service.core.holding import Hold
 from service.core.key import Key, describe_missing
 from service.core.lifecycle import State
-from service.ledger import heartbeats, holding, pausing, reading
+from service.ledger import heartbeats, history, holding, pausing, reading
 from service.ledger.account_reading import find_others
 from service.ledger.schema import records
 
@@ -81,6 +81,7 @@ def _facts_of(connection: Connection, row: Row[Any]) -> Facts:
         look_at=row.look_at,
         looks=row.looks,
         is_adopted=row.notification is None and row.forgotten_at is None,
+        is_of_batch=history.first_actor(connection, row.seq) == "batch",
     )
 
 

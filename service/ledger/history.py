@@ -43,6 +43,11 @@ def _entry_values(entry: Entry) -> dict[str, Any]:
     }
 
 
+def first_actor(connection: Connection, record: int) -> str | None:
+    """Return who made the first move of *record*."""
+    return connection.scalar(select(events.c.actor).where(events.c.record == record, events.c.seq == 1))
+
+
 def read_entries(connection: Connection, record: int) -> list[Entry]:
     """Return the moves of *record*, oldest first."""
     statement = select(events).where(events.c.record == record).order_by(events.c.seq)

@@ -25,7 +25,8 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
     """A terminal generation, and its retention; *sent_at* is where the ttl begins.
 
     *body* is that of the verified webhook or, with *is_adopted*, the API's own: such a record wants no early look.
-    *actor* is who brought it; *hold* is one beside those of the retention.
+    With *is_partial*, an adopted one of a batch, the body is not kept, and the early look brings the API's own. *actor*
+    is who brought it; *hold* is one beside those of the retention.
     """
 
     key: Key
@@ -35,6 +36,7 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
     received_at: datetime
     sent_at: datetime
     is_adopted: bool = False
+    is_partial: bool = False
     actor: str = ACTOR
     hold: Hold | None = None
 
@@ -131,12 +133,12 @@ def _insert_values(arrival: Arrival, hold: Hold | None) -> dict[str, Any]:
         "id": arrival.key.id,
         "state": str(state),  # SQLite's driver is slow to adapt a subclass of str
         "notification": None if arrival.is_adopted else arrival.body,
-        "copy": arrival.body if arrival.is_adopted else None,
+        "copy": arrival.body if arrival.is_adopted and not arrival.is_partial else None,
         "received_at": arrival.received_at,
         "sent_at": arrival.sent_at,
         "due_at": retention.due_at,
         "wake_at": retention.due_at if state is State.SCHEDULED else None,
-        "look_at": None if arrival.is_adopted else arrival.received_at,
+        "look_at": None if arrival.is_adopted and not arrival.is_partial else arrival.received_at,
         "rule": retention.rule,
         "ttl_seconds": ttl_seconds(retention),
         "hold_by": hold and hold.by,

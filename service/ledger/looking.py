@@ -3,7 +3,7 @@
 A record wants a look as long as it has a look_at. Whatever is lost, the ledger finds it by that.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any
@@ -18,6 +18,7 @@ from service.ledger import key_history, pausing
 from service.ledger.columns import generation_values
 from service.ledger.history import Entry, append_entries
 from service.ledger.key_history import KeyOfAccount
+from service.ledger.labelling import read_labels
 from service.ledger.pausing import Kind
 from service.ledger.schema import records
 
@@ -31,13 +32,17 @@ _CLOSED = (Kind.UNAUTHORIZED, Kind.WRONG_ORGANISATION, Kind.THROTTLED)
 
 @dataclass(frozen=True, slots=True)
 class Known:
-    """What the record says of its retention when the API shows its generation; *ttl* is None for forever."""
+    """What the record says of its retention when the API shows its generation; *ttl* is None for forever.
+
+    *labels* are those that the signed webhook gave it; the API may show another webhookUrl, or none.
+    """
 
     state: State
     rule: str
     due_at: datetime | None
     ttl: timedelta | None
     sent_at: datetime
+    labels: Mapping[str, str]
 
 
 @dataclass(frozen=True, slots=True)
@@ -97,7 +102,7 @@ def store_look(  # noqa: PLR0917 - what was seen, by whom, with which key
         return None
     # Records before keys, as settle_attempts() locks them.
     key_history.note_answers(connection, used, is_shown=True, unknown=0, now=now, actor=actor)
-    found = decide(_known(row)) if row.state == State.SCHEDULED else None
+    found = decide(_known(row, read_labels(connection, [row.seq]))) if row.state == State.SCHEDULED else None
     shown = {name: value for name, value in generation_values(generation).items() if value is not None}
     changes = {} if found is None else _retention_changes(row, found)
     values = {**shown, "copy": body, "copied_at": now, "look_at": None, **changes}
@@ -148,9 +153,9 @@ def _lock(connection: Connection, key: Key) -> Row[Any] | None:
     return connection.execute(wanted).first()
 
 
-def _known(row: Row[Any]) -> Known:
+def _known(row: Row[Any], labels: Mapping[int, Mapping[str, str]]) -> Known:
     ttl = None if row.ttl_seconds is None else timedelta(seconds=row.ttl_seconds)
-    return Known(State(row.state), row.rule, row.due_at, ttl, row.sent_at)
+    return Known(State(row.state), row.rule, row.due_at, ttl, row.sent_at, labels.get(row.seq, {}))
 
 
 def _move(found: Retention) -> Move:

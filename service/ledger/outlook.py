@@ -10,7 +10,8 @@ from service.core.key import Key
 from service.core.lifecycle import State
 from service.ledger import pausing
 from service.ledger.claiming import Wanted, in_state
-from service.ledger.schema import Instant, records
+from service.ledger.instant import Instant
+from service.ledger.schema import records
 
 _expired = (
     select(records.c.seq)

@@ -28,8 +28,9 @@ from service.core.errors import ExplainedError
 from service.core.key import Key
 from service.core.lifecycle import State
 from service.core.retention import INVALID_RULE
+from service.ledger.instant import instant, microseconds
 from service.ledger.labelling import has_labels, read_labels
-from service.ledger.schema import instant, microseconds, records
+from service.ledger.schema import records
 
 MAX_PAGE = 500
 # A page ends before the record that would make it larger; a single record may be.
@@ -37,8 +38,7 @@ MAX_PAGE_BYTES: Final = 4 * 1024 * 1024
 # What a record adds to its texts: the names of its fields, times and numbers.
 _RECORD_BYTES: Final = 1200
 # So many records are read at first, then as many as there may be room for.
-_READ_AT_ONCE: Final = 16
-_MOST_AT_ONCE: Final = 128
+_READ_AT_ONCE, _MOST_AT_ONCE = 16, 128
 # How many records one page of a search reads: some 15 ms.
 SEARCHED = 10_000
 # Microseconds since 1970 and the record's number.
@@ -234,8 +234,8 @@ class HeldCause(StrEnum):
     INVALID_OVERRIDE = auto()  # nobody asked for this hold, so an operator must look at it
 
 
-# Who puts an override's hold on a record: the webhook, or an attempt to which the API showed it.
-_BY_OVERRIDE = ("webhook", "override")
+# Who puts an override's hold on a record: the webhook, that of its batch, or an attempt to which the API showed it.
+_BY_OVERRIDE = ("webhook", "batch", "sweep", "override")
 
 
 def count_held(connection: Connection) -> dict[HeldCause, int]:

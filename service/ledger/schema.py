@@ -1,7 +1,6 @@
 """The tables of the ledger after the newest migration, the same on SQLite and PostgreSQL."""
 
 from collections.abc import Iterable
-from datetime import UTC, datetime, timedelta
 from typing import Any
 
 from sqlalchemy import (
@@ -10,8 +9,6 @@ from sqlalchemy import (
     Column,
     ColumnElement,
     Date,
-    DateTime,
-    Dialect,
     Float,
     Index,
     Integer,
@@ -23,49 +20,9 @@ from sqlalchemy import (
     bindparam,
     literal_column,
 )
-from sqlalchemy.types import TypeDecorator, TypeEngine
 
 from service.core.key import Key
-
-_EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
-
-
-def microseconds(instant: datetime) -> int:
-    """Return an aware instant as SQLite stores it, in microseconds since 1970; a naive one raises TypeError."""
-    # Not a division by timedelta(microseconds=1): it takes four times as long.
-    since = instant - _EPOCH
-    return (since.days * 86_400 + since.seconds) * 1_000_000 + since.microseconds
-
-
-def instant(number: int) -> datetime:
-    """Return the aware UTC instant *number* microseconds after 1970; OverflowError beyond datetime's range."""
-    return _EPOCH + timedelta(microseconds=number)
-
-
-class Instant(TypeDecorator[datetime]):
-    """An aware UTC instant: timestamptz on PostgreSQL, whole microseconds since 1970 on SQLite."""
-
-    impl = BigInteger
-    cache_ok = True
-
-    def load_dialect_impl(self, dialect: Dialect) -> TypeEngine[Any]:
-        """Choose the column type of *dialect*."""
-        return dialect.type_descriptor(BigInteger() if dialect.name == "sqlite" else DateTime(timezone=True))
-
-    def process_bind_param(self, value: datetime | None, dialect: Dialect) -> Any:  # noqa: ANN401 - two databases, two types
-        """Convert an instant for the database; a naive one raises ValueError."""
-        if value is None:
-            return None
-        if value.tzinfo is None:
-            raise ValueError("an instant needs a time zone")
-        return microseconds(value) if dialect.name == "sqlite" else value
-
-    def process_result_value(self, value: Any, dialect: Dialect) -> datetime | None:  # noqa: ANN401 - as above
-        """Convert an instant from the database to aware UTC."""
-        if value is None:
-            return None
-        return instant(value) if dialect.name == "sqlite" else value.astimezone(UTC)
-
+from service.ledger.instant import Instant
 
 metadata = MetaData(
     naming_convention={
@@ -205,6 +162,45 @@ labels = Table(
     Column("value", Text, nullable=False),
     Index("labels_name_value", "name", "value", "record"),
     sqlite_with_rowid=False,
+)
+
+# Finished batches: their webhooks name no generation, so that a worker has to find those; see batches.
+batches = Table(
+    "batches",
+    metadata,
+    Column("account", String(64), primary_key=True),
+    Column("id", String(255), primary_key=True),
+    Column("state", String(16), nullable=False),
+    Column("status", String(64), nullable=False),
+    Column("created_at", Instant),
+    Column("received_at", Instant, nullable=False),
+    # The signed send time of its webhook, where the ttl of its generations begins.
+    Column("sent_at", Instant, nullable=False),
+    Column("webhook_url", Text),
+    Column("output_url", Text),
+    # When a worker must look at it next, or the end of the lease of the one that does; NULL once that is over.
+    Column("look_at", Instant),
+    Column("tries", Integer, nullable=False, server_default="0"),
+    # How long it has waited between failed looks, in all.
+    Column("waited_seconds", BigInteger, nullable=False, server_default="0"),
+    Column("resolved_at", Instant),
+    # How many generations: it says that it has; got their record from it; had one already; were never made.
+    Column("expected", Integer),
+    Column("scheduled", Integer, nullable=False, server_default="0"),
+    Column("known", Integer, nullable=False, server_default="0"),
+    Column("errors", Integer, nullable=False, server_default="0"),
+    Column("unresolved", Integer),
+    Column("source", String(16)),
+    Column("last_error", Text),
+    Column("notification", Text, nullable=False),
+    Index("batches_received_at", "received_at"),
+)
+Index(
+    "batches_account_look_at",
+    batches.c.account,
+    batches.c.look_at,
+    sqlite_where=batches.c.look_at.is_not(None),
+    postgresql_where=batches.c.look_at.is_not(None),
 )
 
 # Holds of generations without a record; receive() and the claim read them.

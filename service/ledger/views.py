@@ -8,12 +8,13 @@ from typing import Any
 import msgspec
 from sqlalchemy import Connection, Row
 
+from service.core.batch import BatchState
 from service.core.durations import format_duration
 from service.core.explaining import Obstacle
 from service.core.holding import Hold
 from service.core.key import Key
 from service.core.lifecycle import Move, State
-from service.ledger import explanations, heartbeats, history, holding, pausing, reading
+from service.ledger import batches, explanations, heartbeats, history, holding, pausing, reading
 from service.ledger.account_reading import AccountBacklog, read_backlogs
 from service.ledger.columns import GENERATION_COLUMNS
 from service.ledger.explanations import Explanation
@@ -42,6 +43,7 @@ class Stats(msgspec.Struct, rename="camel", frozen=True):
     due: int
     pauses: list[PauseShown]
     worker_seen_at: datetime | None
+    batches: dict[BatchState, int]
     accounts: list[AccountBacklog]
 
 
@@ -50,8 +52,9 @@ def read_stats(connection: Connection, accounts: Sequence[str], *, now: datetime
     backlog = reading.read_backlog(connection, now=now)
     counts = reading.count_by_state(connection)
     seen_at = heartbeats.last_beat(connection, heartbeats.WORKER)
-    oldest, apart = backlog.oldest_overdue.total_seconds(), read_backlogs(connection, accounts, now=now)
-    return Stats(counts, oldest, backlog.due, _read_pauses(connection), seen_at, apart)
+    overdue, found = backlog.oldest_overdue.total_seconds(), batches.count_batches(connection)
+    apart = read_backlogs(connection, accounts, now=now)
+    return Stats(counts, overdue, backlog.due, _read_pauses(connection), seen_at, found, apart)
 
 
 def _read_pauses(connection: Connection) -> list[PauseShown]:

@@ -35,12 +35,18 @@ class Metrics:
             buckets=(0.001, 0.0025, 0.005, 0.01, 0.025, 0.05, 0.1, 0.25, 1, 5),
             registry=self.registry,
         )
+        self._make_ledger()
+
+    def _make_ledger(self) -> None:
         self.oldest_overdue_seconds = self._gauge(
             "oldest_overdue_seconds", "Age of the most overdue deletion, read from the ledger."
         )
         self.due_records = self._gauge("due_records", "Records that are due, read from the ledger.")
         self.failed_records = self._gauge("failed_records", "Records given up, which need an operator.")
         self.held_records = self._gauge("held_records", "Records on hold, by what holds them.", "cause")
+        self.batches_open = self._gauge(
+            "batches_open", "Finished batches by state, without those that are resolved; read from the ledger.", "state"
+        )
         self.ledger_up = self._gauge("ledger_up", "1 if the ledger answered when these gauges were last read, else 0.")
         self.sweep_complete_seconds = self._gauge(
             "sweep_complete_timestamp_seconds",
@@ -87,6 +93,7 @@ class Metrics:
         self.sweep_unreadable = self._counter(
             "sweep_unreadable", "Items in the API's lists that are no generations; they are not adopted."
         )
+        self.batches = self._counter("batches", "Looks at finished batches, by what became of the batch.", "state")
         self.loops_failed = self._counter("loops_failed", "Failed rounds of a background loop.", "loop")
 
     def last_round(self) -> datetime | None:

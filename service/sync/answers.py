@@ -22,6 +22,8 @@ MAX_BYTES: Final = 2 * 1024 * 1024
 # A page of the list has a hundred of them.
 MAX_PAGE_BYTES: Final = 32 * 1024 * 1024
 
+REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
+
 _MOST_SECONDS: Final = 10**9  # keeps timedelta from overflowing; throttle_duration() clamps further
 _SECONDS = re.compile(r"[0-9]{1,400}", re.ASCII)
 
@@ -79,6 +81,7 @@ class Answer:
     is_key_good: bool = False
     is_key_doubtful: bool = False
     throttle: timedelta | None = None
+    location: str | None = None  # where the API redirects to, which is not followed with the key
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,6 +91,7 @@ class Reply:
     status: int
     body: bytes | None
     retry_after: str | None
+    location: str | None = None
 
 
 def read_get(reply: Reply, generation_id: str) -> Answer:
@@ -136,6 +140,17 @@ def read_page(reply: Reply) -> Answer:
     except (msgspec.MsgspecError, UnicodeDecodeError, RecursionError):
         return Answer(Verdict.RETRY, reply.status, error="the API answered 200 without a list of generations")
     return Answer(Verdict.DONE, reply.status, body=body, is_key_good=True)
+
+
+def read_batch_answer(reply: Reply) -> Answer:
+    """Interpret the answer to the GET of a batch: DONE with its *body*, or with the *location* of its results."""
+    if reply.status in REDIRECTS and reply.location:
+        return Answer(Verdict.DONE, reply.status, is_key_good=True, location=reply.location)
+    if reply.status != HTTPStatus.OK:
+        return _read_error(reply)
+    if _parse_details(reply.body) is None:
+        return Answer(Verdict.RETRY, reply.status, error="the API answered 200 without a batch")
+    return Answer(Verdict.DONE, reply.status, body=(reply.body or b"").decode(), is_key_good=True)
 
 
 def explain_refusal(refusal: Answer, proof: Answer | None) -> Answer:

@@ -1,4 +1,4 @@
-"""The Sync API as Mayfly uses it: GET and DELETE of a generation, the list, and a short one to prove the key.
+"""The Sync API as Mayfly uses it: GET and DELETE of a generation, the list, a short one to prove the key, and batches.
 
 Source: sync.so API v2 reference, "Get generation", "Delete generation" and "List generations"; their paths differ.
 """
@@ -23,6 +23,7 @@ from service.sync.answers import (
     MAX_PAGE_BYTES,
     Answer,
     Reply,
+    read_batch_answer,
     read_delete,
     read_get,
     read_list,
@@ -87,6 +88,10 @@ class SyncApi:
         path = f"/v2/generations?limit={PAGE_LIMIT}{after}"
         return await self._call("GET", path, PAGE_SECONDS, read_page, max_bytes=MAX_PAGE_BYTES)
 
+    async def get_batch(self, batch_id: str) -> Answer:
+        """Get a batch: DONE with its *body*, or with the *location* that the API redirects to; or a failure."""
+        return await self._call("GET", f"/v2/batch/{quote(batch_id, safe='')}", GET_SECONDS, read_batch_answer)
+
     async def _call(
         self, method: str, path: str, seconds: float, read: Callable[[Reply], Answer], *, max_bytes: int = MAX_BYTES
     ) -> Answer:
@@ -119,8 +124,13 @@ async def _read_reply(response: httpx.Response, max_bytes: int) -> Reply:
         chunks.append(chunk)
         size += len(chunk)
         if size > max_bytes:
-            return Reply(response.status_code, None, response.headers.get("retry-after"))
-    return Reply(response.status_code, b"".join(chunks), response.headers.get("retry-after"))
+            return _reply(response, None)
+    return _reply(response, b"".join(chunks))
+
+
+def _reply(response: httpx.Response, body: bytes | None) -> Reply:
+    headers = response.headers
+    return Reply(response.status_code, body, headers.get("retry-after"), headers.get("location"))
 
 
 @asynccontextmanager

@@ -19,7 +19,7 @@ from service.sync.client import PAGE_LIMIT, SyncApi
 
 # So often one call may fail in a row before the list is given up.
 _TRIES: Final = 4
-_WAIT_SECONDS: Final = 2.0
+WAIT_SECONDS: Final = 2.0
 _LONGEST_WAIT: Final = timedelta(seconds=60)
 _RESTARTS: Final = 5
 _SHOWN: Final = 10
@@ -69,11 +69,13 @@ async def list_generations(
     acquire: Callable[[], Awaitable[bool]],
     wanted: Callable[[Generation], bool],
     begin: Callable[[], None] = lambda: None,
+    is_enough: Callable[[], bool] = lambda: False,
     progress: Callable[[Listing], None] = lambda _listing: None,
-    wait_seconds: float = _WAIT_SECONDS,
+    wait_seconds: float = WAIT_SECONDS,
 ) -> Listing:
     """Read the whole list and keep the generations that are *wanted*.
 
+    *is_enough* is asked after each page whether older generations are of no interest: the newest come first.
     *acquire* waits until one call may be made, and returns False to end. *begin* is called when the list begins, also
     when it begins anew; then *wanted* once for each generation, and *progress* after each page. Failures are in the
     result; a few in a row are retried, the first after *wait_seconds*, each one after twice the time.
@@ -83,7 +85,7 @@ async def list_generations(
         listing = Listing()
         begin()
         try:
-            await _read_pages(calls, listing, wanted, progress)
+            await _read_pages(calls, listing, wanted, is_enough, progress)
         except _DeadCursorError:
             continue
         except _EndedError as end:
@@ -97,9 +99,10 @@ async def _read_pages(
     calls: "_Calls",
     listing: Listing,
     wanted: Callable[[Generation], bool],
+    is_enough: Callable[[], bool],
     progress: Callable[[Listing], None],
 ) -> None:
-    """Read pages until one is not full.
+    """Read pages until one is not full, or *is_enough*.
 
     Raises: _DeadCursorError, _EndedError.
     """
@@ -113,7 +116,7 @@ async def _read_pages(
             raise _DeadCursorError
         last = _add_page(items, listing, seen, wanted)
         progress(listing)
-        if len(items) < PAGE_LIMIT:
+        if len(items) < PAGE_LIMIT or is_enough():
             return
         if last is None or last in used:
             # An API that begins anew at a dead cursor comes here, too.

@@ -22,6 +22,7 @@ from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
 from service.web import health, problems
 from service.web.auth import OperatorToken
+from service.web.batches import BatchesController
 from service.web.bulk import BulkController
 from service.web.intake import Intake
 from service.web.ledger_check import LedgerCheck
@@ -57,7 +58,7 @@ def make_app(
     dependencies = _health_dependencies(settings, database, queue_pool, metrics, now, ledger_check)
     operator = Router(
         "/api",
-        route_handlers=[RecordsController, BulkController, OperatorController],
+        route_handlers=[RecordsController, BulkController, BatchesController, OperatorController],
         guards=[OperatorToken(settings.api_token), refuse_unknown_parameters],
     )
     intake = _intake(settings, database, enqueuer, metrics, now, ledger_check)

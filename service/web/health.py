@@ -14,8 +14,9 @@ from litestar.openapi import ResponseSpec
 from prometheus_client import CONTENT_TYPE_LATEST, generate_latest
 from sqlalchemy import Connection
 
+from service.core.batch import BatchState
 from service.jobs.connection import QUEUE_ERRORS
-from service.ledger import account_reading, adopting, pausing, reading
+from service.ledger import account_reading, adopting, batches, pausing, reading
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.pausing import ALL_ACCOUNTS, Kind, Pause
 from service.runtime.metrics import Metrics
@@ -202,7 +203,7 @@ async def _read_gauges(
 ) -> bool:
     """Read the ledger's gauges; False if it does not answer, and they keep their values."""
     try:
-        backlog, held, pauses, sweeps, overdue = await run_within(
+        backlog, held, pauses, sweeps, counted, overdue = await run_within(
             _CHECK_SECONDS,
             database.read(
                 lambda connection: (
@@ -210,6 +211,7 @@ async def _read_gauges(
                     reading.count_held(connection),
                     pausing.find_pauses(connection),
                     {account: adopting.last_complete(connection, account) for account in swept},
+                    batches.count_batches(connection),
                     account_reading.find_overdue(connection, now=now, than=timedelta(0)),
                 )
             ),
@@ -218,6 +220,9 @@ async def _read_gauges(
         return False
     for account, at in sweeps.items():
         metrics.sweep_complete_seconds.labels(account).set(0 if at is None else at.timestamp())
+    for state, number in counted.items():
+        if state is not BatchState.RESOLVED:
+            metrics.batches_open.labels(state).set(number)
     metrics.oldest_overdue_seconds.set(backlog.oldest_overdue.total_seconds())
     metrics.due_records.set(backlog.due)
     metrics.failed_records.set(backlog.failed)

@@ -8,6 +8,7 @@ import msgspec
 import structlog
 
 from service.config.accounts import Account
+from service.core.batch import is_finished_batch, read_batch
 from service.core.generation import RUNNING, Generation, MalformedError, read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
@@ -15,8 +16,9 @@ from service.core.overrides import WEBHOOK_PATH
 from service.core.retention import Policy, decide_retention
 from service.core.rules import read_facts
 from service.core.signature import SignatureError, check_form, verify
-from service.jobs.enqueue import CleanupJob, CopyJob, Job
-from service.ledger import receiving
+from service.jobs.enqueue import BatchJob, CleanupJob, CopyJob, Job
+from service.ledger import batches, receiving
+from service.ledger.batches import BatchArrival
 from service.ledger.database import (
     Database,
     LedgerUnavailableError,
@@ -32,7 +34,7 @@ log = structlog.get_logger()
 
 
 class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_defaults=True):
-    """The 202 of a webhook: *state* is the record's, or ``ignored`` if there is none."""
+    """The 202 of a webhook: *state* is the record's, ``batch`` for a finished batch, else ``ignored``."""
 
     id: str
     state: str
@@ -103,10 +105,13 @@ class Intake:
         except MalformedError as error:
             self._note_not_stored(error, account=account)
             raise
-        if generation.is_batch or not generation.is_terminal:
+        is_batch = is_finished_batch(generation)
+        if not is_batch and (generation.is_batch or not generation.is_terminal):
             self._count_ignored(generation)
             return Answer(generation.id, "ignored")
         try:
+            if is_batch:
+                return await self._store_batch(account, generation, body, sent_at=sent_at, now=now)
             return await self._store(account, generation, body, query, sent_at=sent_at, now=now)
         except Exception as error:
             self._note_not_stored(error, account=account, generation=generation.id)
@@ -153,8 +158,28 @@ class Intake:
             log.warning("webhook.conflicted", generation=generation.id, what_now="the first body is kept")
         return Answer(generation.id, receipt.state, receipt.due_at)
 
+    async def _store_batch(
+        self, account: str, notification: Generation, body: bytes, *, sent_at: datetime, now: datetime
+    ) -> Answer:
+        """Store a finished batch; a worker finds its generations. Its own write: batches are rare."""
+        key = Key(account, notification.id)
+        arrival = BatchArrival(key, read_batch(notification, body), body.decode(), now, min(sent_at, now))
+        try:
+            _, is_new = await self._database.write(partial(batches.receive_batch, arrival=arrival))
+        except RowLockedError:
+            raise  # the ledger itself works
+        except LedgerUnavailableError:
+            self._note_commit(has_failed=True)
+            raise
+        self._metrics.webhooks.labels("batch").inc()
+        if is_new:
+            self._enqueue([BatchJob(key, now)])
+            what_now = "its generations are looked for"
+            log.info("batch.stored", batch=key.id, expected=arrival.batch.total, what_now=what_now)
+        return Answer(key.id, "batch")
+
     def _count_ignored(self, generation: Generation) -> None:
-        self._metrics.webhooks.labels("batch" if generation.is_batch else "ignored").inc()
+        self._metrics.webhooks.labels("ignored").inc()
         if not generation.is_batch and generation.status not in RUNNING:
             self._metrics.statuses_unknown.inc()
             names = {"generation": generation.id, "status": ascii(generation.status)[1:-1]}
@@ -193,7 +218,7 @@ def _log_receipt(arrival: Arrival, receipt: Receipt) -> None:
 def _jobs_to_enqueue(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[Job]:
     """Return the early looks of new records, and the jobs of the scheduled ones that are new or changed."""
     pairs = list(zip(arrivals, receipts, strict=True))
-    looks = [CopyJob(arrival.key, arrival.received_at) for arrival, receipt in pairs if receipt.is_new]
+    looks: list[Job] = [CopyJob(arrival.key, arrival.received_at) for arrival, receipt in pairs if receipt.is_new]
     return looks + [
         CleanupJob(arrival.key, receipt.attempts + 1, receipt.due_at)
         for arrival, receipt in pairs

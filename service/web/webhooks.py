@@ -54,7 +54,7 @@ def webhook_handler(intake: Intake, refusals: Refusals) -> HTTPRouteHandler:
         # The default makes a missing header a 401 instead of Litestar's 400.
         signature: Annotated[str, HeaderParameter(name="Sync-Signature", description="t=<unix seconds>,v1=<hex>")] = "",
     ) -> Answer:
-        """Store the webhook of a generation that has ended and schedule its deletion; ignore all others.
+        """Store the webhook of a generation or a batch that has ended, and schedule the deletion; ignore all others.
 
         *account* is an account of the configuration; without it the webhook is of the account `default`.
         """

@@ -5,7 +5,7 @@ from pathlib import Path
 
 TESTS = Path(__file__).parents[1]
 ROW = re.compile(r"^\| (?P<number>[0-9]+) \| (?P<fault>[^|]+) \| (?P<tests>.+) \|$", re.MULTILINE)
-FIELD_ROW = re.compile(r"^\| (?P<number>[A-G][0-9]+) \| (?P<fault>[^|]+) \| (?P<tests>.+) \|$", re.MULTILINE)
+FIELD_ROW = re.compile(r"^\| (?P<number>[A-K][0-9]+) \| (?P<fault>[^|]+) \| (?P<tests>.+) \|$", re.MULTILINE)
 FIRE_ROW = re.compile(r"^\| (?P<number>U[0-9]+) \| (?P<fault>[^|]+) \| (?P<tests>.+) \|$", re.MULTILINE)
 NAMED = re.compile(r"`(?P<file>[a-z_0-9/]+\.py)` (?P<test>test_\w+)")
 

@@ -27,6 +27,7 @@ from tests.support.ledger import ACCOUNT, ACTOR, HOUR, LEASE, confirmed, deferre
 from tests.support.waiting import eventually
 from workers import account, cleanup, runner
 from workers import ledger as worker_ledger
+from workers.batch import Batches
 from workers.cleanup import Attempts, CleanupJobs
 from workers.copy import Looks
 
@@ -85,8 +86,8 @@ class Work:
 
 
 def jobs_of(work: Work) -> runner.Jobs:
-    """Return the jobs of *work*, without early looks."""
-    return runner.Jobs(work.jobs, cast("Looks", None))
+    """Return the jobs of *work*, without early looks and batches."""
+    return runner.Jobs(work.jobs, cast("Looks", None), cast("Batches", None))
 
 
 @pytest.fixture
@@ -349,7 +350,7 @@ async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(wor
     }
 
     assert {name: getattr(worker, name) for name in is_built} == is_built
-    assert list(worker.functions) == [enqueue.CLEANUP, enqueue.COPY]
+    assert list(worker.functions) == [enqueue.CLEANUP, enqueue.COPY, enqueue.BATCH]
     assert worker.queue_read_limit >= 10 * worker.max_jobs
     # It may wait for the budget and then hold a whole lease; and so long arq keeps the id of a worker that died.
     assert cleanup.BUDGET_SECONDS + worker_ledger.LEASE.total_seconds() < worker.job_timeout_s <= 90

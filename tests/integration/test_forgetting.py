@@ -452,7 +452,7 @@ async def test_arq_runs_the_hygiene_when_a_worker_starts(pool, metrics, sqlite_d
     key = await deleted(sqlite_database, ago=2 * HOUR)
     stopping = asyncio.Event()
     hygiene = make_hygiene(HOUR, on=sqlite_database)
-    run = workers.runner.run_jobs(pool, "q", workers.runner.Jobs(None, None, hygiene), 5, metrics, stopping)  # type: ignore[arg-type]
+    run = workers.runner.run_jobs(pool, "q", workers.runner.Jobs(None, None, None, hygiene), 5, metrics, stopping)  # type: ignore[arg-type]
     running = asyncio.create_task(run)
     for _ in range(100):
         await asyncio.sleep(0.05)

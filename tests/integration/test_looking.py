@@ -54,6 +54,11 @@ ttl = "forever"
 id = "court"
 project = "court"
 hold = "a court asked"
+
+[[rule]]
+id = "acme"
+labels = { customer = "acme" }
+ttl = "7d"
 """
 
 
@@ -194,6 +199,20 @@ async def test_a_record_that_is_held_or_kept_stays_so(database, looks_of, api):
 
     assert [(await row_of(database, item.key)).state for item in (held, kept)] == [State.HELD, State.KEPT]
     assert (await row_of(database, held.key)).project_id == "scratch"
+
+
+@pytest.mark.parametrize("url", [None, "https://app.example.com/hook", "https://m.example/webhooks/sync?label.shot=7"])
+async def test_labels_of_the_signed_webhook_count_whatever_url_the_api_shows(database, looks_of, api, url):
+    item = arrival(due_in=24 * 7 * HOUR)
+    known = msgspec.structs.replace(item.retention, rule="rule: acme", labels={"customer": "acme"})
+    await receive(database, msgspec.structs.replace(item, retention=known))
+    api.show(*shown(item, webhookUrl=url, projectId="any"))
+    looks, enqueued = looks_of(database)
+    await looks.run(item.key)
+    row = await row_of(database, item.key)
+
+    assert (row.rule, row.due_at, enqueued) == ("rule: acme", item.retention.due_at, [])
+    assert row.copied_at is not None
 
 
 async def test_a_look_that_fails_is_made_again_later(database, looks_of):

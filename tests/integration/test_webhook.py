@@ -226,7 +226,7 @@ async def test_a_generation_that_is_not_terminal_is_answered_202_and_ignored(cli
 async def test_a_batch_is_answered_202_and_counted(client, sqlite_database, metrics):
     answer = await send(client, webhook(json.dumps(batch()).encode()))
 
-    assert (answer.status_code, answer.json()) == (202, {"id": "batch_abc123", "state": "ignored"})
+    assert (answer.status_code, answer.json()) == (202, {"id": "batch_abc123", "state": "batch"})
     assert await count(sqlite_database) == 0
     assert metrics.registry.get_sample_value("mayfly_webhooks_total", {"answer": "batch"}) == 1
 

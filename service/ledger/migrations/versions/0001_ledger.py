@@ -1,4 +1,4 @@
-"""The ledger: records, their events and labels, holds, pauses, tallies and heartbeats."""
+"""The ledger: records, their events and labels, batches, holds, pauses, tallies and heartbeats."""
 
 from typing import Any
 
@@ -16,6 +16,7 @@ def upgrade() -> None:
     """Make the tables."""
     _records()
     _beside_records()
+    _batches()
     op.create_table(
         "pauses",
         sa.Column("account", sa.String(64), primary_key=True),
@@ -72,6 +73,38 @@ def _beside_records() -> None:
         sa.Column("actor", sa.Text, nullable=False),
         sa.Column("reason", sa.Text, nullable=False),
         sa.Column("until", _INSTANT),
+    )
+
+
+def _batches() -> None:
+    op.create_table(
+        "batches",
+        sa.Column("account", sa.String(64), primary_key=True),
+        sa.Column("id", sa.String(255), primary_key=True),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("status", sa.String(64), nullable=False),
+        sa.Column("created_at", _INSTANT),
+        sa.Column("received_at", _INSTANT, nullable=False),
+        sa.Column("sent_at", _INSTANT, nullable=False),
+        sa.Column("webhook_url", sa.Text),
+        sa.Column("output_url", sa.Text),
+        sa.Column("look_at", _INSTANT),
+        sa.Column("tries", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("waited_seconds", sa.BigInteger, nullable=False, server_default="0"),
+        sa.Column("resolved_at", _INSTANT),
+        sa.Column("expected", sa.Integer),
+        sa.Column("scheduled", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("known", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("errors", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("unresolved", sa.Integer),
+        sa.Column("source", sa.String(16)),
+        sa.Column("last_error", sa.Text),
+        sa.Column("notification", sa.Text, nullable=False),
+    )
+    op.create_index("batches_received_at", "batches", ["received_at"])
+    where = sa.text("look_at IS NOT NULL")
+    op.create_index(
+        "batches_account_look_at", "batches", ["account", "look_at"], sqlite_where=where, postgresql_where=where
     )
 
 
