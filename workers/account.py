@@ -5,7 +5,7 @@ import contextlib
 import os
 import socket
 import time
-from collections.abc import AsyncIterator, Callable, Sequence
+from collections.abc import AsyncIterator
 from contextlib import AbstractAsyncContextManager, asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime
@@ -17,15 +17,12 @@ from arq.connections import ArqRedis
 
 from service.config.accounts import Account
 from service.config.settings import Settings
-from service.core.key import Key
 from service.core.secret import Secret
-from service.jobs import connection, enqueue
-from service.jobs.enqueue import BatchJob, CleanupJob, Job
+from service.jobs.enqueue import BatchJob
 from service.ledger import key_history
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.group_commit import GroupCommit
 from service.ledger.key_history import KeyOfAccount
-from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.sync.client import SyncApi, open_sync_api
 from service.sync.rate_limit import Budget, SpareCalls
@@ -35,6 +32,7 @@ from workers.batch import Batches
 from workers.batch_look import BatchLook
 from workers.cleanup import Attempts, CleanupJobs
 from workers.copy import LookLedger, LookNet, Looks
+from workers.ground import Ground, enqueue_next, enqueue_within, wait_for_slot
 from workers.heartbeat import beat
 from workers.key_proof import KeyProof
 from workers.ledger import LEASE, WorkerLedger
@@ -64,31 +62,6 @@ class WorkerParts:
     sweep: Sweep | None  # None where no sweep is asked for
 
 
-@dataclass(frozen=True, slots=True)
-class _Ground:
-    """What the parts that work for an account share; *call_slot* waits for a place at the API: see _call_slot()."""
-
-    settings: Settings
-    account: Account
-    pool: ArqRedis
-    metrics: Metrics
-    stopping: asyncio.Event
-    budget: Budget
-    ledger: WorkerLedger
-    api: SyncApi
-    call_slot: Callable[[datetime], AbstractAsyncContextManager[bool]]
-
-    async def enqueue(self, jobs: Sequence[Job]) -> str:
-        """Enqueue *jobs* of the account."""
-        return await enqueue.enqueue_jobs(self.pool, self.ledger.account, jobs, now=_now())
-
-    async def enqueue_soon(self, jobs: Sequence[Job]) -> None:
-        """Enqueue those of *jobs* that are due within the horizon; the safety nets enqueue the others later."""
-        horizon = _now() + self.settings.queue_horizon
-        if soon := [job for job in jobs if job.at <= horizon]:
-            await self.enqueue(soon)
-
-
 @asynccontextmanager
 async def open_parts(
     settings: Settings,
@@ -105,10 +78,10 @@ async def open_parts(
     used = KeyOfAccount(account.id, key.identify())
     with contextlib.suppress(LedgerUnavailableError):  # then the pause stays
         await database.write(partial(key_history.resume_for_key, key=used))
-    call_slot = partial(_call_slot, asyncio.Semaphore(settings.concurrency), budget)
+    call_slot = partial(wait_for_slot, asyncio.Semaphore(settings.concurrency), budget)
     async with _open_api(settings, key, budget, metrics, connections=settings.concurrency) as api:
         ledger = _make_ledger(used, settings, database)
-        ground = _Ground(settings, account, pool, metrics, stopping, budget, ledger, api, call_slot)
+        ground = Ground(settings, account, pool, metrics, stopping, budget, ledger, api, call_slot)
         attempts = Attempts(_make_cleaner(ground).clean, limit=max_jobs(settings.concurrency))
         jobs, overdue = _make_deletions(ground, attempts)
         looks, look_net = _make_looks(ground)
@@ -149,13 +122,13 @@ def _open_api(
     )
 
 
-def _make_cleaner(ground: _Ground) -> Cleaner:
+def _make_cleaner(ground: Ground) -> Cleaner:
     acquire = partial(ground.budget.acquire, _PROOF_SECONDS)
     return Cleaner(
         api=ground.api,
         copy=GroupCommit(ground.ledger.copy).submit,
         settle=GroupCommit(ground.ledger.settle).submit,
-        enqueue_next=partial(_enqueue_next, ground.pool, ground.metrics),
+        enqueue_next=partial(enqueue_next, ground.pool, ground.metrics),
         call_slot=ground.call_slot,
         now=_now,
         give_up_after=ground.settings.give_up_after,
@@ -167,7 +140,7 @@ def _make_cleaner(ground: _Ground) -> Cleaner:
     )
 
 
-def _make_sweep(ground: _Ground, key: Secret, database: Database) -> Sweep | None:
+def _make_sweep(ground: Ground, key: Secret, database: Database) -> Sweep | None:
     scope = ground.settings.scopes.get(ground.ledger.account)
     if scope is None:
         return None
@@ -185,7 +158,7 @@ def _make_sweep(ground: _Ground, key: Secret, database: Database) -> Sweep | Non
     return Sweep(sweeper, enqueue=ground.enqueue_soon, stopping=ground.stopping)
 
 
-def _make_batches(ground: _Ground, key: Secret, database: Database) -> tuple[Batches, LookNet]:
+def _make_batches(ground: Ground, key: Secret, database: Database) -> tuple[Batches, LookNet]:
     """Return the job that finds the generations of finished batches, and its safety net."""
     look = partial(
         BatchLook,
@@ -217,7 +190,7 @@ def _make_batches(ground: _Ground, key: Secret, database: Database) -> tuple[Bat
     return found, net
 
 
-def _make_deletions(ground: _Ground, attempts: Attempts) -> tuple[CleanupJobs, Overdue]:
+def _make_deletions(ground: Ground, attempts: Attempts) -> tuple[CleanupJobs, Overdue]:
     """Return the job that deletes, and its safety net."""
     ledger = ground.ledger
     jobs = CleanupJobs(
@@ -243,7 +216,7 @@ def _make_deletions(ground: _Ground, attempts: Attempts) -> tuple[CleanupJobs, O
     return jobs, overdue
 
 
-def _make_looks(ground: _Ground) -> tuple[Looks, LookNet]:
+def _make_looks(ground: Ground) -> tuple[Looks, LookNet]:
     """Return the job that looks early, and its safety net."""
     ledger = ground.ledger
     looks = Looks(
@@ -251,7 +224,7 @@ def _make_looks(ground: _Ground) -> tuple[Looks, LookNet]:
         get=ground.api.get,
         call_slot=ground.call_slot,
         take_call=SpareCalls(ground.budget, time.monotonic).take,
-        enqueue_cleanup=partial(_enqueue_within, ground),
+        enqueue_cleanup=partial(enqueue_within, ground),
         policy=ground.settings.policy,
         now=_now,
         metrics=ground.metrics,
@@ -265,37 +238,6 @@ def _make_looks(ground: _Ground) -> tuple[Looks, LookNet]:
         stopping=ground.stopping,
     )
     return looks, look_net
-
-
-@asynccontextmanager
-async def _call_slot(places: asyncio.Semaphore, budget: Budget, until: datetime) -> AsyncIterator[bool]:
-    """Wait for a place at the API, and yield whether calls are allowed by *until*."""
-    async with places:
-        yield await budget.is_open_within((until - _now()).total_seconds())
-
-
-async def _enqueue_next(pool: ArqRedis, metrics: Metrics, key: Key, attempt: int, at: datetime) -> None:
-    """Enqueue the job of the next attempt; if that fails, the safety net finds the record when it is due."""
-    try:
-        await enqueue.enqueue_job(pool, CleanupJob(key, attempt, at), now=_now())
-    except connection.QUEUE_ERRORS as error:
-        _note_failure(metrics, key, error)
-
-
-async def _enqueue_within(ground: _Ground, key: Key, attempt: int, at: datetime) -> None:
-    """Enqueue the job of an attempt whose time has changed; beyond the horizon the safety net does it later."""
-    if at > _now() + ground.settings.queue_horizon:
-        return
-    try:
-        await ground.enqueue([CleanupJob(key, attempt, at)])
-    except connection.QUEUE_ERRORS as error:
-        _note_failure(ground.metrics, key, error)
-
-
-def _note_failure(metrics: Metrics, key: Key, error: BaseException) -> None:
-    metrics.enqueue_failures.inc()
-    what_now = "the worker will find the record in the ledger when it is due"
-    log.warning("enqueue.failed", generation=key.id, error=describe_cause(error), what_now=what_now)
 
 
 def _now() -> datetime:

@@ -25,7 +25,7 @@ from service.runtime.tasks import cancel_and_wait
 from service.sync.rate_limit import Budget
 from tests.support.ledger import ACCOUNT, ACTOR, HOUR, LEASE, confirmed, deferred, row_of, settle, store, utc_now
 from tests.support.waiting import eventually
-from workers import account, cleanup, runner
+from workers import cleanup, ground, runner
 from workers import ledger as worker_ledger
 from workers.batch import Batches
 from workers.cleanup import Attempts, CleanupJobs
@@ -280,7 +280,7 @@ async def test_a_record_whose_attempt_is_deferred_is_deleted_by_the_next_job(wor
     async def clean(claim):
         if claim.attempt == 1:
             await settle(sqlite_database, deferred(claim))
-            await account._enqueue_next(pool, metrics, claim.key, 2, utc_now())
+            await ground.enqueue_next(pool, metrics, claim.key, 2, utc_now())
         else:
             await settle(sqlite_database, confirmed(claim))
             work.ended.append(claim.key)
