@@ -28,7 +28,7 @@ BATCH: Final = 200
 _MAX_BATCHES: Final = 200
 # Between two batches webhooks and attempts have the database to themselves.
 _PAUSE_SECONDS: Final = 0.2
-# Not longer than a cleanup job may take: arq blocks the ids of a killed worker for the longest timeout of all functions.
+# Not longer than a cleanup job may take: arq blocks ids of a killed worker for the longest timeout of all functions.
 _TIMEOUT_SECONDS: Final = 85
 
 

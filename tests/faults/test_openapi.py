@@ -59,11 +59,18 @@ SEEN = {
     "GET /api/records": {200, 400},
     "GET /api/records/export": {200, 400},
     "GET /api/records/{generation_id}": {200, 404},
+    "GET /api/records/{generation_id}/explain": {200},
     "POST /api/records/{generation_id}/{move}": {200, 404, 409},
+    "POST /api/records/hold": {200, 400},
+    "POST /api/records/release": {400},
+    "GET /api/batches": {200},
+    "GET /api/batches/{batch_id}": {404},
+    "POST /api/batches/{batch_id}/retry": {404},
     "POST /api/pause": {200},
     "POST /api/resume": {200},
     "GET /api/stats": {200},
     "POST /webhooks/sync": {202, 400, 401},
+    "POST /webhooks/sync/{account}": {404},
 }
 
 
