@@ -223,7 +223,7 @@ def _make_looks(ground: Ground) -> tuple[Looks, LookNet]:
         ledger=LookLedger(ledger.is_look_wanted, ledger.store_look, ledger.put_off_look, ledger.end_look),
         get=ground.api.get,
         call_slot=ground.call_slot,
-        take_call=SpareCalls(ground.budget, time.monotonic).take,
+        calls=SpareCalls(ground.budget, time.monotonic),
         enqueue_cleanup=partial(enqueue_within, ground),
         policy=ground.settings.policy,
         now=_now,

@@ -28,6 +28,7 @@ from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.sync.answers import Answer
 from service.sync.client import GET_SECONDS
+from service.sync.rate_limit import SpareCalls
 
 log = structlog.get_logger()
 
@@ -61,14 +62,13 @@ class LookLedger:
 class Looks:
     """The job ``copy`` and its dependencies.
 
-    *take_call* returns whether deletions leave the budget for a call, without waiting. *enqueue_cleanup* enqueues the
-    attempt of that number at that time.
+    *calls* are what deletions leave of the budget. *enqueue_cleanup* enqueues the attempt of that number at that time.
     """
 
     ledger: LookLedger
     get: Callable[[str], Awaitable[Answer]]
     call_slot: Callable[[datetime], AbstractAsyncContextManager[bool]]
-    take_call: Callable[[], Awaitable[bool]]
+    calls: SpareCalls
     enqueue_cleanup: Callable[[Key, int, datetime], Awaitable[None]]
     policy: Policy
     now: Callable[[], datetime]
@@ -81,7 +81,7 @@ class Looks:
 
     async def run(self, key: Key) -> None:
         """See copy(). Raises nothing: the safety net enqueues what was not done."""
-        if self.stopping.is_set() or self._present >= AT_ONCE:
+        if self.stopping.is_set() or self._present >= AT_ONCE or self.calls.is_spent:
             return
         self._present += 1
         try:
@@ -94,7 +94,7 @@ class Looks:
             self._present -= 1
 
     async def _examine(self, key: Key) -> None:
-        if self.stopping.is_set() or not await self.ledger.is_wanted(key) or not await self.take_call():
+        if self.stopping.is_set() or not await self.ledger.is_wanted(key) or not await self.calls.take():
             return
         async with self.call_slot(self.now() + _SLOT) as is_in_time:
             answer = await self.get(key.id) if is_in_time else None

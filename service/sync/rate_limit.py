@@ -34,6 +34,8 @@ _SPARE_WINDOW_SECONDS: Final = 60
 # How long a granted attempt that was put back stays available, at least. At a slow rate it is a tenth of the time per
 # attempt: for longer it could come too soon before the next one, and the limiter takes nothing back.
 _LEFT_SECONDS: Final = 1.0
+# How long calls that can wait are not asked for again.
+_SPENT_SECONDS: Final = 0.2
 _MIN_PAUSE_SECONDS: Final = 0.01
 # It asks Redis.
 _SPARE_AGAIN_SECONDS: Final = 0.1
@@ -211,13 +213,22 @@ class SpareCalls:
         self._clock = clock
         self._left = 0
         self._left_until = 0.0
+        self._spent_until = 0.0
+
+    @property
+    def is_spent(self) -> bool:
+        """Whether nothing was left a moment ago; asking again for each of a thousand jobs would keep Redis busy."""
+        return self._clock() < self._spent_until
 
     async def take(self) -> bool:
         """Return whether one call may be made now, without waiting."""
         if self._left and self._clock() < self._left_until:
             self._left -= 1
             return True
+        if self.is_spent:
+            return False
         if not await self._budget.grant_spare():
+            self._spent_until = self._clock() + _SPENT_SECONDS
             return False
         self._left, self._left_until = CALLS - 1, self._clock() + _LEFT_SECONDS
         return True

@@ -4,7 +4,7 @@ import asyncio
 import contextlib
 import time
 from functools import partial
-from typing import Any
+from typing import Any, cast
 
 import msgspec
 import pytest
@@ -94,15 +94,23 @@ async def slot(_until):
     yield True
 
 
-async def yes():
-    return True
+class Calls:
+    """What deletions leave: *left* calls, without an end by default."""
+
+    def __init__(self, left=1000) -> None:
+        self.left = left
+        self.is_spent = False
+
+    async def take(self):
+        self.left -= 1
+        return self.left >= 0
 
 
 @pytest.fixture
 def looks_of(api, policy, metrics):
     """Make the job of a worker over a database; *enqueued* has what it enqueues."""
 
-    def make(database, *, take_call=yes):
+    def make(database, *, calls=None):
         ledger = WorkerLedger(database, limit=None, is_dry_run=False, actor=ACTOR, key=KEY, min_ttl=HOUR, now=utc_now)
         enqueued = []
 
@@ -113,7 +121,7 @@ def looks_of(api, policy, metrics):
             ledger=LookLedger(ledger.is_look_wanted, ledger.store_look, ledger.put_off_look, ledger.end_look),
             get=api.get,
             call_slot=slot,
-            take_call=take_call,
+            calls=cast("SpareCalls", calls or Calls()),
             enqueue_cleanup=enqueue_cleanup,
             policy=policy,
             now=utc_now,
@@ -341,12 +349,9 @@ async def test_a_slow_rate_is_left_to_deletions(settings, pool):
 
 
 async def test_without_budget_a_look_is_left_to_the_safety_net(database, looks_of, api):
-    async def no():
-        return False
-
     item = arrival(due_in=24 * HOUR)
     await receive(database, item)
-    looks, _ = looks_of(database, take_call=no)
+    looks, _ = looks_of(database, calls=Calls(left=0))
     await looks.run(item.key)
 
     assert (api.calls, (await row_of(database, item.key)).looks) == ([], 0)
