@@ -146,7 +146,10 @@ def refine_retention(
     known = msgspec.structs.replace(facts, project=None, source=None, output_file_name=None, is_complete=False)
     first = decide_retention(policy, known, webhook_url=webhook_url, sent_at=sent_at, now=now)
     is_reconfigured = first.rule != rule
-    if (is_moved or is_unsigned or is_reconfigured) and found.hold_reason is None and not found.is_later_than(due_at):
+    if found.hold_reason is not None and not found.is_later_than(due_at):
+        # The hold counts, and a release brings back the due time that was announced.
+        return msgspec.structs.replace(found, ttl=ttl, due_at=due_at)
+    if (is_moved or is_unsigned or is_reconfigured) and not found.is_later_than(due_at):
         return None
     return found
 

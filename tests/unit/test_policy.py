@@ -212,6 +212,15 @@ def test_a_due_time_that_an_operator_moved_is_not_made_earlier(ttl, due_at):
     assert (found and found.due_at) == due_at
 
 
+def test_a_hold_of_the_early_look_brings_back_the_later_due_time():
+    court = policy(rule("court", project="film", hold="x"))
+    moved, unsigned = refined(court, due_at=NOW + 5 * DAY), refined(policy(), url=f"{OURS}?ttl=1h&hold=x")
+
+    assert (moved.hold_reason, moved.due_at) == ("x", NOW + 5 * DAY)
+    assert (unsigned.hold_reason, unsigned.due_at, unsigned.ttl) == ("x", NOW + DAY, DAY)
+    assert refined(policy(), url=f"{OURS}?ttl=7d&hold=x").due_at == NOW + 7 * DAY
+
+
 # The look before the DELETE
 
 
