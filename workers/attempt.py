@@ -101,7 +101,7 @@ class Cleaner:
     def _reconsider(self, claim: Claim, generation: Generation) -> Retention | None:
         return reconsider_retention(
             self.policy,
-            read_facts(self.policy.rules, claim.key.account, generation, is_complete=True),
+            read_facts(self.policy.rules, claim.key.account, generation, is_complete=True, labels=claim.labels),
             rule=claim.rule,
             due_at=claim.due_at,
             ttl=claim.ttl,

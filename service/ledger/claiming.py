@@ -5,7 +5,7 @@ was frozen beyond its lease cannot overwrite its successor.
 """
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from datetime import datetime, timedelta
 from typing import Any
 
@@ -18,6 +18,7 @@ from service.core.lifecycle import Move, State, state_after
 from service.ledger import holding, pausing
 from service.ledger.history import Entry, append_entries
 from service.ledger.instant import Instant
+from service.ledger.labelling import read_labels
 from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, records
 
 LOST_LEASE = "its worker did not finish"
@@ -38,6 +39,7 @@ class Claim:
     rule: str
     ttl: timedelta | None
     has_unanswered_delete: bool  # an earlier attempt may have sent its DELETE, and its answer is not known
+    labels: Mapping[str, str] = field(default_factory=dict)  # those of its signed webhook
 
 
 # Without the bodies: hundreds of rows of a megabyte each would need too much memory.
@@ -174,14 +176,16 @@ def _lease_rows(
         rows = [row for row in rows if row.seq not in held]
     if not rows:
         return []
-    values = {"b_seqs": [row.seq for row in rows], "b_until": now + lease}
+    seqs = [row.seq for row in rows]
+    values = {"b_seqs": seqs, "b_until": now + lease}
     clock = {} if connection.dialect.name == "sqlite" else {"b_lease": lease}
     connection.execute(_set_claimed[connection.dialect.name], values | clock)
     append_entries(connection, [Entry(row.seq, now, Move.CLAIM, actor, {"attempt": row.attempts + 1}) for row in rows])
-    return [_claim_from_row(row, now=now, until=now + lease) for row in rows]
+    labels = read_labels(connection, seqs)
+    return [_claim_from_row(row, labels.get(row.seq, {}), now=now, until=now + lease) for row in rows]
 
 
-def _claim_from_row(row: Row[Any], *, now: datetime, until: datetime) -> Claim:
+def _claim_from_row(row: Row[Any], labels: Mapping[str, str], *, now: datetime, until: datetime) -> Claim:
     return Claim(
         row.seq,
         Key(row.account, row.id),
@@ -193,6 +197,7 @@ def _claim_from_row(row: Row[Any], *, now: datetime, until: datetime) -> Claim:
         row.rule,
         None if row.ttl_seconds is None else timedelta(seconds=row.ttl_seconds),
         row.unanswered_attempt is not None,
+        labels,
     )
 
 

@@ -7,6 +7,7 @@ from dataclasses import replace
 from datetime import datetime, timedelta
 from functools import partial
 
+import msgspec
 import pytest
 
 from service.core.attempts import ANSWER_LOST, Outcome, Verdict
@@ -186,6 +187,23 @@ async def test_a_rule_about_what_only_the_api_shows_keeps_the_generation(
     assert ((row.state, row.hold_by), row.rule) == (leads_to, "rule: film")
     assert calls_of(simulator) == [("GET", 200)]
     assert row.state != State.SCHEDULED or row.due_at > utc_now() + timedelta(days=6)
+
+
+async def test_a_rule_about_a_label_of_the_webhook_counts_whatever_url_the_api_shows(
+    cleaner_of, api, database, simulator
+):
+    generation = simulator.add(project_id="film")
+    body = json.loads(simulator.webhook(generation.id)[0])
+    item = arrival_of(**body)
+    labelled = msgspec.structs.replace(item.retention, labels={"customer": "acme"})
+    await receive(database, msgspec.structs.replace(item, retention=labelled))
+    about = (Texts("project", (Pattern.of("film"),)), Texts("label.customer", (Pattern.of("acme"),)))
+    rules = RuleSet([Rule("film", about, is_forever=True)])
+    cleaner = cleaner_of(api, policy=Policy(timedelta(hours=1), timedelta(minutes=1), rules))
+    await cleaner.clean(await claim_one(database))
+
+    assert (await row_of(database, item.key)).state == State.KEPT
+    assert [method for method, _ in calls_of(simulator)] == ["GET"]
 
 
 async def test_a_rule_that_would_shorten_changes_nothing_at_the_last_look(cleaner_of, api, database, announced):
