@@ -48,6 +48,7 @@ _COLUMNS = (
     *(records.c[name] for name in ("copied_at", "forgotten_at", "webhook_url", "status", "model", "error_code")),
     *(records.c[name] for name in ("project_id", "source", "output_file_name", "output_duration")),
     records.c.notification.is_not(None).label("has_webhook"),
+    records.c.copy.is_not(None).label("has_copy"),
 )
 # What a forgotten record has lost may be what protects it.
 _OF_POLICY = (
@@ -139,8 +140,8 @@ def _existing(row: Row[Any], labels: Mapping[str, str], *, is_decided: bool) -> 
         input_types=read_input_types((row.input or "null").encode()) if "input" in row._fields else (),
         output_duration=row.output_duration,
         labels=labels,
-        # Of what a sweep adopted, the list of the API was the first to tell.
-        is_complete=row.copied_at is not None or not row.has_webhook,
+        # What a sweep adopted has the list's own words as its copy; what the results of a batch name may lack one.
+        is_complete=row.has_copy,
     )
     return Existing(
         State(row.state),

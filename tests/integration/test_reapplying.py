@@ -4,6 +4,7 @@ import asyncio
 from datetime import timedelta
 from functools import partial
 
+import msgspec
 import pytest
 from sqlalchemy import URL, insert, text, update
 
@@ -245,6 +246,15 @@ async def test_of_what_a_sweep_adopted_all_is_known(database):
 
     assert await apply(database, changed) == 1
     assert (await row_of(database, key)).ttl_seconds == 7_200
+
+
+async def test_of_what_the_results_of_a_batch_named_a_rule_may_protect(database):
+    named = msgspec.structs.replace(arrival(due_in=DAY), is_adopted=True, is_partial=True)
+    await receive(database, named)
+    changed = policy_of(rule("film", ttl=3 * DAY, project="film"), ttl=2 * HOUR)
+
+    assert await apply(database, changed) == 0
+    assert (await row_of(database, named.key)).ttl_seconds == 86_400
 
 
 # What changes meanwhile
