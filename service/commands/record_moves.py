@@ -17,7 +17,7 @@ from service.core.durations import parse_duration
 from service.core.errors import ExplainedError
 from service.core.generation import MalformedError
 from service.core.holding import Hold, parse_until
-from service.core.key import Key, choose_account, describe_missing
+from service.core.key import Key, choose_account, describe_missing, describe_unsaid
 from service.core.lifecycle import TARGETS, IllegalMoveError, Move, State
 from service.ledger import moving, reading
 from service.ledger.account_reading import find_others, require_account
@@ -88,7 +88,7 @@ class _Wanted:
     until: datetime | None
     grace: Grace
     refused: Mapping[str, str]
-    is_account_given: bool
+    accounts: Sequence[str]  # the configured ones, none if one of them was named
 
 
 def move_commands() -> list[click.Command]:
@@ -142,7 +142,8 @@ def _move_ids(settings: Settings, move: Move, ids: Sequence[str], options: Mappi
     is_asking = move is Move.RELEASE and grace is None and not options["yes"]
     refused = _ask_about(run(_find_overdue(settings, keys))) if is_asking else {}
     grace = Grace.of(grace or timedelta(0), settings.min_ttl)
-    wanted = _Wanted(move, options["reason"], options.get("until"), grace, refused, options["account"] is not None)
+    accounts = () if options["account"] else settings.account_ids
+    wanted = _Wanted(move, options["reason"], options.get("until"), grace, refused, accounts)
     sys.exit(EXIT_FAILED if run(_move_all(settings, keys, wanted)) else 0)
 
 
@@ -184,8 +185,10 @@ async def _move_one(database: Database, key: Key, wanted: _Wanted) -> str:
     before = await database.read(partial(reading.find_row, key=key))
     others = await database.read(partial(find_others, key=key))
     # Held before its first webhook here, the record of another account would be deleted nevertheless.
-    if before is None and others and not wanted.is_account_given:
+    if before is None and others and wanted.accounts:
         raise await refuse_missing(database, key)
+    if before is None and wanted.move is Move.HOLD and len(wanted.accounts) > 1:
+        raise RefusedError(f"{describe_unsaid(key.id, wanted.accounts)}: add --account NAME")
     by = Hold(actor(), wanted.reason, wanted.until)
     try:
         after = await moving.move_generation(database, key, wanted.move, by, now=datetime.now(UTC), grace=wanted.grace)

@@ -27,3 +27,11 @@ def describe_missing(key: Key, others: Sequence[str]) -> str:
         return f"there is no record of generation {key.id}"
     has = f"account {others[0]} has one" if len(others) == 1 else f"accounts {', '.join(others)} have one each"
     return f"there is no record of generation {key.id} in account {key.account}, but {has}"
+
+
+def describe_unsaid(generation_id: str, accounts: Sequence[str]) -> str:
+    """Say that a generation without a record can be held only in an account that is named, one of *accounts*."""
+    return (
+        f"generation {generation_id} has no record yet, and its webhook may come to any of the accounts "
+        f"{', '.join(accounts)}; held in another one it would be deleted nevertheless"
+    )

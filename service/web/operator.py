@@ -16,7 +16,7 @@ from litestar.params import FromPath, FromQuery, JSONBody, PathParameter, QueryP
 
 from service.core.durations import MAX_TTL
 from service.core.holding import Hold, parse_until
-from service.core.key import Key, choose_account
+from service.core.key import Key, choose_account, describe_unsaid
 from service.core.lifecycle import Move
 from service.ledger import forgetting, key_history, moving, pausing, reading
 from service.ledger.account_reading import UnknownAccountError, find_others, require_account
@@ -99,7 +99,7 @@ class OperatorController(Controller):
             raise NotFoundException("An id with a slash has no path: use mayfly records")
         key = Key(choose_account(accounts, account), generation_id)
         grace = _grace(wanted, body.grace_seconds, min_ttl)
-        await _check_account(database, key, accounts, is_given=account is not None)
+        await _check_account(database, key, accounts, wanted, is_given=account is not None)
         by = _by(wanted, body, at)
         find = partial(find_record, key=key, now=at, is_dry_run=is_dry_run)
         if wanted is Move.FORGET:
@@ -170,8 +170,10 @@ async def _require_known(database: Database, account: str | None, accounts: Sequ
         raise problem(400, "Bad Request", str(error)) from None
 
 
-async def _check_account(database: Database, key: Key, accounts: Sequence[str], *, is_given: bool) -> None:
-    """Refuse an account that is unknown, and an id that only another account has if none was given.
+async def _check_account(
+    database: Database, key: Key, accounts: Sequence[str], wanted: Move, *, is_given: bool
+) -> None:
+    """Refuse an account that is unknown; if none was given, an id that only another has, or that has no record to hold.
 
     Held before its first webhook here, the record of the other account would be deleted nevertheless.
     """
@@ -182,6 +184,8 @@ async def _check_account(database: Database, key: Key, accounts: Sequence[str], 
     others = await database.read(partial(find_others, key=key))
     if others and not is_there:
         raise await refuse_missing(database, key)
+    if wanted is Move.HOLD and not is_there and len(accounts) > 1:
+        raise problem(400, "Bad Request", f"{describe_unsaid(key.id, accounts)}: add account=NAME")
 
 
 def _grace(move: Move, seconds: int | None, min_ttl: timedelta) -> Grace:

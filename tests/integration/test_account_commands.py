@@ -7,7 +7,7 @@ import pytest
 
 from service.core.key import Key, choose_account
 from service.core.lifecycle import State
-from service.ledger import pausing
+from service.ledger import holding, pausing
 from service.ledger.account_reading import find_others, find_overdue, read_backlogs
 from service.ledger.pausing import Kind, Pause
 from tests.conftest import API_TOKEN
@@ -217,6 +217,22 @@ async def test_routes_take_the_account(sqlite_database, both, open_client, envir
     assert resumed.json()["pauses"] == []
     assert held.json()["result"]["moved"] == 1
     assert [(await row_of(sqlite_database, key)).state for key in both] == [State.SCHEDULED, State.HELD]
+
+
+async def test_a_hold_before_the_first_webhook_names_its_account(sqlite_database, open_client, environment):
+    async with open_client(sqlite_database, **environment) as client:
+        client.headers.update(BEARER)
+        unsaid = await client.post("/api/records/gen-new/hold", json={"reason": "audit"})
+        held = await client.post("/api/records/gen-new/hold?account=acme", json={"reason": "audit"})
+    code, _, errors = await mayfly("records", "hold", "gen-other", **environment)
+    said, _, _ = await mayfly("records", "hold", "gen-other", "--account", OTHER, **environment)
+
+    assert (unsaid.status_code, "account=" in unsaid.json()["detail"], held.status_code) == (400, True, 202)
+    assert (code, "--account" in errors, said) == (1, True, 0)
+    keys = [Key(account, one) for account in ("default", OTHER) for one in ("gen-new", "gen-other")]
+    found = await sqlite_database.read(partial(holding.find_holds, keys=keys))
+    assert {key.account for key in found} == {OTHER}
+    assert len(found) == 2
 
 
 async def test_the_only_account_is_meant_whatever_its_name(sqlite_database, both, open_client, environment):
