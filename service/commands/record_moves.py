@@ -103,10 +103,13 @@ def _move_command(move: Move) -> click.Command:
         if chosen is None:
             _move_ids(settings, move, read_ids(generation_ids), options)
         by = Hold(actor(), options["reason"], options.get("until"))
-        grace = Grace.of(options.get("grace") or settings.min_ttl, settings.min_ttl)
+
+        def grace_of(account: str) -> Grace:
+            return Grace.of(options.get("grace") or settings.min_ttl_of(account), settings.min_ttl_of(account))
+
         move_all(
             settings,
-            Wanted(move, chosen, by, grace),
+            Wanted(move, chosen, by, grace_of),
             is_dry_run=options["is_dry_run"],
             is_sure=options["yes"],
             expected=options.get("expect"),
@@ -141,7 +144,7 @@ def _move_ids(settings: Settings, move: Move, ids: Sequence[str], options: Mappi
     keys = [Key(account, one) for one in ids]
     is_asking = move is Move.RELEASE and grace is None and not options["yes"]
     refused = _ask_about(run(_find_overdue(settings, keys))) if is_asking else {}
-    grace = Grace.of(grace or timedelta(0), settings.min_ttl)
+    grace = Grace.of(grace or timedelta(0), settings.min_ttl_of(account))
     accounts = () if options["account"] else settings.account_ids
     wanted = _Wanted(move, options["reason"], options.get("until"), grace, refused, accounts)
     sys.exit(EXIT_FAILED if run(_move_all(settings, keys, wanted)) else 0)

@@ -100,6 +100,10 @@ class Settings:
         }
         return Policy(self.ttl, self.min_ttl, self.rules_file.rules, bounds)
 
+    def min_ttl_of(self, account: str) -> timedelta:
+        """Return the time that nothing of *account* is kept for less than."""
+        return self.policy.bounds_of(account).min_ttl
+
     @property
     def record_ttls(self) -> RecordTtls:
         """How long records are kept after their generations are gone."""

@@ -5,10 +5,10 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
-from typing import Any, Final
+from typing import Final
 
 import msgspec
-from sqlalchemy import Connection, Row, func, select
+from sqlalchemy import Connection, func, select
 
 from service.core.errors import ExplainedError
 from service.core.holding import Hold
@@ -47,12 +47,15 @@ class Moved(msgspec.Struct, rename="camel", frozen=True):
 
 @dataclass(frozen=True, slots=True)
 class Wanted:
-    """A move of all records that *chosen* matches; *by* says who, why and until when, *grace* is of a release."""
+    """A move of all records that *chosen* matches; *by* says who, why and until when.
+
+    *grace_of* returns the grace of an account's records, for a release.
+    """
 
     move: Move
     chosen: Filter
     by: Hold
-    grace: Grace | None = None
+    grace_of: Callable[[str], Grace] | None = None
 
 
 def count_matching(connection: Connection, chosen: Filter) -> dict[State, int]:
@@ -141,7 +144,7 @@ def _move_step(connection: Connection, *, wanted: Wanted, keys: Sequence[Key], n
                 actor=wanted.by.by,
                 reason=wanted.by.reason,
                 until=wanted.by.until,
-                grace=wanted.grace,
+                grace=wanted.grace_of(key.account) if wanted.grace_of else None,
             )
         except IllegalMoveError:
             too_late += 1
@@ -152,7 +155,3 @@ def _move_step(connection: Connection, *, wanted: Wanted, keys: Sequence[Key], n
         already += is_same
         moved += not is_same
     return _Total(moved, already, too_late)
-
-
-def _place_of(row: Row[Any]) -> tuple[Any, ...]:
-    return row.state, row.hold_by, row.hold_until

@@ -64,7 +64,7 @@ def make_app(
     intake = _intake(settings, database, enqueuer, metrics, now, ledger_check)
     return Litestar(
         [webhook_handler(intake, refusals), health.live, health.ready, health.show_metrics, operator],
-        dependencies=dependencies | {"min_ttl": _provide(settings.min_ttl)},
+        dependencies=dependencies | {"min_ttl_of": _provide(settings.min_ttl_of)},
         plugins=[problems.plugin],
         request_class=problems.JsonRequest,
         response_headers=SECURITY_HEADERS,

@@ -98,18 +98,21 @@ class BulkController(Controller):
         self,
         database: NamedDependency[Database],
         now: NamedDependency[Callable[[], datetime]],
-        min_ttl: NamedDependency[timedelta],
+        min_ttl_of: NamedDependency[Callable[[str], timedelta]],
         data: JSONBody[ReleaseAll],
     ) -> Outcome:
         """Release the held records that match, if their number is the expected one, else 409 and nothing is released.
 
-        Each waits for MAYFLY_MIN_TTL or graceSeconds, as after a single release.
+        Each waits for its account's min_ttl or graceSeconds, as after a single release.
         """
         if data.expected is None and not data.dry_run:
             raise problem(400, "Bad Request", "expected: the number of held records that dryRun shows")
         seconds = data.grace_seconds
-        grace = Grace.of(min_ttl if seconds is None else timedelta(seconds=seconds), min_ttl)
-        wanted = Wanted(Move.RELEASE, data.filter.as_filter(), Hold(ACTOR, data.reason, None), grace)
+
+        def grace_of(account: str) -> Grace:
+            return Grace.of(min_ttl_of(account) if seconds is None else timedelta(seconds=seconds), min_ttl_of(account))
+
+        wanted = Wanted(Move.RELEASE, data.filter.as_filter(), Hold(ACTOR, data.reason, None), grace_of)
         return await _move(database, wanted, now, is_dry_run=data.dry_run, expected=data.expected)
 
 

@@ -42,7 +42,7 @@ class MoveBody(msgspec.Struct, rename="camel", frozen=True, forbid_unknown_field
     """Why, for a hold until when, and for release and reopen how long the record waits at least.
 
     *until* is a date, its end in UTC, an instant or a duration such as 30d; a hold without it ends by a release.
-    *grace_seconds* is MAYFLY_MIN_TTL unless given.
+    *grace_seconds* is MAYFLY_MIN_TTL, or the account's min_ttl, unless given.
     """
 
     reason: Annotated[str, msgspec.Meta(min_length=1, max_length=500)] | None = None
@@ -81,7 +81,7 @@ class OperatorController(Controller):
         request: Request[Any, Any, Any],
         database: NamedDependency[Database],
         now: NamedDependency[Callable[[], datetime]],
-        min_ttl: NamedDependency[timedelta],
+        min_ttl_of: NamedDependency[Callable[[str], timedelta]],
         is_dry_run: NamedDependency[bool],
         accounts: NamedDependency[Sequence[str]],
         generation_id: FromPath[str],
@@ -98,7 +98,7 @@ class OperatorController(Controller):
         if b"%2f" in request.scope.get("raw_path", b"").lower():  # it would be the hold of another id
             raise NotFoundException("An id with a slash has no path: use mayfly records")
         key = Key(choose_account(accounts, account), generation_id)
-        grace = _grace(wanted, body.grace_seconds, min_ttl)
+        grace = _grace(wanted, body.grace_seconds, min_ttl_of(key.account))
         await _check_account(database, key, accounts, wanted, is_given=account is not None)
         by = _by(wanted, body, at)
         find = partial(find_record, key=key, now=at, is_dry_run=is_dry_run)

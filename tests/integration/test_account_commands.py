@@ -219,6 +219,31 @@ async def test_routes_take_the_account(sqlite_database, both, open_client, envir
     assert [(await row_of(sqlite_database, key)).state for key in both] == [State.SCHEDULED, State.HELD]
 
 
+@pytest.mark.parametrize("how", ["route", "filter", "command", "command of a filter"])
+async def test_what_an_operator_releases_waits_for_the_minimum_of_its_account(
+    sqlite_database, open_client, environment, how
+):
+    """MAYFLY_MIN_TTL is 1 m, that of the account acme 2 h."""
+    theirs = of_account(arrival(hold="x"), OTHER)
+    await receive(sqlite_database, theirs)
+    async with open_client(sqlite_database, **environment) as client:
+        client.headers.update(BEARER)
+        if how == "route":
+            await client.post(f"/api/records/{theirs.key.id}/release?account=acme")
+        elif how == "filter":
+            chosen = {"filter": {"account": OTHER}, "reason": "audit", "expected": 1}
+            await client.post("/api/records/release", json=chosen)
+    if how == "command":
+        await mayfly("records", "keep", theirs.key.id, "--account", OTHER, **environment)
+        await mayfly("records", "release", theirs.key.id, "--account", OTHER, "--yes", **environment)
+    elif how == "command of a filter":
+        await mayfly("records", "release", "--account", OTHER, "--reason", "x", "--expect", "1", "--yes", **environment)
+    row = await row_of(sqlite_database, theirs.key)
+
+    assert row.state == State.SCHEDULED
+    assert row.due_at >= utc_now() + 1.9 * HOUR
+
+
 async def test_a_hold_before_the_first_webhook_names_its_account(sqlite_database, open_client, environment):
     async with open_client(sqlite_database, **environment) as client:
         client.headers.update(BEARER)

@@ -38,7 +38,7 @@ async def hold_all(database, chosen=FILM, *, by=HELD, seconds=float("inf")):
 
 
 async def release_all(database, expected, *, grace=HOUR, chosen=FILM):
-    wanted = Wanted(Move.RELEASE, chosen, HELD, Grace(grace, grace))
+    wanted = Wanted(Move.RELEASE, chosen, HELD, lambda _account: Grace(grace, grace))
     return await bulk.move_matching(database, wanted, now=utc_now, expected=expected)
 
 
