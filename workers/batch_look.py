@@ -15,6 +15,7 @@ from service.core.attempts import Verdict, backoff
 from service.core.batch import BatchState, Tally, read_output_url
 from service.core.generation import Generation
 from service.core.key import Key
+from service.core.reapplying import is_decided_by_policy
 from service.core.retention import Policy, decide_retention
 from service.core.rules import read_facts
 from service.ledger import adopting, pausing
@@ -164,11 +165,12 @@ class BatchLook:
         ids = [*found.generations]
         return await self.database.read(partial(adopting.find_known, account=self.claimed.key.account, ids=ids))
 
-    async def _adopt_ended(self, adopt: Adopt, found: _Found, known: Mapping[str, object]) -> None:
-        ids = [one for one in found.generations if one in found.ended and one not in known]
-        for start in range(0, len(ids), _ADOPT_AT_ONCE):
-            some = ids[start : start + _ADOPT_AT_ONCE]
-            await self._adopt([self._arrival(found, one) for one in some], adopt, found)
+    async def _adopt_ended(self, adopt: Adopt, found: _Found, known: Mapping[str, adopting.Known]) -> None:
+        """Adopt what has ended, and let an override count for what the policy alone has decided about before."""
+        theirs = [self._arrival(found, one) for one in found.generations if one in known or one in found.ended]
+        arrivals = [one for one in theirs if one.key.id not in known or _is_overridden(one, known[one.key.id])]
+        for start in range(0, len(arrivals), _ADOPT_AT_ONCE):
+            await self._adopt(arrivals[start : start + _ADOPT_AT_ONCE], adopt, found)
 
     async def _adopt(self, arrivals: Sequence[Arrival], adopt: Adopt, found: _Found) -> None:
         try:
@@ -261,6 +263,10 @@ class BatchLook:
         return Tally(
             self.claimed.expected, len(found.generations), found.errors, found.unread, found.pending, found.has_results
         )
+
+
+def _is_overridden(arrival: Arrival, known: adopting.Known) -> bool:
+    return is_decided_by_policy(known.rule) and not is_decided_by_policy(arrival.retention.rule)
 
 
 _SHOWN: Final = 3

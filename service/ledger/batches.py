@@ -15,9 +15,11 @@ from sqlalchemy.dialects import postgresql, sqlite
 
 from service.core.batch import Batch, BatchState
 from service.core.key import Key
+from service.core.reapplying import is_decided_by_policy
 from service.ledger import pausing
-from service.ledger.adopting import adopt
+from service.ledger.adopting import adopt, find_known
 from service.ledger.inserting import Arrival, Receipt
+from service.ledger.receiving import receive
 from service.ledger.schema import batches
 
 _OPEN: Final = (BatchState.WAITING, BatchState.UNRESOLVED)
@@ -120,12 +122,25 @@ def move_look(connection: Connection, claimed: Claimed, *, at: datetime) -> bool
 
 
 def adopt_of_batch(connection: Connection, claimed: Claimed, arrivals: Sequence[Arrival]) -> list[Receipt | None]:
-    """Store the generations of a batch that have no record, and count them there, in one transaction."""
+    """Store the generations of a batch that have no record, and count them there, in one transaction.
+
+    A record that a sweep or a webhook made before is kept longer, or held, if the override of the batch says so and no
+    other override or operator has decided.
+    """
     receipts = adopt(connection, arrivals)
+    _announce_again(connection, [one for one, receipt in zip(arrivals, receipts, strict=True) if receipt is None])
     new = sum(receipt is not None for receipt in receipts)
     statement = update(batches).where(*_is(claimed.key)).values(scheduled=batches.c.scheduled + new)
     connection.execute(statement)
     return receipts
+
+
+def _announce_again(connection: Connection, arrivals: Sequence[Arrival]) -> None:
+    overridden = [one for one in arrivals if not is_decided_by_policy(one.retention.rule)]
+    if not overridden:
+        return
+    known = find_known(connection, overridden[0].key.account, [one.key.id for one in overridden])
+    receive(connection, [one for one in overridden if is_decided_by_policy(known[one.key.id].rule)])
 
 
 def settle_batch(

@@ -14,14 +14,14 @@ from structlog.testing import capture_logs
 
 from service.core.batch import BatchState
 from service.core.key import Key
-from service.core.lifecycle import State
+from service.core.lifecycle import Move, State
 from service.core.rate import Rate
 from service.core.record_ttls import RecordTtls
 from service.core.retention import Policy
 from service.core.secret import Secret
 from service.jobs import connection
 from service.jobs.enqueue import BatchJob, CleanupJob, CopyJob
-from service.ledger import batches, pausing
+from service.ledger import adopting, batches, pausing
 from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import batches as table
 from service.ledger.schema import records
@@ -30,7 +30,7 @@ from service.sync.client import open_sync_api
 from service.sync.rate_limit import Budget, SpareCalls
 from service.sync.results import make_results_reader
 from tests.conftest import API_KEY, API_TOKEN, http_client
-from tests.support.ledger import ACCOUNT, HOUR, count, moves_of, row_of, utc_now
+from tests.support.ledger import ACCOUNT, HOUR, arrival, count, move, moves_of, receive, row_of, utc_now
 from tests.support.waiting import eventually
 from tests.support.webhooks import batch, webhook
 from workers.batch import Batches
@@ -196,6 +196,42 @@ async def test_a_generation_with_its_own_webhook_is_untouched(database, simulato
     assert await moves_of(database, key) == moves
     row = await batch_row(database, found)
     assert (row.state, row.scheduled, row.known, await count(database)) == ("resolved", 39, 1, 40)
+
+
+@pytest.mark.parametrize(
+    "case",
+    [
+        ("?hold=court", "held", "override: hold"),
+        ("?ttl=forever", "kept", "override: ttl"),
+        ("?ttl=2h", "scheduled", "MAYFLY_TTL"),
+        ("?tll=2h", "held", "invalid override"),
+        ("", "scheduled", "MAYFLY_TTL"),
+    ],
+)
+async def test_the_override_of_the_batch_counts_for_what_a_sweep_adopted_before(database, simulator, app, worker, case):
+    query, state, rule = case
+    found = await make_quiet_batch(simulator, app, lines=20, query=query)
+    one = found.generations[3]
+    swept = msgspec.structs.replace(arrival(id=one.id, due_in=TTL), is_adopted=True, actor="sweep")
+    await database.write(partial(adopting.adopt, arrivals=[swept]))
+    await worker().run(Key(ACCOUNT, found.id))
+
+    row = await row_of(database, swept.key)
+    assert (row.state, row.rule, row.due_at) == (state, rule, None if state == "kept" else swept.retention.due_at)
+    assert row.hold_by == ("batch" if state == "held" else None)
+
+
+async def test_what_an_operator_released_is_not_held_again_by_its_batch(database, simulator, app, worker):
+    found = await make_quiet_batch(simulator, app, lines=20, query="?hold=court")
+    key = Key(ACCOUNT, found.generations[3].id)
+    await receive(database, arrival(id=key.id, due_in=TTL))
+    await worker().run(Key(ACCOUNT, found.id))
+    await move(database, key, Move.RELEASE)
+    await database.write(partial(batches.retry_batch, key=Key(ACCOUNT, found.id), now=utc_now()))
+    await worker().run(Key(ACCOUNT, found.id))
+
+    assert (await row_of(database, key)).state == State.SCHEDULED
+    assert (await moves_of(database, key)).count(Move.HOLD) == 1
 
 
 async def test_the_override_of_the_batch_counts_for_its_generations(database, simulator, app, worker):
