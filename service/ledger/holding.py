@@ -1,5 +1,6 @@
 """Holds of generations without a record, and the end of holds. The row of such a hold counts until a record has it.
 
+A hold that a webhook brings while the DELETE of its record may be in progress waits here, too, for another attempt.
 On PostgreSQL a hold and the first webhook may be committed at once, neither having seen the other. So claims and copies
 look for such holds, too. Whoever locks records as well locks them first, to avoid deadlocks.
 """

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from datetime import datetime
 from operator import attrgetter
-from typing import Any
+from typing import Any, Final
 
 import msgspec
 from sqlalchemy import Connection, Row, Text, bindparam, select, update
@@ -19,6 +19,7 @@ from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, records
 
 __all__ = ["ACTOR", "Arrival", "Receipt", "receive"]
 
+_LATE: Final = "a later due time was announced while its DELETE was in progress"
 _select_known = (
     select(
         records.c.seq,
@@ -62,9 +63,9 @@ _update_record = (
 def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
     """Store *arrivals* in one transaction and return a receipt for each, in their order.
 
-    A known generation keeps its first body. Of two webhooks the later due time wins, and a hold wins over both, as
-    long as no DELETE may be in progress. A due time never becomes earlier. Of two holds the longer one wins, also of
-    those that came before the first webhook.
+    A known generation keeps its first body. Of two webhooks the later due time wins, and a hold wins over both; while
+    a DELETE may be in progress, they count once that has not succeeded. A due time never becomes earlier. Of two holds
+    the longer one wins, also of those that came before the first webhook.
     """
     receipts: dict[int, Receipt] = {}
     waiting = dict(enumerate(arrivals))
@@ -81,6 +82,7 @@ def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt
 class _Changes(msgspec.Struct, frozen=True, gc=False):
     updates: list[dict[str, Any]]
     entries: list[Entry]
+    late: list[tuple[Arrival, Hold]]
 
 
 def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
@@ -88,7 +90,7 @@ def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[R
     inserted = insert_new(connection, arrivals)
     new, holds = inserted.new, inserted.holds
     known = _lock_known(connection, [arrival.key for arrival in arrivals if arrival.key not in new])
-    changes = _Changes([], [])
+    changes = _Changes([], [], [])
     receipts = [
         receipt_of_new(arrival, inserted, changes.entries)
         if arrival.key in new
@@ -100,6 +102,8 @@ def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[R
     if changes.updates:
         connection.execute(_update_record, changes.updates)
     append_entries(connection, changes.entries)
+    for arrival, hold in changes.late:
+        holding.hold_unseen(connection, arrival.key, hold, now=arrival.received_at)
     return receipts
 
 
@@ -127,6 +131,8 @@ def _receipt_of_known(arrival: Arrival, before: Row[Any], hold: Hold | None, cha
         detail = {"rule": retention.rule, "announced": "again"}
         recorded = moves or [Move.RECEIVE]  # only the due time changed
         changes.entries.extend(Entry(before.seq, arrival.received_at, move, ACTOR, detail) for move in recorded)
+    elif (late := _late_hold(arrival, before, due_at, hold)) is not None:
+        changes.late.append((arrival, late))
     return Receipt(
         before.seq,
         state,
@@ -136,6 +142,16 @@ def _receipt_of_known(arrival: Arrival, before: Row[Any], hold: Hold | None, cha
         is_moved=moves is not None,
         is_conflict=before.forgotten_at is None and before.notification not in (None, arrival.body),
     )
+
+
+def _late_hold(arrival: Arrival, before: Row[Any], due_at: datetime | None, hold: Hold | None) -> Hold | None:
+    """Return what holds the record before another attempt, if its DELETE, which nothing can stop, does not succeed."""
+    if before.state != State.DELETING:
+        return None
+    if hold is not None:
+        return hold
+    is_later = due_at != before.due_at and (due_at is None or due_at > arrival.received_at)
+    return Hold(arrival.actor, _LATE, due_at) if is_later else None
 
 
 def _moves(arrival: Arrival, before: Row[Any], due_at: datetime | None, *, is_hold: bool) -> list[Move] | None:

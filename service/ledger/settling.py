@@ -70,6 +70,8 @@ def settle_attempts(
         if values:
             connection.execute(statement, values)
     append_entries(connection, [entry for item in valid for entry in _entries(item, now, actor)])
+    # What came too late for these.
+    holding.remove_holds(connection, [item.claim.key for item in valid if item.step.move is Move.CONFIRM])
     counted = [mine[item.claim.seq].counted_on for item in valid if item.is_refund]
     daily_limit.refund_deletes(connection, key.account, [day for day in counted if day is not None])
     _update_pauses(connection, key.account, settlements, now=now, actor=actor)

@@ -4,6 +4,7 @@ import asyncio
 import json
 from datetime import timedelta
 from functools import partial
+from typing import Any
 
 import msgspec
 import pytest
@@ -12,7 +13,7 @@ from sqlalchemy import event, select
 from service.core.generation import read_generation
 from service.core.key import Key
 from service.core.lifecycle import Move, State
-from service.ledger import moving, receiving
+from service.ledger import holding, moving, receiving
 from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.opening import open_database
 from service.ledger.outcomes import CopyResult, Settled
@@ -21,12 +22,16 @@ from tests.support.ledger import (
     ACTOR,
     HOUR,
     arrival,
+    claim,
     claim_one,
     confirmed,
     copy,
     count,
     deferred,
+    end_lease,
     given_up,
+    lose_leases,
+    move,
     moves_of,
     receive,
     row_of,
@@ -403,3 +408,47 @@ async def test_a_webhook_without_labels_costs_no_statement_more(database):
         await database.write(write)
 
     assert len(with_labels) == len(statements) + 1
+
+
+LATE: dict[str, dict[str, Any]] = {
+    "hold": {"hold": "legal"},
+    "later": {"due_in": 24 * HOUR},
+    "forever": {"due_in": None},
+}
+
+
+@pytest.mark.parametrize("how", LATE)
+@pytest.mark.parametrize("end", [deferred, given_up, None])
+async def test_what_is_announced_during_a_delete_counts_if_that_does_not_succeed(database, how, end):
+    key = await store(database)
+    item = await claim_one(database)
+    await copy(database, item)
+    again = arrival(id=key.id, **LATE[how])
+    (receipt,) = await receive(database, again)
+    if end is None:
+        await end_lease(database, key)
+        await lose_leases(database)
+    else:
+        await settle(database, end(item))
+    if end is given_up:
+        await move(database, key, Move.RETRY)
+    assert await claim(database, now=utc_now() + HOUR) == []
+    row = await row_of(database, key)
+
+    assert receipt.state == State.DELETING
+    assert (row.state, row.hold_by, row.hold_until) == (
+        State.HELD,
+        "webhook",
+        again.retention.due_at if how == "later" else None,
+    )
+
+
+async def test_a_hold_that_came_too_late_is_gone_with_the_generation(database):
+    key = await store(database)
+    item = await claim_one(database)
+    await copy(database, item)
+    await receive(database, arrival(id=key.id, hold="legal"))
+    await settle(database, confirmed(item))
+
+    assert (await row_of(database, key)).state == State.DELETED
+    assert await database.read(partial(holding.find_hold, key=key)) is None
