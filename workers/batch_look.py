@@ -15,8 +15,9 @@ from service.core.attempts import Verdict, backoff
 from service.core.batch import BatchState, Tally, read_output_url
 from service.core.generation import Generation
 from service.core.key import Key
+from service.core.overrides import url_of_request
 from service.core.reapplying import is_decided_by_policy
-from service.core.retention import Policy, decide_retention
+from service.core.retention import Policy, decide_retention, keep_longer
 from service.core.rules import read_facts
 from service.ledger import adopting, pausing
 from service.ledger.batches import Claimed, Resolution
@@ -215,31 +216,25 @@ class BatchLook:
     def _arrival(self, found: _Found, generation_id: str) -> Arrival:
         """Return the arrival of a generation that has ended, with its retention.
 
-        The signed webhook of the batch decides; no signature covers the generation's own webhookUrl.
+        The signed webhook of the batch decides; no signature covers the generation's own webhookUrl, and the URL of the
+        batch's request.
         """
         account, generation, now = self.claimed.key.account, found.generations[generation_id], self.now()
         copy = found.copies.get(generation_id)
         is_same = self.claimed.webhook_url == generation.webhook_url
-        retention = decide_retention(
+        decide = partial(
+            decide_retention,
             self.policy,
             read_facts(self.policy.rules, account, generation, is_complete=copy is not None),
             webhook_url=self.claimed.webhook_url,
-            request_url=None if is_same else generation.webhook_url,
-            request_place="its own webhookUrl",
             sent_at=self.claimed.sent_at,
             now=now,
         )
+        own = decide(request_url=None if is_same else generation.webhook_url, request_place="its own webhookUrl")
+        retention = keep_longer(own, decide(request_url=url_of_request(self.claimed.request_query or "")))
         key, sent_at = Key(account, generation_id), min(self.claimed.sent_at, now)
         return Arrival(
-            key,
-            generation,
-            copy or "",
-            retention,
-            now,
-            sent_at,
-            is_adopted=True,
-            is_partial=copy is None,
-            actor=ACTOR,
+            key, generation, copy or "", retention, now, sent_at, is_adopted=True, is_partial=copy is None, actor=ACTOR
         )
 
     async def _conclude(self, found: _Found) -> Resolution:

@@ -67,6 +67,11 @@ class _Pair(NamedTuple):
     is_nested: bool
 
 
+def url_of_request(query: str) -> str | None:
+    """Return the URL in which overrides of a webhook's request are read; None without a *query*."""
+    return f"https://mayfly{WEBHOOK_PATH}?{query}" if query else None
+
+
 def read_overrides(url: str) -> Overrides:
     """Return the overrides and labels in the query of *url*.
 

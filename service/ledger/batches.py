@@ -26,13 +26,14 @@ _OPEN: Final = (BatchState.WAITING, BatchState.UNRESOLVED)
 
 
 class BatchArrival(msgspec.Struct, frozen=True):
-    """The verified notification of a finished batch; *body* as it came."""
+    """The verified notification of a finished batch; *body* as it came, *query* is that of its request."""
 
     key: Key
     batch: Batch
     body: str
     received_at: datetime
     sent_at: datetime
+    query: str = ""
 
 
 class Claimed(msgspec.Struct, frozen=True):
@@ -43,6 +44,7 @@ class Claimed(msgspec.Struct, frozen=True):
     created_at: datetime | None
     sent_at: datetime
     webhook_url: str | None
+    request_query: str | None
     output_url: str | None
     expected: int | None
 
@@ -71,6 +73,7 @@ def receive_batch(connection: Connection, arrival: BatchArrival) -> tuple[BatchS
         "received_at": arrival.received_at,
         "sent_at": arrival.sent_at,
         "webhook_url": arrival.batch.webhook_url,
+        "request_query": arrival.query or None,
         "output_url": arrival.batch.output_url,
         "expected": arrival.batch.total,
         "look_at": arrival.received_at,
@@ -112,7 +115,8 @@ def claim_batch(connection: Connection, key: Key, *, now: datetime, lease: timed
     row = connection.execute(statement).first()
     if row is None:
         return None
-    return Claimed(key, row.tries, row.created_at, row.sent_at, row.webhook_url, row.output_url, row.expected)
+    names = ("tries", "created_at", "sent_at", "webhook_url", "request_query", "output_url", "expected")
+    return Claimed(key, *(getattr(row, name) for name in names))
 
 
 def move_look(connection: Connection, claimed: Claimed, *, at: datetime) -> bool:

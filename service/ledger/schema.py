@@ -177,6 +177,8 @@ batches = Table(
     # The signed send time of its webhook, where the ttl of its generations begins.
     Column("sent_at", Instant, nullable=False),
     Column("webhook_url", Text),
+    # The query of its webhook's request, which no signature covers.
+    Column("request_query", Text),
     Column("output_url", Text),
     # When a worker must look at it next, or the end of the lease of the one that does; NULL once that is over.
     Column("look_at", Instant),

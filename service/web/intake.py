@@ -12,7 +12,7 @@ from service.core.batch import is_finished_batch, read_batch
 from service.core.generation import RUNNING, Generation, MalformedError, read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
-from service.core.overrides import WEBHOOK_PATH
+from service.core.overrides import url_of_request
 from service.core.retention import Policy, decide_retention
 from service.core.rules import read_facts
 from service.core.signature import SignatureError, check_form, verify
@@ -111,7 +111,7 @@ class Intake:
             return Answer(generation.id, "ignored")
         try:
             if is_batch:
-                return await self._store_batch(account, generation, body, sent_at=sent_at, now=now)
+                return await self._store_batch(account, generation, body, query, sent_at=sent_at, now=now)
             return await self._store(account, generation, body, query, sent_at=sent_at, now=now)
         except Exception as error:
             self._note_not_stored(error, account=account, generation=generation.id)
@@ -140,7 +140,7 @@ class Intake:
             self._policy,
             read_facts(self._policy.rules, account, generation, is_complete=False),
             webhook_url=generation.webhook_url,
-            request_url=f"https://mayfly{WEBHOOK_PATH}?{query}" if query else None,
+            request_url=url_of_request(query),
             sent_at=sent_at,
             now=now,
         )
@@ -159,11 +159,11 @@ class Intake:
         return Answer(generation.id, receipt.state, receipt.due_at)
 
     async def _store_batch(
-        self, account: str, notification: Generation, body: bytes, *, sent_at: datetime, now: datetime
+        self, account: str, notification: Generation, body: bytes, query: str, *, sent_at: datetime, now: datetime
     ) -> Answer:
         """Store a finished batch; a worker finds its generations. Its own write: batches are rare."""
         key = Key(account, notification.id)
-        arrival = BatchArrival(key, read_batch(notification, body), body.decode(), now, min(sent_at, now))
+        arrival = BatchArrival(key, read_batch(notification, body), body.decode(), now, min(sent_at, now), query)
         try:
             _, is_new = await self._database.write(partial(batches.receive_batch, arrival=arrival))
         except RowLockedError:

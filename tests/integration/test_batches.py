@@ -221,6 +221,19 @@ async def test_the_override_of_the_batch_counts_for_what_a_sweep_adopted_before(
     assert row.hold_by == ("batch" if state == "held" else None)
 
 
+@pytest.mark.parametrize("case", [("?hold=court", "held"), ("?ttl=forever", "kept"), ("?ttl=1m", "scheduled")])
+async def test_the_query_of_the_batchs_request_can_keep_longer(database, simulator, app, worker, case):
+    query, state = case
+    found = await make_quiet_batch(simulator, app, lines=20)
+    await database.write(lambda connection: connection.execute(table.delete()))
+    body = msgspec.json.encode(found.body())
+    await app.post(f"/webhooks/sync{query}", content=body, headers=webhook(body).headers)
+    await worker().run(Key(ACCOUNT, found.id))
+
+    assert {row.state for row in await rows_of(database)} == {state}
+    assert {row.ttl_seconds for row in await rows_of(database)} == {None if state == "kept" else TTL.total_seconds()}
+
+
 async def test_what_an_operator_released_is_not_held_again_by_its_batch(database, simulator, app, worker):
     found = await make_quiet_batch(simulator, app, lines=20, query="?hold=court")
     key = Key(ACCOUNT, found.generations[3].id)

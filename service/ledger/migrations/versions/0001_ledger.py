@@ -87,6 +87,7 @@ def _batches() -> None:
         sa.Column("received_at", _INSTANT, nullable=False),
         sa.Column("sent_at", _INSTANT, nullable=False),
         sa.Column("webhook_url", sa.Text),
+        sa.Column("request_query", sa.Text),
         sa.Column("output_url", sa.Text),
         sa.Column("look_at", _INSTANT),
         sa.Column("tries", sa.Integer, nullable=False, server_default="0"),
