@@ -251,4 +251,6 @@ def _progress_from_row(row: Row[Any]) -> Progress:
 def bring_forward_rehearsed(connection: Connection, account: str, *, now: datetime) -> int:
     """Make due what a dry run of *account* has rehearsed and put off, and return the number of records."""
     put_off = (*in_state(account, State.SCHEDULED), records.c.wake_at > now, records.c.last_error == DRY_RUN)
-    return connection.execute(update(records).where(*put_off).values(wake_at=now)).rowcount
+    # What a changed policy or another webhook has made due later meanwhile waits for that.
+    is_due = records.c.due_at <= now
+    return connection.execute(update(records).where(*put_off, is_due).values(wake_at=now)).rowcount

@@ -13,7 +13,7 @@ from service.core.lifecycle import Move, State
 from service.core.matchers import Pattern, Texts
 from service.core.retention import Bounds, Policy
 from service.core.rules import NO_RULES, Rule, RuleSet
-from service.ledger import forgetting, history, holding, looking, moving, reapplying
+from service.ledger import claiming, forgetting, history, holding, looking, moving, reapplying
 from service.ledger.moving import Grace
 from service.ledger.opening import open_database
 from service.ledger.reapplying import FIRST, Place, Seen
@@ -255,6 +255,20 @@ async def test_of_what_the_results_of_a_batch_named_a_rule_may_protect(database)
 
     assert await apply(database, changed) == 0
     assert (await row_of(database, named.key)).ttl_seconds == 86_400
+
+
+async def test_what_is_due_later_since_its_rehearsal_is_not_brought_forward(database):
+    key = await store(database)
+    rehearsed = update(records).values(last_error=claiming.DRY_RUN, wake_at=utc_now() + HOUR, ttl_seconds=86_400)
+    await database.write(lambda connection: connection.execute(rehearsed).rowcount)
+    assert await apply(database, policy_of(ttl=3 * DAY)) == 1
+    forward = partial(claiming.bring_forward_rehearsed, account=ACCOUNT, now=utc_now())
+    row = await row_of(database, key)
+
+    assert await database.write(forward) == 0
+    assert (await row_of(database, key)).wake_at == row.wake_at == row.due_at
+    await set_columns(database, key, due_at=utc_now() - HOUR)
+    assert await database.write(forward) == 1
 
 
 # What changes meanwhile
