@@ -145,11 +145,14 @@ def _receipt_of_known(arrival: Arrival, before: Row[Any], hold: Hold | None, cha
 
 
 def _late_hold(arrival: Arrival, before: Row[Any], due_at: datetime | None, hold: Hold | None) -> Hold | None:
-    """Return what holds the record before another attempt, if its DELETE, which nothing can stop, does not succeed."""
+    """Return what holds the record before its next attempt: its DELETE, which nothing can stop, may not succeed.
+
+    A policy can schedule what is kept, and then its hold counts, too.
+    """
+    if hold is not None:
+        return hold if before.state in (State.DELETING, State.KEPT) else None
     if before.state != State.DELETING:
         return None
-    if hold is not None:
-        return hold
     is_later = due_at != before.due_at and (due_at is None or due_at > arrival.received_at)
     return Hold(arrival.actor, _LATE, due_at) if is_later else None
 

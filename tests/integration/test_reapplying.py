@@ -25,6 +25,7 @@ from tests.support.ledger import (
     HOUR,
     KEY,
     arrival,
+    claim,
     claim_one,
     confirmed,
     deferred,
@@ -255,6 +256,20 @@ async def test_of_what_the_results_of_a_batch_named_a_rule_may_protect(database)
 
     assert await apply(database, changed) == 0
     assert (await row_of(database, named.key)).ttl_seconds == 86_400
+
+
+async def test_a_hold_of_a_webhook_counts_for_what_a_policy_kept_and_then_releases(database):
+    item = arrival(due_in=DAY)
+    await receive(database, item)
+    await kept_by_rule(database, item.key)
+    await receive(database, arrival(id=item.key.id, due_in=DAY, hold="legal"))
+    assert (await row_of(database, item.key)).state == State.KEPT
+    assert await apply(database, policy_of(ttl=HOUR)) == 1
+    await set_columns(database, item.key, due_at=utc_now() - HOUR, wake_at=utc_now() - HOUR)
+
+    assert await claim(database) == []
+    row = await row_of(database, item.key)
+    assert (row.state, row.hold_reason) == (State.HELD, "legal")
 
 
 async def test_what_is_due_later_since_its_rehearsal_is_not_brought_forward(database):
