@@ -185,6 +185,8 @@ def is_public(address: str) -> bool:
         return False
     inner = None
     if isinstance(found, ipaddress.IPv6Address):
+        if any(found in one for one in _TRANSLATED):
+            return False
         # An IPv4 address in another form leads where that one leads.
         inner = found.ipv4_mapped or found.sixtofour or (found.teredo[1] if found.teredo else None)
         if found in _NAT64:
@@ -193,6 +195,8 @@ def is_public(address: str) -> bool:
 
 
 _NAT64: Final = ipaddress.IPv6Network("64:ff9b::/96")
+# IPv4 in IPv6, obsolete or as a network translates it for itself: it leads to any IPv4 address.
+_TRANSLATED: Final = (ipaddress.IPv6Network("::/96"), ipaddress.IPv6Network("64:ff9b:1::/48"))
 
 
 @dataclass(frozen=True, slots=True)

@@ -150,8 +150,8 @@ def test_what_is_not_accounted_for_is_unresolved(tally, missing, unresolved):
     [
         *("127.0.0.1", "10.1.2.3", "172.16.0.1", "192.168.1.1", "169.254.169.254", "100.64.0.1", "0.0.0.0"),
         *("224.0.0.1", "255.255.255.255", "::1", "::", "fe80::1", "fe80::1%eth0", "fd00::1", "ff02::1"),
-        *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::"),
-        *("", "localhost", "127.1", "2130706433"),
+        *("::ffff:127.0.0.1", "::ffff:10.0.0.1", "64:ff9b::7f00:1", "64:ff9b::a9fe:a9fe", "2002:7f00:1::", "::7f00:1"),
+        *("64:ff9b:1::a9fe:a9fe", "", "localhost", "127.1", "2130706433"),
     ],
 )
 def test_no_address_of_a_private_network_is_public(address):
