@@ -196,7 +196,7 @@ def _decide_from(
     found = _read_url(url)
     labels = found.labels if isinstance(found, Overrides) else {}
     if labels:
-        facts = msgspec.structs.replace(facts, labels={**facts.labels, **labels})
+        facts = msgspec.structs.replace(facts, labels={**labels, **facts.labels})
     timed = _apply_overrides(_apply_rules(policy, facts, clock, known), found, clock, place="its webhookUrl")
     return msgspec.structs.replace(timed, labels=labels) if labels else timed
 

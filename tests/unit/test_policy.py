@@ -163,6 +163,13 @@ def refined(rules, facts=None, *, by="MAYFLY_TTL", due_at=NOW + DAY, ttl=DAY, ur
     )
 
 
+def test_a_label_of_the_signed_webhook_counts_before_the_one_that_the_api_shows():
+    signed = Facts(project="film", labels={"customer": "acme"}, is_complete=True)
+    rules = policy(rule("acme", is_forever=True, **{"project": "film", "label.customer": "acme"}))
+
+    assert refined(rules, signed, url=f"{OURS}?label.customer=other").rule == "rule: acme"
+
+
 @pytest.mark.parametrize("ttl", [HOUR, 3 * DAY])
 @pytest.mark.parametrize("by", ["MAYFLY_TTL", "rule: other"])
 def test_what_the_early_look_shows_moves_the_due_time_both_ways(ttl, by):
