@@ -259,7 +259,7 @@ def test_a_restored_backup_deletes_nothing_that_was_held_since(stack: Stack, roo
     assert restored == before
     assert {item.id for item in gone} < {record["id"] for record in restored}
     assert held.id not in stack.deleted()
-    stack.run(hold.replace(" hold ", " release "), seconds=60)
+    stack.run(hold.replace(" hold ", " release --yes "), seconds=60)
     stack.wait_until_deleted([held], seconds=60)
 
 

@@ -109,7 +109,7 @@ def test_a_restored_backup_deletes_nothing_that_was_held_since(stack: Stack, roo
 
     assert restored == before
     assert held.id not in stack.deleted()
-    stack.run(hold.replace(" hold ", " release "), seconds=60)
+    stack.run(hold.replace(" hold ", " release --yes "), seconds=60)
     stack.wait_until_deleted([held], seconds=60)
 
 
