@@ -65,10 +65,8 @@ async def enqueue_next(pool: ArqRedis, metrics: Metrics, key: Key, attempt: int,
 
 async def enqueue_within(ground: Ground, key: Key, attempt: int, at: datetime) -> None:
     """Enqueue the job of an attempt whose time has changed; beyond the horizon the safety net does it later."""
-    if at > _now() + ground.settings.queue_horizon:
-        return
     try:
-        await ground.enqueue([CleanupJob(key, attempt, at)])
+        await ground.enqueue_soon([CleanupJob(key, attempt, at)])
     except connection.QUEUE_ERRORS as error:
         _note_failure(ground.metrics, key, error)
 

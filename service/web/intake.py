@@ -3,9 +3,11 @@
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from functools import partial
+from typing import TypeVar
 
 import msgspec
 import structlog
+from sqlalchemy import Connection
 
 from service.config.accounts import Account
 from service.core.batch import is_finished_batch, read_batch
@@ -31,6 +33,8 @@ from service.ledger.receiving import Arrival, Receipt
 from service.runtime.metrics import Metrics
 
 log = structlog.get_logger()
+
+T = TypeVar("T")
 
 
 class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_defaults=True):
@@ -91,7 +95,7 @@ class Intake:
         """Verify, read and store one webhook; *query* is that of its request, which no signature covers.
 
         Raises: KeyError for an unknown *account*; SignatureError, MalformedError, RefusedDataError,
-        LedgerUnavailableError. Nothing is stored then.
+        LedgerUnavailableError. Nothing is stored then, unless it is an UnknownOutcomeError.
         """
         now = self._now()
         secrets = self._secrets[account]
@@ -164,13 +168,7 @@ class Intake:
         """Store a finished batch; a worker finds its generations. Its own write: batches are rare."""
         key = Key(account, notification.id)
         arrival = BatchArrival(key, read_batch(notification, body), body.decode(), now, min(sent_at, now), query)
-        try:
-            _, is_new = await self._database.write(partial(batches.receive_batch, arrival=arrival))
-        except RowLockedError:
-            raise  # the ledger itself works
-        except LedgerUnavailableError:
-            self._note_commit(has_failed=True)
-            raise
+        _, is_new = await self._write(partial(batches.receive_batch, arrival=arrival))
         self._metrics.webhooks.labels("batch").inc()
         if is_new:
             self._enqueue([BatchJob(key, now)])
@@ -185,15 +183,20 @@ class Intake:
             names = {"generation": generation.id, "status": ascii(generation.status)[1:-1]}
             log.warning("webhook.status_unknown", **names, what_now="the webhook is ignored, nothing is deleted")
 
-    async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
+    async def _write(self, function: Callable[[Connection], T]) -> T:
+        """Commit what *function* writes, and let readiness know whether that worked."""
         try:
-            receipts = await self._database.write(partial(receiving.receive, arrivals=arrivals))
+            written = await self._database.write(function)
         except RowLockedError:
             raise  # the ledger itself works
         except LedgerUnavailableError:
             self._note_commit(has_failed=True)
             raise
         self._note_commit(has_failed=False)
+        return written
+
+    async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
+        receipts = await self._write(partial(receiving.receive, arrivals=arrivals))
         new = sum([receipt.is_new for receipt in receipts])
         self._stored.inc(new)
         self._known.inc(len(receipts) - new)
