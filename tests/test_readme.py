@@ -186,7 +186,10 @@ def test_the_tests_that_a_page_names_are_there(page):
 
 @pytest.mark.parametrize(
     "folder",
-    [*(f"service/{name}" for name in ("core", "config", "ledger", "sync", "jobs", "web", "runtime")), "workers"],
+    [
+        *(f"service/{name}" for name in ("core", "config", "ledger", "sync", "forwarding", "jobs", "web", "runtime")),
+        "workers",
+    ],
 )
 def test_the_tour_names_each_module_of_a_folder_and_no_other(folder):
     (cells,) = [cells for name, cells in rows(TOUR, "The folders").items() if name == f"{folder}/"]

@@ -39,7 +39,7 @@ class Ground:
 
     async def enqueue(self, jobs: Sequence[Job]) -> str:
         """Enqueue *jobs* of the account."""
-        return await enqueue.enqueue_jobs(self.pool, self.ledger.account, jobs, now=_now())
+        return await enqueue.enqueue_jobs(self.pool, enqueue.queue_of(self.ledger.account), jobs, now=_now())
 
     async def enqueue_soon(self, jobs: Sequence[Job]) -> None:
         """Enqueue those of *jobs* that are due within the horizon; the safety nets enqueue the others later."""

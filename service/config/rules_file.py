@@ -1,4 +1,4 @@
-"""The file that MAYFLY_CONFIG names: rules and accounts, read once and checked as a whole.
+"""The file that MAYFLY_CONFIG names: rules, accounts and targets, read once and checked as a whole.
 
 All problems are found at once. Each names the file, the line and the table; no value is repeated, because it may be a
 secret that was pasted by mistake.
@@ -15,16 +15,18 @@ from typing import Any, Final
 
 import msgspec
 
-from service.config.rules_keys import ACCOUNT_KEYS, RULE_KEYS, Key
-from service.config.rules_shape import AccountTable, RuleTable
+from service.config.rules_keys import ACCOUNT_KEYS, FORWARD_KEYS, RULE_KEYS, Key
+from service.config.rules_shape import AccountTable, ForwardTable, RuleTable
 from service.config.toml_lines import TomlLines
 from service.core.adopting import Adopt
 from service.core.errors import ExplainedError
+from service.core.forwarding import Target
 from service.core.key import DEFAULT_ACCOUNT
 from service.core.matchers import Texts
 from service.core.rate import Rate
 from service.core.rules import NO_RULES, Rule, RuleSet
 
+_TABLES: Final = ("rule", "account", "forward")
 _ENDS: Final = ("ttl", "expires", "forever", "hold")
 _SYNTAX: Final = re.compile(r"(.*) \(at line ([0-9]+), column [0-9]+\)", re.DOTALL)
 
@@ -51,19 +53,28 @@ class Account:
 
 
 @dataclass(frozen=True, slots=True)
+class Forward:
+    """A ``[[forward]]``: the *target* without its secret, which the variable *secret_env* has, None without one."""
+
+    target: Target
+    secret_env: str | None = None
+
+
+@dataclass(frozen=True, slots=True)
 class RulesFile:
-    """The rules and accounts of the file at *path*; *lines* has the line of each rule by its id."""
+    """The rules, accounts and targets of the file at *path*; *lines* has the line of each rule by its id."""
 
     path: Path | None = None
     rules: RuleSet = NO_RULES
     accounts: tuple[Account, ...] = ()
+    forwards: tuple[Forward, ...] = ()
     lines: Mapping[str, int] = field(default_factory=dict)
 
     @property
     def variables(self) -> frozenset[str]:
-        """The environment variables that the accounts name."""
+        """The environment variables that the accounts and targets name."""
         named = [name for one in self.accounts for name in (one.api_key_env, one.webhook_secret_env) if name]
-        return frozenset(named)
+        return frozenset([*named, *(one.secret_env for one in self.forwards if one.secret_env)])
 
 
 def read_rules_file(path: Path) -> RulesFile:
@@ -107,16 +118,17 @@ class _Reader:
         self._problems: list[tuple[int, str]] = []
 
     def read(self, document: Mapping[str, Any]) -> RulesFile:
-        for name in document.keys() - {"rule", "account"}:
-            self._add(self._lines.find("", 0, name), _describe_unknown(name, ("rule", "account")))
+        for name in document.keys() - set(_TABLES):
+            self._add(self._lines.find("", 0, name), _describe_unknown(name, _TABLES))
         tables = self._read_tables(document, "account", AccountTable, ACCOUNT_KEYS)
         accounts = [self._make_account(table) for table in tables if table.is_valid]
         names = {DEFAULT_ACCOUNT, *(table.values.get("id", "") for table in tables)}
         rules = self._read_rules(document, names)
+        forwards = self._read_forwards(document, names)
         if self._problems:
             raise RulesFileError([f"{self._path}:{line}: {text}" for line, text in sorted(self._problems)])
         lines = {rule.id: self._lines.find("rule", place) for place, rule in enumerate(rules)}
-        return RulesFile(self._path, RuleSet(rules), tuple(accounts), lines)
+        return RulesFile(self._path, RuleSet(rules), tuple(accounts), tuple(forwards), lines)
 
     def _add(self, line: int, problem: str) -> None:
         self._problems.append((line, problem))
@@ -174,7 +186,7 @@ class _Reader:
         rules = []
         for table in tables:
             self._check_end(table, document["rule"][table.index])
-            self._check_accounts(table, accounts)
+            self._check_accounts(table, "account", accounts)
             if table.is_valid:
                 rules.append((table, _make_rule(table.values)))
         self._check_order(rules)
@@ -188,11 +200,19 @@ class _Reader:
         elif len(ends) > 1:
             self._add_to(table, ends[1], f"only one of ttl, expires, forever and hold, not {' and '.join(ends)}")
 
-    def _check_accounts(self, table: _Table, accounts: Iterable[str]) -> None:
-        for pattern in table.values.get("account", ()):
+    def _read_forwards(self, document: Mapping[str, Any], accounts: Iterable[str]) -> list[Forward]:
+        tables = self._read_tables(document, "forward", ForwardTable, FORWARD_KEYS)
+        for table in tables:
+            self._check_accounts(table, "accounts", accounts)
+            if "url" not in document["forward"][table.index]:
+                self._add_to(table, "", f"it needs a url: {FORWARD_KEYS['url'].accepts}")
+        return [_make_forward(table.values) for table in tables if table.is_valid and "url" in table.values]
+
+    def _check_accounts(self, table: _Table, key: str, accounts: Iterable[str]) -> None:
+        for pattern in table.values.get(key, ()):
             if not any(pattern.matches(name) for name in accounts):
                 known = ", ".join(sorted(filter(None, accounts)))
-                self._add_to(table, "account", f"no account of that name is configured: there is {known}")
+                self._add_to(table, key, f"no account of that name is configured: there is {known}")
 
     def _check_order(self, rules: Sequence[tuple[_Table, Rule]]) -> None:
         """Find rules that never count, because one before them matches all that they match."""
@@ -218,6 +238,21 @@ def _make_rule(values: Mapping[str, Any]) -> Rule:
         hold=values.get("hold"),
         record_ttl=values.get("record_ttl"),
     )
+
+
+def _make_forward(values: Mapping[str, Any]) -> Forward:
+    texts = [
+        Texts(name, values[key]) for key, name in (("statuses", "status"), ("accounts", "account")) if key in values
+    ]
+    bounds = {key: values[key] for key in ("timeout", "concurrency") if key in values}
+    target = Target(
+        values["id"],
+        values["url"],
+        (*texts, *values.get("labels", ())),
+        is_required=values.get("required", False),
+        **bounds,
+    )
+    return Forward(target, values.get("secret_env"))
 
 
 _TEXT_KEYS: Final = frozenset(

@@ -4,12 +4,14 @@ import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
 from typing import Any, Final, Literal, NamedTuple
+from urllib.parse import urlsplit
 
 from service.config.parsers import read_rate
 from service.config.rules_shape import LengthTable
 from service.core.durations import DURATION_FORMS, parse_duration, parse_instant, parse_ttl
 from service.core.labels import LABEL_NAME
 from service.core.matchers import Pattern, Seconds, Texts
+from service.core.secret import Secret
 
 _COMPARISON: Final = re.compile(r"\s*(<=|>=|<|>)\s*([0-9]{1,9}[smhdw])\s*", re.ASCII)
 _COMMON_STATUSES: Final = "COMPLETED, FAILED, REJECTED, CANCELED or TIMED_OUT, or a list of them"
@@ -85,6 +87,23 @@ def _parse_bound(value: str) -> timedelta:
     return duration
 
 
+def _parse_target_url(value: str) -> Secret:
+    parts = urlsplit(value)
+    is_plain = value.isascii() and value.isprintable() and " " not in value
+    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or "#" in value or not is_plain:
+        raise ValueError
+    if parts.username is not None:
+        raise ValueError("an http or https URL without a user and password; use secret_env to prove who sends")
+    return Secret(value)
+
+
+def _parse_timeout(value: str) -> timedelta:
+    duration = parse_duration(value)
+    if not timedelta(seconds=1) <= duration <= timedelta(minutes=1):
+        raise ValueError
+    return duration
+
+
 _TEXTS: Final = "a text of 1 to 255 characters, or a list of such; * ? [ ] make it a glob"
 _RULE_ID: Final = "1 to 63 of a-z, 0-9, dot, dash and underscore, the first a letter or a number"
 _TTL: Final = f"{DURATION_FORMS}, or forever"
@@ -115,4 +134,15 @@ ACCOUNT_KEYS: Final[Mapping[str, Key]] = {
     "max_ttl": Key(DURATION_FORMS, _parse_bound),
     "rate": Key("a number per second, minute or hour: 300/minute", read_rate),
     "adopt": Key('"ours", "without-webhook" or "all"', _same),
+}
+FORWARD_KEYS: Final[Mapping[str, Key]] = {
+    "id": Key("1 to 63 of a-z, 0-9, dash and underscore, the first a letter or a number", _same),
+    "url": Key("an http or https URL, such as https://app.example.com/webhooks", _parse_target_url),
+    "statuses": Key(_TEXTS, _parse_patterns),
+    "accounts": Key(_TEXTS, _parse_patterns),
+    "labels": Key('a table such as { customer = "acme*" }', _parse_labels),
+    "timeout": Key("a duration from 1s to 60s", _parse_timeout),
+    "concurrency": Key("a whole number from 1 to 100", _same),
+    "secret_env": Key(_VARIABLE, _same),
+    "required": Key("true or false", _same),
 }

@@ -67,6 +67,20 @@ class AccountTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
     adopt: Annotated[Adopt, Meta(description="What the sweep adopts, by its webhookUrl.")] = "ours"
 
 
+class ForwardTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
+    """A target: an app that gets the webhooks as they came. Its secret is in the environment, never in this file."""
+
+    id: Annotated[str, Meta(pattern=ACCOUNT_ID, description="Its name, which deliveries show.")]
+    url: Annotated[str, Meta(max_length=2048, description="Where webhooks are posted: http or https.")]
+    statuses: Annotated[_Texts | None, Meta(description="The status in the webhook, PROCESSING too; globs.")] = None
+    accounts: Annotated[_Texts | None, Meta(description="The account that received it; globs.")] = None
+    labels: Annotated[dict[str, _Texts] | None, Meta(description='{ customer = "acme*" }; globs.')] = None
+    timeout: Annotated[_Duration, Meta(description="How long one attempt takes at most, 1s to 60s.")] = "15s"
+    concurrency: Annotated[int, Meta(ge=1, le=100, description="Attempts at once, of each worker.")] = 8
+    secret_env: Annotated[_Variable | None, Meta(description="The variable that has its signing secret.")] = None
+    required: Annotated[bool, Meta(description="Delete nothing before this target has answered 2xx.")] = False
+
+
 # What a rule does is said once. A struct cannot say so; read_rules_file() checks it as well.
 _OneRule = Annotated[
     RuleTable, Meta(extra_json_schema={"oneOf": [{"required": [end]} for end in ("ttl", "expires", "forever", "hold")]})
@@ -78,6 +92,7 @@ class ConfigTables(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
 
     rule: list[_OneRule] = []
     account: list[AccountTable] = []
+    forward: list[ForwardTable] = []
 
 
 def make_schema() -> dict[str, object]:

@@ -33,10 +33,12 @@ from service.config.parsers import (
     read_token,
 )
 from service.config.rules_file import RulesFile, RulesFileError, read_rules_file
+from service.config.targets import read_targets
 from service.config.url_options import UrlOptionError
 from service.core.adopting import Scope
 from service.core.durations import parse_ttl
 from service.core.errors import ExplainedError
+from service.core.forwarding import Target
 from service.core.rate import Rate
 from service.core.record_ttls import RecordTtls
 from service.core.retention import Bounds, Policy
@@ -90,6 +92,7 @@ class Settings:
     public_url: str | None
     rules_file: RulesFile  # what is in the file at config_path
     keys: Mapping[str, Keys]  # by account
+    targets: tuple[Target, ...]  # that webhooks are forwarded to
 
     @property
     def policy(self) -> Policy:
@@ -156,6 +159,7 @@ def read_settings(
     rules = values["rules_file"] = _read_rules_file(values.get("config_path"), problems)
     default = Keys(values.get("api_key"), values["webhook_secrets"])
     values["keys"] = read_keys(rules.accounts, default, environment, problems)
+    values["targets"] = read_targets(rules.forwards, environment, problems)
     problems = [*_unknown_variables(environment, values["rules_file"].variables), *problems]
     if problems:
         raise SettingsError(problems)
@@ -289,7 +293,7 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "concurrency": Option("MAYFLY_CONCURRENCY", number_reader(1, 1000), "50", "a whole number from 1 to 1000"),
     "queue_horizon": Option("MAYFLY_QUEUE_HORIZON", duration_reader(timedelta(minutes=1)), "48h", _DURATION),
     "record_ttl": Option("MAYFLY_RECORD_TTL", parse_ttl, "forever", f"{_DURATION}, or forever"),
-    "config_path": Option("MAYFLY_CONFIG", Path, None, "a TOML file with rules and accounts"),
+    "config_path": Option("MAYFLY_CONFIG", Path, None, "a TOML file with rules, accounts and targets"),
     "public_url": Option("MAYFLY_PUBLIC_URL", read_public_url, None, "an https URL without a query"),
     "log_format": Option("MAYFLY_LOG_FORMAT", read_log_format, None, "console or json"),
 }

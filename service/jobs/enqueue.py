@@ -1,7 +1,8 @@
-"""The queues: delayed arq jobs in Redis, for the next attempt at each scheduled record, its early look, and batches.
+"""The queues: delayed arq jobs in Redis, for the next attempt at each scheduled record, its early look, batches, and
+the next attempt at each delivery.
 
-A job may be lost, late, duplicated or early, and no record depends on it: the ledger decides what is due, and the
-worker's safety net enqueues what is missing.
+A job may be lost, late, duplicated or early, and nothing depends on it: the ledger decides what is due, and the
+worker's safety nets enqueue what is missing.
 """
 
 import asyncio
@@ -26,6 +27,7 @@ log = structlog.get_logger()
 CLEANUP: Final = "cleanup"
 COPY: Final = "copy"
 BATCH: Final = "batch"
+FORWARD: Final = "forward"
 
 # A slower enqueue is abandoned: the record is durable, and the safety net enqueues its job.
 ENQUEUE_TIMEOUT_SECONDS: Final = 2.0
@@ -43,6 +45,11 @@ def queue_of(account: str) -> str:
     return QUEUE if account == DEFAULT_ACCOUNT else f"{QUEUE}:{account}"
 
 
+def queue_of_target(target: str) -> str:
+    """Return the name of *target*'s queue. A target that is slow or away keeps no job of another, and no deletion."""
+    return f"{QUEUE}:forward:{target}"
+
+
 class CleanupJob(msgspec.Struct, frozen=True, gc=False):
     """Attempt number *attempt*, from 1, at the record of *key*, to start at the aware instant *at*."""
 
@@ -54,6 +61,11 @@ class CleanupJob(msgspec.Struct, frozen=True, gc=False):
     def id(self) -> str:
         """The job's id. It is deterministic, so that an attempt has one job."""
         return f"{self.key.account}:{self.key.id}:{self.attempt}"
+
+    @property
+    def queue(self) -> str:
+        """The name of the queue that it is in."""
+        return queue_of(self.key.account)
 
     @property
     def function(self) -> str:
@@ -78,6 +90,11 @@ class CopyJob(msgspec.Struct, frozen=True, gc=False):
         return f"{self.key.account}:{self.key.id}:copy"
 
     @property
+    def queue(self) -> str:
+        """The name of the queue that it is in."""
+        return queue_of(self.key.account)
+
+    @property
     def function(self) -> str:
         """The name of the job's function."""
         return COPY
@@ -100,6 +117,11 @@ class BatchJob(msgspec.Struct, frozen=True, gc=False):
         return f"{self.key.account}:{self.key.id}:batch"
 
     @property
+    def queue(self) -> str:
+        """The name of the queue that it is in."""
+        return queue_of(self.key.account)
+
+    @property
     def function(self) -> str:
         """The name of the job's function."""
         return BATCH
@@ -110,7 +132,36 @@ class BatchJob(msgspec.Struct, frozen=True, gc=False):
         return self.key.account, self.key.id
 
 
-Job = CleanupJob | CopyJob | BatchJob
+class ForwardJob(msgspec.Struct, frozen=True, gc=False):
+    """Attempt number *attempt*, from 1, at the *delivery* of that id to *target*, to start at the instant *at*."""
+
+    target: str
+    delivery: str
+    attempt: int
+    at: datetime
+
+    @property
+    def id(self) -> str:
+        """The job's id. It is deterministic, so that an attempt has one job."""
+        return f"forward:{self.delivery}:{self.attempt}"
+
+    @property
+    def queue(self) -> str:
+        """The name of the queue that it is in."""
+        return queue_of_target(self.target)
+
+    @property
+    def function(self) -> str:
+        """The name of the job's function."""
+        return FORWARD
+
+    @property
+    def arguments(self) -> tuple[str, int]:
+        """The arguments of the job's function."""
+        return self.delivery, self.attempt
+
+
+Job = CleanupJob | CopyJob | BatchJob | ForwardJob
 
 
 async def enqueue_job(pool: ArqRedis, job: Job, *, now: datetime) -> None:
@@ -121,13 +172,11 @@ async def enqueue_job(pool: ArqRedis, job: Job, *, now: datetime) -> None:
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
         wait = max(job.at - now, timedelta(0))
         # The result says nothing: None may mean an existing job or a lost connection.
-        await pool.enqueue_job(
-            job.function, *job.arguments, _job_id=job.id, _queue_name=queue_of(job.key.account), _defer_by=wait
-        )
+        await pool.enqueue_job(job.function, *job.arguments, _job_id=job.id, _queue_name=job.queue, _defer_by=wait)
 
 
-async def enqueue_jobs(pool: ArqRedis, account: str, jobs: Sequence[Job], *, now: datetime) -> str:
-    """Enqueue many *jobs* of *account* in few round trips and return the mark of its queue.
+async def enqueue_jobs(pool: ArqRedis, queue: str, jobs: Sequence[Job], *, now: datetime) -> str:
+    """Enqueue many *jobs* of *queue* in few round trips and return the mark of the queue.
 
     It is another one once Redis was emptied.
 
@@ -139,7 +188,7 @@ async def enqueue_jobs(pool: ArqRedis, account: str, jobs: Sequence[Job], *, now
     mark = ""
     async with asyncio.timeout(ENQUEUE_TIMEOUT_SECONDS):
         for start in range(0, len(jobs) or 1, _JOBS_AT_ONCE):
-            mark = await _enqueue_batch(pool, queue_of(account), jobs[start : start + _JOBS_AT_ONCE], now)
+            mark = await _enqueue_batch(pool, queue, jobs[start : start + _JOBS_AT_ONCE], now)
     return mark
 
 
@@ -214,22 +263,22 @@ class Enqueuer:
                 jobs, left_out = self._waiting[:_MAX_WAITING], max(0, len(self._waiting) - _MAX_WAITING)
                 self._waiting = []
                 self._metrics.enqueue_failures.inc(left_out)
-                for account, mine in _by_account(jobs).items():
-                    await self._try(account, mine)
+                for queue, mine in _by_queue(jobs).items():
+                    await self._try(queue, mine)
         finally:
             self._runner = None
 
-    async def _try(self, account: str, jobs: Sequence[Job]) -> None:
+    async def _try(self, queue: str, jobs: Sequence[Job]) -> None:
         try:
-            await enqueue_jobs(self._pool, account, jobs, now=self._now())
+            await enqueue_jobs(self._pool, queue, jobs, now=self._now())
         except QUEUE_ERRORS as error:
             self._metrics.enqueue_failures.inc(len(jobs))
-            what_now = "the worker will find these records in the ledger"
-            log.warning("enqueue.failed", records=len(jobs), error=describe_cause(error), what_now=what_now)
+            what_now = "the worker will find in the ledger what these jobs are about"
+            log.warning("enqueue.failed", jobs=len(jobs), error=describe_cause(error), what_now=what_now)
 
 
-def _by_account(jobs: Iterable[Job]) -> dict[str, list[Job]]:
+def _by_queue(jobs: Iterable[Job]) -> dict[str, list[Job]]:
     grouped: dict[str, list[Job]] = {}
     for job in jobs:
-        grouped.setdefault(job.key.account, []).append(job)
+        grouped.setdefault(job.queue, []).append(job)
     return grouped

@@ -87,6 +87,8 @@ records = Table(
     Column("hold_until", Instant),
     # When its personal data were removed; see forgetting.
     Column("forgotten_at", Instant),
+    # The target that has not taken its webhook: the record is not deleted before, or it failed because of that.
+    Column("waits_for", String(64)),
     # What may be large comes last: SQLite reads through it to whatever is behind.
     Column("input", Text),
     Column("options", Text),

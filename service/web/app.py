@@ -137,6 +137,7 @@ def _intake(  # noqa: PLR0917 - the parts of make_app()
         accounts=settings.accounts,
         tolerance=settings.webhook_tolerance,
         policy=settings.policy,
+        targets=settings.targets,
         now=now,
         metrics=metrics,
         note_commit=ledger_check.note_commit,

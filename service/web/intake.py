@@ -3,14 +3,13 @@
 from collections.abc import Callable, Sequence
 from datetime import datetime, timedelta
 from functools import partial
-from typing import TypeVar
 
 import msgspec
 import structlog
-from sqlalchemy import Connection
 
 from service.config.accounts import Account
 from service.core.batch import is_finished_batch, read_batch
+from service.core.forwarding import Target, choose_targets
 from service.core.generation import RUNNING, Generation, MalformedError, read_generation
 from service.core.key import Key
 from service.core.lifecycle import State
@@ -18,8 +17,7 @@ from service.core.overrides import url_of_request
 from service.core.retention import Policy, decide_retention
 from service.core.rules import read_facts
 from service.core.signature import SignatureError, check_form, verify
-from service.jobs.enqueue import BatchJob, CleanupJob, CopyJob, Job
-from service.ledger import batches, receiving
+from service.jobs.enqueue import BatchJob, CleanupJob, CopyJob, ForwardJob, Job
 from service.ledger.batches import BatchArrival
 from service.ledger.database import (
     Database,
@@ -28,13 +26,13 @@ from service.ledger.database import (
     RowLockedError,
     UnknownOutcomeError,
 )
+from service.ledger.deliveries import Forwarding
 from service.ledger.group_commit import GroupCommit
 from service.ledger.receiving import Arrival, Receipt
+from service.ledger.taking import Taken, Webhook, take
 from service.runtime.metrics import Metrics
 
 log = structlog.get_logger()
-
-T = TypeVar("T")
 
 
 class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_defaults=True):
@@ -43,6 +41,19 @@ class Answer(msgspec.Struct, rename="camel", frozen=True, gc=False, omit_default
     id: str
     state: str
     due_at: datetime | None = None
+
+
+class _Came(msgspec.Struct, frozen=True, gc=False):
+    """A verified webhook, and how it came."""
+
+    key: Key
+    generation: Generation
+    body: bytes
+    header: str  # its signature
+    content_type: str
+    query: str
+    sent_at: datetime
+    now: datetime
 
 
 def _secrets(account: Account) -> tuple[bytes, ...]:
@@ -60,6 +71,7 @@ class Intake:
         accounts: Sequence[Account],
         tolerance: timedelta,
         policy: Policy,
+        targets: Sequence[Target] = (),
         now: Callable[[], datetime],
         metrics: Metrics,
         note_commit: Callable[..., None],  # of readiness: has_failed=
@@ -69,12 +81,13 @@ class Intake:
         self._secrets = {account.id: _secrets(account) for account in accounts}
         self._tolerance = tolerance
         self._policy = policy
+        self._targets = targets
         self._now = now
         self._metrics = metrics
         self._note_commit = note_commit
         self._stored = metrics.webhooks.labels("stored")
         self._known = metrics.webhooks.labels("known")
-        self._group: GroupCommit[Arrival, Receipt] = GroupCommit(self._commit)
+        self._group: GroupCommit[Webhook, Receipt | None] = GroupCommit(self._commit)
 
     def knows(self, account: str) -> bool:
         """Whether *account* is configured."""
@@ -91,8 +104,12 @@ class Intake:
             self._metrics.signatures_refused.labels(error.reason).inc()
             raise
 
-    async def accept(self, account: str, header: str, body: bytes, *, query: str = "") -> Answer:
+    async def accept(
+        self, account: str, header: str, body: bytes, *, query: str = "", content_type: str = ""
+    ) -> Answer:
         """Verify, read and store one webhook; *query* is that of its request, which no signature covers.
+
+        *content_type* is passed on to the targets as it came.
 
         Raises: KeyError for an unknown *account*; SignatureError, MalformedError, RefusedDataError,
         LedgerUnavailableError. Nothing is stored then, unless it is an UnknownOutcomeError.
@@ -109,17 +126,53 @@ class Intake:
         except MalformedError as error:
             self._note_not_stored(error, account=account)
             raise
-        is_batch = is_finished_batch(generation)
-        if not is_batch and (generation.is_batch or not generation.is_terminal):
-            self._count_ignored(generation)
-            return Answer(generation.id, "ignored")
+        came = _Came(Key(account, generation.id), generation, body, header, content_type, query, sent_at, now)
         try:
-            if is_batch:
-                return await self._store_batch(account, generation, body, query, sent_at=sent_at, now=now)
-            return await self._store(account, generation, body, query, sent_at=sent_at, now=now)
+            return await self._store(came)
         except Exception as error:
             self._note_not_stored(error, account=account, generation=generation.id)
             raise
+
+    async def _store(self, came: "_Came") -> Answer:
+        """Store what the webhook brings: a record, a batch whose generations a worker finds, or deliveries alone."""
+        webhook = self._read(came)
+        receipt = None if webhook == Webhook() else await self._group.submit(webhook)
+        if webhook.batch is not None:
+            self._metrics.webhooks.labels("batch").inc()
+            return Answer(came.key.id, "batch")
+        if receipt is None:
+            self._count_ignored(came.generation)
+            return Answer(came.key.id, "ignored")
+        if receipt.is_conflict:
+            self._metrics.conflicts.inc()
+            log.warning("webhook.conflicted", generation=came.key.id, what_now="the first body is kept")
+        return Answer(came.key.id, receipt.state, receipt.due_at)
+
+    def _read(self, came: "_Came") -> Webhook:
+        """Decide what is stored."""
+        key, generation = came.key, came.generation
+        is_batch = is_finished_batch(generation)
+        is_final = is_batch or (generation.is_terminal and not generation.is_batch)
+        forwarding = None
+        if targets := choose_targets(self._targets, key.account, generation):
+            form = (came.body, came.content_type, came.header)
+            forwarding = Forwarding(key, generation.status, *form, came.now, targets, is_final)
+        if not is_final:
+            return Webhook(forwarding=forwarding)
+        sent_at, body = min(came.sent_at, came.now), came.body.decode()
+        if is_batch:
+            batch = BatchArrival(key, read_batch(generation, came.body), body, came.now, sent_at, came.query)
+            return Webhook(batch=batch, forwarding=forwarding)
+        retention = decide_retention(
+            self._policy,
+            read_facts(self._policy.rules, key.account, generation, is_complete=False),
+            webhook_url=generation.webhook_url,
+            request_url=url_of_request(came.query),
+            sent_at=came.sent_at,
+            now=came.now,
+        )
+        arrival = Arrival(key, generation, body, retention, received_at=came.now, sent_at=sent_at)
+        return Webhook(arrival=arrival, forwarding=forwarding)
 
     def _note_not_stored(self, error: Exception, **names: str) -> None:
         """Count and log each one: it is verified, so it comes from sync.so, which does not send it again by itself."""
@@ -137,45 +190,6 @@ class Intake:
         self._metrics.webhooks.labels(answer).inc()
         log.error("webhook.not_stored", **names, reason=reason, is_verified=True, what_now=what_now)
 
-    async def _store(
-        self, account: str, generation: Generation, body: bytes, query: str, *, sent_at: datetime, now: datetime
-    ) -> Answer:
-        retention = decide_retention(
-            self._policy,
-            read_facts(self._policy.rules, account, generation, is_complete=False),
-            webhook_url=generation.webhook_url,
-            request_url=url_of_request(query),
-            sent_at=sent_at,
-            now=now,
-        )
-        arrival = Arrival(
-            Key(account, generation.id),
-            generation,
-            body.decode(),
-            retention,
-            received_at=now,
-            sent_at=min(sent_at, now),
-        )
-        receipt = await self._group.submit(arrival)
-        if receipt.is_conflict:
-            self._metrics.conflicts.inc()
-            log.warning("webhook.conflicted", generation=generation.id, what_now="the first body is kept")
-        return Answer(generation.id, receipt.state, receipt.due_at)
-
-    async def _store_batch(
-        self, account: str, notification: Generation, body: bytes, query: str, *, sent_at: datetime, now: datetime
-    ) -> Answer:
-        """Store a finished batch; a worker finds its generations. Its own write: batches are rare."""
-        key = Key(account, notification.id)
-        arrival = BatchArrival(key, read_batch(notification, body), body.decode(), now, min(sent_at, now), query)
-        _, is_new = await self._write(partial(batches.receive_batch, arrival=arrival))
-        self._metrics.webhooks.labels("batch").inc()
-        if is_new:
-            self._enqueue([BatchJob(key, now)])
-            what_now = "its generations are looked for"
-            log.info("batch.stored", batch=key.id, expected=arrival.batch.total, what_now=what_now)
-        return Answer(key.id, "batch")
-
     def _count_ignored(self, generation: Generation) -> None:
         self._metrics.webhooks.labels("ignored").inc()
         if not generation.is_batch and generation.status not in RUNNING:
@@ -183,28 +197,44 @@ class Intake:
             names = {"generation": generation.id, "status": ascii(generation.status)[1:-1]}
             log.warning("webhook.status_unknown", **names, what_now="the webhook is ignored, nothing is deleted")
 
-    async def _write(self, function: Callable[[Connection], T]) -> T:
-        """Commit what *function* writes, and let readiness know whether that worked."""
+    async def _commit(self, webhooks: Sequence[Webhook]) -> Sequence[Receipt | None]:
+        taken = await self._write(webhooks)
+        pairs = [
+            (webhook.arrival, receipt)
+            for webhook, receipt in zip(webhooks, taken.receipts, strict=True)
+            if webhook.arrival is not None and receipt is not None
+        ]
+        new = sum([receipt.is_new for _, receipt in pairs])
+        self._stored.inc(new)
+        self._known.inc(len(pairs) - new)
+        if pairs:
+            self._metrics.receive_seconds.observe((self._now() - pairs[0][0].received_at).total_seconds())
+        found = [one.batch for one, is_new in zip(webhooks, taken.are_new_batches, strict=True) if one.batch and is_new]
+        self._enqueue(
+            [
+                *(ForwardJob(one.target, one.id, 1, one.received_at) for one in taken.deliveries),
+                *_jobs_to_enqueue(pairs),
+                *(BatchJob(batch.key, batch.received_at) for batch in found),
+            ]
+        )
+        for arrival, receipt in pairs:
+            _log_receipt(arrival, receipt)
+        for batch in found:
+            what_now = "its generations are looked for"
+            log.info("batch.stored", batch=batch.key.id, expected=batch.batch.total, what_now=what_now)
+        return taken.receipts
+
+    async def _write(self, webhooks: Sequence[Webhook]) -> Taken:
+        """Commit *webhooks*, and let readiness know whether that worked."""
         try:
-            written = await self._database.write(function)
+            taken = await self._database.write(partial(take, webhooks=webhooks))
         except RowLockedError:
             raise  # the ledger itself works
         except LedgerUnavailableError:
             self._note_commit(has_failed=True)
             raise
         self._note_commit(has_failed=False)
-        return written
-
-    async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
-        receipts = await self._write(partial(receiving.receive, arrivals=arrivals))
-        new = sum([receipt.is_new for receipt in receipts])
-        self._stored.inc(new)
-        self._known.inc(len(receipts) - new)
-        self._metrics.receive_seconds.observe((self._now() - arrivals[0].received_at).total_seconds())
-        self._enqueue(_jobs_to_enqueue(arrivals, receipts))
-        for arrival, receipt in zip(arrivals, receipts, strict=True):
-            _log_receipt(arrival, receipt)
-        return receipts
+        return taken
 
 
 def _log_receipt(arrival: Arrival, receipt: Receipt) -> None:
@@ -218,9 +248,8 @@ def _log_receipt(arrival: Arrival, receipt: Receipt) -> None:
         log.warning("webhook.override_invalid", **names, what_now="held until an operator releases it")
 
 
-def _jobs_to_enqueue(arrivals: Sequence[Arrival], receipts: Sequence[Receipt]) -> list[Job]:
+def _jobs_to_enqueue(pairs: Sequence[tuple[Arrival, Receipt]]) -> list[Job]:
     """Return the early looks of new records, and the jobs of the scheduled ones that are new or changed."""
-    pairs = list(zip(arrivals, receipts, strict=True))
     looks: list[Job] = [CopyJob(arrival.key, arrival.received_at) for arrival, receipt in pairs if receipt.is_new]
     return looks + [
         CleanupJob(arrival.key, receipt.attempts + 1, receipt.due_at)

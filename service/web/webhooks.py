@@ -61,11 +61,12 @@ def webhook_handler(intake: Intake, refusals: Refusals) -> HTTPRouteHandler:
         try:
             if not intake.knows(account):
                 raise problem(404, "Unknown account", _unknown_account(account))
-            _check_content_type(request.headers.get("content-type", ""))
+            content_type = request.headers.get("content-type", "")
+            _check_content_type(content_type)
             intake.check_form(signature)
             body = await bodies.read(request)
             query = request.scope["query_string"].decode("latin-1")
-            return await intake.accept(account, signature, body, query=query)
+            return await intake.accept(account, signature, body, query=query, content_type=content_type)
         except (SignatureError, HTTPException) as error:
             refusals.count_webhook(error)
             raise

@@ -171,7 +171,7 @@ class System:
         try:
             now = datetime.now(UTC)
             jobs = [CleanupJob(Key("default", row.id), row.attempts + 1, row.wake_at or now) for row in rows]
-            await enqueue.enqueue_jobs(pool, DEFAULT_ACCOUNT, jobs, now=now)
+            await enqueue.enqueue_jobs(pool, enqueue.queue_of(DEFAULT_ACCOUNT), jobs, now=now)
             for number, job in itertools.product(range(1, times), jobs):
                 await pool.enqueue_job(
                     enqueue.CLEANUP,

@@ -259,7 +259,7 @@ async def working(work, pool, metrics):
 
 async def put(pool, *keys: Key, at=None):
     jobs = [CleanupJob(key, 1, at or utc_now()) for key in keys]
-    await enqueue.enqueue_jobs(pool, ACCOUNT, jobs, now=utc_now())
+    await enqueue.enqueue_jobs(pool, enqueue.queue_of(ACCOUNT), jobs, now=utc_now())
 
 
 async def test_arq_runs_the_jobs_that_are_enqueued_when_they_are_due(work, pool, metrics, sqlite_database):

@@ -34,7 +34,7 @@ def job(generation_id="g1", *, attempt=1, delay=HOUR):
 
 
 async def put(pool, *jobs: CleanupJob):
-    return await enqueue.enqueue_jobs(pool, ACCOUNT, jobs, now=utc_now())
+    return await enqueue.enqueue_jobs(pool, enqueue.queue_of(ACCOUNT), jobs, now=utc_now())
 
 
 async def scores(pool):

@@ -110,7 +110,7 @@ class Net:
     async def enqueue(self, jobs):
         if self.redis_faults:
             raise self.redis_faults[0]
-        return await enqueue.enqueue_jobs(self.pool, ACCOUNT, jobs, now=utc_now())
+        return await enqueue.enqueue_jobs(self.pool, enqueue.queue_of(ACCOUNT), jobs, now=utc_now())
 
     async def jobs(self):
         return {job_id.decode() for job_id in await self.pool.zrange(connection.QUEUE, 0, -1)}
@@ -178,7 +178,7 @@ async def test_an_emptied_redis_is_noticed_although_another_wrote_to_it_first(ne
         await rounds(net)
         await net.pool.flushall()
         of_the_web_side = CleanupJob(Key("default", "new"), 1, utc_now() + HOUR)
-        await enqueue.enqueue_jobs(net.pool, ACCOUNT, [of_the_web_side], now=utc_now())
+        await enqueue.enqueue_jobs(net.pool, enqueue.queue_of(ACCOUNT), [of_the_web_side], now=utc_now())
         await rounds(net, 4)
 
     assert await net.jobs() == {f"default:{key.id}:1", "default:new:1"}

@@ -2,11 +2,12 @@
 
 from alembic import context
 
-from service.ledger.schema import metadata
+from service.ledger.delivery_schema import deliveries
 
 context.configure(
     connection=context.config.attributes["connection"],
-    target_metadata=metadata,
+    # All tables are in it, once both modules of the schema are imported.
+    target_metadata=deliveries.metadata,
     transactional_ddl=True,
 )
 context.run_migrations()

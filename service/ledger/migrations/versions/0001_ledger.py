@@ -1,4 +1,4 @@
-"""The ledger: records, their events and labels, batches, holds, pauses, tallies and heartbeats."""
+"""The ledger: records, their events and labels, batches, deliveries, holds, pauses, tallies and heartbeats."""
 
 from typing import Any
 
@@ -17,6 +17,7 @@ def upgrade() -> None:
     _records()
     _beside_records()
     _batches()
+    _deliveries()
     op.create_table(
         "pauses",
         sa.Column("account", sa.String(64), primary_key=True),
@@ -127,20 +128,14 @@ def _records() -> None:
         sa.Column("wake_at", _INSTANT),
         sa.Column("look_at", _INSTANT),
         sa.Column("looks", sa.Integer, nullable=False, server_default="0"),
-        sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
-        sa.Column("copied_attempt", sa.Integer),
-        sa.Column("unanswered_attempt", sa.Integer),
-        sa.Column("counted_on", sa.Date),
-        sa.Column("failing_since", _INSTANT),
-        sa.Column("failures", sa.Integer, nullable=False, server_default="0"),
-        sa.Column("refusals", sa.Integer, nullable=False, server_default="0"),
-        sa.Column("last_error", sa.Text),
+        *_attempted(),
         sa.Column("rule", sa.Text, nullable=False),
         sa.Column("ttl_seconds", sa.BigInteger),
         sa.Column("hold_by", sa.Text),
         sa.Column("hold_reason", sa.Text),
         sa.Column("hold_until", _INSTANT),
         sa.Column("forgotten_at", _INSTANT),
+        sa.Column("waits_for", sa.String(64)),
         sa.Column("input", sa.Text),
         sa.Column("options", sa.Text),
         sa.Column("segments", sa.Text),
@@ -169,6 +164,19 @@ def _indexes() -> None:
         op.create_index(name, "records", columns, sqlite_where=where, postgresql_where=where)
 
 
+def _attempted() -> list[sa.Column[Any]]:
+    return [
+        sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("copied_attempt", sa.Integer),
+        sa.Column("unanswered_attempt", sa.Integer),
+        sa.Column("counted_on", sa.Date),
+        sa.Column("failing_since", _INSTANT),
+        sa.Column("failures", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("refusals", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("last_error", sa.Text),
+    ]
+
+
 def _described() -> list[sa.Column[Any]]:
     return [
         sa.Column("status", sa.String(64), nullable=False),
@@ -186,3 +194,51 @@ def _described() -> list[sa.Column[Any]]:
         sa.Column("error", sa.Text),
         sa.Column("error_code", sa.Text),
     ]
+
+
+def _deliveries() -> None:
+    op.create_table(
+        "deliveries",
+        sa.Column("seq", _NUMBER, primary_key=True, autoincrement=True),
+        sa.Column("id", sa.String(36), nullable=False),
+        sa.Column("target", sa.String(64), nullable=False),
+        sa.Column("account", sa.String(64), nullable=False),
+        sa.Column("generation", sa.String(255), nullable=False),
+        sa.Column("status", sa.String(64), nullable=False),
+        sa.Column("is_required", sa.Boolean, nullable=False),
+        sa.Column("state", sa.String(16), nullable=False),
+        sa.Column("attempts", sa.Integer, nullable=False, server_default="0"),
+        sa.Column("received_at", _INSTANT, nullable=False),
+        sa.Column("since", _INSTANT, nullable=False),
+        sa.Column("wake_at", _INSTANT),
+        sa.Column("finished_at", _INSTANT),
+        sa.Column("last_status", sa.Integer),
+        sa.Column("last_error", sa.Text),
+        sa.Column("content_type", sa.Text, nullable=False),
+        sa.Column("signature", sa.Text, nullable=False),
+        sa.Column("digest", sa.LargeBinary(32), nullable=False),
+        sa.Column("last_answer", sa.Text),
+        sa.Column("body", sa.LargeBinary, nullable=False),
+        sqlite_autoincrement=True,
+    )
+    op.create_index("deliveries_id", "deliveries", ["id"], unique=True)
+    of_webhook = ["target", "account", "generation", "digest"]
+    op.create_index("deliveries_target_account_generation_digest", "deliveries", of_webhook, unique=True)
+    op.create_index("deliveries_received_at", "deliveries", ["received_at", "seq"])
+    op.create_index("deliveries_state_received_at", "deliveries", ["state", "received_at", "seq"])
+    op.create_index("deliveries_account_generation", "deliveries", ["account", "generation"])
+    for columns in (["target", "wake_at"], ["target", "account", "generation", "seq"]):
+        name, where = f"deliveries_waiting_{columns[1]}", sa.text("wake_at IS NOT NULL")
+        op.create_index(name, "deliveries", columns, sqlite_where=where, postgresql_where=where)
+    _requirements()
+
+
+def _requirements() -> None:
+    op.create_table(
+        "requirements",
+        sa.Column("account", sa.String(64), primary_key=True),
+        sa.Column("generation", sa.String(255), primary_key=True),
+        sa.Column("delivery", sa.BigInteger, primary_key=True, autoincrement=False),
+        sqlite_with_rowid=False,
+    )
+    op.create_index("requirements_delivery", "requirements", ["delivery"])

@@ -1,0 +1,1 @@
+"""The client of the targets that webhooks are forwarded to."""
