@@ -17,9 +17,11 @@ from arq.connections import ArqRedis
 
 from service.config.accounts import Account
 from service.config.settings import Settings
+from service.core.key import Key
 from service.core.secret import Secret
-from service.jobs.enqueue import BatchJob
+from service.jobs.enqueue import BatchJob, CopyJob
 from service.ledger import key_history
+from service.ledger.claiming import Claim
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.group_commit import GroupCommit
 from service.ledger.key_history import KeyOfAccount
@@ -31,11 +33,12 @@ from workers.attempt import Cleaner
 from workers.batch import Batches
 from workers.batch_look import BatchLook
 from workers.cleanup import Attempts, CleanupJobs
-from workers.copy import LookLedger, LookNet, Looks
+from workers.copy import LookLedger, Looks
 from workers.ground import Ground, enqueue_next, enqueue_within, wait_for_slot
 from workers.heartbeat import beat
 from workers.key_proof import KeyProof
 from workers.ledger import LEASE, WorkerLedger
+from workers.net import Net
 from workers.overdue import LedgerCalls, Overdue
 from workers.runner import max_jobs
 from workers.sweep import Sweep, Sweeper
@@ -53,12 +56,12 @@ class WorkerParts:
     """The parts that work for one account."""
 
     jobs: CleanupJobs
-    attempts: Attempts
+    attempts: Attempts[Claim]
     overdue: Overdue
     looks: Looks
-    look_net: LookNet
+    look_net: Net[Key]
     batches: Batches
-    batch_net: LookNet
+    batch_net: Net[Key]
     sweep: Sweep | None  # None where no sweep is asked for
 
 
@@ -158,7 +161,7 @@ def _make_sweep(ground: Ground, key: Secret, database: Database) -> Sweep | None
     return Sweep(sweeper, enqueue=ground.enqueue_soon, stopping=ground.stopping)
 
 
-def _make_batches(ground: Ground, key: Secret, database: Database) -> tuple[Batches, LookNet]:
+def _make_batches(ground: Ground, key: Secret, database: Database) -> tuple[Batches, Net[Key]]:
     """Return the job that finds the generations of finished batches, and its safety net."""
     look = partial(
         BatchLook,
@@ -178,7 +181,7 @@ def _make_batches(ground: Ground, key: Secret, database: Database) -> tuple[Batc
         metrics=ground.metrics,
         stopping=ground.stopping,
     )
-    net = LookNet(
+    net = Net(
         find_due=ground.ledger.find_due_batches,
         enqueue=ground.enqueue,
         now=_now,
@@ -190,7 +193,7 @@ def _make_batches(ground: Ground, key: Secret, database: Database) -> tuple[Batc
     return found, net
 
 
-def _make_deletions(ground: Ground, attempts: Attempts) -> tuple[CleanupJobs, Overdue]:
+def _make_deletions(ground: Ground, attempts: Attempts[Claim]) -> tuple[CleanupJobs, Overdue]:
     """Return the job that deletes, and its safety net."""
     ledger = ground.ledger
     jobs = CleanupJobs(
@@ -216,7 +219,7 @@ def _make_deletions(ground: Ground, attempts: Attempts) -> tuple[CleanupJobs, Ov
     return jobs, overdue
 
 
-def _make_looks(ground: Ground) -> tuple[Looks, LookNet]:
+def _make_looks(ground: Ground) -> tuple[Looks, Net[Key]]:
     """Return the job that looks early, and its safety net."""
     ledger = ground.ledger
     looks = Looks(
@@ -230,12 +233,14 @@ def _make_looks(ground: Ground) -> tuple[Looks, LookNet]:
         metrics=ground.metrics,
         stopping=ground.stopping,
     )
-    look_net = LookNet(
+    look_net = Net(
         find_due=ledger.find_due_looks,
         enqueue=ground.enqueue,
         now=_now,
         metrics=ground.metrics,
         stopping=ground.stopping,
+        make_job=CopyJob,
+        name="looks",
     )
     return looks, look_net
 

@@ -3,18 +3,19 @@
 import asyncio
 from collections.abc import Awaitable, Callable, Coroutine
 from datetime import timedelta
-from typing import Any, Final
+from typing import Any, Final, Generic, TypeVar
 
 import structlog
 from arq.worker import Retry
 
-from service.core.attempts import Verdict
 from service.core.key import Key
 from service.ledger.claiming import Claim, NotYet, Wanted
 from service.ledger.database import LedgerUnavailableError
 from service.sync.rate_limit import Budget
 
 log = structlog.get_logger()
+
+Claimed = TypeVar("Claimed")
 
 # How long a job waits for the budget before it raises Retry.
 BUDGET_SECONDS: Final = 20.0
@@ -35,13 +36,13 @@ async def cleanup(ctx: dict[str, Any], account: str, generation_id: str, attempt
     await jobs.run(Wanted(Key(account, generation_id), attempt))
 
 
-class Attempts:
+class Attempts(Generic[Claimed]):
     """The attempts in progress in this process, at most *limit*, started by jobs or by the safety net."""
 
-    def __init__(self, clean: Callable[[Claim], Coroutine[object, object, Verdict | None]], *, limit: int) -> None:
-        self._clean = clean
+    def __init__(self, attempt: Callable[[Claimed], Coroutine[object, object, object]], *, limit: int) -> None:
+        self._attempt = attempt
         self._limit = limit
-        self._tasks: set[asyncio.Task[Verdict | None]] = set()
+        self._tasks: set[asyncio.Task[object]] = set()
 
     @property
     def room(self) -> int:
@@ -53,10 +54,10 @@ class Attempts:
         """How many are in progress."""
         return len(self._tasks)
 
-    def begin(self, claim: Claim) -> asyncio.Task[Verdict | None]:
-        """Start the attempt at a claimed record. Cancelling its caller does not cancel it."""
+    def begin(self, claim: Claimed) -> asyncio.Task[object]:
+        """Start the attempt at what was claimed. Cancelling its caller does not cancel it."""
         # A task of its own: arq cancels its jobs at a stop, and loses track of them when it loses Redis.
-        task = asyncio.create_task(self._clean(claim))
+        task = asyncio.create_task(self._attempt(claim))
         self._tasks.add(task)
         task.add_done_callback(self._tasks.discard)
         return task
@@ -81,7 +82,7 @@ class CleanupJobs:
         clock: Callable[[], float],
         budget: Budget,
         claim: Callable[[Wanted], Awaitable[Claim | NotYet | None]],
-        attempts: Attempts,
+        attempts: Attempts[Claim],
         stopping: asyncio.Event,
     ) -> None:
         self._peek = peek

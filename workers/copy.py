@@ -4,14 +4,13 @@ Deletions come first: a look takes only what they leave of the budget. What is l
 """
 
 import asyncio
-import contextlib
 import random
-from collections.abc import Awaitable, Callable, Sequence
+from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
 from dataclasses import dataclass
 from datetime import datetime, timedelta
 from functools import partial
-from typing import Any, Final, Literal
+from typing import Any, Final
 
 import structlog
 
@@ -20,11 +19,8 @@ from service.core.generation import Generation
 from service.core.key import Key
 from service.core.retention import Policy, Retention, refine_retention
 from service.core.rules import read_facts
-from service.jobs.connection import QUEUE_ERRORS
-from service.jobs.enqueue import CopyJob, Job
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.looking import Known, Looked
-from service.runtime.causes import describe_cause
 from service.runtime.metrics import Metrics
 from service.sync.answers import Answer
 from service.sync.client import GET_SECONDS
@@ -32,11 +28,7 @@ from service.sync.rate_limit import SpareCalls
 
 log = structlog.get_logger()
 
-# Each round makes the looks that the budget has room for, so that this is also how soon its spare half is used.
-EVERY: Final = timedelta(seconds=1)
-# A look that is due for longer has no job.
-LATE: Final = timedelta(seconds=5)
-# How many looks get a job in one round, and how many may run and wait at once: they share arq's places with deletions.
+# How many looks may run and wait at once: they share arq's places with deletions.
 AT_ONCE: Final = 20
 _PLACES: Final = 4
 _UNKNOWN: Final = "the API does not know this generation"
@@ -134,46 +126,3 @@ class Looks:
             due_at = None if found.due_at is None else found.due_at.isoformat()
             log.info("retention.refined", generation=key.id, rule=found.rule, due_at=due_at)
         return found
-
-
-class LookNet:
-    """One loop over the ledger, which enqueues the looks that no job has made; *enqueue* enqueues jobs.
-
-    *make_job* makes the job of a look; *name* is what the looks are of, for the log.
-    """
-
-    def __init__(
-        self,
-        *,
-        find_due: Callable[[timedelta, int], Awaitable[Sequence[Key]]],
-        enqueue: Callable[[Sequence[Job]], Awaitable[object]],
-        now: Callable[[], datetime],
-        metrics: Metrics,
-        stopping: asyncio.Event,
-        make_job: Callable[[Key, datetime], Job] = CopyJob,
-        name: Literal["looks", "batches"] = "looks",
-    ) -> None:
-        self._make_job = make_job
-        self._name = name
-        self._find_due = find_due
-        self._enqueue = enqueue
-        self._now = now
-        self._metrics = metrics
-        self._stopping = stopping
-
-    async def run(self) -> None:
-        """Check the ledger every second until the worker stops."""
-        what_now = "retrying in a second"
-        while not self._stopping.is_set():
-            try:
-                if keys := await self._find_due(LATE, AT_ONCE):
-                    await self._enqueue([self._make_job(key, self._now()) for key in keys])
-            except (LedgerUnavailableError, *QUEUE_ERRORS) as error:
-                self._metrics.loops_failed.labels(self._name).inc()
-                log.warning("looks.failed", of=self._name, error=describe_cause(error), what_now=what_now)
-            except Exception:  # the loop must survive every error
-                self._metrics.loops_failed.labels(self._name).inc()
-                log.exception("looks.crashed", of=self._name, what_now=what_now)
-            with contextlib.suppress(TimeoutError):
-                async with asyncio.timeout(EVERY.total_seconds()):
-                    await self._stopping.wait()

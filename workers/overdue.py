@@ -52,7 +52,7 @@ class Overdue:
         ledger: LedgerCalls,
         enqueue: Callable[[Sequence[CleanupJob]], Awaitable[str]],
         budget: Budget,
-        attempts: Attempts,
+        attempts: Attempts[Claim],
         beat: Callable[[], None],
         now: Callable[[], datetime],
         horizon: timedelta,

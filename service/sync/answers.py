@@ -3,11 +3,9 @@
 Source: sync.so API v2 reference, "Errors", and the pages of "Get generation" and "Delete generation".
 """
 
-import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from datetime import UTC, datetime, timedelta
-from email.utils import parsedate_to_datetime
 from http import HTTPStatus
 from types import MappingProxyType
 from typing import Any, Final
@@ -16,6 +14,7 @@ import msgspec
 
 from service.core.attempts import Verdict, throttle_duration
 from service.core.generation import RUNNING, Generation, MalformedError, read_generation
+from service.core.retry_after import parse_retry_after
 
 # A generation has a few kilobytes, more with segments and scripts.
 MAX_BYTES: Final = 2 * 1024 * 1024
@@ -23,9 +22,6 @@ MAX_BYTES: Final = 2 * 1024 * 1024
 MAX_PAGE_BYTES: Final = 32 * 1024 * 1024
 
 REDIRECTS: Final = frozenset({301, 302, 303, 307, 308})
-
-_MOST_SECONDS: Final = 10**9  # keeps timedelta from overflowing; throttle_duration() clamps further
-_SECONDS = re.compile(r"[0-9]{1,400}", re.ASCII)
 
 
 @dataclass(frozen=True, slots=True)
@@ -233,17 +229,3 @@ def _parse_details(body: bytes | None) -> dict[str, Any] | None:
     except (msgspec.DecodeError, UnicodeDecodeError, RecursionError):
         return None
     return details if isinstance(details, dict) else None
-
-
-def parse_retry_after(text: str, *, now: datetime) -> timedelta | None:
-    """Parse a Retry-After, in seconds or as an HTTP date; None for anything else. It is not clamped."""
-    text = text.strip().partition(".")[0]
-    if _SECONDS.fullmatch(text):
-        return timedelta(seconds=min(int(text), _MOST_SECONDS))
-    try:
-        at = parsedate_to_datetime(text)
-    except (ValueError, OverflowError):
-        return None
-    # "-0000" gives a naive datetime; HTTP dates are GMT.
-    at = at if at.tzinfo else at.replace(tzinfo=UTC)
-    return at - now

@@ -4,7 +4,7 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.sync.answers import parse_retry_after
+from service.core.retry_after import parse_retry_after
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 
