@@ -20,12 +20,17 @@ deliveries = Table(
     Column("status", String(64), nullable=False),
     Column("is_required", Boolean, nullable=False),
     Column("state", String(16), nullable=False),
+    # All attempts, as Mayfly-Attempt counts them, and those from since on, which the schedule counts: a replay begins a
+    # new one.
     Column("attempts", Integer, nullable=False, server_default="0"),
+    Column("tries", Integer, nullable=False, server_default="0"),
     Column("received_at", Instant, nullable=False),
     # Where the time to give up begins: the receipt, or the last replay.
     Column("since", Instant, nullable=False),
     # The next attempt, or the end of the lease of the one that is made; NULL once it has ended.
     Column("wake_at", Instant),
+    # The end of the lease of the attempt that is made, NULL while none is.
+    Column("leased_until", Instant),
     Column("finished_at", Instant),
     Column("last_status", Integer),
     Column("last_error", Text),
