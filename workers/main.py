@@ -3,21 +3,26 @@
 import asyncio
 from collections.abc import Coroutine, Sequence
 from contextlib import AsyncExitStack
+from datetime import UTC, datetime
 from functools import partial
 from typing import Any
 
 import structlog
+from arq.connections import ArqRedis
 from arq.cron import CronJob
 
 from service.config.settings import Settings, require_api_key
 from service.core.secret import Secret
-from service.jobs.enqueue import queue_of
+from service.forwarding.posting import make_tls
+from service.jobs.enqueue import Enqueuer
+from service.ledger.database import Database
 from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import cancel_and_wait
 from workers.account import WorkerParts, open_parts
 from workers.hygiene import Hygiene
-from workers.runner import STOP_SECONDS, Jobs, run_jobs
+from workers.runner import STOP_SECONDS, jobs_of_account, jobs_of_target, run_jobs
+from workers.target import TargetParts, open_target
 
 log = structlog.get_logger()
 
@@ -35,22 +40,53 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
             open_parts, settings, database=resources.database, pool=pool, metrics=metrics, stopping=stopping
         )
         parts = {account.id: await stack.enter_async_context(open_account(account, key)) for account, key in accounts}
+        targets = await _open_targets(settings, resources.database, pool, stack, metrics, stopping)
         work = [net.run() for part in parts.values() for net in (part.overdue, part.look_net, part.batch_net)]
-        # One for all accounts, and for those that are no longer here: it runs in the queue of the first.
+        work += [target.net.run() for target in targets]
         ttls = settings.record_ttls
+        # One for all accounts, and for those that are no longer here: it runs in the queue of the first.
         hygiene = None if ttls.is_forever else Hygiene(resources.database, ttls, metrics=metrics, stopping=stopping)
+        queues = [jobs_of_target(target.forwards) for target in targets]
         for account, key in accounts:
             part = parts[account.id]
-            jobs = Jobs(part.jobs, part.looks, part.batches, hygiene, _crons(part, key))
-            work.append(run_jobs(pool, queue_of(account.id), jobs, settings.concurrency, metrics, stopping))
+            crons = _crons(part, key)
+            of_account = (account.id, part.jobs, part.looks, part.batches, settings.concurrency)
+            queues.append(jobs_of_account(*of_account, crons, hygiene))
             hygiene = None
+        work += [run_jobs(pool, jobs, metrics, stopping) for jobs in queues]
         _log_without_sweep([name for name, part in parts.items() if part.sweep is None])
         log.info("worker.started", accounts=[*parts], concurrency=settings.concurrency, dry_run=settings.is_dry_run)
+        waits = [part.attempts.wait for part in parts.values()] + [one.forwards.attempts.wait for one in targets]
         try:
             await _run_until(stop, work, stopping)
         finally:
-            drained = await asyncio.gather(*(part.attempts.wait(STOP_SECONDS) for part in parts.values()))
+            drained = await asyncio.gather(*(wait(STOP_SECONDS) for wait in waits))
             log.info("worker.stopped", is_drained=all(drained))
+
+
+async def _open_targets(  # noqa: PLR0917 - what all targets share
+    settings: Settings,
+    database: Database,
+    pool: ArqRedis,
+    stack: AsyncExitStack,
+    metrics: Metrics,
+    stopping: asyncio.Event,
+) -> list[TargetParts]:
+    if not settings.targets:
+        return []
+    enqueuer = Enqueuer(pool, horizon=settings.queue_horizon, now=lambda: datetime.now(UTC), metrics=metrics)
+    stack.push_async_callback(enqueuer.close)
+    open_one = partial(
+        open_target,
+        tls=make_tls(),
+        known=[target.id for target in settings.targets],
+        database=database,
+        pool=pool,
+        enqueue=enqueuer.enqueue,
+        metrics=metrics,
+        stopping=stopping,
+    )
+    return [await stack.enter_async_context(open_one(target)) for target in settings.targets]
 
 
 def _crons(part: WorkerParts, key: Secret) -> list[CronJob]:

@@ -1,19 +1,19 @@
-"""The arq worker of one account: it runs the cleanup jobs of the account's queue, and outlives failures of Redis."""
+"""The arq worker of one queue: it runs the jobs of an account or of a target, and outlives failures of Redis."""
 
 import asyncio
 import contextlib
 import os
 import signal
 import socket
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from datetime import UTC, datetime
-from typing import Final
+from typing import Any, Final
 
 import structlog
 from arq.connections import ArqRedis
 from arq.cron import CronJob
-from arq.worker import Worker, func
+from arq.worker import Function, Worker, func
 
 from service.jobs import connection, enqueue
 from service.runtime.causes import describe_cause
@@ -22,6 +22,7 @@ from service.runtime.tasks import cancel_and_wait
 from workers.batch import Batches, batch
 from workers.cleanup import BUDGET_SECONDS, CleanupJobs, cleanup
 from workers.copy import Looks, copy
+from workers.forward import Forwards, forward, lease_of
 from workers.hygiene import Hygiene, hygiene_cron
 from workers.ledger import LEASE
 
@@ -41,33 +42,68 @@ def max_jobs(concurrency: int) -> int:
 
 @dataclass(frozen=True, slots=True)
 class Jobs:
-    """What arq runs in one queue: the jobs of its account, and in one of the queues the hygiene of all records.
+    """What arq runs in one queue.
 
-    *crons* are the account's own.
+    *ctx* is what the *functions* and *crons* find in their context, *at_once* how many run at a time, and *seconds*
+    how long one may take: beyond reach, as it is also how long arq blocks the id of a job whose worker was killed.
     """
 
-    cleanup: CleanupJobs
-    looks: Looks
-    batches: Batches
-    hygiene: Hygiene | None = None
+    queue: str
+    functions: Sequence[Function]
+    ctx: Mapping[str, Any]
+    at_once: int
+    seconds: float
     crons: Sequence[CronJob] = ()
 
 
-async def run_jobs(  # noqa: PLR0917 - the parts of one worker
-    pool: ArqRedis, queue: str, jobs: Jobs, concurrency: int, metrics: Metrics, stopping: asyncio.Event
-) -> None:
-    """Run the arq worker of *queue* until *stopping*; restart it when Redis or an unreadable job has ended it."""
+def jobs_of_account(  # noqa: PLR0917 - the parts of one account
+    account: str,
+    cleanup_jobs: CleanupJobs,
+    looks: Looks,
+    batches: Batches,
+    concurrency: int,
+    crons: Sequence[CronJob],
+    hygiene: Hygiene | None,
+) -> Jobs:
+    """Return the jobs of *account*; with *hygiene*, also that of all records."""
+    return Jobs(
+        enqueue.queue_of(account),
+        [
+            func(cleanup, name=enqueue.CLEANUP),
+            func(copy, name=enqueue.COPY),
+            func(batch, name=enqueue.BATCH),
+        ],
+        {"jobs": cleanup_jobs, "looks": looks, "batches": batches, "hygiene": hygiene},
+        at_once=max_jobs(concurrency),
+        seconds=BUDGET_SECONDS + LEASE.total_seconds() + 5,
+        crons=[*crons, *([] if hygiene is None else [hygiene_cron()])],
+    )
+
+
+def jobs_of_target(forwards: Forwards) -> Jobs:
+    """Return the jobs of a target: as many at once as it may be asked at once."""
+    return Jobs(
+        enqueue.queue_of_target(forwards.target.id),
+        [func(forward, name=enqueue.FORWARD)],
+        {"forwards": forwards},
+        at_once=forwards.target.concurrency,
+        seconds=lease_of(forwards.target).total_seconds() + 5,
+    )
+
+
+async def run_jobs(pool: ArqRedis, jobs: Jobs, metrics: Metrics, stopping: asyncio.Event) -> None:
+    """Run the arq worker of *jobs* until *stopping*; restart it when Redis or an unreadable job has ended it."""
     until_stop = asyncio.create_task(stopping.wait())
     try:
         while not stopping.is_set():
-            worker = _arq_worker(pool, queue, jobs, concurrency)
+            worker = _arq_worker(pool, jobs)
             running = asyncio.create_task(worker.async_run())
             await asyncio.wait([running, until_stop], return_when=asyncio.FIRST_COMPLETED)
             if not running.done():
                 await _stop_arq(worker, running)
                 return
             # Running jobs go on: arq's handle_sig() and close() would cancel them.
-            await _after_failure(pool, queue, running.exception())
+            await _after_failure(pool, jobs.queue, running.exception())
             metrics.loops_failed.labels("jobs").inc()
             await asyncio.wait([until_stop], timeout=_ARQ_RESTART_SECONDS)
     finally:
@@ -100,34 +136,28 @@ async def _after_failure(pool: ArqRedis, queue: str, error: BaseException | None
         await enqueue.remove_due_jobs(pool, queue, now=datetime.now(UTC))
 
 
-def _arq_worker(pool: ArqRedis, queue: str, jobs: Jobs, concurrency: int) -> Worker:
-    at_once = max_jobs(concurrency)
+def _arq_worker(pool: ArqRedis, jobs: Jobs) -> Worker:
     return Worker(
-        functions=[
-            func(cleanup, name=enqueue.CLEANUP),
-            func(copy, name=enqueue.COPY),
-            func(batch, name=enqueue.BATCH),
-        ],
-        queue_name=queue,
+        functions=jobs.functions,
+        queue_name=jobs.queue,
         redis_pool=pool,
-        cron_jobs=[*jobs.crons, *([] if jobs.hygiene is None else [hygiene_cron()])],
-        ctx={"jobs": jobs.cleanup, "looks": jobs.looks, "batches": jobs.batches, "hygiene": jobs.hygiene},
+        cron_jobs=jobs.crons,
+        ctx=dict(jobs.ctx),
         handle_signals=False,
         job_completion_wait=int(STOP_SECONDS),
         # arq refuses an id while its result exists, and an attempt may have to be enqueued again.
         keep_result=0,
         # Beyond reach: arq drops a job after max_tries without any hook.
         max_tries=10**6,
-        # Longer than an attempt. It is also how long arq blocks the id of a job whose worker was killed.
-        job_timeout=BUDGET_SECONDS + LEASE.total_seconds() + 5,
-        max_jobs=at_once,
+        job_timeout=jobs.seconds,
+        max_jobs=jobs.at_once,
         # arq reads running jobs, too. A limit below the max_jobs of all workers would hide the jobs after those.
-        queue_read_limit=max(1000, 20 * at_once),
+        queue_read_limit=max(1000, 20 * jobs.at_once),
         poll_delay=_POLL_SECONDS,
         allow_abort_jobs=False,
         log_results=False,
         health_check_interval=15,
-        health_check_key=f"{queue}:health:{socket.gethostname()}:{os.getpid()}",
+        health_check_key=f"{jobs.queue}:health:{socket.gethostname()}:{os.getpid()}",
         timezone=UTC,
         job_serializer=pool.job_serializer,
         job_deserializer=pool.job_deserializer,

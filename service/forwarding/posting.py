@@ -45,7 +45,7 @@ class _NoCookies(CookieJar):
         """Do nothing."""
 
 
-def make_headers(target: Target, webhook: Outgoing, *, at: datetime) -> dict[str, bytes]:
+def make_headers(target: Target, webhook: Outgoing, *, at: datetime) -> dict[bytes, bytes]:
     """Return the headers of an attempt that begins at the aware instant *at*; those of httpx come on top."""
     ours = {
         "Mayfly-Delivery": webhook.id,
@@ -54,7 +54,7 @@ def make_headers(target: Target, webhook: Outgoing, *, at: datetime) -> dict[str
     }
     # Bytes, as they came: httpx encodes texts as it sees fit.
     came = {"Content-Type": webhook.content_type, "Sync-Signature": webhook.signature}
-    return {name: value.encode("latin-1") for name, value in (came | ours).items() if value}
+    return {name.encode(): value.encode("latin-1") for name, value in (came | ours).items() if value}
 
 
 class Poster:

@@ -94,7 +94,25 @@ class Metrics:
             "sweep_unreadable", "Items in the API's lists that are no generations; they are not adopted."
         )
         self.batches = self._counter("batches", "Looks at finished batches, by what became of the batch.", "state")
+        self._make_targets()
         self.loops_failed = self._counter("loops_failed", "Failed rounds of a background loop.", "loop")
+
+    def _make_targets(self) -> None:
+        self.forwards = self._counter(
+            "forwards", "Attempts to bring a webhook to a target, by what became of the delivery.", "target", "outcome"
+        )
+        self.forward_seconds = Histogram(
+            "mayfly_forward_seconds",
+            "Time from the receipt of a webhook until its target has taken it.",
+            ("target",),
+            buckets=(0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1, 2.5, 5, 15, 60, 300, 1800, 7200, 86400),
+            registry=self.registry,
+        )
+        self.forward_circuit = self._gauge(
+            "forward_circuit",
+            "1 while a target does not answer, and one webhook is tried each half a minute.",
+            "target",
+        )
 
     def last_round(self) -> datetime | None:
         """Return when the loop furthest behind, of all accounts, began its last round; None before the first."""

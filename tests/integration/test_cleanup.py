@@ -85,9 +85,10 @@ class Work:
         await cleanup.cleanup({"jobs": self.jobs}, key.account, key.id, attempt)
 
 
-def jobs_of(work: Work) -> runner.Jobs:
+def jobs_of(work: Work, concurrency: int = 5) -> runner.Jobs:
     """Return the jobs of *work*, without early looks and batches."""
-    return runner.Jobs(work.jobs, cast("Looks", None), cast("Batches", None))
+    others = (cast("Looks", None), cast("Batches", None))
+    return runner.jobs_of_account(ACCOUNT, work.jobs, *others, concurrency, (), None)
 
 
 @pytest.fixture
@@ -248,7 +249,7 @@ async def test_a_cancelled_job_does_not_cancel_the_attempt(work, sqlite_database
 @asynccontextmanager
 async def working(work, pool, metrics):
     """Run what ``mayfly worker`` runs, without the safety net."""
-    running = asyncio.create_task(runner.run_jobs(pool, connection.QUEUE, jobs_of(work), 5, metrics, work.stopping))
+    running = asyncio.create_task(runner.run_jobs(pool, jobs_of(work), metrics, work.stopping))
     try:
         yield
     finally:
@@ -285,7 +286,7 @@ async def test_a_record_whose_attempt_is_deferred_is_deleted_by_the_next_job(wor
             await settle(sqlite_database, confirmed(claim))
             work.ended.append(claim.key)
 
-    work.attempts._clean = clean
+    work.attempts._attempt = clean
     async with working(work, pool, metrics):
         await put(pool, key)
         await eventually(lambda: work.ended == [key], seconds=5)
@@ -296,7 +297,7 @@ async def test_a_record_whose_attempt_is_deferred_is_deleted_by_the_next_job(wor
 async def test_a_stop_waits_for_running_attempts_and_leaves_the_rest_in_the_queue(work, pool, metrics, sqlite_database):
     keys = [await store(sqlite_database) for _ in range(30)]
     work.gate.clear()
-    running = asyncio.create_task(runner.run_jobs(pool, connection.QUEUE, jobs_of(work), 5, metrics, work.stopping))
+    running = asyncio.create_task(runner.run_jobs(pool, jobs_of(work), metrics, work.stopping))
     await put(pool, *keys)
     await eventually(lambda: len(work.begun) == 10)  # twice the places at the API
     work.stopping.set()
@@ -332,7 +333,7 @@ def failures(metrics):
 
 
 async def test_arq_is_built_with_the_settings_that_keep_jobs_from_being_lost(work, pool):
-    worker = runner._arq_worker(pool, connection.QUEUE, jobs_of(work), 50)
+    worker = runner._arq_worker(pool, jobs_of(work, 50))
     is_built = {
         "queue_name": connection.QUEUE,
         "keep_result_s": 0,

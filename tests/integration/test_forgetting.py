@@ -452,8 +452,8 @@ async def test_arq_runs_the_hygiene_when_a_worker_starts(pool, metrics, sqlite_d
     key = await deleted(sqlite_database, ago=2 * HOUR)
     stopping = asyncio.Event()
     hygiene = make_hygiene(HOUR, on=sqlite_database)
-    run = workers.runner.run_jobs(pool, "q", workers.runner.Jobs(None, None, None, hygiene), 5, metrics, stopping)  # type: ignore[arg-type]
-    running = asyncio.create_task(run)
+    jobs = workers.runner.jobs_of_account("default", None, None, None, 5, (), hygiene)  # type: ignore[arg-type]
+    running = asyncio.create_task(workers.runner.run_jobs(pool, jobs, metrics, stopping))
     for _ in range(100):
         await asyncio.sleep(0.05)
         if (await row_of(sqlite_database, key)).forgotten_at is not None:

@@ -1,0 +1,132 @@
+"""What works for one target: its jobs, its safety net and its client."""
+
+import asyncio
+import ssl
+import time
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from datetime import UTC, datetime, timedelta
+from functools import partial
+from typing import Final
+
+import structlog
+from arq.connections import ArqRedis
+
+from service.core.forwarding import Target
+from service.forwarding.posting import open_poster
+from service.jobs.enqueue import ForwardJob, Job, enqueue_jobs, queue_of_target
+from service.ledger import delivering
+from service.ledger.database import Database
+from service.ledger.delivering import ClaimedDelivery, Due, Ended
+from service.ledger.group_commit import GroupCommit
+from service.runtime.metrics import Metrics
+from workers.forward import AT_ONCE, Forwards, lease_of
+from workers.net import Net
+
+log = structlog.get_logger()
+
+# The jobs of new webhooks come from the web side, at once.
+_LATE: Final = timedelta(seconds=2)
+_GIVE_UP_EVERY_SECONDS: Final = 10.0
+_GIVE_UP_AT_ONCE: Final = 500
+
+
+@dataclass(frozen=True, slots=True)
+class TargetParts:
+    """The parts that work for one target."""
+
+    forwards: Forwards
+    net: Net[Due]
+
+
+class DeliveryLedger:
+    """See DeliveryCalls; *known* are the names of all targets. Attempts that end together share a commit."""
+
+    def __init__(
+        self, database: Database, target: Target, *, known: Sequence[str], now: Callable[[], datetime]
+    ) -> None:
+        self._database = database
+        self._target = target
+        self._known = known
+        self._now = now
+        self._give_up_again_at = float("-inf")
+        self.claim = GroupCommit(self._claim).submit
+        self.settle = GroupCommit(self._settle).submit
+
+    async def find_due(self, late: timedelta, limit: int) -> Sequence[Due]:
+        """Return up to *limit* deliveries that have been due for longer than *late*."""
+        read = partial(delivering.find_due_deliveries, target=self._target.id, now=self._now() - late, limit=limit)
+        return await self._database.read(read)
+
+    async def give_up(self, *, is_away: bool) -> None:
+        """End what has waited for days: if the target *is_away* its own, and that of targets that were removed."""
+        if time.monotonic() < self._give_up_again_at:
+            return
+        for target in (self._target.id, None) if is_away else (None,):
+            write = partial(delivering.give_up, limit=_GIVE_UP_AT_ONCE, target=target, known=self._known)
+            if ended := await self._database.write(partial(write, now=self._now())):
+                names = {"target": target or "one that was removed from MAYFLY_CONFIG", "deliveries": len(ended)}
+                log.error(
+                    "forward.given_up", **names, what_now="not sent again, unless you say: mayfly forwards replay"
+                )
+        self._give_up_again_at = time.monotonic() + _GIVE_UP_EVERY_SECONDS
+
+    async def _claim(self, wanted: Sequence[Due]) -> Sequence[ClaimedDelivery | None]:
+        lease = lease_of(self._target)
+        write = partial(delivering.claim_deliveries, wanted=wanted, now=self._now(), lease=lease)
+        return await self._database.write(write)
+
+    async def _settle(self, ended: Sequence[Ended]) -> Sequence[Sequence[Job]]:
+        settled = await self._database.write(partial(delivering.settle_deliveries, ended=ended, now=self._now()))
+        return [[_make_job(due, at) for due, at in one.due] for one in settled]
+
+
+@asynccontextmanager
+async def open_target(
+    target: Target,
+    tls: ssl.SSLContext,
+    *,
+    known: Sequence[str],
+    database: Database,
+    pool: ArqRedis,
+    enqueue: Callable[[Sequence[Job]], None],
+    metrics: Metrics,
+    stopping: asyncio.Event,
+) -> AsyncIterator[TargetParts]:
+    """Connect what works for *target* to the ledger, the queue and the target; *enqueue* works in the background."""
+
+    async def enqueue_due(jobs: Sequence[Job]) -> None:
+        await enqueue_jobs(pool, queue_of_target(target.id), jobs, now=_now())
+
+    async with open_poster(target, tls) as poster:
+        forwards = Forwards(
+            target,
+            ledger=DeliveryLedger(database, target, known=known, now=_now),
+            post=poster.post,
+            enqueue=enqueue,
+            now=_now,
+            metrics=metrics,
+            stopping=stopping,
+        )
+        net = Net(
+            name="forwards",
+            find_due=forwards.find_due,
+            make_job=_make_job,
+            enqueue=enqueue_due,
+            now=_now,
+            metrics=metrics,
+            stopping=stopping,
+            late=_LATE,
+            at_once=AT_ONCE,
+            without_queue=forwards.run_without_queue,
+        )
+        yield TargetParts(forwards, net)
+
+
+def _make_job(due: Due, at: datetime) -> ForwardJob:
+    return ForwardJob(due.target, due.id, due.attempt, at)
+
+
+def _now() -> datetime:
+    return datetime.now(UTC)
