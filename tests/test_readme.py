@@ -9,6 +9,7 @@ import click
 import pytest
 
 from service.cli import main
+from service.config.rules_keys import ACCOUNT_KEYS, FORWARD_KEYS
 from service.config.settings import OPTIONS, read_settings
 from service.core.secret import Secret
 from service.jobs import connection
@@ -61,6 +62,37 @@ def test_each_option_is_documented_with_its_default():
     for option in OPTIONS.values():
         default = documented[option.name][0]
         assert default == f"`{option.default}`" if option.default is not None else "`" not in default, option.name
+
+
+@pytest.mark.parametrize(("heading", "keys"), [("Accounts", ACCOUNT_KEYS), ("Targets", FORWARD_KEYS)])
+def test_each_key_of_accounts_and_targets_is_documented(heading, keys):
+    assert keys.keys() <= rows(ROOT / "deploy" / "docs" / "policy.md", heading).keys()
+
+
+# A value for each key of a target that differs from what it is without.
+TARGET = {
+    "id": '"other"',
+    "url": '"https://other.example.com/"',
+    "statuses": '"FAILED"',
+    "accounts": '"default"',
+    "labels": '{ customer = "acme" }',
+    "timeout": '"20s"',
+    "concurrency": "2",
+    "secret_env": '"APP_SECRET"',
+    "required": "true",
+}
+
+
+@pytest.mark.parametrize("key", FORWARD_KEYS)
+def test_each_key_of_a_target_changes_what_is_read(key, tmp_path):
+    def read(changes):
+        lines = {"id": '"app"', "url": '"https://app.example.com/"'} | changes
+        path = tmp_path / "mayfly.toml"
+        path.write_text("[[forward]]\n" + "\n".join(f"{name} = {value}" for name, value in lines.items()))
+        secret = "whsec_" + "A" * 43 + "="
+        return read_settings({"MAYFLY_CONFIG": str(path), "APP_SECRET": secret}).targets
+
+    assert read({key: TARGET[key]}) != read({})
 
 
 def test_the_secrets_that_can_be_read_from_files_are_named():

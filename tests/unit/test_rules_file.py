@@ -11,8 +11,8 @@ from hypothesis import strategies as st
 
 from service.config.rules_advice import find_warnings
 from service.config.rules_file import Account, RulesFile, RulesFileError, read_rules_file
-from service.config.rules_keys import ACCOUNT_KEYS, RULE_KEYS
-from service.config.rules_shape import AccountTable, RuleTable, make_schema
+from service.config.rules_keys import ACCOUNT_KEYS, FORWARD_KEYS, RULE_KEYS
+from service.config.rules_shape import AccountTable, ForwardTable, RuleTable, make_schema
 from service.config.toml_lines import TomlLines
 from service.core.matchers import Pattern, Seconds, Texts
 from service.core.rate import Rate
@@ -326,12 +326,13 @@ def test_no_text_makes_the_search_for_lines_fail(text):
 def test_each_key_of_the_shape_has_a_parser_and_no_other():
     assert {one.name for one in msgspec.structs.fields(RuleTable)} == RULE_KEYS.keys()
     assert {one.name for one in msgspec.structs.fields(AccountTable)} == ACCOUNT_KEYS.keys()
+    assert {one.name for one in msgspec.structs.fields(ForwardTable)} == FORWARD_KEYS.keys()
 
 
 def test_the_schema_names_each_key_and_allows_no_other():
     definitions = json.loads(msgspec.json.encode(make_schema()))["$defs"]
 
-    for name, keys in (("RuleTable", RULE_KEYS), ("AccountTable", ACCOUNT_KEYS)):
+    for name, keys in (("RuleTable", RULE_KEYS), ("AccountTable", ACCOUNT_KEYS), ("ForwardTable", FORWARD_KEYS)):
         assert definitions[name]["properties"].keys() == keys.keys()
         assert definitions[name]["additionalProperties"] is False
         assert all(one["description"] for one in definitions[name]["properties"].values())
