@@ -14,7 +14,7 @@ from service.config.rules_advice import find_warnings
 from service.config.rules_shape import make_schema
 from service.config.settings import Settings
 from service.core.retention import DEFAULT_RULE
-from service.core.rule_words import describe_effect, describe_subject, describe_ttl
+from service.core.rule_words import describe_effect, describe_subject, describe_ttl, describe_webhooks
 from service.runtime.terminal import cell, console, plain
 
 
@@ -26,11 +26,20 @@ class RuleShown(msgspec.Struct, frozen=True):
     does: str
 
 
+class TargetShown(msgspec.Struct, frozen=True):
+    """A target and which webhooks it *gets*; if it *is_required*, nothing is deleted before it has taken them."""
+
+    id: str
+    gets: str
+    is_required: bool
+
+
 class PolicyShown(msgspec.Struct, frozen=True):
     """The rules of a *file* in their order, the last one for all that no rule matches, and what is odd about them."""
 
     file: str
     accounts: list[str]
+    targets: list[TargetShown]
     rules: list[RuleShown]
     warnings: list[str]
 
@@ -73,7 +82,8 @@ def show_policy(settings: Settings, *, now: datetime) -> PolicyShown:
     rules = [RuleShown(rule.id, describe_subject(rule), describe_effect(rule)) for rule in file.rules.rules]
     rest = RuleShown(DEFAULT_RULE, "every other generation", describe_ttl(settings.ttl))
     warnings = find_warnings(file, min_ttl=settings.min_ttl, now=now)
-    return PolicyShown(str(file.path), [account.id for account in file.accounts], [*rules, rest], warnings)
+    targets = [TargetShown(one.id, describe_webhooks(one), one.is_required) for one in settings.targets]
+    return PolicyShown(str(file.path), [account.id for account in file.accounts], targets, [*rules, rest], warnings)
 
 
 def _print_policy(shown: PolicyShown) -> None:
@@ -90,5 +100,8 @@ def _print_policy(shown: PolicyShown) -> None:
     console().print(table)
     if shown.accounts:
         click.echo(f"\nAccounts: {', '.join(shown.accounts)}.")
+    for target in shown.targets:
+        end = "; nothing is deleted before it has taken it" if target.is_required else ""
+        click.echo(f"\nTarget {plain(target.id)} gets {plain(target.gets)}{end}.")
     for warning in shown.warnings:
         click.echo(f"mayfly: warning: {plain(warning)}", err=True)

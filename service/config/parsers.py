@@ -50,7 +50,7 @@ def read_base_url(text: str) -> str:
     if not is_complete or parts.username or "?" in text or "#" in text:
         raise ValueError
     # The API key travels with every call.
-    if parts.scheme == "http" and not _is_near(parts.hostname or ""):
+    if parts.scheme == "http" and not is_near(parts.hostname or ""):
         raise ValueError
     # With /v2 twice in the path, every generation would be unknown.
     if parts.path.rstrip("/").endswith("/v2"):
@@ -66,7 +66,7 @@ def read_public_url(text: str) -> str:
     return text.rstrip("/").removesuffix("/webhooks/sync")
 
 
-def _is_near(host: str) -> bool:
+def is_near(host: str) -> bool:
     """Whether *host* is in a private network: a private address, or a name without a domain."""
     try:
         return ipaddress.ip_address(host).is_private

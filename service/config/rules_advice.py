@@ -1,12 +1,15 @@
-"""Rules that are valid and hardly meant: found at each start and by ``mayfly policy check``."""
+"""Rules and targets that are valid and hardly meant: found at each start and by ``mayfly policy check``."""
 
 import re
 from collections.abc import Iterator
 from datetime import datetime, timedelta
 from typing import Final
+from urllib.parse import urlsplit
 
-from service.config.rules_file import RulesFile
+from service.config.parsers import is_near
+from service.config.rules_file import Forward, RulesFile
 from service.core.durations import format_duration
+from service.core.generation import TERMINAL
 from service.core.rules import Rule
 
 _INPUT_TYPES: Final = ("video", "audio", "image", "text")
@@ -15,12 +18,24 @@ _FILE_NAME: Final = re.compile(r"[\w*?\[\]!-]*", re.ASCII)
 
 
 def find_warnings(file: RulesFile, *, min_ttl: timedelta, now: datetime) -> list[str]:
-    """Return what is odd about the rules, each with its place."""
-    return [
+    """Return what is odd about the rules and targets, each with its place."""
+    of_rules = [
         f'{file.path}:{file.lines.get(rule.id, 1)}: rule "{rule.id}": {warning}'
         for rule in file.rules.rules
         for warning in _warn(rule, min_ttl, now)
     ]
+    return of_rules + [
+        f'{file.path}: forward "{one.target.id}": {warning}' for one in file.forwards for warning in _warn_target(one)
+    ]
+
+
+def _warn_target(forward: Forward) -> Iterator[str]:
+    parts = urlsplit(forward.target.url.reveal())
+    if parts.scheme == "http" and not is_near(parts.hostname or ""):
+        yield "its url is http: URLs of your generations, which open them, go through the internet in clear text"
+    statuses = [pattern.text for one in forward.target.texts if one.name == "status" for pattern in one.patterns]
+    if forward.target.is_required and statuses and not TERMINAL.intersection(statuses):
+        yield "required has no effect: it counts for webhooks of generations that have ended, and it gets none of those"
 
 
 def _warn(rule: Rule, min_ttl: timedelta, now: datetime) -> Iterator[str]:

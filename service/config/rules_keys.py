@@ -138,7 +138,7 @@ ACCOUNT_KEYS: Final[Mapping[str, Key]] = {
 FORWARD_KEYS: Final[Mapping[str, Key]] = {
     "id": Key("1 to 63 of a-z, 0-9, dash and underscore, the first a letter or a number", _same),
     "url": Key("an http or https URL, such as https://app.example.com/webhooks", _parse_target_url),
-    "statuses": Key(_TEXTS, _parse_patterns),
+    "statuses": Key(f"PENDING, PROCESSING, {_COMMON_STATUSES}", _parse_patterns),
     "accounts": Key(_TEXTS, _parse_patterns),
     "labels": Key('a table such as { customer = "acme*" }', _parse_labels),
     "timeout": Key("a duration from 1s to 60s", _parse_timeout),

@@ -19,6 +19,7 @@ _Texts = _Text | Annotated[list[_Text], Meta(min_length=1, max_length=1000)]
 _Duration = Annotated[str, Meta(pattern=_DURATION_FORM, examples=["90s", "15m", "24h", "7d", "2w"])]
 _Ttl = Annotated[str, Meta(pattern=_TTL_FORM, examples=["1h", "7d", "forever"])]
 _Status = Literal["COMPLETED", "FAILED", "REJECTED", "CANCELED", "TIMED_OUT"]
+_AnyStatus = Literal["PENDING", "PROCESSING", "COMPLETED", "FAILED", "REJECTED", "CANCELED", "TIMED_OUT"]
 
 
 class LengthTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_only=True):
@@ -72,7 +73,10 @@ class ForwardTable(msgspec.Struct, forbid_unknown_fields=True, frozen=True, kw_o
 
     id: Annotated[str, Meta(pattern=ACCOUNT_ID, description="Its name, which deliveries show.")]
     url: Annotated[str, Meta(max_length=2048, description="Where webhooks are posted: http or https.")]
-    statuses: Annotated[_Texts | None, Meta(description="The status in the webhook, PROCESSING too; globs.")] = None
+    statuses: Annotated[
+        _AnyStatus | Annotated[list[_AnyStatus], Meta(min_length=1)] | None,
+        Meta(description="The status in the webhook. Without it all, those that are not known today, too."),
+    ] = None
     accounts: Annotated[_Texts | None, Meta(description="The account that received it; globs.")] = None
     labels: Annotated[dict[str, _Texts] | None, Meta(description='{ customer = "acme*" }; globs.')] = None
     timeout: Annotated[_Duration, Meta(description="How long one attempt takes at most, 1s to 60s.")] = "15s"

@@ -1,8 +1,9 @@
-"""Rules in plain words, for people."""
+"""Rules and targets in plain words, for people."""
 
 from datetime import UTC, timedelta
 
 from service.core.durations import format_duration
+from service.core.forwarding import Target
 from service.core.matchers import Seconds, Texts
 from service.core.rules import Rule
 
@@ -13,6 +14,12 @@ def describe_subject(rule: Rule) -> str:
     if rule.duration is not None:
         parts.append(_describe_length(rule.duration))
     return " and ".join(parts) or "every generation"
+
+
+def describe_webhooks(target: Target) -> str:
+    """Say which webhooks *target* gets."""
+    parts = " and ".join(_describe_texts(matcher) for matcher in target.texts)
+    return f"webhooks whose {parts}" if parts else "every webhook"
 
 
 def describe_effect(rule: Rule) -> str:

@@ -16,7 +16,7 @@ from service.config.rules_shape import AccountTable, ForwardTable, RuleTable, ma
 from service.config.toml_lines import TomlLines
 from service.core.matchers import Pattern, Seconds, Texts
 from service.core.rate import Rate
-from service.core.rule_words import describe_effect, describe_subject
+from service.core.rule_words import describe_effect, describe_subject, describe_webhooks
 from service.core.rules import Rule
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "policy.example.toml"
@@ -375,3 +375,42 @@ def test_what_is_hardly_meant_is_a_warning_with_its_place(read, text, warning):
     (found,) = find_warnings(file, min_ttl=HOUR, now=NOW)
 
     assert found.startswith(f'{file.path}:1: rule "a": {warning}')
+
+
+@pytest.mark.parametrize(
+    ("text", "warnings"),
+    [
+        ('url = "https://app.example.com/"', []),
+        ('url = "http://app/"', []),
+        ('url = "http://10.1.2.3:80/hooks"', []),
+        ('url = "http://app.example.com/?token=x"', ["its url is http"]),
+        ('url = "https://app/"\nrequired = true', []),
+        ('url = "https://app/"\nrequired = true\nstatuses = ["PROCESSING", "FAILED"]', []),
+        ('url = "https://app/"\nrequired = true\nstatuses = ["PROCESSING"]', ["required has no effect"]),
+    ],
+)
+def test_a_target_that_is_hardly_meant_is_a_warning_without_its_url(read, text, warnings):
+    file = read(f'[[forward]]\nid = "app"\n{text}')
+    found = find_warnings(file, min_ttl=HOUR, now=NOW)
+
+    assert len(found) == len(warnings)
+    for line, warning in zip(found, warnings, strict=True):
+        assert line.startswith(f'{file.path}: forward "app": {warning}')
+        assert "token" not in line
+
+
+@pytest.mark.parametrize(
+    ("text", "words"),
+    [
+        ("", "every webhook"),
+        ('statuses = ["FAILED", "PROCESSING"]', "webhooks whose status is FAILED or PROCESSING"),
+        (
+            'labels = { customer = "acme*" }\naccounts = "default"',
+            "webhooks whose account is default and label customer like acme*",
+        ),
+    ],
+)
+def test_what_a_target_gets_is_said_in_words(read, text, words):
+    (forward,) = read(f'[[forward]]\nid = "app"\nurl = "https://app/"\n{text}').forwards
+
+    assert describe_webhooks(forward.target) == words
