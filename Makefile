@@ -80,6 +80,7 @@ check: setup ## lint, format, types, and what each folder may import
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
+	$(BIN)/mypy deploy/examples
 	$(BIN)/lint-imports
 
 format: setup ## put the code into its form

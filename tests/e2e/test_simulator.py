@@ -4,8 +4,6 @@ import asyncio
 import importlib.util
 import json
 import os
-import shutil
-import subprocess
 import sys
 from contextlib import asynccontextmanager
 
@@ -13,6 +11,7 @@ import httpx
 import pytest
 
 from tests.conftest import API_KEY, API_TOKEN, http_client
+from tests.support.npm import install
 from tests.support.readme import README, code_with
 from tests.support.waiting import eventually
 
@@ -21,7 +20,6 @@ PUBLIC = "https://mayfly.example.com"
 OPERATOR = {"Authorization": f"Bearer {API_TOKEN}"}
 # sync.so's client, and what checks the snippet's types.
 PACKAGES = ("@sync.so/sdk@0.3.0", "typescript@5.9.3")
-_INSTALL_SECONDS = 90
 
 
 async def record_of(api, generation_id, state=None):
@@ -97,18 +95,7 @@ async def test_the_python_sdk_sees_a_generation_until_mayfly_deletes_it(services
 @pytest.fixture(scope="session")
 def packages(tmp_path_factory):
     """A folder with sync.so's npm package, where node and the package can be had."""
-    if shutil.which("node") is None or shutil.which("npm") is None:
-        pytest.skip("node and npm are not installed")
-    folder = tmp_path_factory.mktemp("npm")
-    (folder / "package.json").write_text('{"private": true, "type": "module"}')
-    quiet = ("--prefer-offline", "--no-audit", "--no-fund", "--ignore-scripts", "--no-save")
-    try:
-        subprocess.run(
-            ["npm", "install", *quiet, *PACKAGES], cwd=folder, check=True, capture_output=True, timeout=_INSTALL_SECONDS
-        )
-    except (subprocess.CalledProcessError, subprocess.TimeoutExpired) as error:
-        pytest.skip(f"npm cannot install {PACKAGES[0]}: {type(error).__name__}")
-    return folder
+    return install(tmp_path_factory.mktemp("npm"), *PACKAGES)
 
 
 async def test_the_readmes_typescript_snippet_leads_to_a_deletion(mayfly, simulator, packages):

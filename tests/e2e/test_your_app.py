@@ -1,0 +1,336 @@
+"""The programs of the page "Your app keeps its webhooks", in both languages, as processes on real sockets."""
+
+import json
+import sqlite3
+import subprocess
+import time
+from contextlib import closing
+from uuid import uuid4
+
+import httpx
+import pytest
+
+from tests.conftest import API_TOKEN, http_client
+from tests.support.app import Answer, App
+from tests.support.examples import LANGUAGES, PACKAGES, Example, compile_examples
+from tests.support.forwards import FORWARD_SECRET, forwarded_headers
+from tests.support.npm import install
+from tests.support.waiting import eventually
+from tests.support.webhooks import SECRET, Webhook, signature, webhook
+
+HOUR = 3600
+OTHER_SECRET = "whsec_MDEyMzQ1Njc4OTAxMjM0NTY3ODkwMTIzNDU2Nzg5MDE="
+OPERATOR = {"Authorization": f"Bearer {API_TOKEN}"}
+
+
+@pytest.fixture(scope="session")
+def modules(tmp_path_factory):
+    """The examples in TypeScript, checked and compiled, with what they import."""
+    folder = install(tmp_path_factory.mktemp("examples"), *PACKAGES)
+    try:
+        compile_examples(folder)
+    except subprocess.CalledProcessError as error:
+        pytest.fail(error.stdout)
+    return folder
+
+
+@pytest.fixture(params=LANGUAGES)
+def example(request, tmp_path):
+    """Make an example: ``example("receive", FORWARD_SECRET=…)``; all are ended with the test."""
+    made = []
+
+    def make(name, **environment):
+        modules = request.getfixturevalue("modules") if request.param == "typescript" else None
+        folder = tmp_path / "app"
+        folder.mkdir(exist_ok=True)
+        made.append(Example(name, folder, modules, {"SYNC_WEBHOOK_SECRET": SECRET} | environment))
+        return made[-1]
+
+    yield make
+    for one in made:
+        one.stop()
+
+
+@pytest.fixture
+async def client():
+    async with httpx.AsyncClient(trust_env=False, timeout=10) as client:
+        yield client
+
+
+def stored(example):
+    """Return the bodies in the inbox of the app."""
+    if (example.folder / "inbox.db").exists():
+        with closing(sqlite3.connect(example.folder / "inbox.db")) as db:
+            return [body for (body,) in db.execute("SELECT body FROM inbox ORDER BY rowid")]
+    return [path.read_bytes() for path in (example.folder / "inbox").glob("*.json")]
+
+
+# Forwarding: the app receives from Mayfly
+
+
+async def post(client, app, sent, headers, body=None):
+    answer = await client.post(app.url, content=sent.body if body is None else body, headers=headers)
+    return answer.status_code
+
+
+async def test_a_forwarded_webhook_is_taken_with_either_signature_while_it_is_fresh(example, client):
+    app = example("receive", FORWARD_SECRET=FORWARD_SECRET)
+    await app.start()
+    both, one = webhook(error="Größe überschritten"), webhook(status="FAILED")
+
+    assert await post(client, app, both, forwarded_headers(both)) == 204
+    assert await post(client, app, one, forwarded_headers(one, secret=None)) == 204
+    assert sorted(stored(app)) == sorted([both.body, one.body])
+
+
+async def test_a_late_delivery_is_taken_by_the_signature_of_its_attempt_alone(example, client):
+    app = example("receive", FORWARD_SECRET=FORWARD_SECRET)
+    await app.start()
+    late = webhook(at=time.time() - 50 * HOUR)
+
+    assert await post(client, app, late, forwarded_headers(late, secret=None)) == 401
+    assert await post(client, app, late, forwarded_headers(late, attempt=9)) == 204
+    assert stored(app) == [late.body]
+
+
+async def test_an_app_without_the_second_secret_takes_fresh_webhooks_alone(example, client):
+    app = example("receive")
+    await app.start()
+    fresh, late = webhook(), webhook(at=time.time() - 301)
+
+    assert await post(client, app, late, forwarded_headers(late)) == 401
+    assert await post(client, app, fresh, forwarded_headers(fresh)) == 204
+    assert stored(app) == [fresh.body]
+
+
+async def test_a_delivery_is_stored_once_over_retries_replays_and_restarts(example, client):
+    app = example("receive", FORWARD_SECRET=FORWARD_SECRET)
+    await app.start()
+    sent, delivery = webhook(), str(uuid4())
+    statuses = [
+        await post(client, app, sent, forwarded_headers(sent, delivery=delivery, attempt=attempt)) for attempt in (1, 2)
+    ]
+    await app.kill9()
+    await app.start()
+    statuses.append(await post(client, app, sent, forwarded_headers(sent, delivery=delivery, attempt=3)))
+    direct = webhook()
+    statuses += [await post(client, app, direct, direct.headers) for _ in range(2)]
+
+    assert statuses == [204] * 5
+    assert sorted(stored(app)) == sorted([sent.body, direct.body])
+
+
+def _refused(now):
+    """Yield what a receiver with both secrets refuses: a name, the webhook, its headers, and the body if it is changed."""
+    fresh, late = webhook(), webhook(at=now - HOUR)
+    changed = fresh.body.replace(b"COMPLETED", b"FAILED", 1)
+    yield "a changed body", fresh, forwarded_headers(fresh), changed
+    yield "a changed body, one signature", fresh, forwarded_headers(fresh, secret=None), changed
+    resigned = forwarded_headers(Webhook(changed, fresh.headers))
+    yield "a changed body that only Mayfly signed", fresh, resigned, changed
+    yield "an empty body", fresh, forwarded_headers(fresh), b""
+    yield "a stale t", late, forwarded_headers(late, secret=None), None
+    yield "a stale attempt", late, forwarded_headers(late, at=now - 301), None
+    yield "an attempt ahead", late, forwarded_headers(late, at=now + 400), None
+    yield (
+        "the attempt's time changed",
+        late,
+        forwarded_headers(late, at=now - HOUR) | {"webhook-timestamp": str(int(now))},
+        None,
+    )
+    yield "the delivery changed", late, forwarded_headers(late) | {"webhook-id": str(uuid4())}, None
+    yield "a wrong second secret", late, forwarded_headers(late, secret=OTHER_SECRET), None
+    yield "a wrong second secret beside a fresh t", fresh, forwarded_headers(fresh, secret=OTHER_SECRET), None
+    other = webhook(secret="whsec_other")
+    yield "another organisation's secret", other, forwarded_headers(other), None
+    unprefixed = fresh.headers | {"Sync-Signature": signature(fresh.body, secret=SECRET.removeprefix("whsec_"))}
+    yield "a secret without its prefix", fresh, forwarded_headers(Webhook(fresh.body, unprefixed)), None
+    whole = forwarded_headers(fresh)
+    yield "no Sync-Signature", fresh, {name: whole[name] for name in whole if name != "Sync-Signature"}, None
+    yield "no signature at all", fresh, {"Content-Type": "application/json"}, None
+    for wrong in (
+        "",
+        "t=,v1=",
+        "v1=00,t=1",
+        "t=1",
+        f"t={int(now)},v1=",
+        f"t=1e9,v1={'0' * 64}",
+        f"t={'9' * 5000},v1={'0' * 64}",
+        "t=٣,v1=é",
+    ):
+        yield f"Sync-Signature {wrong[:20]!r}", fresh, whole | {"Sync-Signature": wrong}, None
+    for wrong in ("v1", "v1,a,b", "v1,%%%", "v1,é", "v1,AAAA  v1,AAAA", "v2,AAAA", f"v1,{'A' * 43}"):
+        yield f"webhook-signature {wrong!r}", late, forwarded_headers(late) | {"webhook-signature": wrong}, None
+    for wrong in ("", "now", "nan", "inf", "1e400", "-1"):
+        yield f"webhook-timestamp {wrong!r}", late, forwarded_headers(late) | {"webhook-timestamp": wrong}, None
+
+
+async def test_everything_else_is_refused_with_401_and_not_stored(example, client):
+    app = example("receive", FORWARD_SECRET=FORWARD_SECRET)
+    await app.start()
+    statuses = {}
+    for name, sent, headers, body in _refused(time.time()):
+        raw = [(key.encode(), value.encode()) for key, value in headers.items()]
+        statuses[name] = await post(client, app, sent, raw, body)
+
+    assert {name: status for name, status in statuses.items() if status != 401} == {}
+    assert len(statuses) > 30
+    assert stored(app) == []
+
+
+async def test_a_webhook_is_signed_by_either_secret_while_sync_sos_is_rotated(example, client):
+    app = example("receive", SYNC_WEBHOOK_SECRET=f"whsec_new,{SECRET}")
+    await app.start()
+    old, new = webhook(), webhook(secret="whsec_new")
+
+    assert [await post(client, app, one, one.headers) for one in (old, new)] == [204, 204]
+
+
+async def test_what_the_app_cannot_store_is_not_answered_2xx(example, client):
+    app = example("receive", FORWARD_SECRET=FORWARD_SECRET)
+    (app.folder / "inbox.db").mkdir()
+    (app.folder / "inbox").write_text("a file where the folder should be")
+    await app.start()
+    sent = webhook()
+    try:
+        status = await post(client, app, sent, forwarded_headers(sent))
+    except httpx.RemoteProtocolError:  # http.server closes the connection without an answer
+        status = 500
+    (app.folder / "inbox.db").rmdir()
+    (app.folder / "inbox").unlink()
+
+    assert status == 500
+    assert await post(client, app, sent, forwarded_headers(sent, attempt=2)) == 204
+    assert stored(app) == [sent.body]
+
+
+# The relay: the app receives from sync.so, and passes it on
+
+
+async def test_the_relay_passes_on_the_very_bytes_with_the_headers_of_sync_so(example, client):
+    async with App() as mayfly:
+        mayfly.script(Answer(202), is_for_ever=True)
+        app = example("relay", MAYFLY_PUBLIC_URL=mayfly.url)
+        await app.start()
+        # Not as a parser would write it again: blanks, an escape, 1.0, "ü".
+        sent = webhook(b'{ "id": "3f1c2a9e", "status":"COMPLETED","n": 1.0, "a": "\\u00fc", "b": "\xc3\xbc" }\n')
+        status = await post(client, app, sent, sent.headers | {"Cookie": "a=b", "Authorization": "Bearer private"})
+        (relayed,) = await mayfly.wait_for(1)
+
+    assert status == 204
+    assert (relayed.path, relayed.body) == ("/webhooks/sync", sent.body)
+    assert relayed.header("Sync-Signature") == sent.headers["Sync-Signature"]
+    assert relayed.header("Content-Type") == "application/json"
+    assert (relayed.header("Cookie"), relayed.header("Authorization")) == (None, None)
+
+
+async def record_of(api, generation_id):
+    """Return the record once it is there."""
+
+    async def look():
+        async with http_client(api.url) as operator:
+            answer = await operator.get(f"/api/records/{generation_id}", headers=OPERATOR)
+        return answer.json() if answer.status_code == 200 else None
+
+    return await eventually(look, seconds=20)
+
+
+async def test_a_relayed_webhook_becomes_a_record_of_mayfly(example, client, mayfly, simulator):
+    api = await mayfly("up", SYNC_BASE_URL=simulator.url).start()
+    app = example("relay", MAYFLY_PUBLIC_URL=api.url)
+    await app.start()
+    sent = webhook(webhookUrl="https://app.example.com/webhooks/sync?ttl=9d&label.customer=acme")
+    foreign = webhook(webhookUrl="https://app.example.com/hooks?ttl=5m&label.customer=acme")
+    for one in (sent, foreign):
+        assert await post(client, app, one, one.headers) == 204
+
+    ours, other = await record_of(api, sent.id), await record_of(api, foreign.id)
+    assert (ours["state"], ours["retention"]["rule"], ours["labels"]) == (
+        "scheduled",
+        "override: ttl",
+        {"customer": "acme"},
+    )
+    assert (other["state"], other["retention"]["rule"], other["labels"]) == ("scheduled", "MAYFLY_TTL", {})
+
+
+async def test_the_relay_tries_again_while_mayfly_is_down_or_busy(example, client):
+    async with App() as mayfly:
+        mayfly.script(Answer(503), Answer(end="reset"), Answer(202))
+        app = example("relay", MAYFLY_PUBLIC_URL=mayfly.url)
+        await app.start()
+        await mayfly.refuse()
+        sent = webhook()
+        assert await post(client, app, sent, sent.headers) == 204
+        await mayfly.accept()
+        relayed = await mayfly.wait_for(3, seconds=30)
+
+        assert {one.body for one in relayed} == {sent.body}
+        assert not (app.folder / "not-relayed.txt").exists()
+
+
+@pytest.mark.parametrize(
+    ("answer", "age"),
+    [
+        (Answer(401), 0),
+        (Answer(302, headers=(("Location", "/login"),)), 0),
+        (Answer(200, body="login"), 0),
+        (Answer(503), 268),
+    ],
+    ids=["refused", "redirected", "not Mayfly", "down for too long"],
+)
+async def test_what_could_not_be_relayed_is_noted_to_be_added_later(example, client, answer, age):
+    async with App() as mayfly:
+        mayfly.script(answer, is_for_ever=True)
+        app = example("relay", MAYFLY_PUBLIC_URL=mayfly.url)
+        await app.start()
+        sent = webhook(at=time.time() - age)
+        assert await post(client, app, sent, sent.headers) == 204
+        noted = app.folder / "not-relayed.txt"
+        await eventually(noted.exists, seconds=20)
+
+        assert await eventually(noted.read_text) == f"{sent.id}\n"
+        assert {one.path for one in mayfly.requests} == {"/webhooks/sync"}
+
+
+async def test_the_relay_refuses_what_sync_so_did_not_send_just_now(example, client):
+    async with App() as mayfly:
+        app = example("relay", MAYFLY_PUBLIC_URL=mayfly.url)
+        await app.start()
+        sent, stale, other = webhook(), webhook(at=time.time() - 301), webhook(secret="whsec_other")
+        statuses = [
+            await post(client, app, sent, sent.headers, sent.body + b" "),
+            await post(client, app, stale, stale.headers),
+            await post(client, app, other, other.headers),
+            await post(client, app, sent, {"Content-Type": "application/json"}),
+        ]
+
+        assert statuses == [401] * 4
+        assert mayfly.requests == []
+
+
+# The call: the app names its generations
+
+
+async def test_the_call_names_each_generation_with_its_ttl_and_labels(example):
+    async with App() as mayfly:
+        mayfly.script(Answer(202, (("Content-Type", "application/json"),), '{"state": "scheduled"}'), is_for_ever=True)
+        add = example("add", MAYFLY_PUBLIC_URL=mayfly.url, MAYFLY_INTAKE_TOKEN="intake-token")
+        code, output = await add.run("3f1c2a9e", "a40d7c52")
+
+    assert (code, output.count("scheduled")) == (0, 2)
+    assert [(one.method, one.path) for one in mayfly.requests] == [("POST", "/api/records")] * 2
+    assert {one.header("Authorization") for one in mayfly.requests} == {"Bearer intake-token"}
+    assert [json.loads(one.body) for one in mayfly.requests] == [
+        {"id": generation_id, "ttl": "72h", "labels": {"customer": "acme"}}
+        for generation_id in ("3f1c2a9e", "a40d7c52")
+    ]
+
+
+async def test_the_call_fails_loudly(example):
+    async with App() as mayfly:
+        mayfly.script(Answer(401, body="a wrong token"), is_for_ever=True)
+        add = example("add", MAYFLY_PUBLIC_URL=mayfly.url, MAYFLY_INTAKE_TOKEN="wrong")
+        code, output = await add.run("3f1c2a9e")
+
+    assert code == 1
+    assert "401" in output
