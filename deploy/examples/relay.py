@@ -49,7 +49,7 @@ def relay(body: bytes, headers: dict[str, str], sent_at: int) -> None:
             break
         time.sleep(pause)
         pause = min(2 * pause, 30)
-    with open("not-relayed.txt", "a") as file:  # later: mayfly records add < not-relayed.txt
+    with open("not-relayed.txt", "a") as file:  # later: mayfly records add - < not-relayed.txt
         file.write(f"{json.loads(body)['id']}\n")
 
 

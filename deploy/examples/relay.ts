@@ -39,7 +39,7 @@ async function relay(body: Buffer, headers: Record<string, string>, sentAt: numb
     if (isFinal || Date.now() / 1000 + pause > sentAt + RELAY_SECONDS) break;
     await sleep(pause * 1000);
   }
-  appendFileSync("not-relayed.txt", `${JSON.parse(`${body}`).id}\n`); // later: mayfly records add < not-relayed.txt
+  appendFileSync("not-relayed.txt", `${JSON.parse(`${body}`).id}\n`); // later: mayfly records add - < not-relayed.txt
 }
 
 async function receive(request: IncomingMessage): Promise<number> {
