@@ -19,7 +19,7 @@ mayfly = httpx.Client(
 def add(generation_id: str, **options: object) -> dict[str, object]:
     """Schedule one generation, with ttl, expires or hold, and labels, as soon as it is created.
 
-    Raises: httpx.HTTPError; call it again then. A second call changes nothing.
+    Raises: httpx.HTTPError. Call it again then: of two calls the later due time counts, and a hold.
     """
     answer = mayfly.post("/api/records", json={"id": generation_id, **options})
     answer.raise_for_status()
@@ -29,4 +29,5 @@ def add(generation_id: str, **options: object) -> dict[str, object]:
 
 if __name__ == "__main__":
     for generation_id in sys.argv[1:]:
-        print(add(generation_id, ttl="72h", labels={"customer": "acme"}))
+        record = add(generation_id, ttl="72h", labels={"customer": "acme"})
+        print(record["id"], record["state"], record["dueAt"])

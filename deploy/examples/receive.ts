@@ -1,5 +1,5 @@
 // Takes the webhooks that Mayfly forwards: verifies each one, stores it once, answers.
-// npm install standardwebhooks && node receive.ts     (before Node 22.18: npx tsx receive.ts)
+// npm install standardwebhooks && node receive.ts
 
 import { createHash, createHmac, timingSafeEqual } from "node:crypto";
 import { existsSync, mkdirSync, renameSync, writeFileSync } from "node:fs";

@@ -1,5 +1,5 @@
 // Takes the webhooks of sync.so at the app's own webhookUrl, and relays each to Mayfly as it came.
-// node relay.ts     (before Node 22.18: npx tsx relay.ts)
+// node relay.ts
 
 import { createHmac, timingSafeEqual } from "node:crypto";
 import { appendFileSync } from "node:fs";
