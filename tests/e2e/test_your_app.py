@@ -225,16 +225,15 @@ def forwarding(folder, url, more=""):
     """Return the environment of a Mayfly that forwards to *url*; *more* is the rest of the table."""
     path = folder / "forward.toml"
     path.write_text(f'[[forward]]\nid = "app"\nurl = "{url}"\n{more}')
-    return {"MAYFLY_CONFIG": str(path), "MAYFLY_TTL": "7d"}
+    # A wider tolerance than the app's, so that what is late for the app is not for Mayfly, however slow the machine is.
+    return {"MAYFLY_CONFIG": str(path), "MAYFLY_TTL": "7d", "MAYFLY_WEBHOOK_TOLERANCE": "1h"}
 
 
 async def test_an_app_that_was_down_takes_what_mayfly_forwards_to_it_late(example, mayfly, simulator, tmp_path, client):
     app = example("receive", FORWARD_SECRET=FORWARD_SECRET)
     second = {"FORWARD_SECRET": FORWARD_SECRET, "SYNC_BASE_URL": simulator.url}
     up = await mayfly("up", **forwarding(tmp_path, app.url, 'secret_env = "FORWARD_SECRET"'), **second).start()
-    # With both signatures once; the second attempt comes five seconds after the first, when t is too old.
-    late, after = webhook(b'{ "id": "g1", "status": "COMPLETED", "n": 1.0 }', at=time.time() - 296), webhook()
-    begun = time.time()
+    late, after = webhook(b'{ "id": "g1", "status": "COMPLETED", "n": 1.0 }', at=time.time() - 400), webhook()
     answer = await client.post(f"{up.url}/webhooks/sync", content=late.body, headers=late.headers)
     await eventually(lambda: up.logs("forward.deferred"), seconds=20)
     await app.start()
@@ -243,7 +242,6 @@ async def test_an_app_that_was_down_takes_what_mayfly_forwards_to_it_late(exampl
 
     assert answer.status_code == 202
     assert sorted(stored(app)) == sorted([late.body, after.body])
-    assert time.time() - begun > 4.1, "the second attempt was made while t was fresh: it shows nothing"
 
 
 async def test_an_app_without_the_second_secret_refuses_what_comes_late(example, mayfly, simulator, tmp_path, client):
@@ -253,14 +251,11 @@ async def test_an_app_without_the_second_secret_refuses_what_comes_late(example,
     fresh = webhook()
     await client.post(f"{up.url}/webhooks/sync", content=fresh.body, headers=fresh.headers)
     await eventually(lambda: stored(app), seconds=20)
-    await app.kill9()
-    late = webhook(at=time.time() - 296)
+    late = webhook(at=time.time() - 400)
     await client.post(f"{up.url}/webhooks/sync", content=late.body, headers=late.headers)
     await eventually(lambda: up.logs("forward.deferred"), seconds=20)
-    await app.start()
-    await eventually(lambda: len(up.logs("forward.deferred")) == 2, seconds=30)
 
-    assert "401" in up.logs("forward.deferred")[1]["error"]
+    assert "401" in up.logs("forward.deferred")[0]["error"]
     assert stored(app) == [fresh.body]
 
 
