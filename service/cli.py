@@ -25,6 +25,7 @@ ELSEWHERE: Final[Mapping[str, str]] = {
     "records": "service.commands.records",
     "explain": "service.commands.explaining",
     "batches": "service.commands.batches",
+    "forwards": "service.commands.forwards",
     "stats": "service.commands.operating",
     "pause": "service.commands.operating",
     "resume": "service.commands.operating",

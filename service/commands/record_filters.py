@@ -48,8 +48,8 @@ class _LabelType(click.ParamType[tuple[str, str]]):
             self.fail(f"it accepts {error}", param, ctx)
 
 
-_PAST: Final = _InstantType(is_past=True)
-_ANY: Final = _InstantType(is_past=False)
+PAST: Final = _InstantType(is_past=True)
+ANY: Final = _InstantType(is_past=False)
 LABEL: Final = _LabelType()
 _OPTIONS: Final = (
     click.option("--state", type=click.Choice(list(State), case_sensitive=False), help="Only records in this state."),
@@ -58,12 +58,12 @@ _OPTIONS: Final = (
     click.option("--project", help="Only generations of this project id, once the webhook or the copy names it."),
     click.option("--find", "text", help="Only those with this text in id, file name, model or error."),
     click.option("--label", "labels", type=LABEL, multiple=True, help="Only those with this label, NAME=VALUE."),
-    click.option("--from", "received_from", type=_PAST, help="Only what was received then or later, such as -1d."),
-    click.option("--to", "received_to", type=_ANY, help="Only what was received before."),
-    click.option("--due-from", type=_ANY, help="Only what is due then or later, such as 2026-12-31 or -1h."),
-    click.option("--due-to", type=_ANY, help="Only what is due before; 1h is in an hour."),
-    click.option("--deleted-from", type=_PAST, help="Only what was deleted then or later."),
-    click.option("--deleted-to", type=_ANY, help="Only what was deleted before."),
+    click.option("--from", "received_from", type=PAST, help="Only what was received then or later, such as -1d."),
+    click.option("--to", "received_to", type=ANY, help="Only what was received before."),
+    click.option("--due-from", type=ANY, help="Only what is due then or later, such as 2026-12-31 or -1h."),
+    click.option("--due-to", type=ANY, help="Only what is due before; 1h is in an hour."),
+    click.option("--deleted-from", type=PAST, help="Only what was deleted then or later."),
+    click.option("--deleted-to", type=ANY, help="Only what was deleted before."),
 )
 
 

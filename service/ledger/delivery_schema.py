@@ -44,12 +44,14 @@ deliveries = Table(
     Index("deliveries_id", "id", unique=True),
     Index("deliveries_target_account_generation_digest", "target", "account", "generation", "digest", unique=True),
     Index("deliveries_received_at", "received_at", "seq"),
-    Index("deliveries_state_received_at", "state", "received_at", "seq"),
-    Index("deliveries_account_generation", "account", "generation"),
+    # A page of some targets and states is merged from one range of this index for each.
+    Index("deliveries_target_state_received_at", "target", "state", "received_at", "seq"),
+    Index("deliveries_generation_account", "generation", "account"),
     sqlite_autoincrement=True,
 )
 _is_waiting = deliveries.c.wake_at.is_not(None)
-for _columns in (("target", "wake_at"), ("target", "account", "generation", "seq")):
+# The first has since as well, so that the metrics are read from the index alone.
+for _columns in (("target", "wake_at", "since"), ("target", "account", "generation", "seq")):
     Index(
         f"deliveries_waiting_{_columns[1]}",
         *(deliveries.c[name] for name in _columns),

@@ -126,7 +126,7 @@ def read_page(
 
     Raises: CursorError.
     """
-    after = [] if cursor is None else [tuple_(*_PLACE) < _bound(_place_of(cursor))]
+    after = [] if cursor is None else [tuple_(*_PLACE) < _bound(read_cursor(cursor))]
     conditions = filter_records(wanted, is_sqlite=connection.dialect.name == "sqlite") + after
     last = None if wanted.text is None else _last_searched(connection, wanted, after)
     if last is not None:
@@ -136,7 +136,7 @@ def read_page(
     if is_full := len(rows) < len(places):
         last = (rows[-1].received_at, rows[-1].seq)
     labels = read_labels(connection, [row.seq for row in rows])
-    return Page(rows, labels, None if last is None else _cursor_of(last), size, is_full)
+    return Page(rows, labels, None if last is None else make_cursor(last), size, is_full)
 
 
 def _read_rows(connection: Connection, seqs: Sequence[int], *, room: int) -> tuple[list[Row[Any]], int]:
@@ -284,12 +284,17 @@ def filter_records(wanted: Filter, *, is_sqlite: bool) -> list[ColumnElement[boo
     return conditions
 
 
-def _cursor_of(place: Place) -> str:
+def make_cursor(place: Place) -> str:
+    """Return the cursor of the page after *place*."""
     raw = struct.pack(_CURSOR, microseconds(place[0]), place[1])
     return base64.urlsafe_b64encode(raw).decode().rstrip("=")
 
 
-def _place_of(cursor: str) -> Place:
+def read_cursor(cursor: str) -> Place:
+    """Return the place of *cursor*.
+
+    Raises: CursorError.
+    """
     try:
         raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
         since, seq = struct.unpack(_CURSOR, raw)

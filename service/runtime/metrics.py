@@ -53,7 +53,21 @@ class Metrics:
             "When a sweep last was complete, in seconds since 1970; 0 if never. Only of accounts that are swept.",
             "account",
         )
+        self._make_forwards()
         self.pauses = self._gauge("pauses", "1 while deletions are paused for this reason.", "kind")
+
+    def _make_forwards(self) -> None:
+        self.forwards_waiting = self._gauge(
+            "forwards_waiting", "Deliveries that wait for their next attempt; read from the ledger.", "target"
+        )
+        self.forwards_failed = self._gauge(
+            "forwards_failed", "Deliveries given up, which need an operator; read from the ledger.", "target"
+        )
+        self.forward_oldest_waiting_seconds = self._gauge(
+            "forward_oldest_waiting_seconds",
+            "Age of the oldest delivery that waits, from its receipt or its last replay on; 0 without one.",
+            "target",
+        )
 
     def _make_accounts(self) -> None:
         self.account_paused = self._gauge("account_paused", "1 while deletions of this account are paused.", "account")

@@ -24,6 +24,7 @@ from service.web import health, problems
 from service.web.auth import OperatorToken
 from service.web.batches import BatchesController
 from service.web.bulk import BulkController
+from service.web.forwards import ForwardsController
 from service.web.intake import Intake
 from service.web.ledger_check import LedgerCheck
 from service.web.operator import OperatorController
@@ -58,13 +59,14 @@ def make_app(
     dependencies = _health_dependencies(settings, database, queue_pool, metrics, now, ledger_check)
     operator = Router(
         "/api",
-        route_handlers=[RecordsController, BulkController, BatchesController, OperatorController],
+        route_handlers=[RecordsController, BulkController, BatchesController, ForwardsController, OperatorController],
         guards=[OperatorToken(settings.api_token), refuse_unknown_parameters],
     )
     intake = _intake(settings, database, enqueuer, metrics, now, ledger_check)
     return Litestar(
         [webhook_handler(intake, refusals), health.live, health.ready, health.show_metrics, operator],
-        dependencies=dependencies | {"min_ttl_of": _provide(settings.min_ttl_of)},
+        dependencies=dependencies
+        | {"min_ttl_of": _provide(settings.min_ttl_of), "enqueue": _provide(enqueuer.enqueue)},
         plugins=[problems.plugin],
         request_class=problems.JsonRequest,
         response_headers=SECURITY_HEADERS,
@@ -119,6 +121,7 @@ def _health_dependencies(  # noqa: PLR0917 - the parts of make_app()
         "swept": frozenset(settings.scopes),
         "key_names": {one.id: one.key_name for one in settings.accounts},
         "accounts": settings.account_ids,
+        "targets": frozenset(target.id for target in settings.targets),
     }
     return {name: _provide(value) for name, value in values.items()}
 

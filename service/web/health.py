@@ -18,6 +18,7 @@ from service.core.batch import BatchState
 from service.jobs.connection import QUEUE_ERRORS
 from service.ledger import account_reading, adopting, batches, pausing, reading
 from service.ledger.database import Database, LedgerUnavailableError
+from service.ledger.delivery_reading import Open, count_open
 from service.ledger.pausing import ALL_ACCOUNTS, Kind, Pause
 from service.runtime.metrics import Metrics
 from service.runtime.tasks import run_within
@@ -190,11 +191,13 @@ async def show_metrics(  # noqa: PLR0917 - injected
     now: NamedDependency[Callable[[], datetime]],
     swept: NamedDependency[frozenset[str]],
     key_names: NamedDependency[Mapping[str, str]],
+    targets: NamedDependency[frozenset[str]],
 ) -> Response[bytes]:
     """Answer the metrics of this process, and gauges read from the ledger; *swept* are the accounts that are swept."""
     gauges = _read_gauges(database, metrics, [*key_names], swept, now())
-    failure, is_read = await asyncio.gather(ledger_check.find_failure(), gauges)
-    metrics.ledger_up.set(failure is None and is_read)
+    forwards = _read_forwards(database, metrics, targets, now())
+    failure, *are_read = await asyncio.gather(ledger_check.find_failure(), gauges, forwards)
+    metrics.ledger_up.set(failure is None and all(are_read))
     return Response(generate_latest(metrics.registry), media_type=_TEXT)
 
 
@@ -234,4 +237,24 @@ async def _read_gauges(
     for account in {*accounts, *overdue}:
         metrics.account_paused.labels(account).set(bool(paused & {account, ALL_ACCOUNTS}))
         metrics.account_overdue_seconds.labels(account).set(overdue.get(account, timedelta(0)).total_seconds())
+    return True
+
+
+async def _read_forwards(database: Database, metrics: Metrics, targets: Iterable[str], now: datetime) -> bool:
+    """Read the gauges of deliveries; False if the ledger does not answer, and they keep their values.
+
+    A target that is not configured any more has them as long as the ledger has deliveries to it.
+    """
+    try:
+        counted = await run_within(_CHECK_SECONDS, database.read(count_open))
+    except (LedgerUnavailableError, TimeoutError):
+        return False
+    gauges = (metrics.forwards_waiting, metrics.forwards_failed, metrics.forward_oldest_waiting_seconds)
+    for gauge in gauges:
+        gauge.clear()
+    for target in {*targets, *counted}:
+        one = counted.get(target, Open())
+        age = timedelta(0) if one.waiting_since is None else max(now - one.waiting_since, timedelta(0))
+        for gauge, value in zip(gauges, (one.waiting, one.failed, age.total_seconds()), strict=True):
+            gauge.labels(target).set(value)
     return True

@@ -6,10 +6,13 @@ from typing import Annotated, Any
 
 from litestar.connection import ASGIConnection
 from litestar.handlers.base import BaseRouteHandler
+from litestar.openapi.spec import Example
 from litestar.params import FromQuery, QueryParameter
 
+from service.core.forwarding import DeliveryState
 from service.core.labels import parse_label
 from service.core.lifecycle import State
+from service.ledger.delivery_reading import DeliveryFilter
 from service.ledger.reading import Filter, Span
 from service.web.problems import problem
 
@@ -44,6 +47,23 @@ def read_filter(  # noqa: PLR0917 - Litestar calls it by name
         _labels(label or []),
         account,
     )
+
+
+def read_delivery_filter(  # noqa: PLR0917 - Litestar calls it by name
+    target: Annotated[
+        str | None, QueryParameter(description="id of a [[forward]]", examples=[Example(value="app")])
+    ] = None,
+    in_state: Annotated[DeliveryState | None, QueryParameter(name="state")] = None,
+    generation: Annotated[str | None, QueryParameter(description="its id, or that of a batch")] = None,
+    account: FromQuery[str | None] = None,
+    status: Annotated[
+        str | None, QueryParameter(description="what the webhook says", examples=[Example(value="COMPLETED")])
+    ] = None,
+    since: Annotated[datetime | None, QueryParameter(name="from", description="received at or after")] = None,
+    until: Annotated[datetime | None, QueryParameter(name="to", description="received before")] = None,
+) -> DeliveryFilter:
+    """Return what the query filters deliveries by; a dependency."""
+    return DeliveryFilter(target, in_state, generation, account, status, _span("from", since, "to", until))
 
 
 def _labels(texts: list[str]) -> dict[str, str]:

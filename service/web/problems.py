@@ -13,6 +13,7 @@ from litestar.response import Response
 
 from service.core.generation import MalformedError
 from service.core.lifecycle import IllegalMoveError
+from service.core.replaying import NotReplayedError
 from service.core.signature import SignatureError
 from service.ledger.bulk import ExpectationError
 from service.ledger.database import (
@@ -42,9 +43,9 @@ def documented(*statuses: int) -> dict[int, ResponseSpec]:
         400: "the request is invalid",
         401: "the bearer token, or the signature of a webhook, is missing or wrong",
         403: "the operator API is closed: MAYFLY_API_TOKEN is not set",
-        404: "no record of this generation",
+        404: "nothing of this id",
         408: "the body took longer than 10 s to arrive",
-        409: "the record's state does not allow this move, or another number of records matches than expected",
+        409: "its state does not allow this now, or another number matches than expected",
         413: "the body is larger than 1 MiB",
         415: "the body is not JSON in UTF-8",
         503: "not stored, or not known to be: the database does not answer, or too many large bodies arrive at once",
@@ -136,6 +137,7 @@ plugin = ProblemDetailsPlugin(
             RefusedDataError: lambda error: problem(400, "Not storable", str(error)),
             MalformedError: lambda error: problem(400, "Not a generation", str(error)),
             IllegalMoveError: lambda error: problem(409, "Not possible now", str(error)),
+            NotReplayedError: lambda error: problem(409, "Not possible now", str(error)),
             ExpectationError: lambda error: problem(409, "Another number", str(error)),
             CursorError: lambda error: problem(400, "Bad cursor", str(error)),
         },

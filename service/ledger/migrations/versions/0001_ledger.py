@@ -227,9 +227,10 @@ def _deliveries() -> None:
     of_webhook = ["target", "account", "generation", "digest"]
     op.create_index("deliveries_target_account_generation_digest", "deliveries", of_webhook, unique=True)
     op.create_index("deliveries_received_at", "deliveries", ["received_at", "seq"])
-    op.create_index("deliveries_state_received_at", "deliveries", ["state", "received_at", "seq"])
-    op.create_index("deliveries_account_generation", "deliveries", ["account", "generation"])
-    for columns in (["target", "wake_at"], ["target", "account", "generation", "seq"]):
+    of_page = ["target", "state", "received_at", "seq"]
+    op.create_index("deliveries_target_state_received_at", "deliveries", of_page)
+    op.create_index("deliveries_generation_account", "deliveries", ["generation", "account"])
+    for columns in (["target", "wake_at", "since"], ["target", "account", "generation", "seq"]):
         name, where = f"deliveries_waiting_{columns[1]}", sa.text("wake_at IS NOT NULL")
         op.create_index(name, "deliveries", columns, sqlite_where=where, postgresql_where=where)
     _requirements()
