@@ -149,7 +149,7 @@ def _confirm(found: int) -> bool:
 def _report(counts: ReplayCounts) -> str:
     parts = [f"{counts.replayed} {'is' if counts.replayed == 1 else 'are'} sent again"]
     if counts.already:
-        parts.append(f"{counts.already} were due already")
+        parts.append(f"{counts.already} {'was' if counts.already == 1 else 'were'} due already")
     if counts.attempted:
-        parts.append(f"an attempt at {counts.attempted} is made now, they stay as they are")
+        parts.append(f"{counts.attempted} {'is' if counts.attempted == 1 else 'are'} being attempted now")
     return "; ".join(parts) + f". {_SOON}"

@@ -23,6 +23,7 @@ _STYLES: Final = {
     DeliveryState.DELIVERED: "green",
     DeliveryState.FAILED: "bold red",
 }
+_WIDE: Final = 140
 
 
 @click.group()
@@ -85,16 +86,26 @@ forwards.add_command(replay)
 
 
 def _print_page(page: DeliveriesPage) -> None:
-    now = datetime.now(UTC)
+    output, now = console(), datetime.now(UTC)
+    # Two ids of 36 characters: a narrow terminal shows fewer columns rather than broken lines.
+    narrow = ("id", "target", "state", "what comes next")
+    wide = ("id", "target", "generation", "status", "state", "attempts", "what comes next")
+    headings = wide if output.width >= _WIDE else narrow
     table = Table(box=None, pad_edge=False)
-    for heading in ("id", "target", "generation", "status", "state", "attempts", "what comes next"):
-        # An id has 36 characters and is what the other commands need.
-        table.add_column(heading, overflow="fold", min_width=36 if heading == "id" else None)
+    for heading in headings:
+        table.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=36 if heading == "id" else None)
     for one in page.items:
-        state = f"[{_STYLES[one.state]}]{one.state}[/]"
-        names = (cell(one.id), cell(one.target), cell(one.generation), cell(one.status))
-        table.add_row(*names, state, str(one.attempts), cell(describe_next(one, now)))
-    console().print(table)
+        cells = {
+            "id": cell(one.id),
+            "target": cell(one.target),
+            "generation": cell(one.generation),
+            "status": cell(one.status),
+            "state": f"[{_STYLES[one.state]}]{one.state}[/]",
+            "attempts": str(one.attempts),
+            "what comes next": cell(describe_next(one, now)),
+        }
+        table.add_row(*(cells[heading] for heading in headings))
+    output.print(table)
     if page.next_cursor:
         click.echo(f"\nMore: --cursor {page.next_cursor}")
 

@@ -18,7 +18,7 @@ from service.core.forwarding import DeliveryState
 from service.core.replaying import Replay, judge_replay
 from service.ledger.bulk import ExpectationError
 from service.ledger.database import Database
-from service.ledger.delivery_reading import DeliveryFilter, filter_deliveries
+from service.ledger.delivery_reading import DeliveryFilter, filter_deliveries, find_targets
 from service.ledger.delivery_schema import deliveries
 from service.ledger.reading import Place
 
@@ -71,6 +71,8 @@ class WantedReplay:
 def count_deliveries(connection: Connection, wanted: WantedReplay) -> Matching:
     """Count what matches."""
     statement = select(deliveries.c.target, deliveries.c.state, func.count()).where(*filter_deliveries(wanted.chosen))
+    if wanted.chosen.target is None and wanted.chosen.generation is None:  # so that the index of target and state serves
+        statement = statement.where(deliveries.c.target.in_(find_targets(connection)))
     counts = dict.fromkeys(DeliveryState, 0)
     others: Counter[str] = Counter()
     for target, state, number in connection.execute(statement.group_by(deliveries.c.target, deliveries.c.state)):
@@ -105,8 +107,8 @@ async def replay_matching(
     matching = await database.read(partial(count_deliveries, wanted=wanted))
     found = sum(matching.counts.values())
     if found != expected:
-        told = f"{found} deliveries match, not {expected}: nothing was replayed, look at the count again"
-        raise ExpectationError(told)
+        match = "1 delivery matches" if found == 1 else f"{found} deliveries match"
+        raise ExpectationError(f"{match}, not {expected}: nothing was replayed, look at the count again")
     deadline, total = time.monotonic() + seconds, Counter[Replay]()
     targets, after = sorted(wanted.configured), None
     while targets and (left := found - total.total()) and time.monotonic() < deadline:
@@ -159,7 +161,7 @@ def _replay(
     late = [row.seq for row, result in zip(rows, results, strict=True) if result is Replay.ADVANCED]
     if ended:
         anew = {"state": str(DeliveryState.WAITING), "since": now, "wake_at": now, "tries": 0, "finished_at": None}
-        connection.execute(update(deliveries).where(deliveries.c.seq.in_(ended)).values(anew, leased_until=None))
+        connection.execute(update(deliveries).where(deliveries.c.seq.in_(ended)).values(anew))
     if late:
         connection.execute(update(deliveries).where(deliveries.c.seq.in_(late)).values(wake_at=now))
     return [Replayed(row.id, row.target, result, row.attempts + 1) for row, result in zip(rows, results, strict=True)]
