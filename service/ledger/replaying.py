@@ -71,7 +71,8 @@ class WantedReplay:
 def count_deliveries(connection: Connection, wanted: WantedReplay) -> Matching:
     """Count what matches."""
     statement = select(deliveries.c.target, deliveries.c.state, func.count()).where(*filter_deliveries(wanted.chosen))
-    if wanted.chosen.target is None and wanted.chosen.generation is None:  # so that the index of target and state serves
+    if wanted.chosen.target is None and wanted.chosen.generation is None:
+        # So that the index of target and state serves.
         statement = statement.where(deliveries.c.target.in_(find_targets(connection)))
     counts = dict.fromkeys(DeliveryState, 0)
     others: Counter[str] = Counter()

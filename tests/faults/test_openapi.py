@@ -27,11 +27,12 @@ from schemathesis.specs.openapi.checks import (
 from sqlalchemy import URL
 
 from service.core.lifecycle import State
+from service.ledger.database import Database
 from service.ledger.opening import open_database
 from tests.faults.processes import ProcessStarter
 from tests.faults.system import TOKEN
 from tests.faults.website import Website, website
-from tests.support import ledger
+from tests.support import deliveries, ledger
 from tests.support.webhooks import notification, signature
 
 CHECKS = [
@@ -49,6 +50,7 @@ FUZZ = settings(
     suppress_health_check=list(HealthCheck),
 )
 IDS = ("deleted", "deleted twice?", "failed", "being deleted", "once failed", "due", "später: é🪰", "kept", "held")
+DELIVERIES = ("waits", "attempted", "delivered", "gone", "removed")
 # In turn, as chance takes one of them most of the time; None is for whatever id was made up.
 ASKED_FOR = (*IDS, "unknown", None)
 # What has to be seen of each route, or its answers were not looked at: its statuses at the least.
@@ -66,6 +68,10 @@ SEEN = {
     "GET /api/batches": {200},
     "GET /api/batches/{batch_id}": {404},
     "POST /api/batches/{batch_id}/retry": {404},
+    "GET /api/forwards": {200, 400},
+    "GET /api/forwards/{delivery_id}": {200, 404},
+    "POST /api/forwards/{delivery_id}/replay": {200, 404, 409},
+    "POST /api/forwards/replay": {200, 400},
     "POST /api/pause": {200},
     "POST /api/resume": {200},
     "GET /api/stats": {200},
@@ -77,7 +83,10 @@ SEEN = {
 @pytest.fixture(scope="module")
 def site(starter: ProcessStarter, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Website]:
     """A web side whose ledger holds records in every state."""
-    with website(starter, tmp_path_factory.mktemp("openapi")) as site:
+    folder = tmp_path_factory.mktemp("openapi")
+    config = folder / "mayfly.toml"
+    config.write_text(deliveries.CONFIG, encoding="utf-8")
+    with website(starter, folder, MAYFLY_CONFIG=str(config)) as site:
         asyncio.run(fill(site.ledger))
         yield site
 
@@ -96,6 +105,20 @@ async def fill(path: Path) -> None:
         await ledger.store(database, id="später: é🪰", due_in=ledger.HOUR, status="FAILED", error="no such file")
         await ledger.store(database, id="kept", due_in=None)
         await ledger.store(database, id="held", hold="a film")
+        await fill_deliveries(database)
+
+
+async def fill_deliveries(database: Database) -> None:
+    """Write deliveries in every state, to a target that is configured and to one that is not."""
+    for name in DELIVERIES:
+        made = await deliveries.forward(database, status="FAILED" if name == "removed" else "COMPLETED")
+        if name == "delivered":
+            await deliveries.attempt(database, made)
+        elif name in {"gone", "removed"}:
+            await deliveries.attempt(database, made, 410, answer="später: 🪰")
+        elif name == "attempted":
+            await deliveries.claim_delivery(database, made, lease=24 * ledger.HOUR)
+        await deliveries.alter(database, made, id=name, target="old" if name == "removed" else "app")
 
 
 class RequestAuth(requests.auth.AuthBase):
@@ -145,6 +168,8 @@ def shape(case: Any, choice: Mapping[str, Any], name: str | None, cursors: list[
     if name is not None and "generation_id" in case.path_parameters:
         case.path_parameters["generation_id"] = quote(name, safe="")
         case.query.pop("account", None)
+    if name is not None and "delivery_id" in case.path_parameters:
+        case.path_parameters["delivery_id"] = quote(name, safe="")
     if case.meta.generation.mode is GenerationMode.NEGATIVE:
         return  # it is wrong on purpose
     if case.path == "/api/records" and choice["filters"] is not None:
@@ -173,7 +198,7 @@ def statuses_of(operation: Any, session: requests.Session) -> Counter[int]:  # n
     """Ask *operation* in many ways, hold each answer against its promise, and count the answers' statuses."""
     statuses: Counter[int] = Counter()
     cursors: list[str] = []
-    names = cycle(ASKED_FOR)
+    names = cycle((*DELIVERIES, "unknown", None) if "{delivery_id}" in operation.path else ASKED_FOR)
 
     cases, fuzz = operation.as_strategy(), FUZZ
     if operation.query or operation.body:

@@ -20,6 +20,7 @@ from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import records
 from service.runtime.logging import configure_logging
 from tests.support.commands import command
+from tests.support.deliveries import alter, forward
 from tests.support.ledger import HOUR, arrival, receive
 from tests.support.webhooks import SECRET
 
@@ -45,6 +46,9 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
     "batches list": [(), ("--json",)],
     "batches show": [(FOREIGN,)],
     "batches retry": [(FOREIGN,)],
+    "forwards list": [(), ("--state", "failed"), ("--json",), ("--target", FOREIGN), ("--cursor", FOREIGN)],
+    "forwards show": [("a-delivery",), ("a-delivery", "--json"), (FOREIGN,)],
+    "forwards replay": [("a-delivery",), (FOREIGN,), ("--target", FOREIGN), ("--state", "failed", "--dry-run")],
     "sweep": [("--dry-run",), ("--apply", FOREIGN), ("--account", FOREIGN)],
     "stats": [(), ("--json",)],
     "pause": [("--reason", FOREIGN)],
@@ -82,6 +86,9 @@ async def environment(sqlite_url, tmp_path):
             }
             update = records.update().where(records.c.id == state).values(change)
             await database.write(partial(execute, statement=update))
+        made = await forward(database, status=FOREIGN, id=FOREIGN, error=FOREIGN)
+        answers = {"last_error": FOREIGN, "last_answer": FOREIGN, "content_type": FOREIGN, "state": "failed"}
+        await alter(database, made, id="a-delivery", target=FOREIGN, wake_at=None, **answers)
         pause = Pause(Kind.DAILY_LIMIT, datetime.now(UTC), FOREIGN, FOREIGN, None)
         await database.write(partial(pausing.pause, wanted=pause))
     return {
