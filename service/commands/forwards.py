@@ -7,6 +7,7 @@ from typing import Final
 import click
 import msgspec
 from rich.table import Table
+from rich.text import Text
 
 from service.commands.forward_filters import delivery_filters
 from service.commands.forward_replays import replay
@@ -95,7 +96,7 @@ def _print_page(page: DeliveriesPage) -> None:
     for heading in headings:
         table.add_column(heading, no_wrap=True, overflow="ellipsis", min_width=36 if heading == "id" else None)
     for one in page.items:
-        cells = {
+        cells: dict[str, str | Text] = {
             "id": cell(one.id),
             "target": cell(one.target),
             "generation": cell(one.generation),

@@ -8,8 +8,9 @@ from typing import Any, Final
 from sqlalchemy import ColumnElement, Connection, Row, func, literal, select, tuple_
 
 from service.core.forwarding import DeliveryState
+from service.ledger.cursors import Place, make_cursor, read_cursor
 from service.ledger.delivery_schema import deliveries
-from service.ledger.reading import SEARCHED, Place, Span, make_cursor, read_cursor
+from service.ledger.reading import SEARCHED, Span
 
 _ALL: Final = Span()
 

@@ -1,8 +1,5 @@
 """Reading the ledger: one record, pages of records, and the backlog."""
 
-import base64
-import binascii
-import struct
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from datetime import datetime, timedelta
@@ -24,11 +21,10 @@ from sqlalchemy import (
     tuple_,
 )
 
-from service.core.errors import ExplainedError
 from service.core.key import Key
 from service.core.lifecycle import State
 from service.core.retention import INVALID_RULE
-from service.ledger.instant import instant, microseconds
+from service.ledger.cursors import Place, make_cursor, read_cursor
 from service.ledger.labelling import has_labels, read_labels
 from service.ledger.schema import records
 
@@ -41,14 +37,8 @@ _RECORD_BYTES: Final = 1200
 _READ_AT_ONCE, _MOST_AT_ONCE = 16, 128
 # How many records one page of a search reads: some 15 ms.
 SEARCHED = 10_000
-# Microseconds since 1970 and the record's number.
-_CURSOR = ">qq"
 # The states in which a record has a wake_at.
 WATCHED = (State.SCHEDULED, State.DELETING)
-
-
-class CursorError(ExplainedError):
-    """A cursor that is not the next_cursor of a page."""
 
 
 class Span(NamedTuple):
@@ -113,7 +103,6 @@ _select_listed = select(*_LISTED).where(records.c.seq.in_(bindparam("seqs", expa
 # The order of pages: a record that arrives between two requests does not shift the others.
 _PLACE = (records.c.received_at, records.c.seq)
 _NEWEST_FIRST = tuple(column.desc() for column in _PLACE)
-Place = tuple[datetime, int]
 
 
 def read_page(
@@ -282,22 +271,3 @@ def filter_records(wanted: Filter, *, is_sqlite: bool) -> list[ColumnElement[boo
         columns = (records.c[name] for name in names)
         conditions.append(or_(*(column.icontains(wanted.text, autoescape=True) for column in columns)))
     return conditions
-
-
-def make_cursor(place: Place) -> str:
-    """Return the cursor of the page after *place*."""
-    raw = struct.pack(_CURSOR, microseconds(place[0]), place[1])
-    return base64.urlsafe_b64encode(raw).decode().rstrip("=")
-
-
-def read_cursor(cursor: str) -> Place:
-    """Return the place of *cursor*.
-
-    Raises: CursorError.
-    """
-    try:
-        raw = base64.b64decode(cursor + "=" * (-len(cursor) % 4), altchars=b"-_", validate=True)
-        since, seq = struct.unpack(_CURSOR, raw)
-        return instant(since), seq
-    except (binascii.Error, struct.error, ValueError, OverflowError):
-        raise CursorError("invalid cursor: use the nextCursor of a page") from None

@@ -17,10 +17,10 @@ from sqlalchemy import ColumnElement, Connection, Row, func, literal, select, tu
 from service.core.forwarding import DeliveryState
 from service.core.replaying import Replay, judge_replay
 from service.ledger.bulk import ExpectationError
+from service.ledger.cursors import Place
 from service.ledger.database import Database
 from service.ledger.delivery_reading import DeliveryFilter, filter_deliveries, find_targets
 from service.ledger.delivery_schema import deliveries
-from service.ledger.reading import Place
 
 # How many deliveries one transaction replays: some milliseconds, for which webhooks wait.
 BATCH: Final = 200

@@ -16,6 +16,7 @@ from service.core.lifecycle import IllegalMoveError
 from service.core.replaying import NotReplayedError
 from service.core.signature import SignatureError
 from service.ledger.bulk import ExpectationError
+from service.ledger.cursors import CursorError
 from service.ledger.database import (
     LedgerMovedError,
     LedgerUnavailableError,
@@ -23,7 +24,6 @@ from service.ledger.database import (
     RowLockedError,
     UnknownOutcomeError,
 )
-from service.ledger.reading import CursorError
 from service.web.security_headers import SECURITY_HEADERS
 
 RETRY_AFTER_SECONDS = 5

@@ -50,6 +50,7 @@ FUZZ = settings(
     suppress_health_check=list(HealthCheck),
 )
 IDS = ("deleted", "deleted twice?", "failed", "being deleted", "once failed", "due", "später: é🪰", "kept", "held")
+PAGES = ("/api/records", "/api/forwards")
 DELIVERIES = ("waits", "attempted", "delivered", "gone", "removed")
 # In turn, as chance takes one of them most of the time; None is for whatever id was made up.
 ASKED_FOR = (*IDS, "unknown", None)
@@ -172,11 +173,13 @@ def shape(case: Any, choice: Mapping[str, Any], name: str | None, cursors: list[
         case.path_parameters["delivery_id"] = quote(name, safe="")
     if case.meta.generation.mode is GenerationMode.NEGATIVE:
         return  # it is wrong on purpose
-    if case.path == "/api/records" and choice["filters"] is not None:
+    if case.path in PAGES and choice["filters"] is not None:
         case.query = {name: case.query[name] for name in choice["filters"] if name in case.query}
         case.query["limit"] = choice["limit"]
         if choice["has_cursor"] and cursors:
             case.query["cursor"] = cursors[-1]
+    if case.path == "/api/forwards/replay" and choice["is_documented"]:
+        case.body = {"filter": {"state": "delivered"}, "dryRun": True}
     if case.path == "/webhooks/sync" and choice["is_documented"]:
         known = {"id": name} if name else {}
         case.body = {**notification(), **case.body, **known, "status": notification()["status"]}
@@ -198,6 +201,7 @@ def statuses_of(operation: Any, session: requests.Session) -> Counter[int]:  # n
     """Ask *operation* in many ways, hold each answer against its promise, and count the answers' statuses."""
     statuses: Counter[int] = Counter()
     cursors: list[str] = []
+    lists = [f"GET {path}" for path in PAGES]
     names = cycle((*DELIVERIES, "unknown", None) if "{delivery_id}" in operation.path else ASKED_FOR)
 
     cases, fuzz = operation.as_strategy(), FUZZ
@@ -214,9 +218,9 @@ def statuses_of(operation: Any, session: requests.Session) -> Counter[int]:  # n
         session.auth = RequestAuth(is_signed=choice["is_signed"])
         answer = case.call_and_validate(session=session, checks=CHECKS)
         statuses[answer.status_code] += 1
-        if answer.status_code == 200 and operation.label == "GET /api/records" and answer.json()["nextCursor"]:
+        if answer.status_code == 200 and operation.label in lists and answer.json()["nextCursor"]:
             cursors.append(answer.json()["nextCursor"])
 
     keeps_its_promise()
-    assert cursors or operation.label != "GET /api/records"
+    assert cursors or operation.label not in lists
     return statuses

@@ -13,6 +13,8 @@ from tests.support.deliveries import APP, CONFIG, CRM, alter, attempt, claim_del
 from tests.support.ledger import HOUR, utc_now
 from tests.support.webhooks import SECRET
 
+NO_TARGET = "target old is not in MAYFLY_CONFIG, so nothing was replayed: add its [[forward]] again first"
+
 
 @pytest.fixture
 async def ledger(database_url):
@@ -136,8 +138,7 @@ async def test_deliveries_are_replayed_by_id_each_with_a_line(mayfly, ledger):
     ]
     assert result.stderr.splitlines() == [
         f"mayfly: {leased}: an attempt at this delivery is being made now: nothing was changed, see how it ends",
-        f"mayfly: {removed}: target old is not in MAYFLY_CONFIG, so nothing was replayed: "
-        "add its [[forward]] again first",
+        f"mayfly: {removed}: {NO_TARGET}",
         "mayfly: there is no delivery none",
     ]
     again = await mayfly("replay", gone)

@@ -4,6 +4,7 @@ import asyncio
 from datetime import timedelta
 from functools import partial
 from itertools import pairwise
+from typing import Any
 
 import pytest
 from sqlalchemy import event
@@ -13,9 +14,10 @@ from service.core.replaying import Replay
 from service.jobs.enqueue import queue_of_target
 from service.ledger import replaying
 from service.ledger.bulk import ExpectationError
+from service.ledger.cursors import CursorError
 from service.ledger.delivery_reading import DeliveryFilter, Open, count_open
 from service.ledger.delivery_views import list_deliveries, show_delivery
-from service.ledger.reading import CursorError, Span
+from service.ledger.reading import Span
 from service.ledger.replaying import WantedReplay, replay_matching, replay_one
 from tests.conftest import API_TOKEN
 from tests.support.deliveries import (
@@ -100,7 +102,8 @@ async def test_a_page_of_a_rare_account_may_be_short_and_the_next_one_continues(
     for _ in range(12):
         await forward(database)
     monkeypatch.setattr("service.ledger.delivery_reading.SEARCHED", 5)
-    pages, cursor = [], None
+    pages: list[list[str]] = []
+    cursor = None
     while len(pages) < 4:
         page = await page_of(database, DeliveryFilter(account="studio"), cursor=cursor)
         pages.append([one.id for one in page.items])
@@ -154,6 +157,7 @@ async def test_a_replay_of_what_has_ended_begins_anew_under_the_same_id(database
     assert (row.state, row.attempts, row.tries, row.finished_at) == (DeliveryState.WAITING, 1, 0, None)
     assert (row.since, row.wake_at, row.leased_until) == (now, now, None)
     claimed = await claim_delivery(database, made)
+    assert claimed is not None
     assert (claimed.id, claimed.attempt, claimed.tries) == (made, 2, 1)
 
 
@@ -207,7 +211,7 @@ async def test_a_replay_by_filter_sends_what_failed_in_steps_and_nothing_else(da
     made = [await failed(database, target) for target in (APP, CRM) for _ in range(4)]
     delivered, waits = await forward(database), await forward(database)
     await attempt(database, delivered)
-    steps = []
+    steps: list[Any] = []
     counts = await replay_all(database, DeliveryFilter(account="default"), 8, note=steps.append)
 
     assert (counts.replayed, counts.already, counts.attempted, counts.is_complete) == (8, 0, 0, True)
@@ -467,7 +471,7 @@ async def test_no_ordinary_query_of_deliveries_reads_the_whole_table(sqlite_data
             for row in connection.exec_driver_sql(f"EXPLAIN QUERY PLAN {statement}", values)
         ]
 
-    works = [partial(list_deliveries, wanted=wanted, limit=5, cursor=None) for wanted in asked]
+    works: list[Any] = [partial(list_deliveries, wanted=wanted, limit=5, cursor=None) for wanted in asked]
     works += [partial(replaying.count_deliveries, wanted=WantedReplay.of(one, CONFIGURED)) for one in asked]
     plans = [await sqlite_database.read(partial(explain, work=work)) for work in (*works, count_open)]
 
