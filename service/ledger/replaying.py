@@ -147,16 +147,23 @@ def _replay_step(
     connection: Connection, *, wanted: WantedReplay, places: Sequence[Place], now: datetime
 ) -> list[Replayed]:
     condition = deliveries.c.seq.in_([seq for _, seq in places]) & (deliveries.c.state == wanted.chosen.state)
-    return _replay(connection, condition, wanted.configured, now)
+    # What a worker has locked is at an attempt. Workers lock several rows in their own order: no deadlock with them.
+    return _replay(connection, condition, wanted.configured, now, is_skipping_locked=True)
 
 
 def _replay(
-    connection: Connection, condition: ColumnElement[bool], configured: frozenset[str], now: datetime
+    connection: Connection,
+    condition: ColumnElement[bool],
+    configured: frozenset[str],
+    now: datetime,
+    *,
+    is_skipping_locked: bool = False,
 ) -> list[Replayed]:
     """Replay what fulfils *condition*. The rows stay locked, so what is decided about them holds."""
     names = ("seq", "id", "target", "state", "attempts", "wake_at", "leased_until")
     chosen = select(*(deliveries.c[name] for name in names)).where(condition)
-    rows = connection.execute(chosen.order_by(deliveries.c.seq).with_for_update()).all()
+    locked = chosen.order_by(deliveries.c.seq).with_for_update(skip_locked=is_skipping_locked)
+    rows = connection.execute(locked).all()
     results = [_judge(row, configured, now) for row in rows]
     ended = [row.seq for row, result in zip(rows, results, strict=True) if result is Replay.REPLAYED]
     late = [row.seq for row, result in zip(rows, results, strict=True) if result is Replay.ADVANCED]

@@ -254,7 +254,8 @@ async def test_a_replay_by_filter_leaves_targets_that_are_not_configured(databas
     assert (await delivery_of(database, here)).state == DeliveryState.WAITING
 
 
-async def test_a_replay_of_what_waits_counts_attempts_in_progress(database):
+async def test_a_replay_of_what_waits_counts_each_once_and_attempts_in_progress(database, monkeypatch):
+    monkeypatch.setattr(replaying, "BATCH", 1)
     waits, attempted = await forward(database), await forward(database)
     await attempt(database, waits, 503)
     await claim_delivery(database, attempted)

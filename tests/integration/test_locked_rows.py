@@ -11,9 +11,12 @@ import pytest
 from service.ledger import claiming, group_commit, heartbeats, receiving, settling
 from service.ledger.claiming import Claim, NotYet, Wanted
 from service.ledger.database import RowLockedError, translate_error
+from service.ledger.delivery_reading import DeliveryFilter
 from service.ledger.group_commit import GroupCommit
 from service.ledger.opening import open_database
 from service.ledger.outcomes import Settled
+from service.ledger.replaying import WantedReplay, replay_matching
+from tests.support import deliveries
 from tests.support.ledger import (
     ACCOUNT,
     ACTOR,
@@ -198,3 +201,13 @@ async def test_a_deadlock_is_retried_item_by_item():
 
     assert [*await asyncio.gather(group.submit("a"), group.submit("b"))] == ["a", "b"]
     assert calls == [2, 1, 1]
+
+
+async def test_a_replay_by_filter_does_not_wait_for_a_locked_delivery(ledger, holding):
+    made = [await deliveries.failed(ledger) for _ in range(3)]
+    wanted = WantedReplay.of(DeliveryFilter(target="app"), deliveries.CONFIGURED)
+    async with holding("SELECT seq FROM deliveries WHERE id = $1 FOR UPDATE", made[1]), asyncio.timeout(3):
+        during = await replay_matching(ledger, wanted, now=utc_now, expected=3)
+    after = await replay_matching(ledger, wanted, now=utc_now, expected=1)
+
+    assert (during.replayed, during.is_complete, after.replayed) == (2, True, 1)
