@@ -50,8 +50,7 @@ deliveries = Table(
     sqlite_autoincrement=True,
 )
 _is_waiting = deliveries.c.wake_at.is_not(None)
-# The first has since as well, so that the metrics are read from the index alone.
-for _columns in (("target", "wake_at", "since"), ("target", "account", "generation", "seq")):
+for _columns in (("target", "wake_at"), ("target", "since"), ("target", "account", "generation", "seq")):
     Index(
         f"deliveries_waiting_{_columns[1]}",
         *(deliveries.c[name] for name in _columns),

@@ -196,8 +196,8 @@ async def show_metrics(  # noqa: PLR0917 - injected
     """Answer the metrics of this process, and gauges read from the ledger; *swept* are the accounts that are swept."""
     gauges = _read_gauges(database, metrics, [*key_names], swept, now())
     forwards = _read_forwards(database, metrics, targets, now())
-    failure, *are_read = await asyncio.gather(ledger_check.find_failure(), gauges, forwards)
-    metrics.ledger_up.set(failure is None and all(are_read))
+    failure, is_read, _ = await asyncio.gather(ledger_check.find_failure(), gauges, forwards)
+    metrics.ledger_up.set(failure is None and is_read)
     return Response(generate_latest(metrics.registry), media_type=_TEXT)
 
 
@@ -240,15 +240,15 @@ async def _read_gauges(
     return True
 
 
-async def _read_forwards(database: Database, metrics: Metrics, targets: Iterable[str], now: datetime) -> bool:
-    """Read the gauges of deliveries; False if the ledger does not answer, and they keep their values.
+async def _read_forwards(database: Database, metrics: Metrics, targets: Iterable[str], now: datetime) -> None:
+    """Read the gauges of deliveries; they keep their values if the ledger does not answer, which the others show.
 
     A target that is not configured any more has them as long as the ledger has deliveries to it.
     """
     try:
         counted = await run_within(_CHECK_SECONDS, database.read(count_open))
     except (LedgerUnavailableError, TimeoutError):
-        return False
+        return
     gauges = (metrics.forwards_waiting, metrics.forwards_failed, metrics.forward_oldest_waiting_seconds)
     for gauge in gauges:
         gauge.clear()
@@ -257,4 +257,3 @@ async def _read_forwards(database: Database, metrics: Metrics, targets: Iterable
         age = timedelta(0) if one.waiting_since is None else max(now - one.waiting_since, timedelta(0))
         for gauge, value in zip(gauges, (one.waiting, one.failed, age.total_seconds()), strict=True):
             gauge.labels(target).set(value)
-    return True

@@ -12,7 +12,7 @@ from sqlalchemy import event
 from service.core.forwarding import DeliveryState
 from service.core.replaying import Replay
 from service.jobs.enqueue import queue_of_target
-from service.ledger import replaying
+from service.ledger import delivery_reading, replaying
 from service.ledger.bulk import ExpectationError
 from service.ledger.cursors import CursorError
 from service.ledger.delivery_reading import DeliveryFilter, Open, count_open
@@ -101,7 +101,7 @@ async def test_a_page_of_a_rare_account_may_be_short_and_the_next_one_continues(
     rare = await forward(database, account="studio")
     for _ in range(12):
         await forward(database)
-    monkeypatch.setattr("service.ledger.delivery_reading.SEARCHED", 5)
+    monkeypatch.setattr(delivery_reading, "SEARCHED", 5)
     pages: list[list[str]] = []
     cursor = None
     while len(pages) < 4:
@@ -429,6 +429,16 @@ async def test_waiting_and_failed_deliveries_are_counted_for_each_target(databas
     assert counted == {"app": Open(2, 1, since), "crm": Open()}
 
 
+async def test_the_metrics_count_no_more_than_a_scrape_has_time_for(sqlite_database, monkeypatch):
+    monkeypatch.setattr(delivery_reading, "COUNTED", 2)
+    since = utc_now() - HOUR
+    for at in (None, since, None):
+        await forward(sqlite_database, received_at=at)
+        await failed(sqlite_database)
+
+    assert await sqlite_database.read(count_open) == {"app": Open(2, 2, since)}
+
+
 async def test_the_metrics_show_what_waits_and_failed_for_each_target(client, database):
     await forward(database, received_at=utc_now() - HOUR)
     gone = await failed(database, CRM)
@@ -477,9 +487,9 @@ async def test_no_ordinary_query_of_deliveries_reads_the_whole_table(sqlite_data
     plans = [await sqlite_database.read(partial(explain, work=work)) for work in (*works, count_open)]
 
     scans = {step for plan in plans for step in plan if step.startswith("SCAN deliveries")}
+    assert any("deliveries_waiting_since" in step for step in plans[-1])
     assert scans <= {
         # These end with the page, or with SEARCHED.
         "SCAN deliveries USING COVERING INDEX deliveries_received_at",
         "SCAN deliveries USING INDEX deliveries_received_at",
-        "SCAN deliveries USING COVERING INDEX deliveries_waiting_wake_at",  # of those that wait alone
     }

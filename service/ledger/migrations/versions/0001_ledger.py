@@ -230,7 +230,7 @@ def _deliveries() -> None:
     of_page = ["target", "state", "received_at", "seq"]
     op.create_index("deliveries_target_state_received_at", "deliveries", of_page)
     op.create_index("deliveries_generation_account", "deliveries", ["generation", "account"])
-    for columns in (["target", "wake_at", "since"], ["target", "account", "generation", "seq"]):
+    for columns in (["target", "wake_at"], ["target", "since"], ["target", "account", "generation", "seq"]):
         name, where = f"deliveries_waiting_{columns[1]}", sa.text("wake_at IS NOT NULL")
         op.create_index(name, "deliveries", columns, sqlite_where=where, postgresql_where=where)
     _requirements()
