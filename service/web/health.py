@@ -195,9 +195,10 @@ async def show_metrics(  # noqa: PLR0917 - injected
 ) -> Response[bytes]:
     """Answer the metrics of this process, and gauges read from the ledger; *swept* are the accounts that are swept."""
     gauges = _read_gauges(database, metrics, [*key_names], swept, now())
-    forwards = _read_forwards(database, metrics, targets, now())
-    failure, is_read, _ = await asyncio.gather(ledger_check.find_failure(), gauges, forwards)
+    failure, is_read = await asyncio.gather(ledger_check.find_failure(), gauges)
     metrics.ledger_up.set(failure is None and is_read)
+    if is_read:  # afterwards, so that it needs no further connection
+        await _read_forwards(database, metrics, targets, now())
     return Response(generate_latest(metrics.registry), media_type=_TEXT)
 
 
@@ -241,7 +242,7 @@ async def _read_gauges(
 
 
 async def _read_forwards(database: Database, metrics: Metrics, targets: Iterable[str], now: datetime) -> None:
-    """Read the gauges of deliveries; they keep their values if the ledger does not answer, which the others show.
+    """Read the gauges of deliveries; they keep their values if the ledger does not answer in time.
 
     A target that is not configured any more has them as long as the ledger has deliveries to it.
     """
