@@ -5,9 +5,10 @@ from datetime import UTC, datetime, timedelta
 
 import pytest
 
-from service.core.explaining import Facts, Obstacle, Surroundings, explain_record, explain_unseen, find_obstacles
+from service.core.explaining import Facts, Surroundings, explain_record, explain_unseen, find_obstacles
 from service.core.holding import Hold
 from service.core.lifecycle import State
+from service.core.obstacles import Obstacle
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
