@@ -10,7 +10,7 @@ from service.core.forwarding import DeliveryState
 from service.core.key import Key
 from service.core.lifecycle import IllegalMoveError, Move, State
 from service.ledger import reading
-from service.ledger.claiming import Wanted, claim_wanted
+from service.ledger.claiming import Claim, Wanted, claim_wanted
 from service.ledger.moving import Grace
 from service.ledger.outcomes import CopyResult
 from service.ledger.schema import records
@@ -40,7 +40,7 @@ class History:
 
     def __init__(self, database) -> None:
         self.database = database
-        self.claims = []
+        self.claims: list[Claim] = []
 
     async def open_of(self, name):
         """Return the required deliveries of *name* that have not succeeded, as their own rows say."""
@@ -86,7 +86,7 @@ class History:
             row = await self.database.read(partial(reading.find_row, key=Key(ACCOUNT, name)))
             wanted = [Wanted(Key(ACCOUNT, name), row.attempts + 1 if row else 1)]
             write = partial(claim_wanted, account=ACCOUNT, wanted=wanted, now=utc_now(), lease=LEASE, actor=ACTOR)
-            await self.check([one for one in await self.database.write(write) if hasattr(one, "lease_until")])
+            await self.check([one for one in await self.database.write(write) if isinstance(one, Claim)])
 
     async def copy(self):
         for item in self.claims:

@@ -1,6 +1,7 @@
 """Required targets: no generation is deleted before they have taken its webhooks, and a failure is visible."""
 
 import asyncio
+import json
 from datetime import timedelta
 from functools import partial
 
@@ -33,6 +34,7 @@ from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import records
 from service.ledger.taking import take
 from service.ledger.views import find_record, present_full
+from tests.support.commands import command
 from tests.support.ledger import (
     ACCOUNT,
     ACTOR,
@@ -69,6 +71,7 @@ from tests.support.requiring import (
     rows_of_deliveries,
     webhook,
 )
+from tests.support.webhooks import SECRET
 
 SECOND = timedelta(seconds=1)
 MINUTES = timedelta(minutes=9)
@@ -453,7 +456,8 @@ async def test_a_lease_that_ends_meets_the_requirement_as_well(database):
 async def test_an_operators_retry_sends_the_failed_webhooks_again(database):
     key = await announce(database, CRM)
     await failed(database)
-    row = await move(database, key, Move.RETRY)
+    await move(database, key, Move.RETRY)
+    row = await row_of(database, key)
     (again,) = await rows_of_deliveries(database)
 
     assert (row.state, row.waits_for) == (State.SCHEDULED, None)
@@ -594,3 +598,26 @@ async def test_a_record_that_failed_because_of_its_target_says_what_to_do(databa
     assert "Once crm has answered 2xx, it is scheduled again by itself." in failed_now.explain
     assert "waits for target crm" not in failed_now.explain
     assert "waits for target crm" in again.explain
+
+
+async def test_the_commands_say_what_a_record_waits_for(database, database_url, tmp_path):
+    environment = {
+        "MAYFLY_DATABASE_URL": database_url.render_as_string(hide_password=False),
+        "MAYFLY_DATA_DIR": str(tmp_path / "data"),
+        "SYNC_WEBHOOK_SECRET": SECRET,
+        "SYNC_API_KEY": "sk-sim",
+    }
+    mayfly = partial(asyncio.to_thread, command, **environment)
+    key = await announce(database, CRM)
+    await claim(database)
+    waiting = [await mayfly("records", *words) for words in (["list"], ["show", key.id], ["show", key.id, "--json"])]
+    await failed(database)
+    listed = await mayfly("records", "list")
+    retried = await mayfly("records", "retry", key.id)
+
+    assert "waits for target crm" in waiting[0].stdout
+    assert "waitsFor" in waiting[1].stdout
+    assert "Not deleted now: it waits for target crm" in waiting[1].stdout
+    assert json.loads(waiting[2].stdout)["waitsFor"] == "crm"
+    assert "needs an operator: target crm has not taken its" in listed.stdout
+    assert f"{key.id} is scheduled. Its webhook is sent to target crm again." in retried.stdout
