@@ -607,13 +607,16 @@ async def test_the_commands_say_what_a_record_waits_for(database, database_url, 
         "SYNC_WEBHOOK_SECRET": SECRET,
         "SYNC_API_KEY": "sk-sim",
     }
-    mayfly = partial(asyncio.to_thread, command, **environment)
+
+    async def mayfly(*words: str):
+        return await asyncio.to_thread(command, "records", *words, **environment)
+
     key = await announce(database, CRM)
     await claim(database)
-    waiting = [await mayfly("records", *words) for words in (["list"], ["show", key.id], ["show", key.id, "--json"])]
+    waiting = [await mayfly(*words) for words in (["list"], ["show", key.id], ["show", key.id, "--json"])]
     await failed(database)
-    listed = await mayfly("records", "list")
-    retried = await mayfly("records", "retry", key.id)
+    listed = await mayfly("list")
+    retried = await mayfly("retry", key.id)
 
     assert "waits for target crm" in waiting[0].stdout
     assert "waitsFor" in waiting[1].stdout
