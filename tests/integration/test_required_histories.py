@@ -31,6 +31,7 @@ STEPS = st.one_of(
     st.tuples(st.just("announce"), IDS, BODIES, TARGETS, DUE),
     st.tuples(st.sampled_from(["deliver", "fail", "replay"]), WHICH),
     st.tuples(st.just("move"), IDS, MOVES),
+    st.tuples(st.just("announce_meanwhile"), IDS, BODIES, TARGETS, DUE),
     st.tuples(st.sampled_from(["claim", "claim", "claim_by_job", "copy", "defer", "lose", "due"])),
 )
 
@@ -57,6 +58,12 @@ class History:
     async def announce(self, name, body, targets, due_in):
         item = webhook(*targets, id=name, outputDuration=body, due_in=due_in * HOUR)
         await self.database.write(partial(take, webhooks=[item]))
+
+    async def announce_meanwhile(self, *webhook_of_it: object):
+        """Announce a generation again between a claim and its copy."""
+        await self.claim()
+        await self.announce(*webhook_of_it)
+        await self.copy()
 
     async def _end(self, end, which, states):
         rows = [row for row in await rows_of_deliveries(self.database) if row.state in states]

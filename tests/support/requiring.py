@@ -32,7 +32,7 @@ ERROR = "answered 500"
 def webhook(*targets: Target, **options: Any) -> Webhook:  # noqa: ANN401 - handed on
     """Return a webhook for *targets*, made of the arguments of arrival()."""
     item = arrival(**options)
-    return Webhook(item, None, _forwarding(item.key, item.generation.status, item.body, targets))
+    return Webhook(item, None, forwarding_of(item.key, item.generation.status, item.body, targets))
 
 
 def batch_webhook(*targets: Target, batch_id: str = "b1") -> Webhook:
@@ -40,10 +40,11 @@ def batch_webhook(*targets: Target, batch_id: str = "b1") -> Webhook:
     body = json.dumps(batch() | {"id": batch_id})
     generation, key, now = read_generation(body.encode()), Key(ACCOUNT, batch_id), utc_now()
     came = BatchArrival(key, read_batch(generation, body.encode()), body, now, now)
-    return Webhook(None, came, _forwarding(key, generation.status, body, targets))
+    return Webhook(None, came, forwarding_of(key, generation.status, body, targets))
 
 
-def _forwarding(key: Key, status: str, body: str, targets: Sequence[Target]) -> Forwarding:
+def forwarding_of(key: Key, status: str, body: str, targets: Sequence[Target]) -> Forwarding:
+    """Return what *targets* get of the webhook of a generation or batch that has ended."""
     form = (body.encode(), "application/json", "t=1,v1=00")
     return Forwarding(key, status, *form, utc_now(), tuple(targets), is_final=True)
 
