@@ -23,6 +23,7 @@ from service.ledger import adopting, pausing
 from service.ledger.batches import Claimed, Resolution
 from service.ledger.database import Database, RefusedDataError
 from service.ledger.inserting import Arrival, Receipt
+from service.ledger.requiring import inherit_requirements
 from service.sync.answers import Answer
 from service.sync.client import SyncApi
 from service.sync.listing import WAIT_SECONDS, list_generations
@@ -168,6 +169,8 @@ class BatchLook:
 
     async def _adopt_ended(self, adopt: Adopt, found: _Found, known: Mapping[str, adopting.Known]) -> None:
         """Adopt what has ended, and let an override count for what the policy alone has decided about before."""
+        keys = [Key(self.claimed.key.account, one) for one in known]
+        await self.database.write(partial(inherit_requirements, batch=self.claimed.key, keys=keys))
         theirs = [self._arrival(found, one) for one in found.generations if one in known or one in found.ended]
         arrivals = [one for one in theirs if one.key.id not in known or _is_overridden(one, known[one.key.id])]
         for start in range(0, len(arrivals), _ADOPT_AT_ONCE):

@@ -1,4 +1,8 @@
-"""An arq cron job: it forgets records whose generations have been gone for MAYFLY_RECORD_TTL, or as their rule says."""
+"""An arq cron job: it forgets what is old.
+
+That are records whose generations have been gone for MAYFLY_RECORD_TTL, or as their rule says, and deliveries to
+targets that ended a month ago.
+"""
 
 import asyncio
 import contextlib
@@ -11,7 +15,7 @@ import structlog
 from arq.cron import CronJob, cron
 
 from service.core.record_ttls import RecordTtls
-from service.ledger import batches, forgetting
+from service.ledger import batches, delivery_forgetting, forgetting
 from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.forgetting import Forgotten
 from service.runtime.metrics import Metrics
@@ -23,6 +27,9 @@ NAME: Final = "forget_records"
 ACTOR: Final = "MAYFLY_RECORD_TTL"
 # Every ten minutes; what one run leaves, the next one takes.
 MINUTES: Final = frozenset(range(5, 60, 10))
+# How long a delivery stays once it has ended: its body is personal, and after a month nobody asks any more what an app
+# has got, or wants it sent again.
+KEEP_DELIVERIES: Final = timedelta(days=30)
 # Records in one transaction, which no webhook of SQLite can enter meanwhile.
 BATCH: Final = 200
 _MAX_BATCHES: Final = 200
@@ -33,7 +40,10 @@ _TIMEOUT_SECONDS: Final = 85
 
 
 class Hygiene:
-    """Forgets old records in batches. Several workers may do it at once: none takes what another has locked."""
+    """Forgets old records and deliveries in batches.
+
+    Several workers may do it at once: none takes what another has locked.
+    """
 
     def __init__(
         self,
@@ -59,6 +69,7 @@ class Hygiene:
         try:
             async for batch in self._forget_all():
                 number += batch.number
+            await self._forget_deliveries()
         except LedgerUnavailableError as error:
             self._metrics.loops_failed.labels("hygiene").inc()
             log.warning("records.not_forgotten", error=str(error), what_now="tried again within ten minutes")
@@ -73,7 +84,7 @@ class Hygiene:
     async def _forget_all(self) -> AsyncIterator[Forgotten]:
         """Forget batch by batch, the records of one rule after those of another, and yield each batch."""
         left = _MAX_BATCHES
-        for rule in await self._database.read(forgetting.find_rules):
+        for rule in [] if self._ttls.is_forever else await self._database.read(forgetting.find_rules):
             after: datetime | None = None
             while (ttl := self._ttls.of_rule(rule)) is not None:
                 batch = await self._forget(rule, ttl, after)
@@ -90,6 +101,18 @@ class Hygiene:
             forgetting.forget_deleted, rule=rule, ttl=ttl, after=after, now=self._now(), limit=BATCH, actor=actor
         )
         return await self._database.write(forget)
+
+    async def _forget_deliveries(self) -> None:
+        """Remove deliveries that ended long ago, also where no target is configured any more."""
+        number = 0
+        for _ in range(_MAX_BATCHES):
+            forget = partial(delivery_forgetting.forget_finished, after=KEEP_DELIVERIES, now=self._now(), limit=BATCH)
+            found = await self._database.write(forget)
+            number += found
+            if found < BATCH or await self._is_stopping():
+                break
+        if number:
+            log.info("deliveries.forgotten", deliveries=number, what_now="they cannot be sent again")
 
     async def _forget_batches(self) -> None:
         """Remove batches that were resolved long ago: their notifications have a URL that opens the results."""

@@ -45,7 +45,7 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
         work += [target.net.run() for target in targets]
         ttls = settings.record_ttls
         # One for all accounts, and for those that are no longer here: it runs in the queue of the first.
-        hygiene = None if ttls.is_forever else Hygiene(resources.database, ttls, metrics=metrics, stopping=stopping)
+        hygiene: Hygiene | None = Hygiene(resources.database, ttls, metrics=metrics, stopping=stopping)
         queues = [jobs_of_target(target.forwards) for target in targets]
         for account, key in accounts:
             part = parts[account.id]

@@ -261,4 +261,6 @@ def _describe(before: Row[Any] | None, after: Row[Any], move: Move) -> str:
         )
     if after.state == State.KEPT and move is Move.RELEASE:
         return f"{shown} is kept. It has no due time; release it again to have it deleted."
+    if move is Move.RETRY and before is not None and before.state == State.FAILED and before.waits_for is not None:
+        return f"{shown} is {after.state}. Its webhook is sent to target {before.waits_for} again."
     return f"{shown} is {after.state}{until}."

@@ -104,7 +104,8 @@ def _describe_next(record: Record, now: datetime) -> str:
     match record.state:
         case State.SCHEDULED if record.next_attempt_at is not None:
             retried = f", attempt {record.attempts + 1}: {record.last_error}" if record.last_error else ""
-            return f"{format_relative(now, record.next_attempt_at)}{retried}"
+            at = f"{format_relative(now, record.next_attempt_at)}{retried}"
+            return f"waits for target {record.waits_for}" if record.waits_for else at
         case State.DELETED if record.deleted_at is not None:
             gone = "" if record.outcome == Outcome.DELETED else ", was gone already"
             forgotten = ", forgotten" if record.forgotten_at else ""

@@ -6,11 +6,11 @@ from datetime import datetime, timedelta
 from types import MappingProxyType
 from typing import Final
 
-import msgspec
-
 from service.core.attempts import Outcome
 from service.core.holding import Hold
 from service.core.lifecycle import State
+from service.core.obstacles import Obstacle, describe_obstacle, format_instant, obstacle_of
+from service.core.requiring import OpenDelivery
 from service.core.retention import DEFAULT_RULE, INVALID_RULE, OVERRIDE_PREFIX
 from service.core.rules import RULE_PREFIX
 
@@ -49,16 +49,8 @@ class Facts:
     looks: int
     is_adopted: bool = False  # by a sweep: no webhook told of it
     is_of_batch: bool = False  # the webhook of its batch told of it
-
-
-class Obstacle(msgspec.Struct, frozen=True):
-    """What blocks a deletion now: a hold, a pause by its kind, the dry run, or a worker that is missing."""
-
-    kind: str
-    since: datetime | None
-    actor: str | None
-    reason: str | None
-    until: datetime | None
+    waits_for: str | None = None  # the target for which it waits, or because of which it has failed
+    required: Sequence[OpenDelivery] = ()  # what targets have not taken
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,6 +70,8 @@ def find_obstacles(facts: Facts, around: Surroundings) -> list[Obstacle]:
     found = [] if hold is None else [Obstacle("hold", None, hold.by, hold.reason, hold.until)]
     if facts.state not in WAITING:
         return found
+    if facts.state is State.SCHEDULED:
+        found += [obstacle_of(one) for one in facts.required]
     found += around.pauses
     if around.is_dry_run:
         found.append(Obstacle("dry_run", None, None, "MAYFLY_DRY_RUN is set", None))
@@ -93,7 +87,7 @@ def explain_record(facts: Facts, obstacles: Sequence[Obstacle], around: Surround
         f"Generation {facts.id} ({facts.status}) is {_IS.get(facts.state, facts.state)}.",
         *_EXPLAINED[facts.state](facts, around),
         *_explain_look(facts),
-        *(_describe_obstacle(one, around) for one in obstacles if facts.state in WAITING),
+        *(describe_obstacle(one, now=around.now) for one in obstacles if facts.state in WAITING),
     ]
     return " ".join(sentences)
 
@@ -107,11 +101,6 @@ def explain_unseen(generation_id: str, hold: Hold | None) -> str:
         f"{_describe_hold(hold)}: its record will be held from the beginning. "
         f"mayfly records release {generation_id} removes the hold. {_CHECKS}"
     )
-
-
-def format_instant(at: datetime) -> str:
-    """Return an instant as explanations show it."""
-    return f"{at:%Y-%m-%d %H:%M:%S} UTC"
 
 
 _IS: Final[Mapping[State, str]] = MappingProxyType(
@@ -130,6 +119,8 @@ def _explain_scheduled(facts: Facts, around: Surroundings) -> list[str]:
     sentences = [f"It is due at {format_instant(facts.due_at)}: {_describe_rule(facts)}."]
     if facts.last_error and facts.attempts:
         sentences.append(f"Attempt {facts.attempts} did not delete it: {facts.last_error}.")
+    if facts.required:
+        return sentences
     if facts.wake_at > max(around.now, facts.due_at):
         sentences.append(f"The next attempt is at {format_instant(facts.wake_at)}.")
     elif facts.wake_at <= around.now:
@@ -175,7 +166,15 @@ def _explain_kept(facts: Facts, around: Surroundings) -> list[str]:  # noqa: ARG
     ]
 
 
-def _explain_failed(facts: Facts, around: Surroundings) -> list[str]:  # noqa: ARG001 - as above
+def _explain_failed(facts: Facts, around: Surroundings) -> list[str]:
+    if facts.waits_for:
+        again = [describe_obstacle(obstacle_of(one), now=around.now) for one in facts.required if not one.is_failed]
+        return [
+            f"It is not deleted, because {facts.last_error}.",
+            *again,
+            f"Once {facts.waits_for} has answered 2xx, it is scheduled again by itself.",
+            f"mayfly records retry {facts.id} sends the webhook again, too; hold or keep stops it.",
+        ]
     attempts = "1 attempt" if facts.attempts == 1 else f"{facts.attempts} attempts"
     error = f"; the last error: {facts.last_error}" if facts.last_error else ""
     return [
@@ -238,40 +237,3 @@ def _describe_rule(facts: Facts) -> str:
 def _describe_hold(hold: Hold) -> str:
     until = f" until {format_instant(hold.until)}" if hold.until else ""
     return f"by {hold.by}{until}" + (f" ({hold.reason})" if hold.reason else "")
-
-
-_PAUSED: Final[Mapping[str, str]] = MappingProxyType(
-    {
-        "operator": "deletions are paused since {since} by {actor}: {reason}. mayfly resume ends it.",
-        "unauthorized": (
-            "the API has refused the key since {since}. One record a minute tests it, and deletions go on once it "
-            "works: check SYNC_API_KEY."
-        ),
-        "daily_limit": (
-            "the limit of deletions per day is reached since {since}: {reason}. Deletions go on at {until}; "
-            "mayfly resume or a higher MAYFLY_MAX_DELETES_PER_DAY ends it earlier."
-        ),
-        "wrong_organisation": (
-            "the key knows no generation since {since}, as if it were another organisation's: check SYNC_API_KEY; "
-            "mayfly resume ends it."
-        ),
-        "throttled": "the API answered 429, too many requests, and wants no calls until {until}.",
-        "dry_run": "MAYFLY_DRY_RUN is set here.",
-        "hold": "{actor} holds it ({reason}); the next attempt leads to the state held.",
-    }
-)
-
-
-def _describe_obstacle(one: Obstacle, around: Surroundings) -> str:
-    if one.kind == "no_worker":
-        if one.since is None:
-            return "Not deleted now: no worker has been seen; mayfly up or mayfly worker deletes."
-        minutes = int((around.now - one.since) / timedelta(minutes=1))
-        return f"Not deleted now: no worker has been seen for {minutes} min; check mayfly up or mayfly worker."
-    named = {"actor": one.actor or "Mayfly", "reason": one.reason or "no reason given"}
-    times = {
-        "since": format_instant(one.since) if one.since else "a while",
-        "until": format_instant(one.until) if one.until else "a resume",
-    }
-    text = _PAUSED.get(one.kind, "deletions are paused ({kind}) since {since}: {reason}.")
-    return "Not deleted now: " + text.format(kind=one.kind, **named, **times)

@@ -44,6 +44,8 @@ TABLE: Mapping[tuple[State | None, Move], State] = MappingProxyType(
         (State.SCHEDULED, Move.RESCHEDULE): State.SCHEDULED,
         (State.SCHEDULED, Move.HOLD): State.HELD,
         (State.SCHEDULED, Move.KEEP): State.KEPT,
+        # Without an attempt: its target did not take the webhook.
+        (State.SCHEDULED, Move.GIVE_UP): State.FAILED,
         (State.HELD, Move.KEEP): State.KEPT,
         (State.HELD, Move.RELEASE): State.SCHEDULED,
         (State.KEPT, Move.RELEASE): State.SCHEDULED,
@@ -116,6 +118,14 @@ def operator_moves(state: State, wanted: Move, *, is_copied: bool, is_unseen: bo
         raise IllegalMoveError(state, wanted)
     stops = wanted in (Move.HOLD, Move.KEEP)
     return [*(interrupting_moves(state, is_copied=is_copied) if stops else ()), wanted]
+
+
+def retry_moves(*, is_held: bool, has_due: bool) -> list[Move]:
+    """Return the moves of a failed record that is retried: a webhook that came meanwhile may hold it, or keep it."""
+    if is_held:
+        return [Move.RETRY, Move.HOLD]
+    # A scheduled record without a due time would wait forever.
+    return [Move.RETRY] if has_due else [Move.RETRY, Move.KEEP]
 
 
 def state_after(state: State | None, *moves: Move) -> State:

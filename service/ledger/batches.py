@@ -16,7 +16,7 @@ from sqlalchemy.dialects import postgresql, sqlite
 from service.core.batch import Batch, BatchState
 from service.core.key import Key
 from service.core.reapplying import is_decided_by_policy
-from service.ledger import pausing
+from service.ledger import pausing, requiring
 from service.ledger.adopting import adopt, find_known
 from service.ledger.inserting import Arrival, Receipt
 from service.ledger.receiving import receive
@@ -129,10 +129,11 @@ def adopt_of_batch(connection: Connection, claimed: Claimed, arrivals: Sequence[
     """Store the generations of a batch that have no record, and count them there, in one transaction.
 
     A record that a sweep or a webhook made before is kept longer, or held, if the override of the batch says so and no
-    other override or operator has decided.
+    other override or operator has decided. All of them wait for the targets that the batch waits for.
     """
     receipts = adopt(connection, arrivals)
     _announce_again(connection, [one for one, receipt in zip(arrivals, receipts, strict=True) if receipt is None])
+    requiring.inherit_requirements(connection, claimed.key, [one.key for one in arrivals])
     new = sum(receipt is not None for receipt in receipts)
     statement = update(batches).where(*_is(claimed.key)).values(scheduled=batches.c.scheduled + new)
     connection.execute(statement)

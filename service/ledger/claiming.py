@@ -15,7 +15,7 @@ from sqlalchemy import ColumnElement, Connection, Interval, Row, bindparam, func
 from service.core.attempts import Progress, Step, after_lost_lease, exclude_wait
 from service.core.key import Key
 from service.core.lifecycle import Move, State, state_after
-from service.ledger import holding, pausing
+from service.ledger import holding, pausing, requiring
 from service.ledger.history import Entry, append_entries
 from service.ledger.instant import Instant
 from service.ledger.labelling import read_labels
@@ -72,6 +72,8 @@ class NotYet:
 # What another has locked is asked for again after this. It may take long: a process that froze in the middle of its
 # transaction, or whose machine died, would hold up the claims of all records.
 _LOCKED_WAIT = timedelta(seconds=1)
+# How often due records are read until one of them may be claimed: many may wait for a target that is down.
+_ROUNDS = 20
 # Their state is looked at afterwards: with it in here, SQLite would rather read all that are scheduled.
 _select_wanted = (
     select(*_CLAIM_COLUMNS)
@@ -87,7 +89,12 @@ _set_claimed = {
     dialect: update(records)
     # The rows are locked. With the state in the WHERE, SQLite reads all scheduled rows instead.
     .where(records.c.seq.in_(bindparam("b_seqs", expanding=True)))
-    .values(state=state_after(State.SCHEDULED, Move.CLAIM), attempts=records.c.attempts + 1, wake_at=until)
+    .values(
+        state=state_after(State.SCHEDULED, Move.CLAIM),
+        attempts=records.c.attempts + 1,
+        wake_at=until,
+        waits_for=None,
+    )
     for dialect, until in (("sqlite", _UNTIL), ("postgresql", _LATER_UNTIL))
 }
 
@@ -110,11 +117,10 @@ def claim_due(
 ) -> list[Claim]:
     """Claim up to *limit* due records of *account*, most overdue first; rows locked by another worker are skipped.
 
-    While deletions are paused nothing is claimed, except a probe each minute of a key that was refused.
+    While deletions are paused nothing is claimed, except a probe each minute of a key that was refused. It is not taken
+    for a record that is held, or waits for its target, instead.
     """
-    limit = min(limit, pausing.take_allowance(connection, account, now=now))
-    if limit == 0:
-        return []
+    limit = min(limit, pausing.peek_allowance(connection, account, now=now))
     due = (
         select(*_CLAIM_COLUMNS)
         .where(*in_state(account, State.SCHEDULED), records.c.wake_at <= _not_after(connection, now))
@@ -123,7 +129,14 @@ def claim_due(
         .limit(limit)
         .with_for_update(skip_locked=True)
     )
-    return _lease_rows(connection, connection.execute(due).all(), now=now, lease=lease, actor=actor)
+    rows: Sequence[Row[Any]] = []
+    for _ in range(_ROUNDS if limit else 0):
+        found = connection.execute(due).all()
+        rows = _keep_back(connection, found, now=now, actor=actor)
+        if rows or len(found) < limit:
+            break
+    allowed = pausing.take_allowance(connection, account, now=now) if rows else 0
+    return _lease_rows(connection, rows[:allowed], now=now, lease=lease, actor=actor)
 
 
 def claim_wanted(
@@ -144,8 +157,9 @@ def claim_wanted(
         for item in wanted
     ]
     due = {row.seq: row for row in found if isinstance(row, Row)}
-    allowed = pausing.take_allowance(connection, account, now=now) if due else 0
-    leased = _lease_rows(connection, [*due.values()][:allowed], now=now, lease=lease, actor=actor)
+    free = _keep_back(connection, [*due.values()], now=now, actor=actor)
+    allowed = pausing.take_allowance(connection, account, now=now) if free else 0
+    leased = _lease_rows(connection, free[:allowed], now=now, lease=lease, actor=actor)
     claims = {claim.seq: claim for claim in leased}
     # Of two jobs for one attempt the first gets the claim.
     return [claims.pop(row.seq, None) if isinstance(row, Row) else row for row in found]
@@ -167,13 +181,24 @@ def _check_wanted(row: Row[Any] | None, attempt: int, at: datetime) -> Row[Any] 
     return row if wait <= timedelta(0) else NotYet(wait)
 
 
-def _lease_rows(
-    connection: Connection, rows: Sequence[Row[Any]], *, now: datetime, lease: timedelta, actor: str
-) -> list[Claim]:
-    """Claim *rows*, which are locked, scheduled and due; those with a hold that no record has yet are held instead."""
+def _keep_back(connection: Connection, rows: Sequence[Row[Any]], *, now: datetime, actor: str) -> Sequence[Row[Any]]:
+    """Return those of *rows*, which are locked, scheduled and due, that may be deleted.
+
+    Those with a hold that no record has yet are held, and those whose target has not taken the webhook wait or fail.
+    """
     if rows:
         held = holding.hold_locked(connection, rows, now=now)
         rows = [row for row in rows if row.seq not in held]
+    if rows:
+        waiting = requiring.keep_waiting(connection, rows, now=now, actor=actor)
+        rows = [row for row in rows if row.seq not in waiting]
+    return rows
+
+
+def _lease_rows(
+    connection: Connection, rows: Sequence[Row[Any]], *, now: datetime, lease: timedelta, actor: str
+) -> list[Claim]:
+    """Claim *rows*, which are locked, scheduled and due, and were not kept back."""
     if not rows:
         return []
     seqs = [row.seq for row in rows]

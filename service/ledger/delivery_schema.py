@@ -58,6 +58,14 @@ for _columns in (("target", "wake_at"), ("target", "since"), ("target", "account
         postgresql_where=_is_waiting,
     )
 
+# What is to be removed some time after it has ended.
+Index(
+    "deliveries_finished_at",
+    deliveries.c.finished_at,
+    sqlite_where=deliveries.c.finished_at.is_not(None),
+    postgresql_where=deliveries.c.finished_at.is_not(None),
+)
+
 # Which deliveries must have succeeded before a generation is deleted. It says what was asked for when the webhook came,
 # not what the configuration says now; the generations of a batch get those of its webhook.
 requirements = Table(

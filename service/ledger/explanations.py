@@ -11,7 +11,6 @@ from service.core.explaining import (
     MAX_AHEAD,
     WAITING,
     Facts,
-    Obstacle,
     Surroundings,
     explain_record,
     explain_unseen,
@@ -20,7 +19,8 @@ from service.core.explaining import (
 from service.core.holding import Hold
 from service.core.key import Key, describe_missing
 from service.core.lifecycle import State
-from service.ledger import heartbeats, history, holding, pausing, reading
+from service.core.obstacles import Obstacle
+from service.ledger import heartbeats, history, holding, pausing, reading, requiring
 from service.ledger.account_reading import find_others
 from service.ledger.schema import records
 
@@ -61,8 +61,12 @@ def explain_row(connection: Connection, row: Row[Any], *, now: datetime, is_dry_
 
 def _facts_of(connection: Connection, row: Row[Any]) -> Facts:
     hold = holding.hold_of(row) if row.state == State.HELD else None
+    key = Key(row.account, row.id)
+    required = (
+        requiring.find_open(connection, [key]).get(key, ()) if row.state in (State.SCHEDULED, State.FAILED) else ()
+    )
     if row.state in WAITING:  # it came before the first webhook, and no claim has seen it yet
-        hold = holding.find_hold(connection, Key(row.account, row.id))
+        hold = holding.find_hold(connection, key)
     return Facts(
         id=row.id,
         state=State(row.state),
@@ -82,6 +86,8 @@ def _facts_of(connection: Connection, row: Row[Any]) -> Facts:
         looks=row.looks,
         is_adopted=row.notification is None and row.forgotten_at is None,
         is_of_batch=history.first_actor(connection, row.seq) == "batch",
+        waits_for=row.waits_for,
+        required=required,
     )
 
 

@@ -1,6 +1,7 @@
 """Forgetting records: what is personal is removed, and what proves the deletion stays, so that the id is known.
 
-A late webhook of a forgotten generation finds its record. It makes no new one and brings nothing back.
+A late webhook of a forgotten generation finds its record. It makes no new one and brings nothing back. What was passed
+on to targets is removed, too, and cannot be replayed.
 """
 
 from collections.abc import Sequence
@@ -13,7 +14,7 @@ from sqlalchemy import Connection, bindparam, delete, select, update
 
 from service.core.key import Key
 from service.core.lifecycle import Move, State, state_after
-from service.ledger import pausing
+from service.ledger import delivery_forgetting, pausing
 from service.ledger.history import Entry, append_entries
 from service.ledger.schema import events, labels, records
 
@@ -21,7 +22,7 @@ from service.ledger.schema import events, labels, records
 EMPTIED: Final = (
     *("input", "options", "segments", "notification", "copy"),
     *("output_url", "output_media_url", "segment_output_url", "synthesized_audio_url", "webhook_url"),
-    *("output_file_name", "error", "last_error", "hold_by", "hold_reason", "hold_until"),
+    *("output_file_name", "error", "last_error", "hold_by", "hold_reason", "hold_until", "waits_for"),
     "look_at",  # nothing more is to be learnt of it
 )
 # What stays of a receipt, and of the details of events: no reason and no error, which may quote anything.
@@ -29,7 +30,7 @@ _RECEIPT: Final = frozenset({"method", "status", "at", "detail"})
 _DETAILS: Final = frozenset(
     {
         *("attempt", "verdict", "outcome", "status", "rule", "announced"),
-        *("retryAt", "dueAt", "oldRule", "oldDueAt", "deletedAt", "receipt", "detail"),
+        *("retryAt", "dueAt", "oldRule", "oldDueAt", "deletedAt", "receipt", "detail", "target"),
     }
 )
 # So many receipts or details are in memory at once; each may have the body of an answer.
@@ -100,7 +101,7 @@ def forget_deleted(
     """Forget up to *limit* records of *rule* whose generations have been gone for *ttl*, the longest first.
 
     *after* is the last_deleted_at of the batch before, which saves reading again what is forgotten. Records that
-    another worker has locked are left to it.
+    another worker has locked are left to it, and those with a webhook on its way to a target to a later run.
     """
     # The earlier clock: one that is ahead forgets nothing early.
     conditions = [records.c.deleted_at <= pausing.earlier_clock(connection, now) - ttl]
@@ -110,6 +111,7 @@ def forget_deleted(
         select(records.c.seq, records.c.deleted_at)
         # Only deleted records have a deleted_at. With the state in here, SQLite reads all of them instead.
         .where(records.c.rule == rule, *conditions, records.c.forgotten_at.is_(None))
+        .where(~delivery_forgetting.IS_ON_ITS_WAY)
         .order_by(records.c.deleted_at)
         .limit(limit)
         .with_for_update(skip_locked=True)
@@ -126,6 +128,7 @@ def _forget(connection: Connection, seqs: list[int], *, now: datetime, actor: st
     details = _stripped_details(connection, seqs)
     connection.execute(_empty, {"seqs": seqs, "b_at": now})
     connection.execute(delete(labels).where(labels.c.record.in_(seqs)))
+    delivery_forgetting.forget_of_records(connection, seqs)
     for statement, values in ((_set_receipt, receipts), (_set_detail, details)):
         if values:
             connection.execute(statement, values)

@@ -28,6 +28,7 @@ _set_held = (
     .values(
         state=State.HELD,
         wake_at=None,
+        waits_for=None,
         hold_by=bindparam("b_by"),
         hold_reason=bindparam("b_reason"),
         hold_until=bindparam("b_until", type_=holds.c.until.type),
@@ -53,6 +54,7 @@ _set_released = (
         hold_by=None,
         hold_reason=None,
         hold_until=None,
+        waits_for=None,
         failing_since=None,
         failures=0,
         refusals=0,

@@ -12,8 +12,8 @@ from service.core.attempts import Outcome
 from service.core.generation import check_id
 from service.core.holding import Hold, longer_hold
 from service.core.key import Key
-from service.core.lifecycle import IllegalMoveError, Move, State, operator_moves, state_after
-from service.ledger import holding
+from service.core.lifecycle import IllegalMoveError, Move, State, operator_moves, retry_moves, state_after
+from service.ledger import holding, requiring
 from service.ledger.database import Database
 from service.ledger.history import Entry, append_entries
 from service.ledger.schema import records
@@ -46,7 +46,7 @@ def move_record(
     """Make the operator's move *wanted* and return the record after it; None if there is no record.
 
     A record that is in the state already stays as it is, but of two holds the longer one counts. *until* is the end of
-    a hold. Without *grace* a held record is due when it was.
+    a hold. Without *grace* a held record is due when it was. A retry sends the required webhooks again that failed.
 
     Raises: IllegalMoveError when the record's state does not allow it, as while its DELETE may be in progress.
     """
@@ -59,13 +59,15 @@ def move_record(
     if not moves:
         return _prolong(connection, row, hold, now=now) if wanted is Move.HOLD else row
     state = state_after(State(row.state), *moves)
+    if wanted is Move.RETRY:
+        requiring.replay_failed(connection, key, now=now)
     changes = _changes(wanted, hold) | _due(row, wanted, now=now, actor=actor, grace=grace)
     due_at = changes.get("due_at", row.due_at)
     wake_at = max(due_at, now) if state is State.SCHEDULED else None
     connection.execute(
         update(records)
         .where(records.c.seq == row.seq, records.c.state == row.state)
-        .values(state=state, wake_at=wake_at, **changes)
+        .values(state=state, wake_at=wake_at, waits_for=None, **changes)
     )
     detail = holding.hold_detail(hold) if wanted is Move.HOLD else _detail(row, wanted, reason=reason, due_at=due_at)
     append_entries(connection, [Entry(row.seq, now, step, actor, detail) for step in moves])
@@ -133,11 +135,11 @@ def _moves(row: Row[Any], wanted: Move) -> list[Move]:
     is_unseen = row.outcome == Outcome.ALREADY_GONE and row.copied_at is None
     is_copied = row.copied_attempt == row.attempts
     moves = operator_moves(State(row.state), wanted, is_copied=is_copied, is_unseen=is_unseen)
-    if moves == [Move.RETRY] and row.hold_reason is not None:
-        return [wanted, Move.HOLD]
+    if moves == [Move.RETRY]:
+        return retry_moves(is_held=row.hold_reason is not None, has_due=row.due_at is not None)
     # A scheduled record without a due time would wait forever. Only one that was kept gets a new one.
     has_due = row.due_at is not None or row.state == State.KEPT
-    return [wanted, Move.KEEP] if not has_due and moves in ([Move.RELEASE], [Move.RETRY]) else moves
+    return [wanted, Move.KEEP] if not has_due and moves == [Move.RELEASE] else moves
 
 
 def _changes(wanted: Move, hold: Hold) -> dict[str, Any]:

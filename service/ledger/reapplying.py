@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from datetime import datetime, timedelta
 from typing import Any, Final, NamedTuple
 
-from sqlalchemy import ColumnElement, Connection, Row, Text, bindparam, literal, or_, select, tuple_, update
+from sqlalchemy import ColumnElement, Connection, Row, Text, bindparam, case, literal, or_, select, tuple_, update
 
 from service.core.holding import ENDED
 from service.core.lifecycle import Move, State, state_after
@@ -16,7 +16,7 @@ from service.core.matchers import Facts
 from service.core.reapplying import Change, Effect, Existing, reapply_policy
 from service.core.retention import DEFAULT_RULE, Policy
 from service.core.rules import RULE_PREFIX, RuleSet, read_input_types
-from service.ledger import pausing
+from service.ledger import pausing, requiring
 from service.ledger.history import Entry, append_entries
 from service.ledger.labelling import read_labels
 from service.ledger.schema import events, records
@@ -40,6 +40,8 @@ _select_decided = (
         events.c.move.in_(_DECISIONS),
         events.c.actor != ENDED,
         ~events.c.actor.startswith(ACTOR_PREFIX),
+        # A target has taken its webhook after all.
+        ~events.c.actor.startswith(requiring.ACTOR_PREFIX),
     )
 )
 _COLUMNS = (
@@ -197,6 +199,8 @@ _change = (
         ttl_seconds=bindparam("b_ttl_seconds"),
         hold_by=bindparam("b_hold_by", type_=Text),
         hold_reason=bindparam("b_hold_reason", type_=Text),
+        # One that was kept waits for nothing; one that waits goes on.
+        waits_for=case((records.c.state == State.SCHEDULED, records.c.waits_for)),
         failing_since=bindparam("b_failing_since"),
         failures=bindparam("b_failures"),
         refusals=bindparam("b_refusals"),

@@ -12,7 +12,7 @@ from service.core.attempts import Outcome, Step, Verdict
 from service.core.generation import choose_body
 from service.core.lifecycle import Move, State, state_after
 from service.core.retention import Retention
-from service.ledger import daily_limit, history, holding, key_history, pausing
+from service.ledger import daily_limit, history, holding, key_history, pausing, requiring
 from service.ledger.claiming import Claim
 from service.ledger.columns import GENERATION_COLUMNS, generation_values
 from service.ledger.history import Entry, append_entries
@@ -32,6 +32,8 @@ def store_copies(
     kept = [item for item in copies if item.claim.seq in mine and item.claim.lease_until > now]
     held = holding.hold_locked(connection, [mine[item.claim.seq] for item in kept], now=now)
     kept = [item for item in kept if item.claim.seq not in held]
+    waiting = requiring.keep_waiting(connection, [mine[item.claim.seq] for item in kept], now=now, actor=actor)
+    kept = [item for item in kept if item.claim.seq not in waiting]
     if not kept:
         return [CopyResult.LOST] * len(copies)
     today = daily_limit.day_of(now)

@@ -10,10 +10,10 @@ from sqlalchemy import Connection, Row
 
 from service.core.batch import BatchState
 from service.core.durations import format_duration
-from service.core.explaining import Obstacle
 from service.core.holding import Hold
 from service.core.key import Key
 from service.core.lifecycle import Move, State
+from service.core.obstacles import Obstacle
 from service.ledger import batches, explanations, heartbeats, history, holding, pausing, reading
 from service.ledger.account_reading import AccountBacklog, read_backlogs
 from service.ledger.columns import GENERATION_COLUMNS
@@ -83,7 +83,8 @@ class RecordRetention(msgspec.Struct, frozen=True):
 class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_defaults=False):
     """A record: the generation under sync.so's field names, and Mayfly's own fields.
 
-    *input*, *options* and *segments* are as they came; one that JSON readers cannot read is a text.
+    *input*, *options* and *segments* are as they came; one that JSON readers cannot read is a text. *waits_for* is the
+    target that has not taken the webhook: the record is not deleted before, or has failed because of that.
     """
 
     account: str
@@ -114,6 +115,7 @@ class Record(msgspec.Struct, rename="camel", frozen=True, kw_only=True, omit_def
     forgotten_at: datetime | None
     attempts: int
     next_attempt_at: datetime | None
+    waits_for: str | None
     last_error: str | None
     retention: RecordRetention
     labels: dict[str, str]
@@ -193,6 +195,7 @@ def _record_fields(row: Row[Any], labels: Mapping[str, str] | None) -> dict[str,
         "options": _as_received(row.options),
         "segments": _as_received(row.segments),
         "next_attempt_at": row.wake_at if row.state == State.SCHEDULED else None,
+        "waits_for": row.waits_for if row.state in (State.SCHEDULED, State.FAILED) else None,
         "retention": RecordRetention(row.rule, ttl),
         "labels": dict(labels or {}),
         "hold": holding.hold_of(row) if row.state == State.HELD else None,

@@ -21,7 +21,7 @@ from service.core.retention import Policy
 from service.core.secret import Secret
 from service.jobs import connection
 from service.jobs.enqueue import BatchJob, CleanupJob, CopyJob
-from service.ledger import adopting, batches, pausing
+from service.ledger import adopting, batches, deliveries, pausing
 from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import batches as table
 from service.ledger.schema import records
@@ -30,7 +30,8 @@ from service.sync.client import open_sync_api
 from service.sync.rate_limit import Budget, SpareCalls
 from service.sync.results import make_results_reader
 from tests.conftest import API_KEY, API_TOKEN, http_client
-from tests.support.ledger import ACCOUNT, HOUR, arrival, count, move, moves_of, receive, row_of, utc_now
+from tests.support.ledger import ACCOUNT, HOUR, arrival, count, move, moves_of, receive, row_of, store, utc_now
+from tests.support.requiring import CRM, announce, forwarding_of, requirements_of, rows_of_deliveries
 from tests.support.waiting import eventually
 from tests.support.webhooks import batch, webhook
 from workers.batch import Batches
@@ -196,6 +197,22 @@ async def test_a_generation_with_its_own_webhook_is_untouched(database, simulato
     assert await moves_of(database, key) == moves
     row = await batch_row(database, found)
     assert (row.state, row.scheduled, row.known, await count(database)) == ("resolved", 39, 1, 40)
+
+
+async def test_all_generations_of_a_batch_wait_for_its_required_target(database, simulator, app, worker):
+    found = await make_quiet_batch(simulator, app, lines=20)
+    known, own = (Key(ACCOUNT, one.id) for one in found.generations[:2])
+    await store(database, id=known.id, due_in=HOUR)
+    await announce(database, CRM, id=own.id, due_in=HOUR)
+    webhook_of_batch = forwarding_of(Key(ACCOUNT, found.id), "COMPLETED", "{}", (CRM,))
+    (delivery,) = await database.write(partial(deliveries.insert_deliveries, webhooks=[webhook_of_batch]))
+    await worker().run(Key(ACCOUNT, found.id))
+    rows = {row.seq: row.id for row in await rows_of_deliveries(database)}
+
+    for one in found.generations:
+        waits = [rows[seq] for seq in await requirements_of(database, Key(ACCOUNT, one.id))]
+        assert delivery.id in waits
+        assert len(waits) == (2 if one.id == own.id else 1)
 
 
 @pytest.mark.parametrize(

@@ -4,10 +4,14 @@ from dataclasses import replace
 from datetime import UTC, datetime, timedelta
 
 import pytest
+from msgspec.structs import replace as replace_delivery
 
-from service.core.explaining import Facts, Obstacle, Surroundings, explain_record, explain_unseen, find_obstacles
+from service.core.explaining import Facts, Surroundings, explain_record, explain_unseen, find_obstacles
+from service.core.forwarding import DeliveryState
 from service.core.holding import Hold
 from service.core.lifecycle import State
+from service.core.obstacles import Obstacle
+from service.core.requiring import OpenDelivery, describe_failed
 
 NOW = datetime(2026, 3, 1, 12, tzinfo=UTC)
 HOUR = timedelta(hours=1)
@@ -31,6 +35,13 @@ FACTS = Facts(
 )
 AROUND = Surroundings(NOW, (), is_dry_run=False, worker_seen_at=NOW, ahead=0)
 LATE = {"due_at": NOW - HOUR, "wake_at": NOW - HOUR}
+
+
+WAITING = OpenDelivery(
+    1, "d1", "crm", DeliveryState.WAITING, NOW - HOUR, attempts=2, next_at=NOW + HOUR, error="answered 500"
+)
+ENDED = replace_delivery(WAITING, state=DeliveryState.FAILED, next_at=None)
+UNTRIED = replace_delivery(WAITING, attempts=0, error=None)
 
 
 def pause(kind, *, until=None, actor="ann", reason="audit"):
@@ -175,3 +186,50 @@ def test_a_generation_that_is_held_before_its_webhook_says_by_whom():
 
     assert "on hold before its first webhook, by ann until 2026-03-01 12:00:00 UTC (audit)" in text
     assert "mayfly records release g1 removes the hold" in text
+
+
+@pytest.mark.parametrize(
+    ("required", "sentences"),
+    [
+        (
+            WAITING,
+            [
+                "it waits for target crm, which has not taken its webhook of 2026-03-01 11:00:00 UTC",
+                "(delivery d1, 2 attempts, the last: answered 500); the next attempt is at 2026-03-01 13:00:00 UTC.",
+            ],
+        ),
+        (UNTRIED, ["(delivery d1, not tried yet)"]),
+        (ENDED, ["No attempt follows by itself, and the record fails once it is due: mayfly forwards replay"]),
+    ],
+)
+def test_a_record_says_which_target_has_not_taken_its_webhook(required, sentences):
+    facts = {**LATE, "wake_at": NOW + HOUR, "required": (required,)}
+    text = explained(facts)
+
+    assert [one for one in sentences if one not in text] == []
+    assert kinds(facts) == ["forward"]
+    assert "The next attempt is at" not in text
+
+
+@pytest.mark.parametrize("state", [State.DELETING, State.HELD, State.KEPT, State.DELETED])
+def test_a_target_blocks_only_what_is_scheduled(state):
+    assert "forward" not in kinds({"state": state, "required": (WAITING,)})
+
+
+def test_a_record_that_failed_because_of_a_target_says_what_leads_on():
+    reason = describe_failed([ENDED])
+    text = explained({"state": State.FAILED, "waits_for": "crm", "last_error": reason, "required": (ENDED,)})
+
+    assert f"It is not deleted, because {reason}." in text
+    assert "mayfly forwards replay d1 sends it again" in text
+    assert "Once crm has answered 2xx, it is scheduled again by itself. mayfly records retry g1" in text
+    assert "attempts" not in text
+
+
+def test_a_reason_names_at_most_three_deliveries():
+    many = [replace_delivery(ENDED, id=f"d{number}") for number in range(1, 6)]
+
+    assert describe_failed(many) == (
+        "target crm has not taken its webhook (answered 500) and 4 more; mayfly forwards replay d1 d2 d3 sends it again"
+    )
+    assert "(no attempt succeeded)" in describe_failed([replace_delivery(ENDED, error=None)])

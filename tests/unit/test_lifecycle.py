@@ -22,6 +22,7 @@ LEGAL = [
     (State.SCHEDULED, Move.RESCHEDULE, State.SCHEDULED),
     (State.SCHEDULED, Move.HOLD, State.HELD),
     (State.SCHEDULED, Move.KEEP, State.KEPT),
+    (State.SCHEDULED, Move.GIVE_UP, State.FAILED),
     (State.HELD, Move.RELEASE, State.SCHEDULED),
     (State.HELD, Move.KEEP, State.KEPT),
     (State.KEPT, Move.RELEASE, State.SCHEDULED),

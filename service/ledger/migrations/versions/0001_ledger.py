@@ -223,6 +223,11 @@ def _deliveries() -> None:
         sa.Column("body", sa.LargeBinary, nullable=False),
         sqlite_autoincrement=True,
     )
+    _deliveries_indexes()
+    _requirements()
+
+
+def _deliveries_indexes() -> None:
     op.create_index("deliveries_id", "deliveries", ["id"], unique=True)
     of_webhook = ["target", "account", "generation", "digest"]
     op.create_index("deliveries_target_account_generation_digest", "deliveries", of_webhook, unique=True)
@@ -233,7 +238,10 @@ def _deliveries() -> None:
     for columns in (["target", "wake_at"], ["target", "since"], ["target", "account", "generation", "seq"]):
         name, where = f"deliveries_waiting_{columns[1]}", sa.text("wake_at IS NOT NULL")
         op.create_index(name, "deliveries", columns, sqlite_where=where, postgresql_where=where)
-    _requirements()
+    has_ended = sa.text("finished_at IS NOT NULL")
+    op.create_index(
+        "deliveries_finished_at", "deliveries", ["finished_at"], sqlite_where=has_ended, postgresql_where=has_ended
+    )
 
 
 def _requirements() -> None:
