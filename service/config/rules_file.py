@@ -72,9 +72,10 @@ class RulesFile:
 
     @property
     def variables(self) -> frozenset[str]:
-        """The environment variables that the accounts and targets name."""
+        """The environment variables that the accounts and targets name, and those of their files."""
         named = [name for one in self.accounts for name in (one.api_key_env, one.webhook_secret_env) if name]
-        return frozenset([*named, *(one.secret_env for one in self.forwards if one.secret_env)])
+        named += [one.secret_env for one in self.forwards if one.secret_env]
+        return frozenset([*named, *(f"{name}_FILE" for name in named)])
 
 
 def read_rules_file(path: Path) -> RulesFile:

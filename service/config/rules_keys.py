@@ -3,6 +3,7 @@
 import re
 from collections.abc import Callable, Mapping
 from datetime import datetime, timedelta
+from ipaddress import ip_address
 from typing import Any, Final, Literal, NamedTuple
 from urllib.parse import urlsplit
 
@@ -14,6 +15,8 @@ from service.core.matchers import Pattern, Seconds, Texts
 from service.core.secret import Secret
 
 _COMPARISON: Final = re.compile(r"\s*(<=|>=|<|>)\s*([0-9]{1,9}[smhdw])\s*", re.ASCII)
+# What HTTP clients take for an IPv4 or IPv6 address.
+_LIKE_AN_ADDRESS: Final = re.compile(r"[0-9]+(\.[0-9]+){3}|.*:.*", re.ASCII)
 _COMMON_STATUSES: Final = "COMPLETED, FAILED, REJECTED, CANCELED or TIMED_OUT, or a list of them"
 
 
@@ -88,13 +91,26 @@ def _parse_bound(value: str) -> timedelta:
 
 
 def _parse_target_url(value: str) -> Secret:
-    parts = urlsplit(value)
-    is_plain = value.isascii() and value.isprintable() and " " not in value
-    if parts.scheme not in ("http", "https") or not parts.hostname or parts.port == 0 or "#" in value or not is_plain:
+    if not value.isascii() or not value.isprintable() or " " in value or "#" in value:
+        raise ValueError
+    try:
+        parts = urlsplit(value)
+        host, port = parts.hostname or "", parts.port
+        if _LIKE_AN_ADDRESS.fullmatch(host):
+            ip_address(host)
+    except ValueError:  # it repeats a part of the URL
+        raise ValueError from None
+    if parts.scheme not in ("http", "https") or not host or port == 0:
         raise ValueError
     if parts.username is not None:
         raise ValueError("an http or https URL without a user and password; use secret_env to prove who sends")
     return Secret(value)
+
+
+def _parse_variable(value: str) -> str:
+    if value.lower().startswith("whsec_"):  # a secret that was pasted, and that may have no other character than a name
+        raise ValueError
+    return value
 
 
 def _parse_timeout(value: str) -> timedelta:
@@ -128,8 +144,8 @@ RULE_KEYS: Final[Mapping[str, Key]] = {
 _VARIABLE: Final = "the name of an environment variable, not what is in it"
 ACCOUNT_KEYS: Final[Mapping[str, Key]] = {
     "id": Key("1 to 63 of a-z, 0-9, dash and underscore, the first a letter or a number", _same),
-    "api_key_env": Key(_VARIABLE, _same),
-    "webhook_secret_env": Key(_VARIABLE, _same),
+    "api_key_env": Key(_VARIABLE, _parse_variable),
+    "webhook_secret_env": Key(_VARIABLE, _parse_variable),
     "min_ttl": Key(DURATION_FORMS, _parse_bound),
     "max_ttl": Key(DURATION_FORMS, _parse_bound),
     "rate": Key("a number per second, minute or hour: 300/minute", read_rate),
@@ -143,6 +159,6 @@ FORWARD_KEYS: Final[Mapping[str, Key]] = {
     "labels": Key('a table such as { customer = "acme*" }', _parse_labels),
     "timeout": Key("a duration from 1s to 60s", _parse_timeout),
     "concurrency": Key("a whole number from 1 to 100", _same),
-    "secret_env": Key(_VARIABLE, _same),
+    "secret_env": Key(_VARIABLE, _parse_variable),
     "required": Key("true or false", _same),
 }

@@ -41,6 +41,8 @@ def _read_secrets(environment: Mapping[str, str], name: str) -> tuple[Secret, ..
             text = Path(path).read_text(encoding="utf-8").strip()
     except OSError as error:
         raise ValueError(f"{name}_FILE cannot be read: {error.strerror}") from None
+    except UnicodeDecodeError:
+        raise ValueError(f"{name}_FILE cannot be read: it is not UTF-8") from None
     if not text:
         raise ValueError(f"{name}, which secret_env names, is not set: it accepts {_ACCEPTS}")
     secrets = tuple(Secret(part.strip()) for part in text.split(","))

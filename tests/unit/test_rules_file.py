@@ -14,10 +14,12 @@ from service.config.rules_file import Account, RulesFile, RulesFileError, read_r
 from service.config.rules_keys import ACCOUNT_KEYS, FORWARD_KEYS, RULE_KEYS
 from service.config.rules_shape import AccountTable, ForwardTable, RuleTable, make_schema
 from service.config.toml_lines import TomlLines
+from service.core.forwarding import Target
 from service.core.matchers import Pattern, Seconds, Texts
 from service.core.rate import Rate
 from service.core.rule_words import describe_effect, describe_subject, describe_webhooks
 from service.core.rules import Rule
+from service.core.secret import Secret
 
 EXAMPLE = Path(__file__).parents[2] / "deploy" / "policy.example.toml"
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
@@ -84,7 +86,7 @@ def test_a_file_has_rules_and_accounts(read):
         ),
     )
     assert file.accounts == (Account("studio", "STUDIO_KEY", "STUDIO_SECRET", HOUR, 30 * DAY, Rate(5, 1), "all"),)
-    assert file.variables == {"STUDIO_KEY", "STUDIO_SECRET"}
+    assert file.variables == {"STUDIO_KEY", "STUDIO_SECRET", "STUDIO_KEY_FILE", "STUDIO_SECRET_FILE"}
     assert file.lines == {"film": 2}
 
 
@@ -204,6 +206,111 @@ def test_each_mistake_in_an_account_is_named_with_its_line(problems_of, text, pr
     (found,) = problems_of(f"[[account]]\n{text}\n")
 
     assert found.startswith(problem)
+
+
+def forward(text):
+    return f'[[forward]]\nid = "crm"\n{text}\n'
+
+
+URL = 'url = "https://crm.example.com/hooks"'
+_A_URL = '3: forward "crm": url is invalid: it accepts an http or https URL'
+
+
+def test_a_file_has_targets(read):
+    (one, two) = read(
+        """
+        [[account]]
+        id = "studio"
+
+        [[forward]]
+        id = "crm"
+        url = "https://crm.example.com:8443/hooks?token=s3cr3t"
+
+        [[forward]]
+        id = "films"
+        url = "http://[::1]:9000/"
+        statuses = ["COMPLETED", "PROCESSING"]
+        accounts = "studio"
+        labels.customer = "acme*"
+        timeout = "60s"
+        concurrency = 100
+        secret_env = "FILMS_SECRET"
+        required = true
+        """
+    ).forwards
+
+    assert one.target == Target("crm", Secret("https://crm.example.com:8443/hooks?token=s3cr3t"))
+    assert one.secret_env is None
+    assert two.secret_env == "FILMS_SECRET"
+    assert two.target == Target(
+        "films",
+        Secret("http://[::1]:9000/"),
+        (
+            Texts("status", (Pattern.of("COMPLETED"), Pattern.of("PROCESSING"))),
+            Texts("account", (Pattern.of("studio"),)),
+            Texts("label.customer", (Pattern.of("acme*"),)),
+        ),
+        timedelta(seconds=60),
+        100,
+        is_required=True,
+    )
+
+
+@pytest.mark.parametrize(
+    ("text", "problem"),
+    [
+        (f'{URL}\nsecret = "whsec_x"', '4: forward "crm": unknown key secret: did you mean secret_env?'),
+        (f'{URL}\nstatus = "FAILED"', '4: forward "crm": unknown key status: did you mean statuses?'),
+        ("", '1: forward "crm": it needs a url: an http or https URL, such as https://'),
+        ('url = "ftp://crm.example.com/"', _A_URL),
+        ('url = "crm.example.com/hooks"', _A_URL),
+        ('url = "https:///hooks"', _A_URL),
+        ('url = "https://crm.example.com/#top"', _A_URL),
+        ('url = "https://crm.example.com/a b"', _A_URL),
+        ('url = "https://crm.example.com/ä"', _A_URL),
+        ('url = "https://crm.example.com:0/"', _A_URL),
+        ('url = "https://crm.example.com:99999/"', _A_URL),
+        ('url = "https://crm.example.com:s3cr3t/"', _A_URL),
+        ('url = "https://[::1/"', _A_URL),
+        ('url = "https://[s3cr3t]/"', _A_URL),
+        ('url = "https://300.1.1.1/"', _A_URL),
+        ('url = "https://crm\u2100.example.com/"', _A_URL),
+        ('url = "https://us:s3cr3t@crm.example.com/"', f"{_A_URL} without a user and password; use secret_env"),
+        ('url = "https://us@crm.example.com/"', f"{_A_URL} without a user and password"),
+        (f'url = "https://crm.example.com/{"a" * 2048}"', _A_URL),
+        (f'{URL}\ntimeout = "0s"', '4: forward "crm": timeout is invalid: it accepts a duration from 1s to 60s'),
+        (f'{URL}\ntimeout = "61s"', '4: forward "crm": timeout is invalid: it accepts a duration from 1s to 60s'),
+        (f"{URL}\ntimeout = 5", '4: forward "crm": timeout is invalid: it accepts a duration from 1s to 60s'),
+        (f"{URL}\nconcurrency = 0", '4: forward "crm": concurrency is invalid: it accepts a whole number from 1'),
+        (f"{URL}\nconcurrency = 101", '4: forward "crm": concurrency is invalid: it accepts a whole number from 1'),
+        (f'{URL}\nsecret_env = "whsec_AAAA"', '4: forward "crm": secret_env is invalid: it accepts the name of an'),
+        (f'{URL}\nrequired = "yes"', '4: forward "crm": required is invalid: it accepts true or false'),
+        (f"{URL}\nstatuses = []", '4: forward "crm": statuses is invalid: it accepts PENDING, PROCESSING, COMPLETED'),
+        (f'{URL}\naccounts = "nobody"', '4: forward "crm": no account of that name is configured: there is default'),
+        (f'{URL}\nlabels = "x"', '4: forward "crm": labels is invalid: it accepts a table such as'),
+    ],
+)
+def test_each_mistake_in_a_target_is_named_with_its_line(problems_of, text, problem):
+    (found,) = problems_of(forward(text))
+
+    assert found.startswith(problem)
+    assert "s3cr3t" not in found
+
+
+def test_a_target_needs_an_id_of_its_own(problems_of):
+    assert problems_of(f"[[forward]]\n{URL}\n")[0].startswith("1: forward number 1: it needs an id")
+    assert problems_of(f'[[forward]]\nid = "Crm"\n{URL}\n')[0].startswith("2: forward number 1: id is invalid")
+    assert problems_of(forward(URL) + forward(URL)) == ['5: forward "crm": duplicate id: the first is in line 2']
+    assert problems_of(f'[forward]\nid = "crm"\n{URL}\n')[0].startswith("1: forward is written [[forward]]")
+
+
+@given(st.text(st.characters(codec="utf-8"), max_size=30))
+def test_no_url_of_a_target_is_repeated_or_makes_the_reader_fail(text):
+    for url in (text, f"https://{text}", f"https://crm.example.com:{text}/", f"https://[{text}]/s3cr3t"):
+        try:
+            FORWARD_KEYS["url"].parse(url)
+        except ValueError as error:
+            assert str(error) == "" or str(error).startswith("an http or https URL without a user")  # noqa: PT017
 
 
 def test_a_secret_that_was_pasted_is_not_repeated(problems_of):

@@ -382,3 +382,72 @@ def test_a_public_url_that_sync_so_could_not_call_is_refused(text):
     (problem,) = problems_of(MAYFLY_PUBLIC_URL=text)
 
     assert problem.startswith("MAYFLY_PUBLIC_URL is invalid: it accepts an https URL")
+
+
+FORWARD = '[[forward]]\nid = "crm"\nurl = "https://crm.example.com/hooks?token=s3cr3t"\nsecret_env = "{name}"\n'
+SIGNING = "whsec_" + "A" * 43 + "="
+
+
+@pytest.fixture
+def forwarding(tmp_path):
+    """Return the environment that forwards to a target whose secret is in the variable *name*."""
+
+    def write(name="CRM_SECRET", **environment):
+        path = tmp_path / "mayfly.toml"
+        path.write_text(FORWARD.format(name=name))
+        return {"MAYFLY_CONFIG": str(path), **environment}
+
+    return write
+
+
+def test_a_target_has_the_secrets_that_its_variable_has(forwarding):
+    other = SIGNING.replace("A", "B")
+    (target,) = read_settings(forwarding(CRM_SECRET=f" {SIGNING}, {other} ")).targets
+
+    assert target.secrets == (Secret(SIGNING), Secret(other))
+
+
+@pytest.mark.parametrize("name", ["CRM_SECRET", "MAYFLY_CRM_SECRET"])
+def test_the_secret_of_a_target_can_be_read_from_a_file(forwarding, tmp_path, name):
+    (tmp_path / "secret").write_text(f"{SIGNING}\n")
+    (target,) = read_settings(forwarding(name, **{f"{name}_FILE": str(tmp_path / "secret")})).targets
+
+    assert target.secrets == (Secret(SIGNING),)
+
+
+def test_without_targets_there_are_none():
+    assert read_settings({}).targets == ()
+
+
+@pytest.mark.parametrize(
+    ("environment", "problem"),
+    [
+        ({}, "forward crm: CRM_SECRET, which secret_env names, is not set: it accepts whsec_"),
+        ({"CRM_SECRET": "  "}, "forward crm: CRM_SECRET, which secret_env names, is not set: it accepts whsec_"),
+        ({"CRM_SECRET": "s3cr3t"}, "forward crm: CRM_SECRET is invalid: it accepts whsec_"),
+        ({"CRM_SECRET": "whsec_s3cr3t"}, "forward crm: CRM_SECRET is invalid: it accepts whsec_"),
+        ({"CRM_SECRET": f"{SIGNING},whsec_s3cr3t"}, "forward crm: CRM_SECRET is invalid: it accepts whsec_"),
+        ({"CRM_SECRET": f"{SIGNING},"}, "forward crm: CRM_SECRET is invalid: it accepts whsec_"),
+        ({"CRM_SECRET_FILE": "/nowhere/s"}, "forward crm: CRM_SECRET_FILE cannot be read: No such file or directory"),
+    ],
+)
+def test_a_secret_of_a_target_that_is_missing_or_invalid_is_named(forwarding, environment, problem):
+    (found,) = problems_of(**forwarding(**environment))
+
+    assert found.startswith(problem)
+    assert "s3cr3t" not in found
+
+
+def test_a_secrets_file_of_a_target_that_is_not_text_is_named(forwarding, tmp_path):
+    (tmp_path / "secret").write_bytes(b"whsec_\xff\xfe")
+
+    assert problems_of(**forwarding(CRM_SECRET_FILE=str(tmp_path / "secret"))) == [
+        "forward crm: CRM_SECRET_FILE cannot be read: it is not UTF-8"
+    ]
+
+
+def test_no_representation_of_the_settings_shows_what_targets_keep_secret(forwarding):
+    settings = read_settings(forwarding(CRM_SECRET=SIGNING))
+
+    assert "s3cr3t" not in f"{settings} {settings!r} {settings.targets!r}"
+    assert SIGNING not in f"{settings} {settings!r} {settings.targets!r}"
