@@ -24,6 +24,9 @@ log = structlog.get_logger()
 
 # How many get a job in one round of the net.
 AT_ONCE: Final = 200
+# How long a target must have been away, as this worker sees it, before what has waited for days is given up: after a
+# time without a worker it is tried first.
+AWAY: Final = timedelta(hours=1)
 _SETTLE_AGAIN_SECONDS: Final = 1.0
 # Below these the target itself works: what it says is about this one webhook, or about how it is set up.
 _TOO_LATE: Final = 408
@@ -52,8 +55,8 @@ class DeliveryCalls(Protocol):
     async def find_due(self, late: timedelta, limit: int) -> Sequence[Due]:
         """Return up to *limit* deliveries that have been due for longer than *late*."""
 
-    async def give_up(self, *, is_away: bool) -> None:
-        """End what has waited for days, if the target *is_away*."""
+    async def give_up(self) -> None:
+        """End what has waited for days."""
 
 
 class Forwards:
@@ -83,27 +86,34 @@ class Forwards:
 
     async def find_due(self, late: timedelta, limit: int) -> Sequence[Due]:
         """Return what the net enqueues; while the target does not answer, one delivery each half a minute."""
-        await self._ledger.give_up(is_away=self._circuit.is_open)
+        if self._circuit.is_open_for(AWAY, self._now()):
+            await self._ledger.give_up()
         if not self._circuit.allows(self._now()):
             return ()
         return await self._ledger.find_due(late, 1 if self._circuit.is_open else limit)
 
     async def run(self, delivery: str, attempt: int) -> None:
         """See forward(). Raises nothing."""
-        if self._stopping.is_set() or not self._circuit.begin(self._now()):
-            return
-        try:
-            claimed = await self._ledger.claim(Due(self.target.id, delivery, attempt))
-        except LedgerUnavailableError as error:
-            what_now = "the worker tries again within seconds"
-            log.warning("forward.not_started", delivery=delivery, error=str(error), what_now=what_now)
-            return
-        if claimed is not None:
-            await asyncio.shield(self.attempts.begin(claimed))
+        if (task := await self._begin(Due(self.target.id, delivery, attempt))) is not None:
+            await asyncio.shield(task)
 
     async def run_without_queue(self, due: Sequence[Due]) -> None:
-        """Make the first attempts of those that are *due* at once, without jobs."""
-        await asyncio.gather(*(self.run(one.id, one.attempt) for one in due[: self.target.concurrency]))
+        """Begin the first attempts of those that are *due*, as many as there is room for, without jobs."""
+        await asyncio.gather(*(self._begin(one) for one in due[: self.attempts.room]))
+
+    async def _begin(self, due: Due) -> asyncio.Task[object] | None:
+        if self._stopping.is_set() or not self._circuit.begin(self._now()):
+            return None
+        claimed = None
+        try:
+            claimed = await self._ledger.claim(due)
+        except LedgerUnavailableError as error:
+            what_now = "the worker tries again within seconds"
+            log.warning("forward.not_started", delivery=due.id, error=str(error), what_now=what_now)
+        if claimed is None:
+            self._circuit.cancel(self._now())
+            return None
+        return self.attempts.begin(claimed)
 
     async def _attempt(self, claimed: ClaimedDelivery) -> None:
         outgoing = Outgoing(claimed.id, claimed.attempt, claimed.body, claimed.content_type, claimed.signature)

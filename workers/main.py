@@ -22,7 +22,7 @@ from service.runtime.tasks import cancel_and_wait
 from workers.account import WorkerParts, open_parts
 from workers.hygiene import Hygiene
 from workers.runner import STOP_SECONDS, jobs_of_account, jobs_of_target, run_jobs
-from workers.target import TargetParts, open_target
+from workers.target import RemovedTargets, TargetParts, open_target
 
 log = structlog.get_logger()
 
@@ -42,7 +42,8 @@ async def run_worker(settings: Settings, resources: Resources, metrics: Metrics,
         parts = {account.id: await stack.enter_async_context(open_account(account, key)) for account, key in accounts}
         targets = await _open_targets(settings, resources.database, pool, stack, metrics, stopping)
         work = [net.run() for part in parts.values() for net in (part.overdue, part.look_net, part.batch_net)]
-        work += [target.net.run() for target in targets]
+        removed = RemovedTargets(resources.database, settings.targets, metrics=metrics, stopping=stopping)
+        work += [removed.run(), *(target.net.run() for target in targets)]
         ttls = settings.record_ttls
         # One for all accounts, and for those that are no longer here: it runs in the queue of the first.
         hygiene: Hygiene | None = Hygiene(resources.database, ttls, metrics=metrics, stopping=stopping)
@@ -79,7 +80,6 @@ async def _open_targets(  # noqa: PLR0917 - what all targets share
     open_one = partial(
         open_target,
         tls=make_tls(),
-        known=[target.id for target in settings.targets],
         database=database,
         pool=pool,
         enqueue=enqueuer.enqueue,

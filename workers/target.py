@@ -1,6 +1,7 @@
 """What works for one target: its jobs, its safety net and its client."""
 
 import asyncio
+import contextlib
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
@@ -17,7 +18,7 @@ from service.core.forwarding import Target
 from service.forwarding.posting import open_poster
 from service.jobs.enqueue import ForwardJob, Job, enqueue_jobs, queue_of_target
 from service.ledger import delivering
-from service.ledger.database import Database
+from service.ledger.database import Database, LedgerUnavailableError
 from service.ledger.delivering import ClaimedDelivery, Due, Ended
 from service.ledger.group_commit import GroupCommit
 from service.runtime.metrics import Metrics
@@ -30,6 +31,7 @@ log = structlog.get_logger()
 _LATE: Final = timedelta(seconds=2)
 _GIVE_UP_EVERY_SECONDS: Final = 10.0
 _GIVE_UP_AT_ONCE: Final = 500
+_REMOVED_EVERY_SECONDS: Final = 60.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -41,14 +43,11 @@ class TargetParts:
 
 
 class DeliveryLedger:
-    """See DeliveryCalls; *known* are the names of all targets. Attempts that end together share a commit."""
+    """See DeliveryCalls. Attempts that end together share a commit."""
 
-    def __init__(
-        self, database: Database, target: Target, *, known: Sequence[str], now: Callable[[], datetime]
-    ) -> None:
+    def __init__(self, database: Database, target: Target, *, now: Callable[[], datetime]) -> None:
         self._database = database
         self._target = target
-        self._known = known
         self._now = now
         self._give_up_again_at = float("-inf")
         self.claim = GroupCommit(self._claim).submit
@@ -59,18 +58,11 @@ class DeliveryLedger:
         read = partial(delivering.find_due_deliveries, target=self._target.id, now=self._now() - late, limit=limit)
         return await self._database.read(read)
 
-    async def give_up(self, *, is_away: bool) -> None:
-        """End what has waited for days: if the target *is_away* its own, and that of targets that were removed."""
-        if time.monotonic() < self._give_up_again_at:
-            return
-        for target in (self._target.id, None) if is_away else (None,):
-            write = partial(delivering.give_up, limit=_GIVE_UP_AT_ONCE, target=target, known=self._known)
-            if ended := await self._database.write(partial(write, now=self._now())):
-                names = {"target": target or "one that was removed from MAYFLY_CONFIG", "deliveries": len(ended)}
-                log.error(
-                    "forward.given_up", **names, what_now="not sent again, unless you say: mayfly forwards replay"
-                )
-        self._give_up_again_at = time.monotonic() + _GIVE_UP_EVERY_SECONDS
+    async def give_up(self) -> None:
+        """End what has waited for days."""
+        if time.monotonic() >= self._give_up_again_at:
+            await _give_up(self._database, self._target.id, (), self._now())
+            self._give_up_again_at = time.monotonic() + _GIVE_UP_EVERY_SECONDS
 
     async def _claim(self, wanted: Sequence[Due]) -> Sequence[ClaimedDelivery | None]:
         lease = lease_of(self._target)
@@ -82,12 +74,51 @@ class DeliveryLedger:
         return [[_make_job(due, at) for due, at in one.due] for one in settled]
 
 
+class RemovedTargets:
+    """Ends what was for other than *targets*, the present ones: nobody makes attempts at it."""
+
+    def __init__(
+        self,
+        database: Database,
+        targets: Sequence[Target],
+        *,
+        metrics: Metrics,
+        stopping: asyncio.Event,
+    ) -> None:
+        self._database = database
+        self._known = [target.id for target in targets]
+        self._metrics = metrics
+        self._stopping = stopping
+
+    async def run(self) -> None:
+        """Check the ledger each minute until the worker stops."""
+        while not self._stopping.is_set():
+            try:
+                await _give_up(self._database, None, self._known, _now())
+            except LedgerUnavailableError as error:
+                self._metrics.loops_failed.labels("forwards").inc()
+                log.warning("removed_targets.failed", error=str(error), what_now="retrying in a minute")
+            with contextlib.suppress(TimeoutError):
+                async with asyncio.timeout(_REMOVED_EVERY_SECONDS):
+                    await self._stopping.wait()
+
+
+async def _give_up(database: Database, target: str | None, known: Sequence[str], now: datetime) -> None:
+    """End what has waited for days for *target*, or for those that are not *known*. Raises: LedgerUnavailableError."""
+    # Mostly there is nothing, and a read locks out no one.
+    if not await database.read(partial(delivering.has_given_up, target=target, known=known, now=now)):
+        return
+    write = partial(delivering.give_up, limit=_GIVE_UP_AT_ONCE, target=target, known=known, now=now)
+    ended = await database.write(write)
+    names = {"target": target or "one that was removed from MAYFLY_CONFIG", "deliveries": len(ended)}
+    log.error("forward.given_up", **names, what_now="not sent again, unless you say: mayfly forwards replay")
+
+
 @asynccontextmanager
 async def open_target(
     target: Target,
     tls: ssl.SSLContext,
     *,
-    known: Sequence[str],
     database: Database,
     pool: ArqRedis,
     enqueue: Callable[[Sequence[Job]], None],
@@ -102,7 +133,7 @@ async def open_target(
     async with open_poster(target, tls) as poster:
         forwards = Forwards(
             target,
-            ledger=DeliveryLedger(database, target, known=known, now=_now),
+            ledger=DeliveryLedger(database, target, now=_now),
             post=poster.post,
             enqueue=enqueue,
             now=_now,

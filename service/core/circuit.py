@@ -15,16 +15,22 @@ class Circuit:
 
     def __init__(self) -> None:
         self._failures = 0
-        self._probe_at: datetime | None = None  # None: it is closed
+        self._opened_at: datetime | None = None  # None: it is closed
+        self._probe_at: datetime | None = None
 
     @property
     def is_open(self) -> bool:
         """Whether nearly all attempts are refused."""
         return self._probe_at is not None
 
+    def is_open_for(self, duration: timedelta, now: datetime) -> bool:
+        """Whether it has been open for *duration*."""
+        return self._opened_at is not None and now - self._opened_at >= duration
+
     def allows(self, now: datetime) -> bool:
         """Whether an attempt may begin."""
-        return self._probe_at is None or now >= self._probe_at
+        # Further away than that, it was set before the clock was put back.
+        return self._probe_at is None or not now < self._probe_at <= now + PROBE_EVERY
 
     def begin(self, now: datetime) -> bool:
         """Return whether an attempt may begin, and count it: the next one while it is open comes later."""
@@ -34,9 +40,14 @@ class Circuit:
             self._probe_at = now + PROBE_EVERY
         return True
 
+    def cancel(self, now: datetime) -> None:
+        """Take back a begin() that led to no attempt: another one may begin at once."""
+        if self._probe_at is not None:
+            self._probe_at = now
+
     def note_success(self) -> bool:
         """Close it, and return whether it was open."""
-        was_open, self._failures, self._probe_at = self.is_open, 0, None
+        was_open, self._failures, self._opened_at, self._probe_at = self.is_open, 0, None, None
         return was_open
 
     def note_failure(self, now: datetime) -> bool:
@@ -44,5 +55,5 @@ class Circuit:
         self._failures += 1
         if self.is_open or self._failures < FAILURES:
             return False
-        self._probe_at = now + PROBE_EVERY
+        self._opened_at, self._probe_at = now, now + PROBE_EVERY
         return True

@@ -5,7 +5,7 @@ Schedule and headers are those of Standard Webhooks 1.0.0, whose retries span th
 
 from collections.abc import Sequence
 from dataclasses import dataclass
-from datetime import datetime, timedelta
+from datetime import timedelta
 from enum import StrEnum
 from typing import Final, Literal
 
@@ -149,8 +149,3 @@ def describe_reply(reply: Reply) -> str:
     if 300 <= reply.status < 400:
         return f"answered {reply.status}, a redirect, which is not followed"
     return f"answered {reply.status}"
-
-
-def is_given_up(since: datetime, now: datetime) -> bool:
-    """Whether a delivery that has waited from *since* on, while its target answered nothing, has ended."""
-    return now - since >= GIVE_UP_AFTER

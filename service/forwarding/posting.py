@@ -69,20 +69,28 @@ class Poster:
         """Make one attempt, within the target's timeout until its answer begins."""
         now = self._now()
         headers = make_headers(self._target, webhook, at=now)
-        request = self._client.build_request("POST", self._target.url.reveal(), content=webhook.body, headers=headers)
         seconds = self._target.timeout.total_seconds()
+        try:
+            request = self._client.build_request(
+                "POST", self._target.url.reveal(), content=webhook.body, headers=headers
+            )
+        except httpx.InvalidURL:
+            return Reply(None, error="not reached: its url in MAYFLY_CONFIG is invalid")
         try:
             async with asyncio.timeout(seconds):
                 response = await self._client.send(request, stream=True)
         except TimeoutError:
             return Reply(None, error=f"no answer within {seconds:g} s")
-        except httpx.InvalidURL:  # httpx parses the Location of a redirect that it does not follow
-            return Reply(None, error="answered a redirect, which is not followed, to what is no URL")
         except (httpx.HTTPError, OSError) as error:
             # OSError: httpx does not translate the ssl.SSLError of an established connection that breaks.
             return Reply(None, error=f"not reached: {describe_cause(error)}")
         retry_after = parse_retry_after(response.headers.get("retry-after", ""), now=now)
         return Reply(response.status_code, await _read_start(response), retry_after=retry_after)
+
+
+async def _drop_location(response: httpx.Response) -> None:
+    """Redirects are not followed, but httpx reads where to, and an invalid Location would lose the answer."""
+    response.headers.pop("location", None)
 
 
 async def _read_start(response: httpx.Response) -> str:
@@ -120,6 +128,7 @@ async def open_poster(
             keepalive_expiry=_IDLE_SECONDS,
         ),
         follow_redirects=False,
+        event_hooks={"response": [_drop_location]},
         trust_env=False,
         verify=tls,
     ) as client:

@@ -9,7 +9,7 @@ from datetime import datetime, timedelta
 from typing import Any, Final
 
 import msgspec
-from sqlalchemy import ColumnElement, Connection, bindparam, exists, or_, select, update
+from sqlalchemy import ColumnElement, Connection, Select, bindparam, exists, or_, select, update
 
 from service.core.forwarding import GIVE_UP_AFTER, DeliveryState, Outcome, Reply
 from service.core.key import Key
@@ -79,7 +79,9 @@ _claim = (
     .where(
         deliveries.c.id == bindparam("b_id"),
         deliveries.c.attempts == bindparam("b_attempt") - 1,
-        deliveries.c.wake_at <= bindparam("b_now", type_=Instant),
+        deliveries.c.wake_at.is_not(None),
+        # A first one is due at once: the clock of the host that received it may be ahead of this one's.
+        or_(deliveries.c.tries == 0, deliveries.c.wake_at <= bindparam("b_now", type_=Instant)),
         ~_IS_BEHIND,
     )
     .values(
@@ -171,6 +173,20 @@ def find_due_deliveries(connection: Connection, target: str, *, now: datetime, l
     return [Due(target, row.id, row.attempts + 1) for row in connection.execute(due)]
 
 
+def has_given_up(connection: Connection, *, now: datetime, target: str | None, known: Sequence[str] = ()) -> bool:
+    """Whether give_up() would end any."""
+    return connection.execute(_select_old(target, known, now).limit(1)).first() is not None
+
+
+def _select_old(target: str | None, known: Sequence[str], now: datetime) -> Select[tuple[int]]:
+    whose = deliveries.c.target == target if target is not None else deliveries.c.target.not_in(known)
+    return (
+        select(deliveries.c.seq)
+        .where(whose, deliveries.c.wake_at.is_not(None), deliveries.c.since <= now - GIVE_UP_AFTER)
+        .where(or_(deliveries.c.leased_until.is_(None), deliveries.c.leased_until <= now))
+    )
+
+
 def give_up(
     connection: Connection, *, now: datetime, limit: int, target: str | None, known: Sequence[str] = ()
 ) -> list[int]:
@@ -178,14 +194,7 @@ def give_up(
 
     A *target* of None is all that are not in *known*: nobody makes attempts at those of a target that was removed.
     """
-    whose = deliveries.c.target == target if target is not None else deliveries.c.target.not_in(known)
-    old = (
-        select(deliveries.c.seq)
-        .where(whose, deliveries.c.wake_at.is_not(None), deliveries.c.since <= now - GIVE_UP_AFTER)
-        .where(or_(deliveries.c.leased_until.is_(None), deliveries.c.leased_until <= now))
-        .limit(limit)
-        .with_for_update(skip_locked=True)
-    )
+    old = _select_old(target, known, now).limit(limit).with_for_update(skip_locked=True)
     seqs = [row.seq for row in connection.execute(old)]
     error = _GIVEN_UP if target is not None else "its target is not in the configuration any more"
     values = {
