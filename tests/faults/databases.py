@@ -80,8 +80,8 @@ class Ledger(Protocol):
     async def pass_time(self, duration: timedelta) -> None:
         """Move every instant of every record into the past, as if so much time had gone by."""
 
-    def lock(self) -> contextlib.AbstractAsyncContextManager[None]:
-        """Hold the write lock until the block ends: gate G1."""
+    def lock(self, table: str = "records") -> contextlib.AbstractAsyncContextManager[None]:
+        """Hold the write lock, of *table* where each has its own, until the block ends: gate G1."""
 
     def has_copy(self, generation_id: str) -> bool | None:
         """Whether the record's copy can be read at this moment; None when the database does not answer."""
@@ -135,7 +135,7 @@ class SqliteLedger:
         await self.execute(_moved(f"- {duration // timedelta(microseconds=1)}"))
 
     @contextlib.asynccontextmanager
-    async def lock(self) -> AsyncIterator[None]:
+    async def lock(self, table: str = "records") -> AsyncIterator[None]:  # noqa: ARG002 - it has one for all
         """See Ledger."""
         with contextlib.closing(self._connect()) as connection:
             await asyncio.to_thread(connection.execute, "BEGIN IMMEDIATE")
@@ -343,12 +343,12 @@ class PostgresLedger:
         await self.execute(_moved(f"- INTERVAL '{duration.total_seconds()} seconds'"))
 
     @contextlib.asynccontextmanager
-    async def lock(self) -> AsyncIterator[None]:
+    async def lock(self, table: str = "records") -> AsyncIterator[None]:
         """See Ledger."""
         connection = await self._connect()
         try:
             # Readers pass it, writers and their SELECT … FOR UPDATE do not.
-            await connection.execute("BEGIN; LOCK TABLE records IN EXCLUSIVE MODE")
+            await connection.execute(f"BEGIN; LOCK TABLE {table} IN EXCLUSIVE MODE")
             yield
         finally:
             with contextlib.suppress(*_GONE):  # its server may have been killed meanwhile

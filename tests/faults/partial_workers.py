@@ -9,6 +9,7 @@ from typing import Any
 import structlog
 
 import workers.account
+import workers.target
 from service import cli
 from service.ledger.outcomes import Copy, CopyResult
 from workers.attempt import Cleaner
@@ -71,6 +72,7 @@ def main(arguments: Sequence[str]) -> None:
     """Run ``mayfly worker`` without what the last of *arguments* names."""
     command, left_out = arguments
     parts: Any = workers.account
+    targets: Any = workers.target
     if left_out == "safety net":
         parts.Overdue = NoSafetyNet
     elif left_out == "copy":
@@ -78,5 +80,5 @@ def main(arguments: Sequence[str]) -> None:
     elif left_out.startswith("crash"):
         parts.Cleaner = crashing_at(left_out.removeprefix("crash"))
     elif left_out == "a steady clock":
-        parts._now = Clock().now
+        parts._now = targets._now = Clock().now
     cli.main([command])

@@ -29,7 +29,10 @@ T = TypeVar("T")
 
 API_KEY = "sk-faults-0123456789abcdef"
 TOKEN = "operator-token-of-the-fault-tests"
-SECRETS = (SECRET, API_KEY, TOKEN)
+# Of the targets that webhooks are forwarded to: what they verify with, and what is in their URLs.
+SIGNING = "whsec_" + "A" * 43 + "="
+URL_SECRET = "in-the-url-of-a-target"
+SECRETS = (SECRET, API_KEY, TOKEN, SIGNING, URL_SECRET)
 # The health_monitor must not wait for a connection that a hundred webhooks have in use.
 _NO_TIME = timedelta(0)
 _MANY = httpx.Limits(max_connections=None, max_keepalive_connections=20)
