@@ -13,6 +13,7 @@ from pathlib import Path
 
 from tests.bench import draining, report, systems
 from tests.bench.footprint import footprint
+from tests.bench.forwarding import isolation
 from tests.bench.growth import growth
 from tests.bench.intake import intake
 from tests.bench.limit import fsyncs_per_second, sqlite_commits_per_second
@@ -102,6 +103,12 @@ def measure_budget(order: Order) -> list[Row]:
     return report.budget_rows(figures)
 
 
+def measure_forwarding(order: Order) -> list[Row]:
+    """Whether a dead target with 5000 webhooks waiting delays another target or the intake."""
+    order.raw["forwarding"] = results = isolation(order.folder, seconds=60.0)
+    return report.forwarding_rows(results)
+
+
 def measure_footprint(order: Order) -> list[Row]:
     """What the processes take."""
     order.raw["footprint"] = figures = footprint(order.folder)
@@ -128,6 +135,7 @@ MEASUREMENTS: dict[str, Callable[[Order], list[Row]]] = {
     "drain": measure_drain,
     "lag": measure_lag,
     "budget": measure_budget,
+    "forwarding": measure_forwarding,
     "footprint": measure_footprint,
     "policy": measure_policy,
     "profile": measure_profile,

@@ -168,6 +168,19 @@ def budget_rows(figures: dict[str, float]) -> list[Row]:
     ]
 
 
+def forwarding_rows(results: dict[str, dict[str, float]]) -> list[Row]:
+    """Receipt to arrival at one target, and the intake, by what another target is like."""
+    rows = []
+    for figure in results["well"]:
+        values = {name: figures[figure] for name, figures in results.items()}
+        has_goal = figure.endswith("p99_ms")
+        is_met = all(value <= 1.1 * values["well"] for value in values.values()) if has_goal else None
+        goal = "10 % more than well" if has_goal else ""
+        name = figure.removesuffix("_ms").replace("_", " ")
+        rows.append(Row(f"forwarding beside another target: {name}", "ms", values, goal, is_met))
+    return rows
+
+
 def footprint_rows(figures: dict[str, Any]) -> list[Row]:
     """Memory, idle processor time, start, Redis beyond the horizon."""
     goals = {
