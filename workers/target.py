@@ -16,10 +16,10 @@ from arq.connections import ArqRedis
 
 from service.core.forwarding import Target
 from service.forwarding.posting import open_poster
-from service.jobs.enqueue import ForwardJob, Job, enqueue_jobs, queue_of_target
+from service.jobs.enqueue import CleanupJob, ForwardJob, Job, enqueue_jobs, queue_of_target
 from service.ledger import delivering
 from service.ledger.database import Database, LedgerUnavailableError
-from service.ledger.delivering import ClaimedDelivery, Due, Ended
+from service.ledger.delivering import ClaimedDelivery, Due, Ended, Settlement
 from service.ledger.group_commit import GroupCommit
 from service.runtime.metrics import Metrics
 from workers.forward import AT_ONCE, Forwards, lease_of
@@ -71,7 +71,7 @@ class DeliveryLedger:
 
     async def _settle(self, ended: Sequence[Ended]) -> Sequence[Sequence[Job]]:
         settled = await self._database.write(partial(delivering.settle_deliveries, ended=ended, now=self._now()))
-        return [[_make_job(due, at) for due, at in one.due] for one in settled]
+        return [_jobs_after(one) for one in settled]
 
 
 class RemovedTargets:
@@ -153,6 +153,12 @@ async def open_target(
             without_queue=forwards.run_without_queue,
         )
         yield TargetParts(forwards, net)
+
+
+def _jobs_after(settled: Settlement) -> list[Job]:
+    """Return the next attempts at deliveries, and those at the records that waited for one."""
+    next_ones: list[Job] = [_make_job(due, at) for due, at in settled.due]
+    return next_ones + [CleanupJob(one.key, one.attempt, one.at) for one in settled.ready]
 
 
 def _make_job(due: Due, at: datetime) -> ForwardJob:

@@ -1,7 +1,8 @@
 """Attempts at deliveries: claim one, store what it led to, find what is due. The WHERE of each statement decides races.
 
 A claim gives the row a lease and a new attempt number. An outcome other than success counts only with that number; a
-success is a fact, whoever else has begun another attempt meanwhile.
+success is a fact, whoever else has begun another attempt meanwhile. Records that wait for a delivery are locked before
+it, and learn its outcome in the same transaction.
 """
 
 from collections.abc import Sequence
@@ -14,7 +15,9 @@ from sqlalchemy import ColumnElement, Connection, Select, bindparam, exists, or_
 from service.core.forwarding import GIVE_UP_AFTER, DeliveryState, Outcome, Reply
 from service.core.key import Key
 from service.ledger.delivery_schema import deliveries
+from service.ledger.fulfilling import Ready, fail_requirements, lock_required, settle_requirement
 from service.ledger.instant import Instant
+from service.ledger.requiring import ACTOR_PREFIX
 
 _earlier = deliveries.alias()
 # The order of one generation's webhooks: what is still on its way, or waits to be tried again, comes first. One that
@@ -67,11 +70,13 @@ class Ended(msgspec.Struct, frozen=True, gc=False):
 class Settlement(msgspec.Struct, frozen=True, gc=False):
     """What follows in the ledger: the attempts that are due next, of this delivery or of the one behind it.
 
-    It is not *is_ours* if another attempt has begun meanwhile, which will say what becomes of the delivery.
+    *ready* are the records that waited for it. It is not *is_ours* if another attempt has begun meanwhile, which will
+    say what becomes of the delivery.
     """
 
     is_ours: bool
     due: Sequence[tuple[Due, datetime]] = ()
+    ready: Sequence[Ready] = ()
 
 
 _claim = (
@@ -124,6 +129,7 @@ def _claimed(row: Any) -> ClaimedDelivery:  # noqa: ANN401 - a row
 
 def settle_deliveries(connection: Connection, ended: Sequence[Ended], *, now: datetime) -> list[Settlement]:
     """Store what attempts led to; the result has the order of *ended*."""
+    lock_required(connection, *(one.claimed.seq for one in ended if one.claimed.is_required))
     return [_settle(connection, one, now) for one in ended]
 
 
@@ -146,7 +152,23 @@ def _settle(connection: Connection, ended: Ended, now: datetime) -> Settlement:
         return Settlement(is_ours=False)
     if wake_at is not None:
         return Settlement(is_ours=True, due=[(Due(claimed.target, claimed.id, claimed.attempt + 1), wake_at)])
-    return Settlement(is_ours=True, due=_find_next(connection, claimed))
+    return Settlement(is_ours=True, due=_find_next(connection, claimed), ready=_tell_records(connection, ended, now))
+
+
+def _tell_records(connection: Connection, ended: Ended, now: datetime) -> list[Ready]:
+    """Let the records that wait for a delivery know that it has ended; return those whose attempt can start."""
+    claimed, outcome = ended.claimed, ended.outcome
+    if not claimed.is_required:
+        return []
+    return settle_requirement(
+        connection,
+        delivery=claimed.seq,
+        state=outcome.state,
+        target=claimed.target,
+        error=outcome.error,
+        now=now,
+        actor=f"{ACTOR_PREFIX}{claimed.target}",
+    )
 
 
 def _find_next(connection: Connection, claimed: ClaimedDelivery) -> list[tuple[Due, datetime]]:
@@ -194,8 +216,10 @@ def give_up(
 
     A *target* of None is all that are not in *known*: nobody makes attempts at those of a target that was removed.
     """
-    old = _select_old(target, known, now).limit(limit).with_for_update(skip_locked=True)
-    seqs = [row.seq for row in connection.execute(old)]
+    found = [row.seq for row in connection.execute(_select_old(target, known, now).limit(limit))]
+    lock_required(connection, *found)
+    still = _select_old(target, known, now).where(deliveries.c.seq.in_(found)).with_for_update(skip_locked=True)
+    seqs = [row.seq for row in connection.execute(still)]
     error = _GIVEN_UP if target is not None else "its target is not in the configuration any more"
     values = {
         "state": str(DeliveryState.FAILED),
@@ -206,4 +230,5 @@ def give_up(
     }
     if seqs:
         connection.execute(update(deliveries).where(deliveries.c.seq.in_(seqs)).values(values))
+        fail_requirements(connection, seqs, now=now, actor=f"{ACTOR_PREFIX}{target or 'that was removed'}")
     return seqs

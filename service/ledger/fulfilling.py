@@ -66,6 +66,8 @@ def lock_required(connection: Connection, *deliveries: int) -> Sequence[Row[Any]
 
     To be called before the deliveries are locked or changed.
     """
+    if not deliveries:
+        return []
     wanted = select(requirements.c.account, requirements.c.generation).where(requirements.c.delivery.in_(deliveries))
     keys = sorted({(row.account, row.generation) for row in connection.execute(wanted)})
     return [
