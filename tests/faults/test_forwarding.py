@@ -11,11 +11,11 @@ from datetime import UTC, datetime, timedelta
 import pytest
 import standardwebhooks
 
-from service.simulator import Generation
+from service.simulator import Generation, Operation
 from tests.faults.databases import Postgres
 from tests.faults.processes import Process
 from tests.faults.proxy import Proxy
-from tests.faults.system import SIGNING, URL_SECRET, System, on_both
+from tests.faults.system import SIGNING, TOKEN, URL_SECRET, System, on_both
 from tests.support.app import Answer, App, Received
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
@@ -438,3 +438,41 @@ def _earlier(system: System, duration: timedelta) -> str:
     seconds = int(duration.total_seconds())
     by = f"INTERVAL '{seconds} seconds'" if system.ledger.url.startswith("postgresql") else str(seconds * 10**6)
     return f"UPDATE deliveries SET wake_at = wake_at - {by}"  # noqa: S608 - of our own words
+
+
+# A target that is required
+
+
+@on_both
+async def test_nothing_is_deleted_before_a_required_target_has_taken_it(system: System):
+    async with App() as app:
+        app.script(Answer(503), Answer(204))
+        generation, _ = await begun(system, app, "required = true")
+        await app.wait_for(1)
+        await asyncio.sleep(3)  # the ttl of two seconds is over
+        assert (await system.row(generation)).state == "scheduled"
+        assert not system.simulator.removed
+        await hurry(system)
+        await system.until(generation, "deleted", is_hurried=False)
+
+        (answered,) = [one for one in app.requests if one.answered == 204]
+        (delete,) = system.calls(generation, Operation.DELETE)
+        assert delete.at.timestamp() >= answered.at
+        assert not (await system.judged()).all
+
+
+@on_both
+async def test_a_required_delivery_that_fails_and_is_replayed_retries_its_record(system: System):
+    async with App() as app:
+        app.script(Answer(410), Answer(200))
+        generation, _ = await begun(system, app, "required = true")
+        await system.until(generation, "failed", is_hurried=False)
+        assert not system.simulator.removed
+        (delivery,) = {one.delivery for one in app.requests}
+        answer = await system.client.post(
+            f"{system.url}/api/forwards/{delivery}/replay", headers={"authorization": f"Bearer {TOKEN}"}
+        )
+        assert answer.status_code == 200
+        await system.until(generation, "deleted", is_hurried=False)
+
+        assert [one.answered for one in app.requests] == [410, 200]
