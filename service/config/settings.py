@@ -33,7 +33,7 @@ from service.config.parsers import (
     read_token,
 )
 from service.config.rules_file import RulesFile, RulesFileError, read_rules_file
-from service.config.targets import read_targets
+from service.config.targets import find_loops, read_targets
 from service.config.url_options import UrlOptionError
 from service.core.adopting import Scope
 from service.core.durations import parse_ttl
@@ -160,6 +160,7 @@ def read_settings(
     default = Keys(values.get("api_key"), values["webhook_secrets"])
     values["keys"] = read_keys(rules.accounts, default, environment, problems)
     values["targets"] = read_targets(rules.forwards, environment, problems)
+    problems += find_loops(values["targets"], values["keys"], *map(values.get, ("public_url", "host", "port")))
     problems = [*_unknown_variables(environment, values["rules_file"].variables), *problems]
     if problems:
         raise SettingsError(problems)

@@ -66,15 +66,24 @@ class Target:
 
     def wants(self, facts: Facts) -> bool:
         """Whether it gets the webhook that *facts* are about."""
-        return all(matcher.matches(facts) for matcher in self.texts)
+        return not self.find_mismatches(facts)
+
+    def find_mismatches(self, facts: Facts) -> tuple[Texts, ...]:
+        """Return which of its *texts* do not match *facts*; none if it gets the webhook."""
+        return tuple(matcher for matcher in self.texts if not matcher.matches(facts))
 
 
 def choose_targets(targets: Sequence[Target], account: str, generation: Generation) -> tuple[Target, ...]:
     """Return those of *targets* that get the webhook of *generation*, which may be a batch or not have ended."""
     if not targets:
         return ()
-    facts = Facts(account=account, status=generation.status, labels=_labels_of(generation.webhook_url))
+    facts = facts_for_targets(account, generation)
     return tuple(target for target in targets if target.wants(facts))
+
+
+def facts_for_targets(account: str, generation: Generation) -> Facts:
+    """Return what a target can ask about the webhook of *generation*."""
+    return Facts(account=account, status=generation.status, labels=_labels_of(generation.webhook_url))
 
 
 def _labels_of(webhook_url: str | None) -> dict[str, str]:

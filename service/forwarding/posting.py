@@ -65,15 +65,19 @@ class Poster:
         self._client = client
         self._now = now
 
+    def build_request(self, webhook: Outgoing) -> httpx.Request:
+        """Return the request of an attempt that begins now, with all that is sent.
+
+        Raises: httpx.InvalidURL.
+        """
+        headers = make_headers(self._target, webhook, at=self._now())
+        return self._client.build_request("POST", self._target.url.reveal(), content=webhook.body, headers=headers)
+
     async def post(self, webhook: Outgoing) -> Reply:
         """Make one attempt, within the target's timeout until its answer begins."""
-        now = self._now()
-        headers = make_headers(self._target, webhook, at=now)
         seconds = self._target.timeout.total_seconds()
         try:
-            request = self._client.build_request(
-                "POST", self._target.url.reveal(), content=webhook.body, headers=headers
-            )
+            request = self.build_request(webhook)
         except httpx.InvalidURL:
             return Reply(None, error="not reached: its url in MAYFLY_CONFIG is invalid")
         try:
@@ -84,7 +88,7 @@ class Poster:
         except (httpx.HTTPError, OSError) as error:
             # OSError: httpx does not translate the ssl.SSLError of an established connection that breaks.
             return Reply(None, error=f"not reached: {describe_cause(error)}")
-        retry_after = parse_retry_after(response.headers.get("retry-after", ""), now=now)
+        retry_after = parse_retry_after(response.headers.get("retry-after", ""), now=self._now())
         return Reply(response.status_code, await _read_start(response), retry_after=retry_after)
 
 

@@ -451,3 +451,53 @@ def test_no_representation_of_the_settings_shows_what_targets_keep_secret(forwar
 
     assert "s3cr3t" not in f"{settings} {settings!r} {settings.targets!r}"
     assert SIGNING not in f"{settings} {settings!r} {settings.targets!r}"
+
+
+@pytest.fixture
+def forward_to(tmp_path):
+    """Read settings with one target at a URL."""
+
+    def read(url, **environment):
+        path = tmp_path / "forward.toml"
+        path.write_text(f'[[account]]\nid = "studio"\n[[forward]]\nid = "crm"\nurl = "{url}"\n')
+        return read_settings({"MAYFLY_CONFIG": str(path)} | environment)
+
+    return read
+
+
+@pytest.mark.parametrize(
+    ("url", "environment", "named"),
+    [
+        ("https://mayfly.example.com/webhooks/sync", {}, "MAYFLY_PUBLIC_URL"),
+        ("https://MAYFLY.example.com:443/webhooks/sync/studio?token=x", {}, "MAYFLY_PUBLIC_URL"),
+        ("http://127.0.0.1:8080/hooks", {}, "MAYFLY_HOST and MAYFLY_PORT"),
+        ("http://localhost:8080/webhooks/sync", {}, "MAYFLY_HOST and MAYFLY_PORT"),
+        ("http://[::1]:80/", {"MAYFLY_HOST": "::", "MAYFLY_PORT": "80"}, "MAYFLY_HOST and MAYFLY_PORT"),
+        ("http://mayfly.local:9000/", {"MAYFLY_HOST": "Mayfly.local", "MAYFLY_PORT": "9000"}, "MAYFLY_HOST"),
+    ],
+)
+def test_a_target_that_is_mayfly_itself_is_refused(forward_to, url, environment, named):
+    with pytest.raises(SettingsError) as caught:
+        forward_to(url, MAYFLY_PUBLIC_URL="https://mayfly.example.com", **environment)
+
+    (problem,) = caught.value.problems
+    assert problem.startswith("forward crm: its url is that of Mayfly itself")
+    assert named in problem
+    assert "token" not in problem
+
+
+@pytest.mark.parametrize(
+    ("url", "environment"),
+    [
+        ("https://mayfly.example.com/hooks", {}),  # an app behind the same proxy
+        ("https://mayfly.example.com/webhooks/sync/other", {}),  # no account has this name
+        ("https://app.example.com/webhooks/sync", {}),
+        ("http://127.0.0.1:8081/webhooks/sync", {}),
+        ("http://127.0.0.1:8080/", {"MAYFLY_HOST": "10.0.0.5"}),  # another program listens there
+        ("http://127.0.0.1:8080/", {"MAYFLY_PORT": "0"}),
+    ],
+)
+def test_a_target_beside_mayfly_is_accepted(forward_to, url, environment):
+    settings = forward_to(url, MAYFLY_PUBLIC_URL="https://mayfly.example.com", **environment)
+
+    assert [target.url.reveal() for target in settings.targets] == [url]
