@@ -21,7 +21,7 @@ Side = Callable[[Settings, Any, Metrics, asyncio.Event], Awaitable[None]]
 ELSEWHERE: Final[Mapping[str, str]] = {
     "demo": "service.commands.trying",
     "simulate": "service.commands.trying",
-    "send": "service.commands.trying",
+    "send": "service.commands.sending",
     "records": "service.commands.records",
     "explain": "service.commands.explaining",
     "batches": "service.commands.batches",

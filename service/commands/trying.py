@@ -1,44 +1,21 @@
-"""`mayfly demo`, `simulate` and `send`: trying Mayfly out, with or without a sync.so account."""
+"""`mayfly demo` and `simulate`: trying Mayfly out without a sync.so account."""
 
 import asyncio
 import sys
-import uuid
-from dataclasses import replace
-from datetime import UTC, datetime
-from functools import partial
 from pathlib import Path
-from typing import Any, BinaryIO, Final
+from typing import Any, Final
 
 import click
-import httpx
 
-from service.commands.running import (
-    EXIT_FAILED,
-    EXIT_INTERRUPTED,
-    fail,
-    of_account,
-    on_stop,
-    own_url,
-    run,
-    settings_or_exit,
-)
-from service.config.settings import Settings, SettingsError, require_key_or_secret
-from service.core.key import DEFAULT_ACCOUNT, choose_account
-from service.core.overrides import WEBHOOK_PATH
-from service.core.signature import sign
+from service.commands.running import EXIT_FAILED, EXIT_INTERRUPTED, fail, on_stop, run
 from service.runtime.logging import configure_logging
-from service.runtime.terminal import plain
-from service.simulator import Generation, Simulator, serve_forever
+from service.simulator import Simulator, serve_forever
 from service.simulator.control import describe_routes
-from service.simulator.generation import sample_input
 from service.simulator.wire import is_loopback
-from service.sync.organisation import fetch_secrets
 
 SIMULATOR_SECRET: Final = "whsec_simulator_only"  # noqa: S105 - of the simulator, protects nothing
-_SEND_SECONDS: Final = 30.0
 _SECONDS: Final = click.FloatRange(0.01, 86_400)
 _CONTROL_ROUTES: Final = "\n".join(f"  {route}\n      {sentence}" for route, sentence in describe_routes())
-_STATUSES: Final = ("COMPLETED", "FAILED", "REJECTED", "PROCESSING")
 
 
 @click.command()
@@ -154,86 +131,3 @@ def _directions(url: str, api_key: str, webhook_secret: str, webhook_url: str | 
   mayfly up
 
 {samples} Ctrl-C ends it."""
-
-
-@click.command()
-@click.option(
-    "--status", type=click.Choice(_STATUSES), default="COMPLETED", show_default=True, help="The sample's status."
-)
-@click.option("--id", "generation_id", help="The sample's generation id; a new one unless given.")
-@click.option("--file", "body_file", type=click.File("rb"), help="Send this body instead of a sample; - is stdin.")
-@click.option("--url", help="Where to; MAYFLY_HOST and MAYFLY_PORT unless given. Its query may have overrides.")
-@click.option("--at", help="The send time to sign, such as 2026-12-31T00:00:00Z; now unless given.")
-@of_account
-def send(
-    *,
-    status: str,
-    generation_id: str | None,
-    body_file: BinaryIO | None,
-    url: str | None,
-    at: str | None,
-    account: str | None,
-) -> None:
-    """Sign a webhook with the webhook secret of the account, post it, and print the answer.
-
-    The exit code is 0 for an answer of 2xx, 1 for any other answer or none.
-    """
-    settings = settings_or_exit(partial(_require_secret, account=account))
-    sender = choose_account(settings.account_ids, account)
-    secret = run(_find_secret(settings, sender))
-    target = url or f"{own_url(settings)}{WEBHOOK_PATH}{'' if sender == DEFAULT_ACCOUNT else f'/{sender}'}"
-    body = body_file.read() if body_file else _sample_body(settings, status, generation_id or str(uuid.uuid4()), target)
-    headers = {"content-type": "application/json", "sync-signature": sign(body, secret=secret, at=_parse_instant(at))}
-    try:
-        answer = httpx.post(target, content=body, headers=headers, timeout=_SEND_SECONDS, trust_env=False)
-    except (httpx.HTTPError, httpx.InvalidURL) as error:
-        fail(f"no answer from {target.partition('?')[0]} ({type(error).__name__}): check that mayfly up runs there")
-    click.echo(f"{answer.status_code} {plain(answer.reason_phrase)}", err=True)
-    click.echo("\n".join(plain(line) for line in answer.text.split("\n")))
-    sys.exit(0 if answer.is_success else EXIT_FAILED)
-
-
-def _require_secret(settings: Settings, *, account: str | None) -> None:
-    """Raise SettingsError unless the account to send for has a secret to sign with."""
-    sender = choose_account(settings.account_ids, account)
-    if sender not in settings.keys:
-        raise SettingsError([f"there is no account {sender!a}: there is {', '.join(settings.account_ids)}"])
-    require_key_or_secret(_only(settings, sender))
-
-
-async def _find_secret(settings: Settings, account: str) -> bytes:
-    """Return the webhook secret of *account*, fetched with its key where it is not set, as the service does.
-
-    Raises: SettingsError.
-    """
-    found = await fetch_secrets(_only(settings, account))
-    return found.keys[account].webhook_secrets[0].reveal().encode()
-
-
-def _only(settings: Settings, account: str) -> Settings:
-    return replace(settings, keys={account: settings.keys[account]})
-
-
-def _sample_body(settings: Settings, status: str, generation_id: str, url: str) -> bytes:
-    sample = Generation(
-        id=generation_id,
-        status=status,
-        created_at=datetime.now(UTC),
-        token=str(uuid.uuid4()),
-        url=settings.base_url,
-        input=sample_input(text=False),
-        webhook_url=url,
-    )
-    return sample.notification()
-
-
-def _parse_instant(text: str | None) -> datetime:
-    if text is None:
-        return datetime.now(UTC)
-    try:
-        instant = datetime.fromisoformat(text)
-    except ValueError:
-        raise click.BadParameter("an instant such as 2026-12-31T00:00:00Z", param_hint="--at") from None
-    if instant.tzinfo is None:
-        raise click.BadParameter("it needs a time zone, such as 2026-12-31T00:00:00Z", param_hint="--at")
-    return instant

@@ -10,7 +10,7 @@ from service.core.rules import Rule
 
 def describe_subject(rule: Rule) -> str:
     """Say which generations *rule* is about."""
-    parts = [_describe_texts(matcher) for matcher in rule.texts]
+    parts = [describe_texts(matcher) for matcher in rule.texts]
     if rule.duration is not None:
         parts.append(_describe_length(rule.duration))
     return " and ".join(parts) or "every generation"
@@ -18,7 +18,7 @@ def describe_subject(rule: Rule) -> str:
 
 def describe_webhooks(target: Target) -> str:
     """Say which webhooks *target* gets."""
-    parts = " and ".join(_describe_texts(matcher) for matcher in target.texts)
+    parts = " and ".join(describe_texts(matcher) for matcher in target.texts)
     return f"webhooks whose {parts}" if parts else "every webhook"
 
 
@@ -37,15 +37,16 @@ def describe_ttl(ttl: timedelta | None) -> str:
     return "never deleted" if ttl is None else f"deleted after {format_duration(int(ttl.total_seconds()))}"
 
 
-def _describe_ttl(ttl: timedelta | str) -> str:
-    return f"for {format_duration(int(ttl.total_seconds()))}" if isinstance(ttl, timedelta) else "forever"
-
-
-def _describe_texts(matcher: Texts) -> str:
+def describe_texts(matcher: Texts) -> str:
+    """Say what *matcher* asks for."""
     kind, _, label = matcher.name.partition(".")
     subject = f"label {label}" if label else kind.replace("_", " ")
     verb = "like" if any(pattern.is_glob for pattern in matcher.patterns) else "is"
     return f"{subject} {verb} {' or '.join(pattern.text for pattern in matcher.patterns)}"
+
+
+def _describe_ttl(ttl: timedelta | str) -> str:
+    return f"for {format_duration(int(ttl.total_seconds()))}" if isinstance(ttl, timedelta) else "forever"
 
 
 def _describe_length(bounds: Seconds) -> str:

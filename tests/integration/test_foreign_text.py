@@ -19,6 +19,7 @@ from service.ledger.opening import open_database
 from service.ledger.pausing import Kind, Pause
 from service.ledger.schema import records
 from service.runtime.logging import configure_logging
+from tests.support.app import Answer, App
 from tests.support.commands import command
 from tests.support.deliveries import alter, forward
 from tests.support.ledger import HOUR, arrival, receive
@@ -54,7 +55,11 @@ COMMANDS: dict[str, list[tuple[str, ...]]] = {
     "pause": [("--reason", FOREIGN)],
     "resume": [()],
     "doctor": [(), ("--json",)],
-    "send": [("--status", "FAILED", "--url", "http://127.0.0.1:1/\u202e?ttl=1m")],
+    "send": [
+        ("--status", "FAILED", "--url", "http://127.0.0.1:1/\u202e?ttl=1m"),
+        ("--forward", "--id", FOREIGN, "--url", f"http://127.0.0.1:1/webhooks/sync?label.of={FOREIGN}"),
+        ("--forward", "--json"),
+    ],
     "migrate": [()],
 }
 SERVING = {"up", "api", "worker", "demo", "simulate"}
@@ -91,6 +96,15 @@ async def environment(sqlite_url, tmp_path):
         await alter(database, made, id="a-delivery", target=FOREIGN, wake_at=None, **answers)
         pause = Pause(Kind.DAILY_LIMIT, datetime.now(UTC), FOREIGN, FOREIGN, None)
         await database.write(partial(pausing.pause, wanted=pause))
+    config = tmp_path / "mayfly.toml"
+    async with App() as app:
+        app.default = Answer(503, body=FOREIGN)
+        table = '[[forward]]\nid = "{}"\nurl = "{}"\n{}\n'
+        config.write_text(table.format("a", app.url, "") + table.format("b", app.url, 'labels = { of = "no" }'))
+        yield _make_environment(sqlite_url, tmp_path) | {"MAYFLY_CONFIG": str(config)}
+
+
+def _make_environment(sqlite_url, tmp_path):
     return {
         "MAYFLY_DATABASE_URL": sqlite_url.render_as_string(hide_password=False),
         "MAYFLY_DATA_DIR": str(tmp_path / "data"),
@@ -113,6 +127,9 @@ async def test_foreign_text_is_shown_escaped_and_not_dropped(environment):
     shown = await asyncio.to_thread(command, "records", "show", "failed", **environment)
     paused = await asyncio.to_thread(command, "stats", **environment)
 
+    tried = await asyncio.to_thread(command, "send", "--forward", **environment)
+
+    assert r"| \x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\u2066\u2069\u200f[bold]x[/bold]" in tried.stdout
     for output in (shown.stdout, paused.stdout):
         joined = re.sub(r"\s*\n\s*", "", output)
         assert r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp\u2066\u2069\u200f[bold]x[/bold]\nmayfly" in joined
