@@ -26,6 +26,7 @@ from service.commands.running import (
     settings_or_exit,
 )
 from service.commands.service_checks import Finding, check_records, check_service
+from service.commands.target_checks import check_targets
 from service.config.rules_advice import find_warnings
 from service.config.settings import Settings
 from service.core.overrides import WEBHOOK_PATH
@@ -59,11 +60,11 @@ class Report(msgspec.Struct, frozen=True):
     help="The command to check for: api needs no API key, worker no webhook secret.",
 )
 def doctor(*, is_json: bool, role: str) -> None:
-    """Check the settings, the ledger, Redis, the API key and the clock, and say what to do.
+    """Check the settings, the ledger, Redis, the API key, the targets and the clock, and say what to do.
 
     It changes no record, but commits a row of its own. It asks the API with each account's key for a page of one
-    generation and the webhook secret, and what answers
-    at MAYFLY_HOST and MAYFLY_PORT for its health. The exit code is 0 if nothing is failing, 1 if something is, 2 if the
+    generation and the webhook secret, and what answers at MAYFLY_HOST and MAYFLY_PORT for its health. It connects to
+    each target and sends nothing there. The exit code is 0 if nothing is failing, 1 if something is, 2 if the
     settings are invalid.
     """
     findings = run(examine(settings_or_exit(is_worker=role == "worker"), role))
@@ -85,7 +86,8 @@ def _print_report(report: Report) -> None:
 async def examine(settings: Settings, role: str = "up") -> list[Finding]:
     """Run all checks, also when some fail; *role* is the command that runs with these settings."""
     inside = (_check_policy, _check_data_dir, _check_dry_run)
-    outside = (_check_ledger, _check_redis, partial(check_accounts, role=role), check_service)
+    of_role = (partial(check_accounts, role=role), partial(check_targets, role=role))
+    outside = (_check_ledger, _check_redis, *of_role, check_service)
     found = await asyncio.gather(*(check(settings) for check in (*inside, *outside)))
     return [finding for findings in found for finding in findings]
 

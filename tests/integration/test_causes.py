@@ -65,12 +65,32 @@ async def test_doctor_names_the_innermost_cause_of_tls_failures(tls_port, tmp_pa
         "SYNC_API_KEY": "sk-1",
         "SYNC_WEBHOOK_SECRET": SECRET,
         "SYNC_BASE_URL": f"https://127.0.0.1:{tls_port}",
+        "MAYFLY_CONFIG": write_target(tmp_path, tls_port),
         "MAYFLY_REDIS_URL": f"rediss://127.0.0.1:{tls_port}",
         "MAYFLY_DATA_DIR": str(tmp_path / "data"),
     }
     said = (await asyncio.to_thread(command, "doctor", "--json", **environment)).stdout
 
-    assert said.count("certificate verify failed: self-signed certificate") == 2
+    assert said.count("certificate verify failed: self-signed certificate") == 3
+
+
+async def test_doctor_trusts_the_authorities_that_forwarding_trusts(tls_port, tmp_path):
+    environment: dict[str, Any] = {
+        "SYNC_BASE_URL": "http://127.0.0.1:1",
+        "MAYFLY_CONFIG": write_target(tmp_path, tls_port),
+        "MAYFLY_DATA_DIR": str(tmp_path / "data"),
+        "SSL_CERT_FILE": str(tmp_path / "cert.pem"),
+    }
+    said = (await asyncio.to_thread(command, "doctor", "--json", **environment)).stdout
+
+    assert f"https://127.0.0.1:{tls_port} accepts connections" in said
+
+
+def write_target(folder, port):
+    """Write a configuration with a target that speaks TLS, and return its path."""
+    path = folder / "mayfly.toml"
+    path.write_text(f'[[forward]]\nid = "crm"\nurl = "https://127.0.0.1:{port}/"\n')
+    return str(path)
 
 
 async def test_a_refused_connection_is_named_without_its_address():
