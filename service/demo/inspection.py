@@ -1,11 +1,13 @@
 """The checks at the end of the demo: compare Mayfly's records with the calls that the simulator received."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
 import msgspec
 
 from service.core.lifecycle import State
+from service.demo.app import Received
 from service.demo.picture import Line
 from service.simulator import Generation, Operation, Simulator
 
@@ -18,7 +20,13 @@ class Finding:
     violations: list[str]
 
 
-def inspect(simulator: Simulator, lines: list[Line], forged: Generation, forged_status: int) -> list[Finding]:
+def inspect(
+    simulator: Simulator,
+    lines: list[Line],
+    forged: Generation,
+    forged_status: int,
+    forged_requests: Sequence[Received] = (),
+) -> list[Finding]:
     """Check every promise of the demo; *lines* are the final state."""
     deleted = [line for line in lines if line.scene.ends is State.DELETED]
     spared = [line for line in lines if line.scene.ends is not State.DELETED]
@@ -33,12 +41,17 @@ def inspect(simulator: Simulator, lines: list[Line], forged: Generation, forged_
             [p for line in deleted for p in _check_copy(line)],
         ),
         Finding(
+            f"The app has the webhooks of all {len(lines)} generations, each with both signatures.",
+            [p for line in lines for p in _check_app(line)],
+        ),
+        Finding(
             f"{len(spared)} generations were to be kept: they exist, and no DELETE was sent.",
             [p for line in spared for p in _check_spared(simulator, line.generation, line.scene.title)],
         ),
         Finding(
             "The forged webhook was refused, and no call followed.",
             [f"it was answered {forged_status}"] * (forged_status != 401)
+            + ["the app got it"] * bool(forged_requests)
             + _check_untouched(simulator, forged, "the forged one"),
         ),
     ]
@@ -74,6 +87,20 @@ def _check_copy(line: Line) -> list[str]:
         for name, value in shown.items()
         if value is not None and kept.get(name) != value
     ]
+
+
+def _check_app(line: Line) -> list[str]:
+    """Check that the app refused as often as it should, then took the webhook once, as one delivery."""
+    wanted = [False] * line.scene.refusals + [True]
+    problems = []
+    if [one.is_taken for one in line.requests] != wanted:
+        answers = ", ".join(str(one.status) for one in line.requests) or "nothing"
+        problems.append(f"{line.scene.title}: the app answered {answers}")
+    if not all(one.is_genuine for one in line.requests):
+        problems.append(f"{line.scene.title}: the app got a wrong signature")
+    if len({one.delivery for one in line.requests}) > 1:
+        problems.append(f"{line.scene.title}: Mayfly-Delivery changed between two attempts")
+    return problems
 
 
 def _check_spared(simulator: Simulator, generation: Generation, title: str) -> list[str]:

@@ -51,8 +51,9 @@ async def run_demo(picture: Path | None = None) -> bool:
 async def _run_in(folder: Path, picture: Path | None) -> bool:
     console = Console(highlight=False) if sys.stdout.isatty() else Console(highlight=False, width=200)
     console.print(
-        "A simulator of the Sync API, Mayfly's web side and worker, a Redis and a ledger start in this process. "
-        f"Generations are kept for {TTL_SECONDS} seconds here instead of 24 hours. "
+        "A simulator of the Sync API, an app, Mayfly's web side and worker, a Redis and a ledger start in this "
+        f"process. Generations are kept for {TTL_SECONDS} seconds here instead of 24 hours. "
+        "Mayfly forwards each webhook to the app. "
         "The API answers some calls with errors.\n"
     )
     with _logs_to(folder / "mayfly.log"):
@@ -82,16 +83,20 @@ async def _show_progress(stage: Stage, console: Console) -> tuple[list[Line], li
             if all(_has_ended(line) for line in lines) or time.monotonic() > deadline:
                 break
             await asyncio.sleep(_EVERY_SECONDS)
-    return lines, inspect(stage.simulator, lines, forged, forged_status), richest[1]
+    forwarded = stage.app.requests_about(forged.id)
+    return lines, inspect(stage.simulator, lines, forged, forged_status, forwarded), richest[1]
 
 
 async def _read_lines(stage: Stage, generations: list[tuple[Scene, Generation]]) -> list[Line]:
     records = await stage.read_records()
-    return [Line(scene, generation, records.get(generation.id)) for scene, generation in generations]
+    return [
+        Line(scene, generation, records.get(generation.id), tuple(stage.app.requests_about(generation.id)))
+        for scene, generation in generations
+    ]
 
 
 def _has_ended(line: Line) -> bool:
-    return line.record is not None and line.record.state is line.scene.ends
+    return line.record is not None and line.record.state is line.scene.ends and line.at_app == "✓"
 
 
 @contextmanager
@@ -111,7 +116,8 @@ def _plain(console: Console) -> Iterator[Show]:
                 printed[line.generation.id] = line.progress
                 state = line.record.state if line.record else ""
                 what = what_happens(line, datetime.now(UTC))
-                text = f"{time.monotonic() - began:5.1f} s  {line.scene.title:24}  {line.at_sync:10}  {state:9}  {what}"
+                names = f"{line.scene.title:24}  {line.at_sync:10}  {line.at_app:3}  {state:9}"
+                text = f"{time.monotonic() - began:5.1f} s  {names}  {what}"
                 console.print(text, markup=False, soft_wrap=True)
 
     yield show

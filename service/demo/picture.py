@@ -1,5 +1,6 @@
 """The table of the demo, and the text of its lines."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from datetime import datetime
 
@@ -9,6 +10,7 @@ from rich.table import Table
 
 from service.core.attempts import Outcome
 from service.core.lifecycle import State
+from service.demo.app import Received
 from service.demo.scenes import Scene
 from service.ledger.views import Record
 from service.runtime.terminal import STATE_STYLES
@@ -18,11 +20,12 @@ from service.simulator.generation import UNFINISHED
 
 @dataclass(frozen=True, slots=True)
 class Line:
-    """One generation at one moment; *record* is None before its webhook."""
+    """One generation at one moment; *record* is None before its webhook, which the app got by *requests*."""
 
     scene: Scene
     generation: Generation
     record: Record | None
+    requests: Sequence[Received] = ()
 
     @property
     def at_sync(self) -> str:
@@ -30,23 +33,35 @@ class Line:
         return "gone" if self.generation.deleted_at else self.generation.status
 
     @property
+    def at_app(self) -> str:
+        """A tick if the app has its webhook, else what it answered last; empty before."""
+        if not self.requests:
+            return ""
+        return "✓" if self.requests[-1].is_taken else str(self.requests[-1].status)
+
+    @property
     def progress(self) -> tuple[object, ...]:
         """What a new line is printed for when it changes."""
-        return (self.at_sync, *(() if self.record is None else (self.record.state, self.record.attempts)))
+        has_refused = any(not one.is_taken for one in self.requests)
+        app = self.at_app if has_refused else ""
+        return (self.at_sync, app, *(() if self.record is None else (self.record.state, self.record.attempts)))
 
 
 def table_of(lines: list[Line], now: datetime, title: str) -> Table:
     """Draw all *lines*."""
     table = Table(title=title, title_justify="left", title_style="bold", box=SIMPLE_HEAD, padding=0, expand=True)
-    for heading, width in (("generation", 24), ("at sync.so", 10), ("record", 9), ("tries", 5), ("copied", 6)):
-        table.add_column(heading, width=width, no_wrap=True, justify="center" if heading == "copied" else "left")
+    columns = (("generation", 24), ("at sync.so", 10), ("app", 3), ("record", 9), ("tries", 5), ("copied", 6))
+    for heading, width in columns:
+        is_tick = heading in ("app", "copied")
+        table.add_column(heading, width=width, no_wrap=True, justify="center" if is_tick else "left")
     table.add_column("what happens", no_wrap=True, overflow="ellipsis", ratio=1)
     for line in lines:
         record = line.record
         state = "" if record is None else f"[{STATE_STYLES[record.state]}]{record.state}[/]"
         tries = str(record.attempts) if record and record.attempts else ""
         copied = "✓" if record and record.copied_at else ""
-        table.add_row(escape(line.scene.title), line.at_sync, state, tries, copied, escape(what_happens(line, now)))
+        what = escape(what_happens(line, now))
+        table.add_row(escape(line.scene.title), line.at_sync, line.at_app, state, tries, copied, what)
     return table
 
 

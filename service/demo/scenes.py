@@ -10,13 +10,17 @@ from service.core.lifecycle import State
 
 @dataclass(frozen=True, slots=True)
 class Scene:
-    """One generation: *faults* are the API's first answers, *override* is the query of its webhookUrl."""
+    """One generation: *faults* are the API's first answers, *override* is the query of its webhookUrl.
+
+    The app answers 503 to its webhook as often as *refusals* says.
+    """
 
     title: str
     status: str = "COMPLETED"
     is_spoken: bool = False  # its input is a text, so it has a synthesizedAudioUrl
     override: str = ""
     faults: Mapping[str, Sequence[str]] = field(default_factory=dict)
+    refusals: int = 0
     ends: State = State.DELETED
     outcome: Outcome | None = Outcome.DELETED
 
@@ -24,6 +28,7 @@ class Scene:
 SCENES: Final = (
     Scene("with a recorded voice"),
     Scene("speaks a text", is_spoken=True),
+    Scene("its app is busy: 503", refusals=1),
     Scene("has failed", "FAILED"),
     Scene("was rejected", "REJECTED"),
     Scene("still processing: 409", faults={"DELETE": ["409"]}),

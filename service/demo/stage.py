@@ -1,4 +1,4 @@
-"""The parts of the demo: the simulator and both sides of Mayfly in this process, connected by real sockets."""
+"""The parts of the demo: simulator, app and both sides of Mayfly in this process, connected by real sockets."""
 
 import asyncio
 from collections.abc import AsyncIterator
@@ -11,6 +11,7 @@ from typing import Final
 import httpx
 
 from service.config.settings import Settings, read_settings
+from service.demo.app import PATH, App
 from service.demo.scenes import SCENES, Scene
 from service.ledger import reading
 from service.ledger.database import Database
@@ -26,6 +27,13 @@ TTL_SECONDS: Final = 4
 _KEY: Final = "sk-demo"
 _SECRET: Final = "whsec_demo_0123456789abcdef"  # noqa: S105 - of the demo, protects nothing
 _FORGED_SECRET: Final = "whsec_forged_0123456789abcdef"  # noqa: S105 - as above
+_SIGNING_SECRET: Final = "whsec_" + "demo" * 8
+_TARGET: Final = """
+[[forward]]
+id = "app"
+url = "http://127.0.0.1:{port}{path}"
+secret_env = "APP_SECRET"
+"""
 _FIRST_SECONDS, _APART_SECONDS = 1.0, 0.35
 
 
@@ -34,12 +42,13 @@ class Stage:
     """The running parts of the demo."""
 
     simulator: Simulator
+    app: App
     database: Database
     webhook_url: str
 
     def add_generations(self) -> list[tuple[Scene, Generation]]:
         """Add each scene's generation; they end, and send their webhooks, one after another."""
-        return [
+        added = [
             (
                 scene,
                 self.simulator.add(
@@ -53,6 +62,8 @@ class Stage:
             )
             for number, scene in enumerate(SCENES)
         ]
+        self.app.refusals |= {generation.id: scene.refusals for scene, generation in added}
+        return added
 
     async def send_forged_webhook(self) -> tuple[Generation, int]:
         """Send a webhook that another secret signs; return its generation and the status of the answer."""
@@ -74,9 +85,10 @@ class Stage:
 async def open_stage(folder: Path) -> AsyncIterator[Stage]:
     """Start all parts, with their data in *folder*, and stop them at the end."""
     simulator = Simulator(api_key=_KEY, webhook_secret=_SECRET)
+    app = App(sync_secret=_SECRET, signing_secret=_SIGNING_SECRET)
     metrics, stop = Metrics(), asyncio.Event()
-    async with simulator.serve() as api_url:
-        settings = _settings(folder, api_url)
+    async with simulator.serve() as api_url, serving(app.make_asgi(), "127.0.0.1", 0) as app_port:
+        settings = _settings(folder, api_url, app_port)
         async with (
             open_resources(settings, is_migrating=True) as resources,
             open_queue(resources.redis_url, retries=0) as pool,
@@ -85,13 +97,15 @@ async def open_stage(folder: Path) -> AsyncIterator[Stage]:
         ):
             group.create_task(run_worker(settings, resources, metrics, stop))
             try:
-                yield Stage(simulator, resources.database, f"http://{settings.host}:{port}/webhooks/sync")
+                yield Stage(simulator, app, resources.database, f"http://{settings.host}:{port}/webhooks/sync")
             finally:
                 stop.set()
 
 
-def _settings(folder: Path, api_url: str) -> Settings:
+def _settings(folder: Path, api_url: str, app_port: int) -> Settings:
     """Return settings that do not depend on the caller's environment."""
+    config = folder / "mayfly.toml"
+    config.write_text(_TARGET.format(port=app_port, path=PATH))
     return read_settings(
         {
             "SYNC_API_KEY": _KEY,
@@ -101,5 +115,7 @@ def _settings(folder: Path, api_url: str) -> Settings:
             "MAYFLY_MIN_TTL": "1s",
             "MAYFLY_DATA_DIR": str(folder),
             "MAYFLY_PORT": "0",
+            "MAYFLY_CONFIG": str(config),
+            "APP_SECRET": _SIGNING_SECRET,
         }
     )

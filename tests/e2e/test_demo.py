@@ -16,11 +16,16 @@ import psutil
 import pytest
 
 from service.core.lifecycle import State
+from service.demo.app import PATH, App, Received
 from service.demo.inspection import inspect
 from service.demo.picture import Line
 from service.demo.scenes import SCENES, Scene
 from service.ledger.views import Record
 from service.simulator import Call, Operation, Simulator
+from service.web.server import serving
+from tests.conftest import http_client
+from tests.support.forwards import FORWARD_SECRET, forwarded_headers
+from tests.support.webhooks import SECRET, webhook
 
 # Whoever tries the demo may have the real thing set.
 REAL = {"SYNC_API_KEY": "sk-real", "MAYFLY_TTL": "forever", "MAYFLY_DATABASE_URL": "postgresql://nobody@127.0.0.1:1/x"}
@@ -49,7 +54,10 @@ async def test_the_demo_succeeds_within_a_minute_and_prints_lines_without_a_term
     assert (process.returncode, errors) == (0, "")
     assert time.monotonic() - began < 60
     assert all(scene.title in output for scene in SCENES)
-    assert len(re.findall("^✓", output, re.MULTILINE)) == 5
+    assert len(re.findall("^✓", output, re.MULTILINE)) == 6
+    assert f"✓ The app has the webhooks of all {len(SCENES)} generations, each with both signatures." in output
+    assert re.search("its app is busy: 503 +COMPLETED +503 +scheduled", output)
+    assert re.search("its app is busy: 503 +gone +✓ +deleted", output)
     assert "2 synthesizedAudioUrl" in output
     assert "\x1b" not in output
     assert "<svg" in (folder / "demo.svg").read_text()
@@ -153,8 +161,17 @@ def played():
     return simulator, generation, forged
 
 
-def against(simulator, generation, record, forged, *, scene=SCENES[0], forged_status=401):
-    findings = inspect(simulator, [Line(scene, generation, record)], forged, forged_status)
+def taken(status=204, *, delivery="d1", is_genuine=True, at=DUE):
+    """Return a request that the app answered with *status*."""
+    return Received(at, delivery, is_genuine, status)
+
+
+ONCE = (taken(),)
+
+
+def against(simulator, generation, record, forged, *, scene=SCENES[0], forged_status=401, requests=ONCE, forwarded=()):
+    line = Line(scene, generation, record, requests)
+    findings = inspect(simulator, [line], forged, forged_status, forwarded)
     return [problem.partition(": ")[2] or problem for finding in findings for problem in finding.violations]
 
 
@@ -198,6 +215,79 @@ def test_the_demo_reports_a_forged_webhook_that_was_accepted(played):
         "it was answered 202",
         "it was called",
     ]
+
+
+@pytest.mark.parametrize(
+    ("requests", "problem"),
+    [
+        ((), "the app answered nothing"),
+        ((taken(401, is_genuine=False),), "the app answered 401"),
+        ((taken(), taken()), "the app answered 204, 204"),
+        ((taken(503), taken()), "the app answered 503, 204"),
+    ],
+)
+def test_the_demo_reports_an_app_that_did_not_get_its_webhook_once(played, requests, problem):
+    simulator, generation, forged = played
+
+    assert against(simulator, generation, deleted(generation), forged, requests=requests)[0] == problem
+
+
+def test_the_demo_reports_a_delivery_whose_id_changes(played):
+    simulator, generation, forged = played
+    scene = Scene("busy", refusals=1)
+    for other, problems in (("d1", []), ("d2", ["Mayfly-Delivery changed between two attempts"])):
+        requests = (taken(503), taken(delivery=other))
+
+        assert against(simulator, generation, deleted(generation), forged, scene=scene, requests=requests) == problems
+
+
+def test_the_demo_reports_a_forged_webhook_that_was_forwarded(played):
+    simulator, generation, forged = played
+
+    assert against(simulator, generation, deleted(generation), forged, forwarded=(taken(),)) == ["the app got it"]
+
+
+@pytest.fixture
+async def app():
+    """The demo's app, and a client of it."""
+    app = App(sync_secret=SECRET, signing_secret=FORWARD_SECRET)
+    async with (
+        serving(app.make_asgi(), "127.0.0.1", 0) as port,
+        http_client(f"http://127.0.0.1:{port}") as client,
+    ):
+        yield app, client
+
+
+async def test_the_demos_app_takes_what_both_have_signed_after_its_refusals(app):
+    receiver, client = app
+    sent = webhook()
+    receiver.refusals[sent.id] = 1
+    statuses = [
+        (await client.post(PATH, content=sent.body, headers=forwarded_headers(sent, delivery="d1"))).status_code
+        for _ in range(2)
+    ]
+
+    assert statuses == [503, 204]
+    assert [(one.is_genuine, one.delivery) for one in receiver.requests_about(sent.id)] == [(True, "d1")] * 2
+
+
+@pytest.mark.parametrize(
+    "wrong",
+    [
+        {"Sync-Signature": "t=1,v1=00"},
+        {"Sync-Signature": ""},
+        {"webhook-signature": "v1,AAAA"},
+        {"webhook-timestamp": "1"},
+        {"Mayfly-Delivery": "another"},
+    ],
+)
+async def test_the_demos_app_refuses_what_only_one_has_signed(app, wrong):
+    receiver, client = app
+    sent = webhook()
+    answer = await client.post(PATH, content=sent.body, headers=forwarded_headers(sent) | wrong)
+
+    assert answer.status_code == 401
+    assert receiver.requests_about(sent.id) == ()
 
 
 def test_the_picture_in_the_readme_shows_the_scenes():

@@ -1,8 +1,6 @@
 """`mayfly send --forward`: what each target would get, posted to apps on real sockets."""
 
 import asyncio
-import base64
-import hmac
 import json
 import time
 from uuid import UUID, uuid4
@@ -11,10 +9,8 @@ import pytest
 
 from tests.support.app import Answer, App
 from tests.support.commands import command
+from tests.support.forwards import FORWARD_SECRET, standard_signature
 from tests.support.webhooks import SECRET, signature, webhook
-
-KEY = b"a signing key of 32 bytes or so."
-SIGNING = "whsec_" + base64.b64encode(KEY).decode()
 
 
 async def mayfly(*arguments: str, **options):
@@ -37,7 +33,7 @@ def forward(tmp_path):
     async def run(tables: str, *arguments: str, **options):
         config = tmp_path / "mayfly.toml"
         config.write_text(tables)
-        environment = {"SYNC_WEBHOOK_SECRET": SECRET, "CRM_SECRET": SIGNING, "MAYFLY_CONFIG": str(config)}
+        environment = {"SYNC_WEBHOOK_SECRET": SECRET, "CRM_SECRET": FORWARD_SECRET, "MAYFLY_CONFIG": str(config)}
         environment["MAYFLY_DATA_DIR"] = str(tmp_path / "data")
         return await mayfly("send", "--forward", *arguments, **environment | options)
 
@@ -60,8 +56,8 @@ async def test_a_target_gets_what_is_shown_signed_twice_and_nothing_is_stored(fo
     assert sync == signature(received.body, at=int(sync[2:].partition(",")[0]))
     assert (str(UUID(received.delivery)), received.attempt) == (received.header("webhook-id"), 1)
     at = received.header("webhook-timestamp")
-    digest = hmac.digest(KEY, f"{received.delivery}.{at}.".encode() + received.body, "sha256")
-    assert received.header("webhook-signature") == f"v1,{base64.b64encode(digest).decode()}"
+    signed = standard_signature(received.delivery, int(at), received.body)
+    assert received.header("webhook-signature") == signed
     assert abs(int(at) - time.time()) < 60
     # All that the app received was shown, but the token.
     assert f"\n  {received.body.decode()}\n" in output
@@ -69,7 +65,7 @@ async def test_a_target_gets_what_is_shown_signed_twice_and_nothing_is_stored(fo
     assert f"POST {app.url}/hooks?…\n" in output
     assert "→ answered 200 (" in output
     assert "not through the service, and nothing is stored" in output
-    assert not any(secret in output for secret in ("hunter2", SIGNING, SECRET))
+    assert not any(secret in output for secret in ("hunter2", FORWARD_SECRET, SECRET))
     assert not (tmp_path / "data").exists()
 
 
