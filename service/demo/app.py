@@ -47,11 +47,11 @@ class App:
 
         @post(PATH)
         async def take(request: Request[Any, Any, Any]) -> Response[None]:
-            return Response(None, status_code=self._take(request.headers, await request.body()))
+            return Response(None, status_code=self._answer(request.headers, await request.body()))
 
         return Litestar([take], openapi_config=None, logging_config=None)
 
-    def _take(self, headers: Mapping[str, str], body: bytes) -> int:
+    def _answer(self, headers: Mapping[str, str], body: bytes) -> int:
         """Note a webhook, and return the status to answer."""
         is_genuine = self._is_from_sync(headers, body) and self._is_from_mayfly(headers, body)
         generation = str(msgspec.json.decode(body)["id"]) if is_genuine else ""
