@@ -26,7 +26,7 @@ from service.commands.running import (
     settings_or_exit,
 )
 from service.commands.service_checks import Finding, check_records, check_service
-from service.commands.target_checks import check_targets
+from service.commands.target_checks import check_deliveries, check_targets
 from service.config.rules_advice import find_warnings
 from service.config.settings import Settings
 from service.core.overrides import WEBHOOK_PATH
@@ -128,6 +128,8 @@ async def _check_ledger(settings: Settings) -> list[Finding]:
             await database.write(partial(migrating.check_commits, now=now))
             found = await database.read(_check_durability)
             found += await database.read(partial(check_records, accounts=settings.account_ids, now=now))
+            targets = [target.id for target in settings.targets]
+            found += await database.read(partial(check_deliveries, targets=targets, now=now))
     except SchemaError as error:
         return [Finding("ledger", "failing", str(error))]
     except LedgerUnavailableError as error:

@@ -7,16 +7,21 @@ import asyncio
 import contextlib
 import socket
 import ssl
+from collections.abc import Collection
+from datetime import datetime, timedelta
 from typing import Final
 
 import httpx
+from sqlalchemy import Connection
 
 from service.commands.service_checks import Finding
 from service.config.settings import Settings
 from service.core.forwarding import Target
 from service.core.overrides import WEBHOOK_PATH
 from service.forwarding.posting import make_tls
+from service.ledger.delivery_reading import COUNTED, count_open
 from service.runtime.causes import describe_cause
+from service.web.health import LATE
 
 _CONNECT_SECONDS: Final = 5.0
 _CLOSE_SECONDS: Final = 1.0
@@ -73,3 +78,27 @@ def _judge_failure(part: str, where: str, cause: str) -> Finding:
         f"{where} is not reached ({cause}); its webhooks wait, for three days at most: check its url and the network"
     )
     return Finding(part, "failing", detail)
+
+
+def check_deliveries(connection: Connection, targets: Collection[str], *, now: datetime) -> list[Finding]:
+    """Judge what the ledger says of deliveries; *targets* are those that are configured."""
+    counts = count_open(connection)
+    found = []
+    for target, one in counts.items():
+        waiting, since = f"{_describe_number(one.waiting)} wait", one.waiting_since
+        part, listed = f"deliveries to {target}", f"mayfly forwards list --target {target} --state waiting"
+        if since is not None and target not in targets:
+            advice = "add its [[forward]] again, or they fail after three days"
+            detail = f"{waiting}, and nobody sends them: the target is not configured; {advice}; {listed}"
+            found.append(Finding(part, "warning", detail))
+        elif since is not None and now - since > LATE:
+            detail = f"{waiting}, the oldest for {(now - since) // timedelta(minutes=1)} min"
+            found.append(Finding(part, "warning", f"{detail}: check its app and that a worker runs; {listed}"))
+    if failed := [f"{_describe_number(one.failed)} to {target}" for target, one in counts.items() if one.failed]:
+        detail = f"{', '.join(failed)}: not sent again, unless you replay them; mayfly forwards list --state failed"
+        found.append(Finding("failed deliveries", "warning", detail))
+    return found
+
+
+def _describe_number(counted: int) -> str:
+    return f"{counted} or more" if counted >= COUNTED else str(counted)

@@ -2,14 +2,22 @@
 
 import asyncio
 import json
+from datetime import UTC, datetime, timedelta
 from typing import Any
+from uuid import uuid4
 
 import pytest
+from sqlalchemy import update
 
+from service.core.forwarding import Target
+from service.core.key import Key
+from service.core.secret import Secret
+from service.ledger.deliveries import Forwarding, insert_deliveries
+from service.ledger.delivery_schema import deliveries
 from tests.support.app import App
 from tests.support.commands import command
 from tests.support.ports import free_port
-from tests.support.webhooks import SECRET
+from tests.support.webhooks import SECRET, webhook
 
 
 @pytest.fixture
@@ -29,7 +37,11 @@ def examine(tmp_path, simulator):
             "MAYFLY_PORT": str(free_port()),
         }
         result = await asyncio.to_thread(command, "doctor", "--json", *options, **defaults | environment)
-        found = [one for one in json.loads(result.stdout)["findings"] if one["part"].startswith(("target", "failed"))]
+        found = [
+            one
+            for one in json.loads(result.stdout)["findings"]
+            if one["part"].startswith(("target", "deliver", "failed"))
+        ]
         return result.exit_code, {one["part"]: (one["status"], one["detail"]) for one in found}
 
     return run
@@ -114,3 +126,64 @@ async def test_a_loop_is_refused_before_anything_starts(tmp_path):
             "set it to the URL of your app\n"
         )
     assert not (tmp_path / "data").exists()
+
+
+@pytest.fixture
+def ledger(sqlite_url):
+    """The setting of a ledger that is there."""
+    return {"MAYFLY_DATABASE_URL": f"sqlite:///{sqlite_url.database}"}
+
+
+async def store_delivery(database, target, **changes):
+    """Store a delivery, and change columns of it."""
+    body = webhook().body
+    key, now = Key("default", str(uuid4())), datetime.now(UTC)
+    form = (body, "application/json", "t=1,v1=0")
+    sent = Forwarding(key, "COMPLETED", *form, now, (Target(target, Secret("x")),), is_final=False)
+
+    def store(connection):
+        (new,) = insert_deliveries(connection, [sent])
+        if changes:
+            connection.execute(update(deliveries).where(deliveries.c.id == new.id).values(changes))
+
+    await database.write(store)
+
+
+async def test_doctor_counts_the_deliveries_that_have_failed(examine, ledger, sqlite_database):
+    for target in ("app", "crm", "crm"):
+        await store_delivery(sqlite_database, target, state="failed", wake_at=None)
+    async with App() as app:
+        code, found = await examine(table("crm", app.url), **ledger)
+
+    assert code == 0
+    assert found["failed deliveries"] == (
+        "warning",
+        "1 to app, 2 to crm: not sent again, unless you replay them; mayfly forwards list --state failed",
+    )
+    assert set(found) == {"target crm", "failed deliveries"}
+
+
+async def test_doctor_names_deliveries_of_a_target_that_is_not_configured(examine, ledger, sqlite_database):
+    await store_delivery(sqlite_database, "old")
+    await store_delivery(sqlite_database, "crm")
+    async with App() as app:
+        _, found = await examine(table("crm", app.url), **ledger)
+
+    assert set(found) == {"target crm", "deliveries to old"}
+    status, detail = found["deliveries to old"]
+    assert status == "warning"
+    assert detail.startswith("1 wait, and nobody sends them: the target is not configured; add its [[forward]] again")
+
+
+async def test_doctor_names_deliveries_that_wait_for_long(examine, ledger, sqlite_database):
+    await store_delivery(sqlite_database, "crm", since=datetime.now(UTC) - timedelta(minutes=42))
+    await store_delivery(sqlite_database, "crm")
+    async with App() as app:
+        code, found = await examine(table("crm", app.url), **ledger)
+
+    assert code == 0
+    status, detail = found["deliveries to crm"]
+    assert status == "warning"
+    assert detail.startswith(
+        "2 wait, the oldest for 42 min: check its app and that a worker runs; mayfly forwards list"
+    )
