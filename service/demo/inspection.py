@@ -30,6 +30,7 @@ def inspect(
     """Check every promise of the demo; *lines* are the final state."""
     deleted = [line for line in lines if line.scene.ends is State.DELETED]
     spared = [line for line in lines if line.scene.ends is not State.DELETED]
+    refused = sum(line.scene.refusals for line in deleted)
     return [
         Finding("Every record ended as it should.", [p for line in lines for p in _check_ending(line)]),
         Finding(
@@ -43,6 +44,10 @@ def inspect(
         Finding(
             f"The app has the webhooks of all {len(lines)} generations, each with both signatures.",
             [p for line in lines for p in _check_app(line)],
+        ),
+        Finding(
+            f"The app refused {refused} of them at first: its DELETE came only after the app had taken it.",
+            [p for line in deleted for p in _check_app_first(simulator, line)],
         ),
         Finding(
             f"{len(spared)} generations were to be kept: they exist, and no DELETE was sent.",
@@ -101,6 +106,14 @@ def _check_app(line: Line) -> list[str]:
     if len({one.delivery for one in line.requests}) > 1:
         problems.append(f"{line.scene.title}: Mayfly-Delivery changed between two attempts")
     return problems
+
+
+def _check_app_first(simulator: Simulator, line: Line) -> list[str]:
+    """Check that the first DELETE came after the app had taken the webhook."""
+    taken = [one.at for one in line.requests if one.is_taken]
+    calls = _calls(simulator, line.generation, Operation.DELETE)
+    is_right = not calls or (taken and min(calls) >= min(taken))
+    return [] if is_right else [f"{line.scene.title}: a DELETE came before the app had taken its webhook"]
 
 
 def _check_spared(simulator: Simulator, generation: Generation, title: str) -> list[str]:

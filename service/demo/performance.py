@@ -2,6 +2,7 @@
 
 import asyncio
 import contextlib
+import re
 import shutil
 import sys
 import tempfile
@@ -28,6 +29,7 @@ _LONGEST_SECONDS: Final = 50.0
 _EVERY_SECONDS: Final = 0.125
 _TITLE: Final = "Mayfly deletes sync.so generations once their time is up"
 _PICTURE_WIDTH: Final = 110
+_NUMBER: Final = re.compile(r"[0-9.]+")
 
 Show = Callable[[list[Line]], None]
 
@@ -53,7 +55,7 @@ async def _run_in(folder: Path, picture: Path | None) -> bool:
     console.print(
         "A simulator of the Sync API, an app, Mayfly's web side and worker, a Redis and a ledger start in this "
         f"process. Generations are kept for {TTL_SECONDS} seconds here instead of 24 hours. "
-        "Mayfly forwards each webhook to the app. "
+        "Mayfly forwards each webhook to the app, and deletes nothing whose webhook the app has not taken. "
         "The API answers some calls with errors.\n"
     )
     with _logs_to(folder / "mayfly.log"):
@@ -78,8 +80,9 @@ async def _show_progress(stage: Stage, console: Console) -> tuple[list[Line], li
         while True:
             lines = await _read_lines(stage, generations)
             show(lines)
-            if (variety := len({line.progress for line in lines})) > richest[0]:
-                richest = (variety, table_of(lines, datetime.now(UTC), _TITLE))
+            now = datetime.now(UTC)
+            if (variety := len({_NUMBER.sub("", what_happens(line, now)) for line in lines})) > richest[0]:
+                richest = (variety, table_of(lines, now, _TITLE))
             if all(_has_ended(line) for line in lines) or time.monotonic() > deadline:
                 break
             await asyncio.sleep(_EVERY_SECONDS)

@@ -44,7 +44,8 @@ class Line:
         """What a new line is printed for when it changes."""
         has_refused = any(not one.is_taken for one in self.requests)
         app = self.at_app if has_refused else ""
-        return (self.at_sync, app, *(() if self.record is None else (self.record.state, self.record.attempts)))
+        record = () if self.record is None else (self.record.state, self.record.attempts, self.record.waits_for)
+        return (self.at_sync, app, *record)
 
 
 def table_of(lines: list[Line], now: datetime, title: str) -> Table:
@@ -74,10 +75,8 @@ def what_happens(line: Line, now: datetime) -> str:
 
 def _describe_record(record: Record, now: datetime) -> str:
     match record.state:
-        case State.SCHEDULED if record.next_attempt_at is not None:
-            wait = max((record.next_attempt_at - now).total_seconds(), 0)
-            why = (record.last_error or "").removeprefix("the API answered ")
-            return f"again in {wait:.1f} s: {why}" if why else f"due in {wait:.1f} s"
+        case State.SCHEDULED:
+            return _describe_scheduled(record, now)
         case State.DELETED if record.deleted_at and record.due_at:
             late = (record.deleted_at - record.due_at).total_seconds()
             gone = "found gone " if record.outcome == Outcome.ALREADY_GONE else ""
@@ -90,3 +89,11 @@ def _describe_record(record: Record, now: datetime) -> str:
             return f"given up: {record.last_error}"
         case _:
             return "is being copied and deleted"
+
+
+def _describe_scheduled(record: Record, now: datetime) -> str:
+    if record.waits_for is not None:
+        return "due, and waits until its app has the webhook"
+    wait = max(((record.next_attempt_at or now) - now).total_seconds(), 0)
+    why = (record.last_error or "").removeprefix("the API answered ")
+    return f"again in {wait:.1f} s: {why}" if why else f"due in {wait:.1f} s"

@@ -33,6 +33,7 @@ _TARGET: Final = """
 id = "app"
 url = "http://127.0.0.1:{port}{path}"
 secret_env = "APP_SECRET"
+required = true
 """
 _FIRST_SECONDS, _APART_SECONDS = 1.0, 0.35
 

@@ -54,10 +54,12 @@ async def test_the_demo_succeeds_within_a_minute_and_prints_lines_without_a_term
     assert (process.returncode, errors) == (0, "")
     assert time.monotonic() - began < 60
     assert all(scene.title in output for scene in SCENES)
-    assert len(re.findall("^✓", output, re.MULTILINE)) == 6
+    assert len(re.findall("^✓", output, re.MULTILINE)) == 7
     assert f"✓ The app has the webhooks of all {len(SCENES)} generations, each with both signatures." in output
     assert re.search("its app is busy: 503 +COMPLETED +503 +scheduled", output)
+    assert "due, and waits until its app has the webhook" in output
     assert re.search("its app is busy: 503 +gone +✓ +deleted", output)
+    assert "✓ The app refused 1 of them at first: its DELETE came only after the app had taken it." in output
     assert "2 synthesizedAudioUrl" in output
     assert "\x1b" not in output
     assert "<svg" in (folder / "demo.svg").read_text()
@@ -232,6 +234,15 @@ def test_the_demo_reports_an_app_that_did_not_get_its_webhook_once(played, reque
     assert against(simulator, generation, deleted(generation), forged, requests=requests)[0] == problem
 
 
+def test_the_demo_reports_a_delete_before_the_app_has_taken_the_webhook(played):
+    simulator, generation, forged = played
+    late = (taken(at=DUE + timedelta(seconds=3)),)
+
+    assert against(simulator, generation, deleted(generation), forged, requests=late) == [
+        "a DELETE came before the app had taken its webhook"
+    ]
+
+
 def test_the_demo_reports_a_delivery_whose_id_changes(played):
     simulator, generation, forged = played
     scene = Scene("busy", refusals=1)
@@ -294,3 +305,4 @@ def test_the_picture_in_the_readme_shows_the_scenes():
     picture = (Path(__file__).parents[2] / "deploy" / "demo.svg").read_text().replace("&#160;", " ")
 
     assert all(scene.title in picture for scene in SCENES)
+    assert "waits until its app has the webhook" in picture
