@@ -23,7 +23,7 @@ from service.web.app import make_app
 from service.web.server import serving
 from workers.main import run_worker
 
-TTL_SECONDS: Final = 4
+TTL_SECONDS: Final = 3
 _KEY: Final = "sk-demo"
 _SECRET: Final = "whsec_demo_0123456789abcdef"  # noqa: S105 - of the demo, protects nothing
 _FORGED_SECRET: Final = "whsec_forged_0123456789abcdef"  # noqa: S105 - as above
