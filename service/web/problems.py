@@ -42,7 +42,7 @@ def documented(*statuses: int) -> dict[int, ResponseSpec]:
     descriptions = {
         400: "the request is invalid",
         401: "the bearer token, or the signature of a webhook, is missing or wrong",
-        403: "the operator API is closed: MAYFLY_API_TOKEN is not set",
+        403: "it is closed: MAYFLY_API_TOKEN is not set, for POST /api/records neither that nor MAYFLY_INTAKE_TOKEN",
         404: "nothing of this id",
         408: "the body took longer than 10 s to arrive",
         409: "its state does not allow this now, or another number matches than expected",
@@ -75,7 +75,10 @@ def _from_signature_error(error: SignatureError) -> ProblemDetailsException:
     advice = {
         "missing": "the Sync-Signature header is missing",
         "malformed": "the Sync-Signature header is not t=<unix seconds>,v1=<hex>",
-        "stale": f"the signature's time is {error.details}: check both clocks",
+        "stale": (
+            f"the signature's time is {error.details}: check both clocks; an app that relays a webhook has to do so "
+            "within MAYFLY_WEBHOOK_TOLERANCE, and can call POST /api/records later"
+        ),
         "mismatch": "no secret matches: check SYNC_WEBHOOK_SECRET, and that no proxy changes the body",
     }
     return problem(401, "Signature rejected", advice[error.reason], {"WWW-Authenticate": "Sync-Signature"})

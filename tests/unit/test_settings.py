@@ -7,7 +7,6 @@ import pytest
 from sqlalchemy import URL
 
 from service.config.settings import (
-    NOT_SUPPORTED,
     OPTIONS,
     WORKER_DEFAULTS,
     SettingsError,
@@ -15,6 +14,7 @@ from service.config.settings import (
     require_api_key,
     require_webhook_secret,
 )
+from service.config.unknown_variables import NOT_SUPPORTED
 from service.core.rate import Rate
 from service.core.retention import Bounds, Policy
 from service.core.secret import Secret
