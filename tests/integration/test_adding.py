@@ -1,4 +1,4 @@
-"""Generations that an app adds by their ids: the route and its token, what the record becomes, and both ways at once."""
+"""Generations that an app adds by their ids: the route and its token, what becomes of the record, and both ways."""
 
 from datetime import timedelta
 
@@ -34,7 +34,7 @@ def add(client, **body):
     return client.post("/api/records", json={"id": "g1"} | body)
 
 
-async def test_a_generation_is_added_by_its_id_alone(app, database, pool):
+async def test_a_generation_is_added_by_its_id_alone(app, database):
     answer = await add(app)
     row = await row_of(database, Key("default", "g1"))
 
