@@ -105,8 +105,9 @@ class Looks:
         if answer.verdict is Verdict.DONE and answer.generation is not None and answer.body is not None:
             await self._store(key, answer.generation, answer.body)
         elif answer.verdict is Verdict.GONE:
-            what_now = _ENDED[await self.ledger.end(key, _UNKNOWN, wait)]
-            log.warning("copy.unknown", generation=key.id, account=key.account, what_now=what_now)
+            ended = await self.ledger.end(key, _UNKNOWN, wait)
+            write = log.info if ended is Ended.PUT_OFF else log.warning
+            write("copy.unknown", account=key.account, generation=key.id, what_now=_ENDED[ended])
         else:
             await self.ledger.put_off(key, wait, answer.throttle, answer.generation)
 

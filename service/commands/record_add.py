@@ -32,7 +32,7 @@ from service.core.matchers import Facts
 from service.core.overrides import InvalidOverrideError, Overrides
 from service.core.retention import Retention, decide_asked_retention
 from service.ledger.account_reading import find_others
-from service.ledger.adding import add_record, make_arrival
+from service.ledger.adding import add_records, make_arrival
 from service.ledger.database import Database
 from service.ledger.inserting import Receipt
 from service.ledger.views import find_record, present_full
@@ -125,7 +125,7 @@ async def _add_one(settings: Settings, database: Database, key: Key, wanted: _Wa
         find = partial(find_record, key=key, now=now, is_dry_run=settings.is_dry_run)
         if wanted.is_guessed and await database.read(find) is None:
             await _refuse_other(database, key)
-        receipt = await database.write(partial(add_record, arrival=arrival))
+        (receipt,) = await database.write(partial(add_records, arrivals=[arrival]))
     except (InvalidOverrideError, MalformedError) as error:
         raise RefusedError(f"{key.id}: {error}") from error
     if not wanted.is_json:

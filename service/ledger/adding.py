@@ -1,5 +1,6 @@
 """Records of generations that are added by their ids: no webhook told of them, and the early look finds the rest."""
 
+from collections.abc import Sequence
 from datetime import datetime
 from typing import Final
 
@@ -37,12 +38,13 @@ def make_arrival(key: Key, retention: Retention, *, now: datetime, actor: str) -
     )
 
 
-def add_record(connection: Connection, arrival: Arrival) -> Receipt:
-    """Store a record, or merge *arrival* into the one that is there as a second webhook; its labels are added.
+def add_records(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
+    """Store new records, and merge into those that are there as a second webhook does; their labels are added.
 
     Raises: InvalidOverrideError if a generation would have too many labels.
     """
-    (receipt,) = receive(connection, [arrival])
-    if arrival.retention.labels and not receipt.is_new:
-        check_number(connection.scalar(select(func.count()).where(labels.c.record == receipt.seq)) or 0)
-    return receipt
+    receipts = receive(connection, arrivals)
+    for arrival, receipt in zip(arrivals, receipts, strict=True):
+        if arrival.retention.labels and not receipt.is_new:
+            check_number(connection.scalar(select(func.count()).where(labels.c.record == receipt.seq)) or 0)
+    return receipts

@@ -25,17 +25,18 @@ from service.core.retention import Policy, decide_asked_retention
 from service.jobs.enqueue import CleanupJob, CopyJob, Job
 from service.ledger import reading
 from service.ledger.account_reading import find_others
-from service.ledger.adding import add_record, make_arrival
+from service.ledger.adding import add_records, make_arrival
 from service.ledger.database import Database
-from service.ledger.inserting import Receipt
+from service.ledger.group_commit import GroupCommit
+from service.ledger.inserting import Arrival, Receipt
 from service.ledger.views import FullRecord, find_record
 from service.web.auth import CALLER, FOR_APPS
 from service.web.problems import documented, problem
 from service.web.records import answer_record
+from service.web.webhooks import MAX_BODY_BYTES
 
 log = structlog.get_logger()
 
-Enqueue = Callable[[Sequence[Job]], None]
 _Word = Annotated[str, msgspec.Meta(min_length=1, max_length=500)]
 _EXAMPLES: Final = {
     "by policy": {"id": "1a5a4cbd-4d29-4bd9-a2c8-5b5d0fd5a3d0"},
@@ -71,6 +72,56 @@ class _AddOperation(Operation):
                     content.examples = {name: Example(value=value) for name, value in _EXAMPLES.items()}
 
 
+class Adding:
+    """Stores what is added; calls that come together share a transaction, as webhooks do."""
+
+    def __init__(
+        self,
+        *,
+        database: Database,
+        enqueue: Callable[[Sequence[Job]], None],
+        accounts: Sequence[str],
+        policy: Policy,
+        now: Callable[[], datetime],
+    ) -> None:
+        self._database = database
+        self._enqueue = enqueue
+        self._accounts = accounts
+        self._policy = policy
+        self._now = now
+        self._group: GroupCommit[Arrival, Receipt] = GroupCommit(self._commit)
+
+    async def add(self, wanted: Addition, caller: str) -> tuple[Key, Receipt]:
+        """Store what is *wanted*, then enqueue its jobs in the background.
+
+        Raises: ProblemDetailsException for what cannot be read; MalformedError; LedgerUnavailableError.
+        """
+        now, key = self._now(), Key(choose_account(self._accounts, wanted.account), wanted.id)
+        await self._check_account(key, is_given=wanted.account is not None)
+        try:
+            asked = read_asked(ttl=wanted.ttl, expires=wanted.expires, hold=wanted.hold, labels=wanted.labels)
+            retention = decide_asked_retention(self._policy, Facts(account=key.account), asked, by=caller, now=now)
+            receipt = await self._group.submit(make_arrival(key, retention, now=now, actor=caller))
+        except InvalidOverrideError as error:
+            raise problem(400, "Bad Request", str(error)) from None
+        self._enqueue(_jobs(key, receipt, now))
+        _log_receipt(key, receipt, caller)
+        return key, receipt
+
+    async def _commit(self, arrivals: Sequence[Arrival]) -> Sequence[Receipt]:
+        return await self._database.write(partial(add_records, arrivals=arrivals))
+
+    async def _check_account(self, key: Key, *, is_given: bool) -> None:
+        """Refuse an account for which nothing deletes; if none was given, an id of which another one has the record."""
+        if key.account not in self._accounts:
+            raise problem(400, "Bad Request", f"account: it accepts one of {', '.join(self._accounts)}")
+        is_sure = is_given or len(self._accounts) == 1
+        if is_sure or await self._database.read(partial(reading.find_row, key=key)) is not None:
+            return
+        if others := await self._database.read(partial(find_others, key=key)):
+            raise problem(400, "Bad Request", f"account: {others[0]} has a record of this generation; name the account")
+
+
 class AddingController(Controller):
     """The one route of the token that can do nothing else."""
 
@@ -81,9 +132,10 @@ class AddingController(Controller):
     @post(
         "/",
         status_code=201,
+        request_max_body_size=MAX_BODY_BYTES,
         summary="Add a generation by its id",
         responses={
-            **documented(400, 401, 403, 503),
+            **documented(400, 401, 403, 413, 503),
             200: ResponseSpec(FullRecord, description="the record that was there", generate_examples=False),
             201: ResponseSpec(FullRecord, description="the new record", generate_examples=False),
         },
@@ -96,9 +148,7 @@ class AddingController(Controller):
         database: NamedDependency[Database],
         now: NamedDependency[Callable[[], datetime]],
         is_dry_run: NamedDependency[bool],
-        accounts: NamedDependency[Sequence[str]],
-        policy: NamedDependency[Policy],
-        enqueue: NamedDependency[Enqueue],
+        adding: NamedDependency[Adding],
         data: JSONBody[Addition],
     ) -> Response[Any]:  # a FullRecord
         """Schedule the deletion of a generation, also of one that is still processing: it waits until it has ended.
@@ -106,18 +156,8 @@ class AddingController(Controller):
         A record that is there is merged as by a second webhook: the later due time wins, and a hold. An id that sync.so
         does not know makes the record failed, within some minutes.
         """
-        key, at, caller = Key(choose_account(accounts, data.account), data.id), now(), str(request.state[CALLER])
-        await _check_account(database, key, accounts, is_given=data.account is not None)
-        try:
-            asked = read_asked(ttl=data.ttl, expires=data.expires, hold=data.hold, labels=data.labels)
-            retention = decide_asked_retention(policy, Facts(account=key.account), asked, by=caller, now=at)
-            arrival = make_arrival(key, retention, now=at, actor=caller)
-            receipt = await database.write(partial(add_record, arrival=arrival))
-        except InvalidOverrideError as error:
-            raise problem(400, "Bad Request", str(error)) from None
-        enqueue(_jobs(key, receipt, at))
-        _log_receipt(key, receipt, caller)
-        found = await database.read(partial(find_record, key=key, now=at, is_dry_run=is_dry_run))
+        key, receipt = await adding.add(data, str(request.state[CALLER]))
+        found = await database.read(partial(find_record, key=key, now=now(), is_dry_run=is_dry_run))
         answer: Response[Any] = await answer_record(database, key, found)
         answer.status_code = 201 if receipt.is_new else 200
         return answer
@@ -135,13 +175,3 @@ def _log_receipt(key: Key, receipt: Receipt, caller: str) -> None:
     if receipt.is_new:
         due_at = None if receipt.due_at is None else receipt.due_at.isoformat()
         log.info("record.added", generation=key.id, by=caller, due_at=due_at, state=str(receipt.state))
-
-
-async def _check_account(database: Database, key: Key, accounts: Sequence[str], *, is_given: bool) -> None:
-    """Refuse an account for which nothing deletes; if none was given, an id of which only another one has a record."""
-    if key.account not in accounts:
-        raise problem(400, "Bad Request", f"account: it accepts one of {', '.join(accounts)}")
-    if is_given or len(accounts) == 1 or await database.read(partial(reading.find_row, key=key)) is not None:
-        return
-    if others := await database.read(partial(find_others, key=key)):
-        raise problem(400, "Bad Request", f"account: {others[0]} has a record of this generation; name the account")

@@ -21,7 +21,7 @@ from service.ledger.database import Database
 from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
 from service.web import health, problems
-from service.web.adding import AddingController
+from service.web.adding import Adding, AddingController
 from service.web.auth import ApiTokens
 from service.web.batches import BatchesController
 from service.web.bulk import BulkController
@@ -70,15 +70,17 @@ def make_app(
         ],
         guards=[ApiTokens(settings.api_token, settings.intake_token), refuse_unknown_parameters],
     )
+    adding = Adding(
+        database=database,
+        enqueue=enqueuer.enqueue,
+        accounts=settings.account_ids,
+        policy=settings.policy,
+        now=now,
+    )
     intake = _intake(settings, database, enqueuer, metrics, now, ledger_check)
     return Litestar(
         [webhook_handler(intake, refusals), health.live, health.ready, health.show_metrics, operator],
-        dependencies=dependencies
-        | {
-            "min_ttl_of": _provide(settings.min_ttl_of),
-            "policy": _provide(settings.policy),
-            "enqueue": _provide(enqueuer.enqueue),
-        },
+        dependencies=dependencies | {"min_ttl_of": _provide(settings.min_ttl_of), "adding": _provide(adding)},
         plugins=[problems.plugin],
         request_class=problems.JsonRequest,
         response_headers=SECURITY_HEADERS,

@@ -11,6 +11,7 @@ from litestar.openapi import ResponseSpec
 from litestar.plugins.problem_details import ProblemDetailsConfig, ProblemDetailsException, ProblemDetailsPlugin
 from litestar.response import Response
 
+from service.core.durations import DURATION_FORMS
 from service.core.generation import MalformedError
 from service.core.lifecycle import IllegalMoveError
 from service.core.replaying import NotReplayedError
@@ -99,6 +100,20 @@ _WIRE_NAMES = {
 }
 
 
+# What fields accept that are texts of a form, where another type was sent.
+_ACCEPTED = {
+    "ttl": f"a text, {DURATION_FORMS}, or forever",
+    "expires": "a text, 2026-12-31T00:00:00Z or 2026-12-31",
+    "hold": "a text, the reason",
+    "labels": "an object of texts",
+}
+
+
+def _reason(found: Mapping[str, Any]) -> str:
+    accepted = _ACCEPTED.get(str(found.get("key", ""))) if found.get("source") == "body" else None
+    return f"{_wire_name(found)}: {found.get('message')}" + (f"; it accepts {accepted}" if accepted else "")
+
+
 def _wire_name(found: Mapping[str, Any]) -> str:
     """Return the client's name of what is invalid: of a parameter, of the body or of a field in it."""
     name = str(found.get("key", ""))
@@ -109,7 +124,7 @@ def _wire_name(found: Mapping[str, Any]) -> str:
 def _from_http_exception(error: HTTPException) -> ProblemDetailsException:
     """Describe an error of Litestar's in the client's names; Litestar's text repeats the query."""
     found = error.extra if isinstance(error, ValidationException) and isinstance(error.extra, list) else []
-    reasons = [f"{_wire_name(one)}: {one.get('message')}" for one in found]
+    reasons = [_reason(one) for one in found]
     title = HTTPStatus(error.status_code).phrase
     return problem(error.status_code, title, "; ".join(reasons) or error.detail, error.headers)
 
@@ -150,7 +165,7 @@ exception_handlers: dict[Any, Any] = {Exception: _answer_internal_error}
 
 
 class JsonRequest(Request[Any, Any, Any]):
-    """A request whose JSON may be nested without end: msgspec raises RecursionError, which Litestar answers 500."""
+    """A request whose JSON may be nested without end, or not be UTF-8: what msgspec raises Litestar answers 500."""
 
     async def json(self) -> Any:  # noqa: ANN401 - any JSON value
         """Return the body.
@@ -161,3 +176,5 @@ class JsonRequest(Request[Any, Any, Any]):
             return await super().json()
         except RecursionError:
             raise problem(400, "Bad Request", "the body is nested too deeply") from None
+        except UnicodeDecodeError:
+            raise problem(400, "Bad Request", "the body is not in UTF-8") from None
