@@ -398,7 +398,7 @@ async def test_once_the_api_has_shown_it_a_generation_not_found_means_that_it_is
 # Attempts
 
 
-async def test_what_is_processing_at_its_due_time_is_not_deleted_and_then_waits_for_min_ttl(
+async def test_what_processes_at_its_due_time_is_not_deleted_and_then_waits_for_min_ttl(
     database, simulator, cleaner, add
 ):
     generation = simulator.add(generation_id="g1", status="PROCESSING")
@@ -466,7 +466,7 @@ async def test_a_webhook_that_holds_or_keeps_brings_a_wrong_id_back_so(database,
     assert (await row_of(database, key)).state == state
 
 
-async def test_a_webhook_completes_the_record_of_a_sweep_and_changes_nothing_that_the_api_said(database):
+async def test_a_webhook_completes_the_record_of_a_sweep_and_changes_no_word_of_the_api(database):
     swept = arrival(id="g1", due_in=DAY, model="of-the-api", outputFileName="take_07", error=None)
     await receive(database, msgspec.structs.replace(swept, is_adopted=True, actor="sweep"))
     labels = {"customer": "acme"}
