@@ -80,7 +80,12 @@ def make_app(
     intake = _intake(settings, database, enqueuer, metrics, now, ledger_check)
     return Litestar(
         [webhook_handler(intake, refusals), health.live, health.ready, health.show_metrics, operator],
-        dependencies=dependencies | {"min_ttl_of": _provide(settings.min_ttl_of), "adding": _provide(adding)},
+        dependencies=dependencies
+        | {
+            "min_ttl_of": _provide(settings.min_ttl_of),
+            "enqueue": _provide(enqueuer.enqueue),
+            "adding": _provide(adding),
+        },
         plugins=[problems.plugin],
         request_class=problems.JsonRequest,
         response_headers=SECURITY_HEADERS,
