@@ -58,18 +58,6 @@ def make_app(
     ledger_check = LedgerCheck(database, now=now)
     refusals = refusals or Refusals(metrics)
     dependencies = _health_dependencies(settings, database, queue_pool, metrics, now, ledger_check)
-    operator = Router(
-        "/api",
-        route_handlers=[
-            RecordsController,
-            AddingController,
-            BulkController,
-            BatchesController,
-            ForwardsController,
-            OperatorController,
-        ],
-        guards=[ApiTokens(settings.api_token, settings.intake_token), refuse_unknown_parameters],
-    )
     adding = Adding(
         database=database,
         enqueue=enqueuer.enqueue,
@@ -79,7 +67,7 @@ def make_app(
     )
     intake = _intake(settings, database, enqueuer, metrics, now, ledger_check)
     return Litestar(
-        [webhook_handler(intake, refusals), health.live, health.ready, health.show_metrics, operator],
+        [webhook_handler(intake, refusals), health.live, health.ready, health.show_metrics, _operator(settings)],
         dependencies=dependencies
         | {
             "min_ttl_of": _provide(settings.min_ttl_of),
@@ -94,6 +82,22 @@ def make_app(
         on_shutdown=[enqueuer.close, refusals.close],
         openapi_config=_openapi(),
         logging_config=None,
+    )
+
+
+def _operator(settings: Settings) -> Router:
+    """Return the operator API; one route of it takes the intake token as well."""
+    return Router(
+        "/api",
+        route_handlers=[
+            RecordsController,
+            AddingController,
+            BulkController,
+            BatchesController,
+            ForwardsController,
+            OperatorController,
+        ],
+        guards=[ApiTokens(settings.api_token, settings.intake_token), refuse_unknown_parameters],
     )
 
 
