@@ -32,6 +32,7 @@ SAMPLES = {
     "MAYFLY_HOST": "0.0.0.0",
     "MAYFLY_PORT": "9090",
     "MAYFLY_API_TOKEN": "a-token-of-some-length",
+    "MAYFLY_INTAKE_TOKEN": "another-token-of-some-length",
     "MAYFLY_DRY_RUN": "true",
     "MAYFLY_API_RATE": "5/second",
     "MAYFLY_MAX_DELETES_PER_DAY": "1000",

@@ -7,25 +7,25 @@ import asyncio
 import random
 from collections.abc import Awaitable, Callable
 from contextlib import AbstractAsyncContextManager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import datetime, timedelta
 from typing import TypeVar
 
 import msgspec
 import structlog
 
-from service.core.attempts import Step, Verdict, after_attempt
+from service.core.attempts import Step, Verdict, after_attempt, describe_unknown_id
 from service.core.generation import Generation
 from service.core.key import Key
 from service.core.lifecycle import Move
-from service.core.retention import Policy, Retention, reconsider_retention
-from service.core.rules import read_facts
+from service.core.retention import Policy, Retention
 from service.ledger.claiming import DRY_RUN, Claim
 from service.ledger.database import LedgerUnavailableError
 from service.ledger.outcomes import Copy, CopyResult, Settled, Settlement
 from service.runtime.metrics import Metrics
 from service.sync.answers import Answer
 from service.sync.client import DELETE_SECONDS, GET_SECONDS, SyncApi
+from workers.deciding import decide_again
 from workers.key_proof import KeyProof
 
 log = structlog.get_logger()
@@ -93,25 +93,18 @@ class Cleaner:
             return await self._give_back(claim, "its worker could not start in time")
         if found.verdict is not Verdict.DONE or found.generation is None or found.body is None:
             return await self._settle_answer(claim, found, "GET")
-        if (later := self._reconsider(claim, found.generation)) is not None:
-            return await self._apply_retention(claim, later)
+        if (later := decide_again(self.policy, claim, found.generation, now=self.now())) is not None:
+            return await self._apply_retention(claim, later, found.generation)
         copied = Copy(claim, found.generation, found.body, is_rehearsal=self.is_dry_run)
         return await self._delete_if_allowed(claim, await self._commit(claim, lambda: self.copy(copied)))
 
-    def _reconsider(self, claim: Claim, generation: Generation) -> Retention | None:
-        return reconsider_retention(
-            self.policy,
-            read_facts(self.policy.rules, claim.key.account, generation, is_complete=True, labels=claim.labels),
-            rule=claim.rule,
-            due_at=claim.due_at,
-            ttl=claim.ttl,
-            webhook_url=generation.webhook_url,
-        )
-
-    async def _apply_retention(self, claim: Claim, later: Retention) -> Verdict | None:
+    async def _apply_retention(self, claim: Claim, later: Retention, generation: Generation) -> Verdict | None:
         """Defer, hold or keep a generation because of what the API shows and the webhook did not have."""
+        status = None if claim.has_ended else generation.status
         step = Step(Move.DEFER, claim.progress, retry_at=later.due_at or self.now())
-        settlement = Settlement(claim, Verdict.DONE, step, is_key_good=True, is_shown=True, retention=later)
+        settlement = Settlement(
+            claim, Verdict.DONE, step, is_key_good=True, is_shown=True, retention=later, status=status
+        )
         if not await self._settle(settlement, "overridden"):
             return None
         log.info(
@@ -157,7 +150,10 @@ class Cleaner:
             retry_after=answer.retry_after,
             jitter=random.random(),  # noqa: S311 - spreads retries, protects nothing
             has_unanswered_delete=claim.has_unanswered_delete,
+            unseen_since=claim.unseen_since,
         )
+        if claim.unseen_since is not None and answer.verdict is Verdict.GONE and step.move is Move.GIVE_UP:
+            answer = replace(answer, error=describe_unknown_id(claim.key.account))
         receipt = _receipt_json(method, answer, now, step.detail) if step.move is Move.CONFIRM else None
         settlement = Settlement(
             claim,
@@ -169,6 +165,7 @@ class Cleaner:
             is_key_good=answer.is_key_good,
             is_shown=method == "DELETE" or answer.generation is not None,
             throttle=answer.throttle,
+            status=None if claim.has_ended or answer.generation is None else answer.generation.status,
         )
         if not await self._settle(settlement, step.outcome or _RESULTS[step.move]):
             return None

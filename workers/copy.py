@@ -17,10 +17,11 @@ import structlog
 from service.core.attempts import Verdict, backoff
 from service.core.generation import Generation
 from service.core.key import Key
-from service.core.retention import Policy, Retention, refine_retention
+from service.core.refining import decide_ended_retention, refine_retention
+from service.core.retention import Policy, Retention
 from service.core.rules import read_facts
 from service.ledger.database import LedgerUnavailableError
-from service.ledger.looking import Known, Looked
+from service.ledger.looking import Ended, Known, Looked
 from service.runtime.metrics import Metrics
 from service.sync.answers import Answer
 from service.sync.client import GET_SECONDS
@@ -32,6 +33,11 @@ log = structlog.get_logger()
 AT_ONCE: Final = 20
 _PLACES: Final = 4
 _UNKNOWN: Final = "the API does not know this generation"
+_ENDED: Final = {
+    Ended.ENDED: "the API is asked again when it is due",
+    Ended.PUT_OFF: "the API is asked again soon, as it may be new",
+    Ended.WRONG_ID: "the record needs an operator: check the id and its account, then mayfly records retry",
+}
 _SLOT: Final = timedelta(seconds=2 * GET_SECONDS)
 
 
@@ -47,8 +53,8 @@ class LookLedger:
 
     is_wanted: Callable[[Key], Awaitable[bool]]
     store: Callable[[Key, Generation, str, Callable[[Known], Retention | None]], Awaitable[Looked | None]]
-    put_off: Callable[[Key, Callable[[int], timedelta], timedelta | None], Awaitable[None]]
-    end: Callable[[Key, str], Awaitable[None]]
+    put_off: Callable[[Key, Callable[[int], timedelta], timedelta | None, Generation | None], Awaitable[None]]
+    end: Callable[[Key, str, Callable[[int], timedelta]], Awaitable[Ended]]
 
 
 @dataclass(kw_only=True)
@@ -94,15 +100,16 @@ class Looks:
         if answer is None:
             return
         self.metrics.looks.labels(answer.verdict).inc()
+        jitter = random.random()  # noqa: S311 - only spreads load
+        wait = partial(backoff, retry_after=answer.retry_after, jitter=jitter)
         if answer.verdict is Verdict.DONE and answer.generation is not None and answer.body is not None:
             await self._store(key, answer.generation, answer.body)
         elif answer.verdict is Verdict.GONE:
-            await self.ledger.end(key, _UNKNOWN)
-            log.warning("copy.unknown", generation=key.id, what_now="the API is asked again when it is due")
+            ended = await self.ledger.end(key, _UNKNOWN, wait)
+            write = log.info if ended is Ended.PUT_OFF else log.warning
+            write("copy.unknown", account=key.account, generation=key.id, what_now=_ENDED[ended])
         else:
-            jitter = random.random()  # noqa: S311 - only spreads load
-            wait = partial(backoff, retry_after=answer.retry_after, jitter=jitter)
-            await self.ledger.put_off(key, wait, answer.throttle)
+            await self.ledger.put_off(key, wait, answer.throttle, answer.generation)
 
     async def _store(self, key: Key, generation: Generation, body: str) -> None:
         looked = await self.ledger.store(key, generation, body, partial(self._decide, key, generation))
@@ -110,11 +117,30 @@ class Looks:
             await self.enqueue_cleanup(key, looked.attempts + 1, looked.due_at)
 
     def _decide(self, key: Key, generation: Generation, known: Known) -> Retention | None:
+        found = self._decide_now(key, generation, known)
+        if found is not None:
+            due_at = None if found.due_at is None else found.due_at.isoformat()
+            log.info("retention.refined", generation=key.id, rule=found.rule, due_at=due_at)
+        return found
+
+    def _decide_now(self, key: Key, generation: Generation, known: Known) -> Retention | None:
+        facts = read_facts(self.policy.rules, key.account, generation, is_complete=True, labels=known.labels)
+        if not known.has_ended:
+            return decide_ended_retention(
+                self.policy,
+                facts,
+                rule=known.rule,
+                due_at=known.due_at,
+                ttl=known.ttl,
+                webhook_url=generation.webhook_url,
+                sent_at=known.sent_at,
+                now=self.now(),
+            )
         if known.due_at is None:
             return None
-        found = refine_retention(
+        return refine_retention(
             self.policy,
-            read_facts(self.policy.rules, key.account, generation, is_complete=True, labels=known.labels),
+            facts,
             rule=known.rule,
             due_at=known.due_at,
             ttl=known.ttl,
@@ -122,7 +148,3 @@ class Looks:
             sent_at=known.sent_at,
             now=self.now(),
         )
-        if found is not None:
-            due_at = None if found.due_at is None else found.due_at.isoformat()
-            log.info("retention.refined", generation=key.id, rule=found.rule, due_at=due_at)
-        return found

@@ -17,7 +17,7 @@ from service.ledger import outlook as outlooks
 from service.ledger.claiming import Claim, NotYet, Wanted
 from service.ledger.database import Database
 from service.ledger.key_history import KeyOfAccount
-from service.ledger.looking import Known, Looked
+from service.ledger.looking import Ended, Known, Looked
 from service.ledger.outcomes import CopyResult, Settled
 from service.ledger.outlook import Outlook
 from workers.overdue import AT_ONCE, LATE
@@ -185,11 +185,14 @@ class WorkerLedger:
         )
         return await self._database.write(write)
 
-    async def put_off_look(self, key: Key, wait: Callable[[int], timedelta], throttle: timedelta | None) -> None:
-        """Commit that a look failed, and for how long the API wants no calls."""
-        write = partial(looking.put_off_look, key=key, wait=wait, throttle=throttle, now=self._now(), actor=self._actor)
-        await self._database.write(write)
+    async def put_off_look(
+        self, key: Key, wait: Callable[[int], timedelta], throttle: timedelta | None, shown: Generation | None
+    ) -> None:
+        """Commit that a look failed, for how long the API wants no calls, and what it showed that has not ended."""
+        write = partial(looking.put_off_look, key=key, wait=wait, throttle=throttle, shown=shown)
+        await self._database.write(partial(write, now=self._now(), actor=self._actor))
 
-    async def end_look(self, key: Key, error: str) -> None:
-        """Commit that there is nothing to look at."""
-        await self._database.write(partial(looking.end_look, key=key, error=error))
+    async def end_look(self, key: Key, error: str, wait: Callable[[int], timedelta]) -> Ended:
+        """Commit that there is nothing to look at, or not yet."""
+        write = partial(looking.end_look, key=key, error=error, wait=wait, now=self._now(), actor=self._actor)
+        return await self._database.write(write)

@@ -8,6 +8,7 @@ import click
 import msgspec
 from rich.table import Table
 
+from service.commands.record_add import add
 from service.commands.record_export import export
 from service.commands.record_filters import filtered
 from service.commands.record_forget import forget
@@ -29,7 +30,7 @@ _WIDE = 100
 
 @click.group()
 def records() -> None:
-    """Show records of generations, and hold, release, keep, retry, reopen or forget them."""
+    """Show records of generations, add some, and hold, release, keep, retry, reopen or forget them."""
 
 
 @records.command("list")
@@ -165,7 +166,7 @@ def _describe_missing(key: Key, others: Sequence[str], explained: Explanation) -
     return f"{describe_missing(key, others)}{held}; {advice}"
 
 
-for _command in (*move_commands(), forget, export):
+for _command in (add, *move_commands(), forget, export):
     records.add_command(_command)
 
 

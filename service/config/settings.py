@@ -3,10 +3,8 @@
 ``OPTIONS`` is the whole list; a test checks the README's table against it.
 """
 
-import difflib
 import errno
 import os
-import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from datetime import timedelta
@@ -34,6 +32,7 @@ from service.config.parsers import (
 )
 from service.config.rules_file import RulesFile, RulesFileError, read_rules_file
 from service.config.targets import find_loops, read_targets
+from service.config.unknown_variables import find_unknown
 from service.config.url_options import UrlOptionError
 from service.core.adopting import Scope
 from service.core.durations import parse_ttl
@@ -80,6 +79,7 @@ class Settings:
     host: str
     port: int
     api_token: Secret | None
+    intake_token: Secret | None
     is_dry_run: bool
     api_rate: Rate
     max_deletes_per_day: int | None
@@ -161,10 +161,19 @@ def read_settings(
     values["keys"] = read_keys(rules.accounts, default, environment, problems)
     values["targets"] = read_targets(rules.forwards, environment, problems)
     problems += find_loops(values["targets"], values["keys"], *map(values.get, ("public_url", "host", "port")))
-    problems = [*_unknown_variables(environment, values["rules_file"].variables), *problems]
+    if values.get("intake_token") is not None and values["intake_token"] == values.get("api_token"):
+        problems.append(_SAME)
+    problems = [*find_unknown(environment, _names(), values["rules_file"].variables), *problems]
     if problems:
         raise SettingsError(problems)
     return Settings(**values)
+
+
+def _names() -> set[str]:
+    """Return the names of all options, and those of the files of secrets."""
+    return {option.name for option in OPTIONS.values()} | {
+        f"{option.name}_FILE" for option in OPTIONS.values() if option.is_secret
+    }
 
 
 def _read_rules_file(path: Path | None, problems: list[str]) -> RulesFile:
@@ -221,34 +230,14 @@ def _option_text(option: Option, environment: Mapping[str, str]) -> str:
     return text
 
 
-def _unknown_variables(environment: Mapping[str, str], named: frozenset[str]) -> list[str]:
-    """Name variables that look like settings and are not: with MAYFLY_DRY ignored, Mayfly would really delete.
-
-    *named* are those that the rules file names.
-    """
-    known = {option.name for option in OPTIONS.values()}
-    known |= {f"{option.name}_FILE" for option in OPTIONS.values() if option.is_secret}
-    problems = []
-    for name in sorted(environment.keys() - known - named):
-        near = difflib.get_close_matches(name, known, n=1, cutoff=0.6 if name.startswith("MAYFLY_") else 0.88)
-        if name in NOT_SUPPORTED:
-            problems.append(f"{name} is set, but this release does not support it yet: unset it")
-        elif name.startswith("MAYFLY_") and not _LINK.search(name):
-            problems.append(f"{name} is not an option" + (f": did you mean {near[0]}?" if near else ""))
-        elif name.startswith("SYNC_") and near:
-            problems.append(f"{name} is not an option: did you mean {near[0]}?")
-    return problems
-
-
 # Of a worker by itself, which serves its health and metrics: beside an api on one machine it needs a port of its own.
 WORKER_DEFAULTS: Final[Mapping[str, str]] = MappingProxyType({"MAYFLY_PORT": "8081"})
 
+_SAME: Final = (
+    "MAYFLY_INTAKE_TOKEN is the same as MAYFLY_API_TOKEN: whoever may only add generations could then delete them; "
+    "choose another one"
+)
 _DURATION = "a duration such as 90s, 15m, 24h, 7d, 2w"
-# Planned for a later release. Ignoring one of these could delete what it is meant to keep.
-NOT_SUPPORTED: Final = frozenset({"MAYFLY_ARCHIVE_URL"})
-# What Kubernetes and container links set for a service called mayfly-something.
-_LINK: Final = re.compile(r"_SERVICE_(HOST|PORT)|_PORT(_[0-9]+_(TCP|UDP).*)?$|_ENV_|_NAME$")
-
 OPTIONS: Final[Mapping[str, Option]] = {
     "api_key": Option("SYNC_API_KEY", read_header_value, None, "the whole API key, printable ASCII", is_secret=True),
     "webhook_secrets": Option(
@@ -282,6 +271,13 @@ OPTIONS: Final[Mapping[str, Option]] = {
     "port": Option("MAYFLY_PORT", number_reader(0, 65535), "8080", "a port number"),
     "api_token": Option(
         "MAYFLY_API_TOKEN",
+        read_token,
+        None,
+        "16 or more printable ASCII characters without spaces",
+        is_secret=True,
+    ),
+    "intake_token": Option(
+        "MAYFLY_INTAKE_TOKEN",
         read_token,
         None,
         "16 or more printable ASCII characters without spaces",

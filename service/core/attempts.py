@@ -16,6 +16,8 @@ MAX_REFUSALS: Final = 5
 # A record that crashes its worker each time must not crash all workers in a tight loop.
 MAX_FREE_LOSSES: Final = 3
 ANSWER_LOST: Final = "answer lost, confirmed by a later 404"
+# The API may not show a generation at once that was just created.
+SHOWN_WITHIN: Final = timedelta(minutes=1)
 
 
 class Verdict(StrEnum):
@@ -63,6 +65,19 @@ class Step:
     detail: str | None = None
 
 
+def describe_unknown_id(account: str) -> str:
+    """Say that no such generation was ever seen; a sentence without its full stop, for a record's last error."""
+    return (
+        f"sync.so does not know this id, and never showed it: check the id, and that it belongs to the organisation of "
+        f"account {account}; then mayfly records retry asks again"
+    )
+
+
+def is_wrong_id(added_at: datetime, *, now: datetime) -> bool:
+    """Whether an id that was added at *added_at*, and that the API never showed and does not know, is a wrong one."""
+    return now - added_at >= SHOWN_WITHIN
+
+
 def after_attempt(
     verdict: Verdict,
     progress: Progress,
@@ -72,18 +87,20 @@ def after_attempt(
     retry_after: timedelta | None,
     jitter: float,
     has_unanswered_delete: bool = False,
+    unseen_since: datetime | None = None,
 ) -> Step:
     """Decide what follows from the *verdict* that ended an attempt.
 
     *retry_after* is what the API asked for, *jitter* a random number from 0 to 1. A retryable failure is given up
     because of its age, never because of a count. A refusal is given up after MAX_REFUSALS. A refused key counts as
     neither. *has_unanswered_delete*: an earlier attempt may have sent its DELETE, and the answer is not known.
+    *unseen_since*: its id was added then, and neither the API nor a webhook has ever shown it. It is not called gone.
     """
     if verdict is Verdict.DONE:
         return Step(Move.CONFIRM, progress, outcome=Outcome.DELETED)
     if verdict is Verdict.GONE and has_unanswered_delete:
         return Step(Move.CONFIRM, progress, outcome=Outcome.DELETED, detail=ANSWER_LOST)
-    if verdict is Verdict.GONE:
+    if verdict is Verdict.GONE and unseen_since is None:
         return Step(Move.CONFIRM, progress, outcome=Outcome.ALREADY_GONE)
     if verdict is Verdict.UNAUTHORIZED:
         wait = backoff(1, retry_after=retry_after, jitter=jitter)
@@ -91,7 +108,8 @@ def after_attempt(
     refusals = progress.refusals + 1 if verdict is Verdict.REFUSED else 0
     since = progress.failing_since or now
     later = Progress(since, progress.failures + 1, refusals)
-    if refusals >= MAX_REFUSALS or now - since >= give_up_after:
+    is_wrong = verdict is Verdict.GONE and unseen_since is not None and is_wrong_id(unseen_since, now=now)
+    if is_wrong or refusals >= MAX_REFUSALS or now - since >= give_up_after:
         return Step(Move.GIVE_UP, later)
     return Step(Move.DEFER, later, retry_at=now + backoff(later.failures, retry_after=retry_after, jitter=jitter))
 

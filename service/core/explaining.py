@@ -7,12 +7,12 @@ from types import MappingProxyType
 from typing import Final
 
 from service.core.attempts import Outcome
+from service.core.describing import describe_hold, describe_rule, name_caller
+from service.core.generation import TERMINAL, UNSEEN
 from service.core.holding import Hold
 from service.core.lifecycle import State
 from service.core.obstacles import Obstacle, describe_obstacle, format_instant, obstacle_of
 from service.core.requiring import OpenDelivery
-from service.core.retention import DEFAULT_RULE, INVALID_RULE, OVERRIDE_PREFIX
-from service.core.rules import RULE_PREFIX
 
 # A worker writes every ten seconds.
 WORKER_GONE_AFTER: Final = timedelta(minutes=1)
@@ -51,6 +51,12 @@ class Facts:
     is_of_batch: bool = False  # the webhook of its batch told of it
     waits_for: str | None = None  # the target for which it waits, or because of which it has failed
     required: Sequence[OpenDelivery] = ()  # what targets have not taken
+    added_by: str | None = None  # who added it by its id; then it may not have ended yet
+
+    @property
+    def waits_to_end(self) -> bool:
+        """Whether its generation is not known to have ended."""
+        return self.added_by is not None and self.status not in TERMINAL
 
 
 @dataclass(frozen=True, slots=True)
@@ -85,6 +91,7 @@ def explain_record(facts: Facts, obstacles: Sequence[Obstacle], around: Surround
     """Return one paragraph: what the record waits for, which rule decided, what blocks it and what can be done."""
     sentences = [
         f"Generation {facts.id} ({facts.status}) is {_IS.get(facts.state, facts.state)}.",
+        *_explain_added(facts),
         *_EXPLAINED[facts.state](facts, around),
         *_explain_look(facts),
         *(describe_obstacle(one, now=around.now) for one in obstacles if facts.state in WAITING),
@@ -98,7 +105,7 @@ def explain_unseen(generation_id: str, hold: Hold | None) -> str:
         return f"There is no record of generation {generation_id}, so Mayfly will not delete it. {_CHECKS}"
     return (
         f"There is no record of generation {generation_id} yet. It is on hold before its first webhook, "
-        f"{_describe_hold(hold)}: its record will be held from the beginning. "
+        f"{describe_hold(hold)}: its record will be held from the beginning. "
         f"mayfly records release {generation_id} removes the hold. {_CHECKS}"
     )
 
@@ -147,7 +154,7 @@ def _explain_deleting(facts: Facts, around: Surroundings) -> list[str]:  # noqa:
 
 def _explain_held(facts: Facts, around: Surroundings) -> list[str]:  # noqa: ARG001 - as above
     hold = facts.hold or Hold("somebody", None, None)
-    sentences = [f"It is held {_describe_hold(hold)}."]
+    sentences = [f"It is held {describe_hold(hold)}."]
     then = "it is due no earlier than MAYFLY_MIN_TTL later" if facts.due_at else "it is kept"
     sentences.append(
         f"When the hold has ended, {then}." if hold.until else "It stays so until an operator releases or keeps it."
@@ -178,7 +185,7 @@ def _explain_failed(facts: Facts, around: Surroundings) -> list[str]:
     attempts = "1 attempt" if facts.attempts == 1 else f"{facts.attempts} attempts"
     error = f"; the last error: {facts.last_error}" if facts.last_error else ""
     return [
-        f"Mayfly gave it up after {attempts}{error}.",
+        f"Mayfly gave it up after {attempts}{error}." if facts.attempts else f"Mayfly gave it up{error}.",
         f"There is no further attempt by itself: mayfly records retry {facts.id} tries again, hold or keep stops it.",
     ]
 
@@ -206,10 +213,26 @@ _EXPLAINED: Final[Mapping[State, Callable[[Facts, Surroundings], list[str]]]] = 
 )
 
 
+def _explain_added(facts: Facts) -> list[str]:
+    """Say who added it by its id, and that nothing is deleted before its generation has ended."""
+    if facts.added_by is None:
+        return []
+    added = f"It was added by its id, by {name_caller(facts.added_by)}"
+    if not facts.waits_to_end:
+        return [f"{added}."]
+    seen = "sync.so has not shown it yet" if facts.status == UNSEEN else "sync.so still processes it"
+    if facts.state in WAITING:
+        return [f"{added}; {seen}, and it is not deleted before it has ended."]
+    error = f": {facts.last_error}" if facts.last_error and facts.state is State.KEPT else ""
+    return [f"{added}; {seen}{error}."]
+
+
 def _explain_look(facts: Facts) -> list[str]:
     """Say that the record still has only what the webhook said; this delays no deletion."""
     if facts.look_at is None or facts.state is State.DELETED:
         return []
+    if facts.waits_to_end:
+        return [f"Mayfly looks again at {format_instant(facts.look_at)}."]
     failed = f" failed {facts.looks} times and is tried again" if facts.looks else " is due"
     return [f"The early look at the API, which fills the record,{failed} at {format_instant(facts.look_at)}."]
 
@@ -218,22 +241,5 @@ def _describe_rule(facts: Facts) -> str:
     """Say which rule set the due time; no full stop."""
     since = "a sweep adopted it" if facts.is_adopted else "its webhook was sent"
     since = "the webhook of its batch was sent" if facts.is_of_batch else since
-    after = f", {facts.ttl} after {since}" if facts.ttl else ""
-    rule = facts.rule
-    if rule == DEFAULT_RULE:
-        return f"MAYFLY_TTL decided this{after}"
-    if rule == INVALID_RULE:
-        return f"MAYFLY_TTL decided this{after}, because its override is invalid"
-    if rule.startswith(OVERRIDE_PREFIX):
-        return f"the override {rule.removeprefix(OVERRIDE_PREFIX)} in its webhookUrl decided this{after}"
-    for words in ("kept by ", "released by "):
-        if rule.startswith(words):
-            return f"{rule.removeprefix(words)} {words.split()[0]} it" + (
-                f", due after {facts.ttl}" if facts.ttl else ""
-            )
-    return f"the rule {rule.removeprefix(RULE_PREFIX)} of MAYFLY_CONFIG decided this{after}"
-
-
-def _describe_hold(hold: Hold) -> str:
-    until = f" until {format_instant(hold.until)}" if hold.until else ""
-    return f"by {hold.by}{until}" + (f" ({hold.reason})" if hold.reason else "")
+    since = "it was added" if facts.added_by else since
+    return describe_rule(facts.rule, f", {facts.ttl} after {since}" if facts.ttl else "", facts.ttl)

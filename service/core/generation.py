@@ -13,6 +13,8 @@ import msgspec
 
 TERMINAL: Final = frozenset({"COMPLETED", "FAILED", "REJECTED", "CANCELED", "TIMED_OUT"})
 RUNNING: Final = frozenset({"PENDING", "PROCESSING"})
+# The status of a record that was added by its id, until sync.so has shown its generation.
+UNSEEN: Final = "UNKNOWN"
 
 MAX_ID_LENGTH = 255
 MAX_DEPTH = 64

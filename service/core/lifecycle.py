@@ -44,7 +44,7 @@ TABLE: Mapping[tuple[State | None, Move], State] = MappingProxyType(
         (State.SCHEDULED, Move.RESCHEDULE): State.SCHEDULED,
         (State.SCHEDULED, Move.HOLD): State.HELD,
         (State.SCHEDULED, Move.KEEP): State.KEPT,
-        # Without an attempt: its target did not take the webhook.
+        # Without an attempt: its target did not take the webhook, or sync.so does not know its id.
         (State.SCHEDULED, Move.GIVE_UP): State.FAILED,
         (State.HELD, Move.KEEP): State.KEPT,
         (State.HELD, Move.RELEASE): State.SCHEDULED,

@@ -21,6 +21,9 @@ INVALID_RULE: Final = "invalid override"
 
 # What the rule of an override begins with.
 OVERRIDE_PREFIX: Final = "override: "
+# What stands between the override and who asked for it, where no webhookUrl has it.
+ASKED_BY: Final = " by "
+HOLD_RULE: Final = f"{OVERRIDE_PREFIX}hold"
 NO_FACTS: Final = Facts()
 
 # A URL without any of these has no override.
@@ -116,42 +119,21 @@ def decide_retention(
     return keep_longer(found, _apply_overrides(base, _read_url(request_url), clock, place=request_place))
 
 
-def refine_retention(
-    policy: Policy,
-    facts: Facts,
-    *,
-    rule: str,
-    due_at: datetime,
-    ttl: timedelta | None,
-    webhook_url: str | None,
-    sent_at: datetime,
-    now: datetime,
-) -> Retention | None:
-    """Decide again about a scheduled record, with the *facts* and the *webhook_url* of the API's first answer.
+def decide_asked_retention(policy: Policy, facts: Facts, asked: Overrides, *, by: str, now: datetime) -> Retention:
+    """Decide how long a generation is kept that *by* adds by its id, with what is *asked* for: from *now* on.
 
-    *rule*, *due_at*, *ttl* and *sent_at* are the record's. What another rule or an override says counts from the same
-    *sent_at*, and may be earlier or later, but not before *now* plus min_ttl. None: no change, as when the same rule
-    decides, so that a changed configuration alone moves nothing; or when an override or an operator has decided.
+    It counts as an override in its own webhookUrl does. Without any, the rules decide by what is known, else the
+    policy's ttl.
+
+    Raises: InvalidOverrideError, where a webhook's record would be held: who asks is told, and asks again.
     """
-    if rule != DEFAULT_RULE and not rule.startswith(RULE_PREFIX):
-        return None
-    found = decide_retention(policy, facts, webhook_url=webhook_url, sent_at=sent_at, now=now)
-    if found.rule == rule:
-        return None
-    # An operator or a second webhook has moved the due time: it does not become earlier.
-    is_moved = ttl is None or abs(due_at - sent_at - ttl) >= timedelta(seconds=1)
-    # No signature covers an override that only the API shows: it can only keep the generation longer.
-    is_unsigned = found.rule.startswith(OVERRIDE_PREFIX)
-    # Without what only the API says another rule would have decided, so the configuration has changed since.
-    known = msgspec.structs.replace(facts, project=None, source=None, output_file_name=None, is_complete=False)
-    first = decide_retention(policy, known, webhook_url=webhook_url, sent_at=sent_at, now=now)
-    is_reconfigured = first.rule != rule
-    if found.hold_reason is not None and not found.is_later_than(due_at):
-        # The hold counts, and a release brings back the due time that was announced.
-        return msgspec.structs.replace(found, ttl=ttl, due_at=due_at)
-    if (is_moved or is_unsigned or is_reconfigured) and not found.is_later_than(due_at):
-        return None
-    return found
+    now = now.astimezone(UTC)
+    bounds = policy.bounds_of(facts.account)
+    clock = _Clock(now, now + bounds.min_ttl, bounds.max_ttl)
+    base = _apply_rules(policy, msgspec.structs.replace(facts, labels=asked.labels), clock, None)
+    found = _apply_hold(asked, base, _apply_times(asked, base, clock))
+    rule = f"{found.rule}{ASKED_BY}{by}" if found.rule.startswith(OVERRIDE_PREFIX) else found.rule
+    return msgspec.structs.replace(found, rule=rule, labels=asked.labels)
 
 
 def reconsider_retention(
@@ -278,7 +260,7 @@ def _apply_hold(overrides: Overrides, base: Retention, timed: Retention) -> Rete
     text = overrides.values.get("hold")
     if text is not None and text.lower() not in FALSE:
         reason = text.replace("\0", "")[:500]  # NUL: PostgreSQL cannot store it
-        return Retention("override: hold", timed.ttl, timed.due_at, hold_reason=reason or "no reason given")
+        return Retention(HOLD_RULE, timed.ttl, timed.due_at, hold_reason=reason or "no reason given")
     if base.hold_reason is not None:
         return Retention(base.rule, timed.ttl, timed.due_at, base.hold_reason)
     return timed

@@ -13,6 +13,7 @@ import msgspec
 from sqlalchemy import ColumnElement, Connection, Interval, Row, bindparam, func, select, update
 
 from service.core.attempts import Progress, Step, after_lost_lease, exclude_wait
+from service.core.generation import TERMINAL, UNSEEN
 from service.core.key import Key
 from service.core.lifecycle import Move, State, state_after
 from service.ledger import holding, pausing, requiring
@@ -40,6 +41,10 @@ class Claim:
     ttl: timedelta | None
     has_unanswered_delete: bool  # an earlier attempt may have sent its DELETE, and its answer is not known
     labels: Mapping[str, str] = field(default_factory=dict)  # those of its signed webhook
+    # Of one that was added by its id: whether it was seen to have ended, and since when it waits to be seen at all.
+    has_ended: bool = True
+    sent_at: datetime | None = None
+    unseen_since: datetime | None = None
 
 
 # Without the bodies: hundreds of rows of a megabyte each would need too much memory.
@@ -47,7 +52,7 @@ _CLAIM_COLUMNS = tuple(
     records.c[name]
     for name in (
         *("seq", "account", "id", "state", "attempts", "due_at", "wake_at", "rule", "ttl_seconds"),
-        *("failing_since", "failures", "refusals", "unanswered_attempt"),
+        *("failing_since", "failures", "refusals", "unanswered_attempt", "status", "sent_at", "received_at"),
     )
 )
 
@@ -223,6 +228,9 @@ def _claim_from_row(row: Row[Any], labels: Mapping[str, str], *, now: datetime, 
         None if row.ttl_seconds is None else timedelta(seconds=row.ttl_seconds),
         row.unanswered_attempt is not None,
         labels,
+        row.status in TERMINAL,
+        row.sent_at,
+        row.received_at if row.status == UNSEEN else None,
     )
 
 

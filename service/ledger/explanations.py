@@ -60,6 +60,8 @@ def explain_row(connection: Connection, row: Row[Any], *, now: datetime, is_dry_
 
 
 def _facts_of(connection: Connection, row: Row[Any]) -> Facts:
+    first = history.read_first(connection, row.seq)
+    added_by = first.actor if first is not None and (first.detail or {}).get("added") else None
     hold = holding.hold_of(row) if row.state == State.HELD else None
     key = Key(row.account, row.id)
     required = (
@@ -85,7 +87,8 @@ def _facts_of(connection: Connection, row: Row[Any]) -> Facts:
         look_at=row.look_at,
         looks=row.looks,
         is_adopted=row.notification is None and row.forgotten_at is None,
-        is_of_batch=history.first_actor(connection, row.seq) == "batch",
+        is_of_batch=first is not None and first.actor == "batch",
+        added_by=added_by,
         waits_for=row.waits_for,
         required=required,
     )

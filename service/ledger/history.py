@@ -5,7 +5,7 @@ from datetime import datetime
 from typing import Any
 
 import msgspec
-from sqlalchemy import Connection, bindparam, func, insert, select
+from sqlalchemy import Connection, Row, bindparam, func, insert, select
 
 from service.core.lifecycle import Move
 from service.ledger.schema import events
@@ -43,21 +43,18 @@ def _entry_values(entry: Entry) -> dict[str, Any]:
     }
 
 
-def first_actor(connection: Connection, record: int) -> str | None:
-    """Return who made the first move of *record*."""
-    return connection.scalar(select(events.c.actor).where(events.c.record == record, events.c.seq == 1))
+def read_first(connection: Connection, record: int) -> Entry | None:
+    """Return the first move of *record*."""
+    row = connection.execute(select(events).where(events.c.record == record, events.c.seq == 1)).first()
+    return None if row is None else _entry_of(row)
 
 
 def read_entries(connection: Connection, record: int) -> list[Entry]:
     """Return the moves of *record*, oldest first."""
     statement = select(events).where(events.c.record == record).order_by(events.c.seq)
-    return [
-        Entry(
-            row.record,
-            row.at,
-            Move(row.move),
-            row.actor,
-            msgspec.json.decode(row.detail) if row.detail else None,
-        )
-        for row in connection.execute(statement)
-    ]
+    return [_entry_of(row) for row in connection.execute(statement)]
+
+
+def _entry_of(row: Row[Any]) -> Entry:
+    detail = msgspec.json.decode(row.detail) if row.detail else None
+    return Entry(row.record, row.at, Move(row.move), row.actor, detail)

@@ -25,8 +25,9 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
     """A terminal generation, and its retention; *sent_at* is where the ttl begins.
 
     *body* is that of the verified webhook or, with *is_adopted*, the API's own: such a record wants no early look.
-    With *is_partial*, an adopted one of a batch, the body is not kept, and the early look brings the API's own. *actor*
-    is who brought it; *hold* is one beside those of the retention.
+    With *is_partial*, an adopted one of a batch, the body is not kept, and the early look brings the API's own. With
+    *is_added* as well there is no more than the id, and whether it has ended is not known. *actor* is who brought it;
+    *hold* is one beside those of the retention.
     """
 
     key: Key
@@ -37,6 +38,7 @@ class Arrival(msgspec.Struct, frozen=True, gc=False):
     sent_at: datetime
     is_adopted: bool = False
     is_partial: bool = False
+    is_added: bool = False
     actor: str = ACTOR
     hold: Hold | None = None
 
@@ -117,7 +119,9 @@ def receipt_of_new(arrival: Arrival, inserted: Inserted, entries: list[Entry]) -
     """Add the history of a new record to *entries*."""
     retention, seq, hold = arrival.retention, inserted.new[arrival.key], inserted.holds.get(arrival.key)
     moves = _first_moves(retention, hold)
-    detail = {"rule": retention.rule, "status": arrival.generation.status}
+    detail: dict[str, Any] = {"rule": retention.rule, "status": arrival.generation.status}
+    if arrival.is_added:
+        detail["added"] = True
     entries.append(Entry(seq, arrival.received_at, moves[0], arrival.actor, detail))
     if hold is not None:
         entries.append(Entry(seq, arrival.received_at, Move.HOLD, hold.by, holding.hold_detail(hold)))

@@ -34,6 +34,7 @@ class Settlement:
     is_shown: bool = False  # the API showed the generation
     throttle: timedelta | None = None  # for how long the API wants no calls
     retention: Retention | None = None  # from an override that only the API showed; with a DEFER
+    status: str | None = None  # what the API shows of one that was added by its id, and that is not deleted yet
 
 
 class CopyResult(StrEnum):

@@ -223,8 +223,8 @@ class HeldCause(StrEnum):
     INVALID_OVERRIDE = auto()  # nobody asked for this hold, so an operator must look at it
 
 
-# Who puts an override's hold on a record: the webhook, that of its batch, or an attempt to which the API showed it.
-_BY_OVERRIDE = ("webhook", "batch", "sweep", "override")
+# Who puts an override's hold on a record: the webhook, that of its batch, an app, or an attempt that the API showed it.
+_BY_OVERRIDE = ("webhook", "batch", "sweep", "override", "app")
 
 
 def count_held(connection: Connection) -> dict[HeldCause, int]:

@@ -10,6 +10,7 @@ from typing import Any, Final, NamedTuple
 
 from sqlalchemy import ColumnElement, Connection, Row, Text, bindparam, case, literal, or_, select, tuple_, update
 
+from service.core.generation import TERMINAL
 from service.core.holding import ENDED
 from service.core.lifecycle import Move, State, state_after
 from service.core.matchers import Facts
@@ -133,7 +134,7 @@ def _see(connection: Connection, rules: RuleSet, rows: Sequence[Row[Any]]) -> li
 def _existing(row: Row[Any], labels: Mapping[str, str], *, is_decided: bool) -> Existing:
     facts = Facts(
         account=row.account,
-        status=row.status,
+        status=row.status if row.status in TERMINAL else None,  # not known yet of one that was added by its id
         model=row.model,
         error_code=row.error_code,
         project=row.project_id,

@@ -11,8 +11,8 @@ from sqlalchemy import Connection, Row, Text, bindparam, select, update
 from service.core.holding import Hold
 from service.core.key import Key
 from service.core.lifecycle import Move, State, interrupting_moves, state_after
-from service.core.retention import Retention
-from service.ledger import holding
+from service.ledger import completing, holding
+from service.ledger.completing import has_ended, is_first_webhook
 from service.ledger.history import Entry, append_entries
 from service.ledger.inserting import ACTOR, Arrival, Receipt, insert_new, receipt_of_new, ttl_seconds
 from service.ledger.schema import KEYS_OF_ACCOUNT, group_by_account, records
@@ -35,6 +35,10 @@ _select_known = (
         records.c.forgotten_at,
         records.c.hold_until,
         records.c.notification,
+        records.c.status,
+        records.c.sent_at,
+        records.c.rule,
+        records.c.ttl_seconds,
     )
     .where(KEYS_OF_ACCOUNT)
     .order_by(records.c.account, records.c.id)
@@ -53,6 +57,7 @@ _update_record = (
         wake_at=bindparam("b_wake_at"),
         rule=bindparam("b_rule"),
         ttl_seconds=bindparam("b_ttl_seconds"),
+        sent_at=bindparam("b_sent_at", type_=records.c.sent_at.type),
         hold_by=bindparam("b_hold_by", type_=Text),
         hold_reason=bindparam("b_hold_reason", type_=Text),
         hold_until=bindparam("b_hold_until", type_=records.c.hold_until.type),
@@ -63,9 +68,10 @@ _update_record = (
 def receive(connection: Connection, arrivals: Sequence[Arrival]) -> list[Receipt]:
     """Store *arrivals* in one transaction and return a receipt for each, in their order.
 
-    A known generation keeps its first body. Of two webhooks the later due time wins, and a hold wins over both; while
-    a DELETE may be in progress, they count once that has not succeeded. A due time never becomes earlier. Of two holds
-    the longer one wins, also of those that came before the first webhook.
+    A known generation keeps its first body; a record that no webhook told of yet gets it, with its labels. Of two
+    webhooks the later due time wins, and a hold wins over both; while a DELETE may be in progress, they count once that
+    has not succeeded. A due time never becomes earlier. Of two holds the longer one wins, also of those that came
+    before the first webhook.
     """
     receipts: dict[int, Receipt] = {}
     waiting = dict(enumerate(arrivals))
@@ -101,6 +107,7 @@ def _receive_once(connection: Connection, arrivals: Sequence[Arrival]) -> list[R
     holding.remove_holds(connection, [key for key in moved if key in inserted.found])
     if changes.updates:
         connection.execute(_update_record, changes.updates)
+    completing.complete_records(connection, [(one, known[one.key]) for one in arrivals if one.key in known])
     append_entries(connection, changes.entries)
     for arrival, hold in changes.late:
         holding.hold_unseen(connection, arrival.key, hold, now=arrival.received_at)
@@ -127,12 +134,13 @@ def _receipt_of_known(arrival: Arrival, before: Row[Any], hold: Hold | None, cha
         # A deferred attempt, because of a Retry-After for example, is not made earlier.
         deferred_to = before.wake_at if before.state == State.SCHEDULED else None
         wake_at = max(due_at, deferred_to or due_at) if state is State.SCHEDULED and due_at else None
-        changes.updates.append(_update_values(before, state, due_at, wake_at, retention, hold or existing))
-        detail = {"rule": retention.rule, "announced": "again"}
-        recorded = moves or [Move.RECEIVE]  # only the due time changed
-        changes.entries.extend(Entry(before.seq, arrival.received_at, move, ACTOR, detail) for move in recorded)
+        changes.updates.append(_update_values(before, state, due_at, wake_at, arrival, hold or existing))
     elif (late := _late_hold(arrival, before, due_at, hold)) is not None:
         changes.late.append((arrival, late))
+    if moves is not None or is_first_webhook(arrival, before):
+        detail = {"rule": retention.rule, "announced": "again"}
+        recorded = moves or [Move.RECEIVE]  # only the due time changed, or the record is completed
+        changes.entries.extend(Entry(before.seq, arrival.received_at, move, arrival.actor, detail) for move in recorded)
     return Receipt(
         before.seq,
         state,
@@ -140,8 +148,13 @@ def _receipt_of_known(arrival: Arrival, before: Row[Any], hold: Hold | None, cha
         before.attempts,
         is_new=False,
         is_moved=moves is not None,
-        is_conflict=before.forgotten_at is None and before.notification not in (None, arrival.body),
+        is_conflict=_is_conflict(arrival, before),
     )
+
+
+def _is_conflict(arrival: Arrival, before: Row[Any]) -> bool:
+    has_other = before.forgotten_at is None and before.notification not in (None, arrival.body)
+    return has_other and not arrival.is_adopted
 
 
 def _late_hold(arrival: Arrival, before: Row[Any], due_at: datetime | None, hold: Hold | None) -> Hold | None:
@@ -160,6 +173,8 @@ def _late_hold(arrival: Arrival, before: Row[Any], due_at: datetime | None, hold
 def _moves(arrival: Arrival, before: Row[Any], due_at: datetime | None, *, is_hold: bool) -> list[Move] | None:
     """Return the moves that another webhook makes: an empty list if only the due time changes, None for no change."""
     state, is_copied = State(before.state), before.copied_attempt == before.attempts
+    if state is State.FAILED and is_first_webhook(arrival, before) and not has_ended(before):
+        return _moves_again(before, due_at, is_hold=is_hold)
     if state in (State.DELETED, State.KEPT) or not (is_hold or due_at != before.due_at):
         return None
     if state in (State.HELD, State.FAILED):
@@ -172,14 +187,24 @@ def _moves(arrival: Arrival, before: Row[Any], due_at: datetime | None, *, is_ho
     return [*stopped, Move.KEEP] if due_at is None else stopped
 
 
+def _moves_again(before: Row[Any], due_at: datetime | None, *, is_hold: bool) -> list[Move]:
+    """Return the moves of a record that was given up before its generation was seen: its webhook proves that it is."""
+    if is_hold or before.hold_reason is not None:
+        return [Move.RETRY, Move.HOLD]
+    return [Move.RETRY, Move.KEEP] if due_at is None else [Move.RETRY]
+
+
 def _update_values(  # noqa: PLR0917 - the columns of one row
     before: Row[Any],
     state: State,
     due_at: datetime | None,
     wake_at: datetime | None,
-    retention: Retention,
+    arrival: Arrival,
     hold: Hold | None,
 ) -> dict[str, Any]:
+    retention = arrival.retention
+    is_later = retention.is_later_than(before.due_at)
+    is_its_rule = is_later or hold is not None
     return {
         "b_seq": before.seq,
         "b_before": before.state,
@@ -187,8 +212,10 @@ def _update_values(  # noqa: PLR0917 - the columns of one row
         "b_state": state,
         "b_due_at": due_at,
         "b_wake_at": wake_at,
-        "b_rule": retention.rule,
-        "b_ttl_seconds": ttl_seconds(retention),
+        "b_rule": retention.rule if is_its_rule else before.rule,
+        "b_ttl_seconds": ttl_seconds(retention) if is_its_rule else before.ttl_seconds,
+        # Where the ttl is the arrival's, so is its start: otherwise it would look as if an operator had moved it.
+        "b_sent_at": arrival.sent_at if before.notification is None and is_later else before.sent_at,
         "b_hold_by": hold and hold.by,
         "b_hold_reason": hold and hold.reason,
         "b_hold_until": hold and hold.until,

@@ -67,6 +67,7 @@ def settle_attempts(
         (_confirm, [_confirm_values(item, now) for item in valid if item.step.move is Move.CONFIRM]),
         (_defer, [_defer_values(item) for item in valid if item.step.move is not Move.CONFIRM]),
         (_set_retention, [_retention_values(item, item.retention) for item in valid if item.retention is not None]),
+        (_set_status, [{"b_seq": item.claim.seq, "b_status": item.status} for item in valid if item.status]),
         (_clear_delete, [{"b_seq": item.claim.seq} for item in valid if item.is_refund]),
     ):
         if values:
@@ -160,6 +161,7 @@ _confirm = (
 _set_counted = (
     update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=bindparam("b_day", type_=Date))
 )
+_set_status = update(records).where(records.c.seq == bindparam("b_seq")).values(status=bindparam("b_status"))
 _clear_delete = (
     update(records).where(records.c.seq == bindparam("b_seq")).values(counted_on=None, unanswered_attempt=None)
 )

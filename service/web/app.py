@@ -21,7 +21,8 @@ from service.ledger.database import Database
 from service.resources import Resources, open_queue
 from service.runtime.metrics import Metrics
 from service.web import health, problems
-from service.web.auth import OperatorToken
+from service.web.adding import Adding, AddingController
+from service.web.auth import ApiTokens
 from service.web.batches import BatchesController
 from service.web.bulk import BulkController
 from service.web.forwards import ForwardsController
@@ -57,16 +58,22 @@ def make_app(
     ledger_check = LedgerCheck(database, now=now)
     refusals = refusals or Refusals(metrics)
     dependencies = _health_dependencies(settings, database, queue_pool, metrics, now, ledger_check)
-    operator = Router(
-        "/api",
-        route_handlers=[RecordsController, BulkController, BatchesController, ForwardsController, OperatorController],
-        guards=[OperatorToken(settings.api_token), refuse_unknown_parameters],
+    adding = Adding(
+        database=database,
+        enqueue=enqueuer.enqueue,
+        accounts=settings.account_ids,
+        policy=settings.policy,
+        now=now,
     )
     intake = _intake(settings, database, enqueuer, metrics, now, ledger_check)
     return Litestar(
-        [webhook_handler(intake, refusals), health.live, health.ready, health.show_metrics, operator],
+        [webhook_handler(intake, refusals), health.live, health.ready, health.show_metrics, _operator(settings)],
         dependencies=dependencies
-        | {"min_ttl_of": _provide(settings.min_ttl_of), "enqueue": _provide(enqueuer.enqueue)},
+        | {
+            "min_ttl_of": _provide(settings.min_ttl_of),
+            "enqueue": _provide(enqueuer.enqueue),
+            "adding": _provide(adding),
+        },
         plugins=[problems.plugin],
         request_class=problems.JsonRequest,
         response_headers=SECURITY_HEADERS,
@@ -75,6 +82,22 @@ def make_app(
         on_shutdown=[enqueuer.close, refusals.close],
         openapi_config=_openapi(),
         logging_config=None,
+    )
+
+
+def _operator(settings: Settings) -> Router:
+    """Return the operator API; one route of it takes the intake token as well."""
+    return Router(
+        "/api",
+        route_handlers=[
+            RecordsController,
+            AddingController,
+            BulkController,
+            BatchesController,
+            ForwardsController,
+            OperatorController,
+        ],
+        guards=[ApiTokens(settings.api_token, settings.intake_token), refuse_unknown_parameters],
     )
 
 
@@ -151,7 +174,12 @@ def _openapi() -> OpenAPIConfig:
     return OpenAPIConfig(
         title="Mayfly",
         version=__version__,
-        components=Components(security_schemes={"bearer": SecurityScheme(type="http", scheme="bearer")}),
+        components=Components(
+            security_schemes={
+                "bearer": SecurityScheme(type="http", scheme="bearer", description="MAYFLY_API_TOKEN"),
+                "intake": SecurityScheme(type="http", scheme="bearer", description="MAYFLY_INTAKE_TOKEN"),
+            }
+        ),
         # JSON only: Litestar's pages load scripts from other hosts, and nobody should type a token beside those.
         render_plugins=[JsonRenderPlugin(path=["/", "/openapi.json"])],
     )

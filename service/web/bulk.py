@@ -17,7 +17,8 @@ from service.ledger.bulk import Moved, Wanted
 from service.ledger.database import Database
 from service.ledger.moving import Grace
 from service.ledger.reading import Filter
-from service.web.operator import ACTOR, MAX_GRACE_SECONDS, read_until
+from service.web.auth import OPERATOR
+from service.web.operator import MAX_GRACE_SECONDS, read_until
 from service.web.problems import documented, problem
 
 # A proxy in front waits for a minute.
@@ -89,7 +90,7 @@ class BulkController(Controller):
 
         Those that match later are not held: a rule does that. After 30 s it answers isComplete false; ask again.
         """
-        by = Hold(ACTOR, data.reason, read_until(data.until, now()))
+        by = Hold(OPERATOR, data.reason, read_until(data.until, now()))
         wanted = Wanted(Move.HOLD, data.filter.as_filter(), by)
         return await _move(database, wanted, now, is_dry_run=data.dry_run, expected=None)
 
@@ -112,7 +113,7 @@ class BulkController(Controller):
         def grace_of(account: str) -> Grace:
             return Grace.of(min_ttl_of(account) if seconds is None else timedelta(seconds=seconds), min_ttl_of(account))
 
-        wanted = Wanted(Move.RELEASE, data.filter.as_filter(), Hold(ACTOR, data.reason, None), grace_of)
+        wanted = Wanted(Move.RELEASE, data.filter.as_filter(), Hold(OPERATOR, data.reason, None), grace_of)
         return await _move(database, wanted, now, is_dry_run=data.dry_run, expected=data.expected)
 
 

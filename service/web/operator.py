@@ -25,10 +25,10 @@ from service.ledger.explanations import Explanation, explain_key
 from service.ledger.moving import Grace
 from service.ledger.pausing import Kind, Pause
 from service.ledger.views import FullRecord, Stats, find_record, read_stats
+from service.web.auth import OPERATOR
 from service.web.problems import documented, problem
 from service.web.records import answer_record, refuse_missing
 
-ACTOR = "operator"
 MAX_GRACE_SECONDS = int(MAX_TTL.total_seconds())
 
 
@@ -103,7 +103,7 @@ class OperatorController(Controller):
         by = _by(wanted, body, at)
         find = partial(find_record, key=key, now=at, is_dry_run=is_dry_run)
         if wanted is Move.FORGET:
-            await database.write(partial(forgetting.forget_record, key=key, now=at, actor=ACTOR, reason=by.reason))
+            await database.write(partial(forgetting.forget_record, key=key, now=at, actor=OPERATOR, reason=by.reason))
         moved = (
             None
             if wanted is Move.FORGET
@@ -133,7 +133,7 @@ class OperatorController(Controller):
         """Pause until resume. Webhooks are still stored; deletions in progress end first."""
         reason = data.reason if data else "no reason given"
         await _require_known(database, account, accounts)
-        wanted = Pause(Kind.OPERATOR, now(), ACTOR, reason, None, account or pausing.ALL_ACCOUNTS)
+        wanted = Pause(Kind.OPERATOR, now(), OPERATOR, reason, None, account or pausing.ALL_ACCOUNTS)
         await database.write(partial(pausing.pause, wanted=wanted))
         return await database.read(partial(read_stats, accounts=accounts, now=now()))
 
@@ -210,4 +210,4 @@ def _by(move: Move, body: MoveBody, now: datetime) -> Hold:
     """Return who moves a record, why, and until when it is held."""
     if body.until is not None and move is not Move.HOLD:
         raise problem(400, "Bad Request", "until is for hold alone")
-    return Hold(ACTOR, body.reason, read_until(body.until, now))
+    return Hold(OPERATOR, body.reason, read_until(body.until, now))

@@ -11,6 +11,7 @@ from litestar.openapi import ResponseSpec
 from litestar.plugins.problem_details import ProblemDetailsConfig, ProblemDetailsException, ProblemDetailsPlugin
 from litestar.response import Response
 
+from service.core.durations import DURATION_FORMS
 from service.core.generation import MalformedError
 from service.core.lifecycle import IllegalMoveError
 from service.core.replaying import NotReplayedError
@@ -42,7 +43,7 @@ def documented(*statuses: int) -> dict[int, ResponseSpec]:
     descriptions = {
         400: "the request is invalid",
         401: "the bearer token, or the signature of a webhook, is missing or wrong",
-        403: "the operator API is closed: MAYFLY_API_TOKEN is not set",
+        403: "it is closed: MAYFLY_API_TOKEN is not set, for POST /api/records neither that nor MAYFLY_INTAKE_TOKEN",
         404: "nothing of this id",
         408: "the body took longer than 10 s to arrive",
         409: "its state does not allow this now, or another number matches than expected",
@@ -75,7 +76,10 @@ def _from_signature_error(error: SignatureError) -> ProblemDetailsException:
     advice = {
         "missing": "the Sync-Signature header is missing",
         "malformed": "the Sync-Signature header is not t=<unix seconds>,v1=<hex>",
-        "stale": f"the signature's time is {error.details}: check both clocks",
+        "stale": (
+            f"the signature's time is {error.details}: check both clocks; an app that relays a webhook has to do so "
+            "within MAYFLY_WEBHOOK_TOLERANCE, and can call POST /api/records later"
+        ),
         "mismatch": "no secret matches: check SYNC_WEBHOOK_SECRET, and that no proxy changes the body",
     }
     return problem(401, "Signature rejected", advice[error.reason], {"WWW-Authenticate": "Sync-Signature"})
@@ -96,6 +100,20 @@ _WIRE_NAMES = {
 }
 
 
+# What fields accept that are texts of a form, where another type was sent.
+_ACCEPTED = {
+    "ttl": f"a text, {DURATION_FORMS}, or forever",
+    "expires": "a text, 2026-12-31T00:00:00Z or 2026-12-31",
+    "hold": "a text, the reason",
+    "labels": "an object of texts",
+}
+
+
+def _reason(found: Mapping[str, Any]) -> str:
+    accepted = _ACCEPTED.get(str(found.get("key", ""))) if found.get("source") == "body" else None
+    return f"{_wire_name(found)}: {found.get('message')}" + (f"; it accepts {accepted}" if accepted else "")
+
+
 def _wire_name(found: Mapping[str, Any]) -> str:
     """Return the client's name of what is invalid: of a parameter, of the body or of a field in it."""
     name = str(found.get("key", ""))
@@ -106,7 +124,7 @@ def _wire_name(found: Mapping[str, Any]) -> str:
 def _from_http_exception(error: HTTPException) -> ProblemDetailsException:
     """Describe an error of Litestar's in the client's names; Litestar's text repeats the query."""
     found = error.extra if isinstance(error, ValidationException) and isinstance(error.extra, list) else []
-    reasons = [f"{_wire_name(one)}: {one.get('message')}" for one in found]
+    reasons = [_reason(one) for one in found]
     title = HTTPStatus(error.status_code).phrase
     return problem(error.status_code, title, "; ".join(reasons) or error.detail, error.headers)
 
@@ -147,7 +165,7 @@ exception_handlers: dict[Any, Any] = {Exception: _answer_internal_error}
 
 
 class JsonRequest(Request[Any, Any, Any]):
-    """A request whose JSON may be nested without end: msgspec raises RecursionError, which Litestar answers 500."""
+    """A request whose JSON may be nested without end, or not be UTF-8: what msgspec raises Litestar answers 500."""
 
     async def json(self) -> Any:  # noqa: ANN401 - any JSON value
         """Return the body.
@@ -158,3 +176,5 @@ class JsonRequest(Request[Any, Any, Any]):
             return await super().json()
         except RecursionError:
             raise problem(400, "Bad Request", "the body is nested too deeply") from None
+        except UnicodeDecodeError:
+            raise problem(400, "Bad Request", "the body is not in UTF-8") from None

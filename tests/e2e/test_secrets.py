@@ -24,6 +24,8 @@ INPUT = [
     {"type": "video", "url": f"{INPUT_URL}?token={INPUT_TOKEN}"},
     {"type": "text", "provider": {"name": "elevenlabs", "voiceId": "EXAVITQu4vr4", "script": SCRIPT}},
 ]
+INTAKE_TOKEN = "marke-der-anwendung-2342"
+APP = {"Authorization": f"Bearer {INTAKE_TOKEN}"}
 OPERATOR = {"Authorization": f"Bearer {API_TOKEN}"}
 
 
@@ -115,6 +117,8 @@ async def errors_of_the_operator(url: str, generation_id: str) -> str:
             await client.post(f"/api/records/{generation_id}/release", json={"graceSeconds": -1}, headers=OPERATOR),
             await client.post(f"/api/records/{generation_id}/explode", headers=OPERATOR),
             await client.post("/api/pause", json={"reason": 7}, headers=OPERATOR),
+            await client.post("/api/records", json={"id": generation_id, "ttl": "7"}, headers=APP),
+            await client.get("/api/records", headers=APP),
         ]
     assert all(400 <= answer.status_code < 500 for answer in answers)
     return "".join(f"{answer.headers}{answer.text}" for answer in answers)
@@ -124,6 +128,7 @@ async def test_no_secret_reaches_logs_redis_process_titles_errors_metrics_or_ope
     # With the Redis that it starts itself, whose title is to be seen, too.
     data = tmp_path / "d"
     environment = {"MAYFLY_TTL": "1s", "MAYFLY_MIN_TTL": "1s", "MAYFLY_DATA_DIR": str(data)}
+    environment["MAYFLY_INTAKE_TOKEN"] = INTAKE_TOKEN
     service = await mayfly("up", SYNC_BASE_URL=simulator.url, **environment).start()
     troubled = [
         simulator.add(input=INPUT, faults={method: [fault]}) for fault in FAULTS for method in ("GET", "DELETE")
@@ -133,7 +138,7 @@ async def test_no_secret_reaches_logs_redis_process_titles_errors_metrics_or_ope
         input=INPUT, webhook_url=f"https://hooks.example.com/webhooks/sync?token={INPUT_TOKEN}&ttl=1h"
     )
     announced = [webhook(one.notification()) for one in (*troubled, waiting)]
-    secrets = {"API key": API_KEY, "webhook secret": SECRET, "operator token": API_TOKEN}
+    secrets = {"API key": API_KEY, "webhook secret": SECRET, "operator token": API_TOKEN, "app's token": INTAKE_TOKEN}
     sent = {"script": SCRIPT, "input URL": INPUT_URL, "input token": INPUT_TOKEN}
     sent |= {f"output token {number}": one.token for number, one in enumerate((*troubled, waiting))}
 
@@ -176,12 +181,16 @@ def test_settings_show_no_secret_in_their_repr():
             "SYNC_API_KEY": API_KEY,
             "SYNC_WEBHOOK_SECRET": SECRET,
             "MAYFLY_API_TOKEN": API_TOKEN,
+            "MAYFLY_INTAKE_TOKEN": INTAKE_TOKEN,
             "MAYFLY_DATABASE_URL": "postgresql://mayfly:hidden-password@db/mayfly",
             "MAYFLY_REDIS_URL": "rediss://:hidden-password@redis:6379",
         }
     )
 
-    assert found({"a": API_KEY, "b": SECRET, "c": API_TOKEN, "d": "hidden-password"}, repr(settings)) == []
+    assert (
+        found({"a": API_KEY, "b": SECRET, "c": API_TOKEN, "e": INTAKE_TOKEN, "d": "hidden-password"}, repr(settings))
+        == []
+    )
 
 
 async def test_the_data_directory_is_for_its_owner_alone(mayfly, simulator, tmp_path):

@@ -10,6 +10,7 @@ from itertools import cycle
 from pathlib import Path
 from typing import Any
 from urllib.parse import quote
+from uuid import uuid4
 
 import pytest
 import requests
@@ -60,6 +61,7 @@ SEEN = {
     "GET /health/ready": {200},
     "GET /metrics": {200},
     "GET /api/records": {200, 400},
+    "POST /api/records": {200, 201, 400},
     "GET /api/records/export": {200, 400},
     "GET /api/records/{generation_id}": {200, 404},
     "GET /api/records/{generation_id}/explain": {200},
@@ -160,6 +162,7 @@ CHOICES = st.fixed_dictionaries(
         "filters": st.sampled_from([(), (), ("state",), ("status",), ("q",), ("from", "to"), None]),
         "limit": st.sampled_from([1, 3, 500]),
         "has_cursor": st.booleans(),
+        "asked": st.sampled_from([{}, {"ttl": "3d"}, {"expires": "2199-01-01"}, {"hold": "legal"}, {"ttl": "3"}]),
     }
 )
 
@@ -173,13 +176,16 @@ def shape(case: Any, choice: Mapping[str, Any], name: str | None, cursors: list[
         case.path_parameters["delivery_id"] = quote(name, safe="")
     if case.meta.generation.mode is GenerationMode.NEGATIVE:
         return  # it is wrong on purpose
-    if case.path in PAGES and choice["filters"] is not None:
+    if case.path in PAGES and case.method == "GET" and choice["filters"] is not None:
         case.query = {name: case.query[name] for name in choice["filters"] if name in case.query}
         case.query["limit"] = choice["limit"]
         if choice["has_cursor"] and cursors:
             case.query["cursor"] = cursors[-1]
     if case.path == "/api/forwards/replay" and choice["is_documented"]:
         case.body = {"filter": {"state": "delivered"}, "dryRun": True}
+    if case.path == "/api/records" and case.method == "POST" and choice["is_documented"]:
+        known = {"id": name or uuid4().hex, "account": "default"}
+        case.body = {key: case.body[key] for key in ("labels",) if key in case.body} | known | choice["asked"]
     if case.path == "/webhooks/sync" and choice["is_documented"]:
         known = {"id": name} if name else {}
         case.body = {**notification(), **case.body, **known, "status": notification()["status"]}

@@ -91,6 +91,14 @@ async def test_the_scheme_of_the_token_is_read_in_any_case(sqlite_database, open
     assert [answer.json() for answer in answers] == [{"items": [], "nextCursor": None}] * 3
 
 
+async def test_a_body_that_is_not_in_utf_8_is_400_at_every_route(sqlite_client):
+    json_type = {"Content-Type": "application/json"}
+    for path in ("/api/records/g1/hold", "/api/records/hold", "/api/pause"):
+        answer = await sqlite_client.post(path, content=b'{"reason": "\xff"}', headers=json_type)
+
+        assert (answer.status_code, answer.json()["detail"]) == (400, "the body is not in UTF-8"), path
+
+
 # Query parameters
 
 

@@ -174,6 +174,53 @@ async def test_a_webhook_url_that_is_no_text_is_202_and_held(app_client, databas
     assert row.notification.encode() == sent.body
 
 
+# Relayed by an app that keeps its webhookUrl
+
+# What an app's own HTTP client and the proxies on the way add.
+OF_THE_APP = {
+    "User-Agent": "python-httpx/0.28.1",
+    "Content-Type": "application/json; charset=utf-8",
+    "Accept": "*/*",
+    "Authorization": "Bearer of-the-app",
+    "Cookie": "session=1",
+    "X-Request-Id": "7f1c",
+    "X-Forwarded-For": "203.0.113.7",
+    "traceparent": "00-0af7651916cd43dd8448eb211c80319c-b7ad6b7169203331-01",
+}
+
+
+async def test_a_webhook_that_an_app_relays_unchanged_is_stored_as_if_it_came_itself(app_client, database):
+    at = datetime.now(UTC).replace(microsecond=0) - timedelta(minutes=4)
+    sent = webhook(at=at.timestamp(), webhookUrl="https://app.example.com/hooks/sync")
+    relayed = {"Sync-Signature": sent.headers["Sync-Signature"]} | OF_THE_APP
+    answer = await app_client.post("/webhooks/sync", content=sent.body, headers=relayed)
+    row = await row_of(database, Key("default", sent.id))
+
+    assert (answer.status_code, answer.json()["state"]) == (202, "scheduled")
+    assert (row.notification.encode(), row.sent_at, row.due_at) == (sent.body, at, at + DAY)
+
+
+async def test_a_relay_after_the_tolerance_is_refused_and_told_what_to_do(client, sqlite_database):
+    sent = webhook(at=time.time() - 400)
+    relayed = {"Sync-Signature": sent.headers["Sync-Signature"]} | OF_THE_APP
+    answer = await client.post("/webhooks/sync", content=sent.body, headers=relayed)
+
+    assert_problem(answer, 401)
+    assert "behind Mayfly's clock (300 s allowed)" in answer.json()["detail"]
+    assert "relays a webhook has to do so within MAYFLY_WEBHOOK_TOLERANCE" in answer.json()["detail"]
+    assert "POST /api/records" in answer.json()["detail"]
+    assert await count(sqlite_database) == 0
+
+
+async def test_a_relay_that_writes_the_json_anew_is_refused(client, sqlite_database):
+    sent = webhook()
+    anew = json.dumps(json.loads(sent.body), separators=(",", ":")).encode()
+    answer = await client.post("/webhooks/sync", content=anew, headers=sent.headers | OF_THE_APP)
+
+    assert_problem(answer, 401)
+    assert await count(sqlite_database) == 0
+
+
 def logged(capsys):
     """Return the log events written since the last call."""
     return [json.loads(line) for line in capsys.readouterr().err.splitlines() if line.startswith("{")]

@@ -8,6 +8,7 @@ from service.core.attempts import (
     ANSWER_LOST,
     MAX_FREE_LOSSES,
     MAX_REFUSALS,
+    SHOWN_WITHIN,
     Outcome,
     Progress,
     Step,
@@ -15,6 +16,7 @@ from service.core.attempts import (
     after_attempt,
     after_lost_lease,
     backoff,
+    describe_unknown_id,
 )
 from service.core.lifecycle import Move
 
@@ -154,3 +156,38 @@ def test_a_record_that_crashes_workers_is_retried_more_slowly_and_never_given_up
     assert waits[MAX_FREE_LOSSES] > timedelta(0)
     assert waits[-1] == timedelta(hours=1)
     assert {step.move for step in steps} == {Move.LOSE_LEASE}
+
+
+@pytest.mark.parametrize(
+    ("age", "move"),
+    [
+        (timedelta(0), Move.DEFER),
+        (SHOWN_WITHIN - timedelta(seconds=1), Move.DEFER),
+        (SHOWN_WITHIN, Move.GIVE_UP),
+        (WEEK, Move.GIVE_UP),
+    ],
+)
+def test_an_added_id_that_was_never_shown_is_given_up_and_never_called_gone(age, move):
+    step = after_attempt(
+        Verdict.GONE, FRESH, now=NOW, give_up_after=WEEK, retry_after=None, jitter=0.5, unseen_since=NOW - age
+    )
+
+    assert (step.move, step.outcome) == (move, None)
+    assert (step.retry_at is None) == (move is Move.GIVE_UP)
+
+
+@pytest.mark.parametrize("verdict", [Verdict.RUNNING, Verdict.RETRY])
+def test_other_answers_about_an_added_id_are_as_for_any_record(verdict):
+    step = after_attempt(
+        verdict, FRESH, now=NOW, give_up_after=WEEK, retry_after=None, jitter=0.5, unseen_since=NOW - WEEK
+    )
+
+    assert step == judged(verdict)
+
+
+def test_the_error_of_a_wrong_id_says_what_to_check_and_names_the_account():
+    text = describe_unknown_id("studio")
+
+    assert "sync.so does not know this id" in text
+    assert "account studio" in text
+    assert "mayfly records retry" in text

@@ -9,13 +9,13 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from service.core.matchers import Facts, Pattern, Texts
+from service.core.refining import refine_retention
 from service.core.retention import (
     Bounds,
     Policy,
     Retention,
     decide_retention,
     reconsider_retention,
-    refine_retention,
 )
 from service.core.rules import Rule, RuleSet
 

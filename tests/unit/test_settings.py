@@ -7,7 +7,6 @@ import pytest
 from sqlalchemy import URL
 
 from service.config.settings import (
-    NOT_SUPPORTED,
     OPTIONS,
     WORKER_DEFAULTS,
     SettingsError,
@@ -15,6 +14,7 @@ from service.config.settings import (
     require_api_key,
     require_webhook_secret,
 )
+from service.config.unknown_variables import NOT_SUPPORTED
 from service.core.rate import Rate
 from service.core.retention import Bounds, Policy
 from service.core.secret import Secret
@@ -191,12 +191,22 @@ def test_a_secret_can_be_read_from_a_file(option, tmp_path):
         "MAYFLY_DATABASE_URL": "postgresql://u:p@db/mayfly",
         "MAYFLY_REDIS_URL": "redis://:p@redis",
         "MAYFLY_API_TOKEN": TOKEN,
+        "MAYFLY_INTAKE_TOKEN": TOKEN,
         "SYNC_API_KEY": "sk-1",
     }
     path = tmp_path / "secret"
     path.write_text(texts[option.name] + "\n")
 
     assert read_settings({f"{option.name}_FILE": str(path)}) == read_settings({option.name: texts[option.name]})
+
+
+def test_two_tokens_that_are_equal_are_refused_and_neither_is_shown():
+    (problem,) = problems_of(MAYFLY_API_TOKEN=TOKEN, MAYFLY_INTAKE_TOKEN=TOKEN)
+
+    assert problem.startswith("MAYFLY_INTAKE_TOKEN is the same as MAYFLY_API_TOKEN: ")
+    assert "choose another one" in problem
+    assert TOKEN not in problem
+    assert read_settings({"MAYFLY_API_TOKEN": TOKEN, "MAYFLY_INTAKE_TOKEN": f"{TOKEN}x"}).intake_token
 
 
 def test_a_variable_wins_over_its_file(tmp_path):
@@ -290,6 +300,7 @@ def test_no_representation_shows_a_secret():
             "SYNC_API_KEY": "sk-verysecret",
             "SYNC_WEBHOOK_SECRET": "whsec_verysecret",
             "MAYFLY_API_TOKEN": "verysecret0123456789",
+            "MAYFLY_INTAKE_TOKEN": "verysecret9876543210",
             "MAYFLY_REDIS_URL": "redis://:verysecret@r",
             "MAYFLY_DATABASE_URL": "postgresql://u:verysecret@db/mayfly",
         }
