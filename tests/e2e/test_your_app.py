@@ -388,6 +388,23 @@ async def test_the_call_names_each_generation_with_its_ttl_and_labels(example):
     ]
 
 
+async def test_a_generation_that_is_called_for_has_a_record_a_wrong_token_adds_none(example, mayfly, simulator):
+    shared = {"SYNC_BASE_URL": simulator.url, "MAYFLY_INTAKE_TOKEN": "intake-token-of-the-tests"}
+    up = await mayfly("up", **shared).start()
+    created = [simulator.add().id for _ in range(2)]
+    wrong = example("add", MAYFLY_PUBLIC_URL=up.url, MAYFLY_INTAKE_TOKEN="wrong")
+    right = example("add", MAYFLY_PUBLIC_URL=up.url, MAYFLY_INTAKE_TOKEN=shared["MAYFLY_INTAKE_TOKEN"])
+    refused, _ = await wrong.run(created[0])
+    codes = [(await right.run(created[1]))[0] for _ in range(2)]
+    record = await record_of(up, created[1])
+    async with http_client(up.url) as operator:
+        unknown = await operator.get(f"/api/records/{created[0]}", headers=OPERATOR)
+
+    assert (refused, codes) == (1, [0, 0])
+    assert (record["state"], record["retention"]["ttl"], record["labels"]) == ("scheduled", "3d", {"customer": "acme"})
+    assert unknown.status_code == 404
+
+
 async def test_the_call_fails_loudly(example):
     async with App() as mayfly:
         mayfly.script(Answer(401, body="a wrong token"), is_for_ever=True)
