@@ -1,7 +1,7 @@
 """Overrides of the retention time and labels in a URL: read whatever tools do to URLs, and find typos.
 
-An override is ``ttl``, ``expires`` or ``hold``, a label is ``label.NAME``. One that cannot be read for certain is
-invalid: it holds the record.
+An override is ``ttl``, ``expires`` or ``hold``, which may have an end in ``hold_until``; a label is ``label.NAME``. One
+that cannot be read for certain is invalid: it holds the record.
 """
 
 import html
@@ -16,7 +16,7 @@ from service.core.labels import MAX_LABELS, check_label, find_label, suggest_lab
 from service.core.typos import is_signature, suggest_override
 
 WEBHOOK_PATH: Final = "/webhooks/sync"
-NAMES: Final = frozenset({"ttl", "expires", "hold"})
+NAMES: Final = frozenset({"ttl", "expires", "hold", "hold_until"})
 MAX_URL_LENGTH: Final = 8_192
 # Each tool that a URL passes through may encode it once more.
 _MAX_ENCODINGS: Final = 6
@@ -132,6 +132,8 @@ def _select(pairs: Sequence[_Pair], *, is_ours: bool) -> dict[str, str]:
             raise InvalidOverrideError(pair.name, pair.value, advice or f"did you mean `{near}`?")
     if {"ttl", "expires"} <= values.keys():
         raise InvalidOverrideError("expires", values["expires"], "not together with `ttl`")
+    if "hold_until" in values and "hold" not in values:
+        raise InvalidOverrideError("hold_until", values["hold_until"], "only together with `hold`")
     return values
 
 

@@ -9,6 +9,7 @@ from typing import Final
 import msgspec
 
 from service.core.durations import parse_instant, parse_ttl
+from service.core.holding import NO_REASON, parse_until
 from service.core.matchers import Facts
 from service.core.overrides import InvalidOverrideError, Overrides, read_overrides
 from service.core.rules import NO_RULES, RULE_PREFIX, RuleSet
@@ -25,6 +26,7 @@ OVERRIDE_PREFIX: Final = "override: "
 ASKED_BY: Final = " by "
 HOLD_RULE: Final = f"{OVERRIDE_PREFIX}hold"
 NO_FACTS: Final = Facts()
+_NEVER: Final = datetime.max.replace(tzinfo=UTC)
 
 # A URL without any of these has no override.
 _MARKS: Final = re.compile(r"[?#%&;=]")
@@ -68,7 +70,7 @@ class InvalidOverride(msgspec.Struct, frozen=True, gc=False):
 class Retention(msgspec.Struct, frozen=True, gc=False):
     """How long one generation is kept: *rule* names what decided, *due_at* is None for one that is never deleted.
 
-    *labels* are those of its webhookUrl.
+    *labels* are those of its webhookUrl. A hold ends at *hold_until*, None: with a release.
     """
 
     rule: str
@@ -77,6 +79,7 @@ class Retention(msgspec.Struct, frozen=True, gc=False):
     hold_reason: str | None = None
     invalid: "InvalidOverride | None" = None
     labels: Mapping[str, str] = {}
+    hold_until: datetime | None = None
 
     def held_by(self, actor: str) -> str | None:
         """Return whose hold it is, None without one: the policy's, or else *actor*'s, who brought the override."""
@@ -131,7 +134,7 @@ def decide_asked_retention(policy: Policy, facts: Facts, asked: Overrides, *, by
     bounds = policy.bounds_of(facts.account)
     clock = _Clock(now, now + bounds.min_ttl, bounds.max_ttl)
     base = _apply_rules(policy, msgspec.structs.replace(facts, labels=asked.labels), clock, None)
-    found = _apply_hold(asked, base, _apply_times(asked, base, clock))
+    found = _apply_hold(asked, base, _apply_times(asked, base, clock), clock)
     rule = f"{found.rule}{ASKED_BY}{by}" if found.rule.startswith(OVERRIDE_PREFIX) else found.rule
     return msgspec.structs.replace(found, rule=rule, labels=asked.labels)
 
@@ -157,10 +160,10 @@ def reconsider_retention(
 def keep_longer(first: Retention, second: Retention) -> Retention:
     """Return what keeps the generation longer; a hold of either counts, the first one's before the second's."""
     timed = second if second.is_later_than(first.due_at) else first
-    held = first if first.hold_reason is not None else second
-    if held.hold_reason is None:
-        held = timed
-    return Retention(held.rule, timed.ttl, timed.due_at, held.hold_reason, held.invalid, first.labels)
+    holds = [one for one in (first, second) if one.hold_reason is not None]
+    # One without an end is the longest; of two that end at once the first counts.
+    held = max(holds, key=lambda one: one.hold_until or _NEVER, default=timed)
+    return Retention(held.rule, timed.ttl, timed.due_at, held.hold_reason, held.invalid, first.labels, held.hold_until)
 
 
 class _Clock(msgspec.Struct, frozen=True, gc=False):
@@ -217,13 +220,14 @@ def _apply_overrides(
         if isinstance(found, InvalidOverrideError):
             raise found
         timed = _apply_times(found, base, clock)
+        _read_hold_until(found, clock)
     except InvalidOverrideError as error:
         invalid = InvalidOverride(error.name, error.value_length)
         return Retention(INVALID_RULE, base.ttl, base.due_at, f"{INVALID_RULE} in {place}: {error}", invalid)
     # Another service may have put it into its own URL for itself.
     if not found.is_ours and not timed.is_later_than(base.due_at):
         timed = base
-    return _apply_hold(found, base, timed)
+    return _apply_hold(found, base, timed, clock)
 
 
 def _apply_times(overrides: Overrides, base: Retention, clock: _Clock) -> Retention:
@@ -255,12 +259,28 @@ def _cut(timed: Retention, base: Retention, clock: _Clock) -> Retention:
     return base if base.is_later_than(latest) else cut
 
 
-def _apply_hold(overrides: Overrides, base: Retention, timed: Retention) -> Retention:
+def _read_hold_until(overrides: Overrides, clock: _Clock) -> datetime | None:
+    """Return when the hold ends, a duration counts from the clock's start; None without an end.
+
+    Raises: InvalidOverrideError, also for an end that had passed then.
+    """
+    if (text := overrides.values.get("hold_until")) is None:
+        return None
+    try:
+        return parse_until(text, now=clock.start)
+    except ValueError as error:
+        raise InvalidOverrideError("hold_until", text, str(error)) from None
+
+
+def _apply_hold(overrides: Overrides, base: Retention, timed: Retention, clock: _Clock) -> Retention:
     """Apply ``hold``, else the hold of a rule; a held record keeps the due time that a release brings back."""
     text = overrides.values.get("hold")
     if text is not None and text.lower() not in FALSE:
         reason = text.replace("\0", "")[:500]  # NUL: PostgreSQL cannot store it
-        return Retention(HOLD_RULE, timed.ttl, timed.due_at, hold_reason=reason or "no reason given")
+        until = _read_hold_until(overrides, clock)
+        if until is not None and base.hold_reason is not None:  # a rule's hold has no end
+            return Retention(base.rule, timed.ttl, timed.due_at, base.hold_reason)
+        return Retention(HOLD_RULE, timed.ttl, timed.due_at, reason or NO_REASON, hold_until=until)
     if base.hold_reason is not None:
         return Retention(base.rule, timed.ttl, timed.due_at, base.hold_reason)
     return timed

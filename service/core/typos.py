@@ -25,7 +25,8 @@ _STRONG: Final = {
     **dict.fromkeys(("keep", "keepfor", "keepuntil", "keepforever", "keepit", "retain", "retainfor", "forever"), "ttl"),
     **dict.fromkeys(("deleteafter", "deletein", "autodelete", "timetolive", "nodelete", "donotdelete"), "ttl"),
     **dict.fromkeys(("expiresat", "expiresin", "expireson", "expiresafter", "retainuntil", "deleteat"), "expires"),
-    **dict.fromkeys(("hold", "onhold", "legalhold", "holduntil", "holdreason", "holdfor", "litigationhold"), "hold"),
+    **dict.fromkeys(("hold", "onhold", "legalhold", "holdreason", "holdfor", "litigationhold"), "hold"),
+    "holduntil": "hold_until",
 }
 _BEGINNINGS: Final = {"ttl": "ttl", "retention": "ttl", "keepday": "ttl", "keephour": "ttl", "keepsecond": "ttl"}
 # Words in a longer name, such as cookie_expires: only with a value that reads as a time.

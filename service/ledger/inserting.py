@@ -102,7 +102,7 @@ def _add_overrides(found: Mapping[Key, Hold], arrivals: Sequence[Arrival]) -> di
     for arrival in arrivals:
         reason = arrival.retention.hold_reason
         by = arrival.retention.held_by(arrival.actor)
-        override = None if by is None else Hold(by, reason, None)
+        override = None if by is None else Hold(by, reason, arrival.retention.hold_until)
         if (hold := longer_hold(longer_hold(found.get(arrival.key), override), arrival.hold)) is not None:
             holds[arrival.key] = hold
     return holds

@@ -215,8 +215,8 @@ def _retention_changes(row: Row[Any], found: Retention) -> dict[str, Any]:
     # An attempt that was deferred, because of a Retry-After for example, is not made earlier.
     deferred_to = row.wake_at if row.attempts else None
     wake_at = max(found.due_at, deferred_to or found.due_at) if found.due_at and state is State.SCHEDULED else None
-    hold = {} if row.state == State.HELD else {"hold_by": found.held_by("webhook"), "hold_reason": found.hold_reason}
-    return hold | {
+    hold = {"hold_by": found.held_by("webhook"), "hold_reason": found.hold_reason, "hold_until": found.hold_until}
+    return ({} if row.state == State.HELD else hold) | {
         "state": state,
         "rule": found.rule,
         "due_at": found.due_at,

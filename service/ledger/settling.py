@@ -174,7 +174,7 @@ _set_retention = (
         ttl_seconds=bindparam("b_ttl_seconds"),
         hold_by=bindparam("b_hold_by"),
         hold_reason=bindparam("b_hold_reason"),
-        hold_until=None,
+        hold_until=bindparam("b_hold_until", type_=records.c.hold_until.type),
     )
 )
 _defer = (
@@ -256,6 +256,7 @@ def _retention_values(item: Settlement, retention: Retention) -> dict[str, Any]:
         "b_ttl_seconds": None if retention.ttl is None else int(retention.ttl.total_seconds()),
         "b_hold_by": retention.held_by("override"),
         "b_hold_reason": retention.hold_reason,
+        "b_hold_until": retention.hold_until,
     }
 
 

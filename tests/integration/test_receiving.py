@@ -452,3 +452,17 @@ async def test_a_hold_that_came_too_late_is_gone_with_the_generation(database):
 
     assert (await row_of(database, key)).state == State.DELETED
     assert await database.read(partial(holding.find_hold, key=key)) is None
+
+
+async def test_the_end_of_an_overrides_hold_is_stored_and_ends_it(database):
+    until = utc_now() - timedelta(seconds=1)
+    item = arrival(hold="legal")
+    item = msgspec.structs.replace(item, retention=msgspec.structs.replace(item.retention, hold_until=until))
+    await receive(database, item)
+    held = await row_of(database, item.key)
+    end = partial(holding.end_holds, account=item.key.account, min_ttl=HOUR, limit=10, now=utc_now())
+    assert await database.write(end) == 1
+    row = await row_of(database, item.key)
+
+    assert (held.state, held.hold_until, row.state, row.hold_until) == (State.HELD, until, State.SCHEDULED, None)
+    assert row.due_at > utc_now() + HOUR / 2

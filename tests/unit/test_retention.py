@@ -6,7 +6,15 @@ import pytest
 
 from service.core.durations import MAX_TTL, format_duration, parse_duration, parse_ttl
 from service.core.matchers import Facts
-from service.core.retention import Policy, Retention, decide_retention, reconsider_retention
+from service.core.retention import (
+    INVALID_RULE,
+    Policy,
+    Retention,
+    decide_retention,
+    keep_longer,
+    reconsider_retention,
+)
+from service.core.rules import Rule, RuleSet
 
 NOW = datetime(2026, 11, 23, 12, tzinfo=UTC)
 DAY = timedelta(days=1)
@@ -111,6 +119,57 @@ def test_a_hold_override_keeps_the_due_time_for_a_release():
 
 def test_a_hold_without_a_reason_is_a_hold():
     assert decided("hold=").hold_reason == decided("hold").hold_reason == "no reason given"
+
+
+@pytest.mark.parametrize(
+    ("text", "until"),
+    [
+        ("30d", NOW + 30 * DAY),
+        ("2030-12-31", datetime(2031, 1, 1, tzinfo=UTC)),
+        ("2030-12-31T18:00:00%2B01:00", datetime(2030, 12, 31, 17, tzinfo=UTC)),
+    ],
+)
+def test_the_hold_of_an_override_may_have_an_end(text, until):
+    retention = decided(f"hold=legal&hold_until={text}&ttl=72h")
+
+    assert retention == Retention("override: hold", 3 * DAY, NOW + 3 * DAY, "legal", hold_until=until)
+
+
+@pytest.mark.parametrize(
+    "query",
+    [
+        "hold_until=2030-12-31",
+        "hold=legal&hold_until=soon",
+        "hold=legal&hold_until=2020-12-31",  # an end that had passed when it was sent is a typo
+        "hold=legal&hold_until=",
+        "hold=legal&hold_until=30d&hold_until=60d",
+        "hold=legal&holdUntil=30d",
+        "hold=no&hold_until=soon",
+    ],
+)
+def test_an_end_of_a_hold_that_cannot_be_read_holds_without_an_end(query):
+    retention = decided(query)
+
+    assert retention.rule == INVALID_RULE
+    assert retention.hold_reason is not None
+    assert retention.hold_until is None
+    assert "hold" in retention.hold_reason
+
+
+def test_of_two_holds_the_one_that_ends_later_counts():
+    ends = Retention("a", DAY, NOW + DAY, "a", hold_until=NOW + DAY)
+    later = Retention("b", DAY, NOW + DAY, "b", hold_until=NOW + 2 * DAY)
+    never = Retention("c", DAY, NOW + DAY, "c")
+
+    assert keep_longer(ends, later) == keep_longer(later, ends) == later
+    assert keep_longer(ends, never) == keep_longer(never, ends) == never
+
+
+def test_the_hold_of_a_rule_outlasts_that_of_an_override():
+    rules = RuleSet([Rule("case", hold="legal case")])
+    retention = decided("hold=mine&hold_until=30d", policy=Policy(DAY, timedelta(minutes=1), rules))
+
+    assert (retention.hold_reason, retention.hold_until) == ("legal case", None)
 
 
 def test_the_reason_of_a_hold_is_cut_to_what_a_list_can_show():
