@@ -31,7 +31,7 @@ from tests.support.ports import free_port
 WAITING = 5000
 OTHERS = ("absent", "well", "refuses", "never answers")
 # Somewhat more than one organisation makes at its most.
-_A_SECOND = 2
+_A_SECOND = 4
 _CONNECTIONS = 8
 # Until attempts are under way. The circuit of what never answers opens after half a minute: both states are measured.
 _SETTLE_SECONDS = 3.0
