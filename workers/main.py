@@ -22,7 +22,7 @@ from service.runtime.tasks import cancel_and_wait
 from workers.account import WorkerParts, open_parts
 from workers.hygiene import Hygiene
 from workers.runner import STOP_SECONDS, jobs_of_account, jobs_of_target, run_jobs
-from workers.target import RemovedTargets, TargetParts, open_target
+from workers.target import RemovedTargets, TargetParts, open_target, reserve_threads
 
 log = structlog.get_logger()
 
@@ -75,6 +75,7 @@ async def _open_targets(  # noqa: PLR0917 - what all targets share
 ) -> list[TargetParts]:
     if not settings.targets:
         return []
+    reserve_threads(settings.targets)
     enqueuer = Enqueuer(pool, horizon=settings.queue_horizon, now=lambda: datetime.now(UTC), metrics=metrics)
     stack.push_async_callback(enqueuer.close)
     open_one = partial(

@@ -5,6 +5,7 @@ import contextlib
 import ssl
 import time
 from collections.abc import AsyncIterator, Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import asynccontextmanager
 from dataclasses import dataclass
 from datetime import UTC, datetime, timedelta
@@ -32,6 +33,7 @@ _LATE: Final = timedelta(seconds=2)
 _GIVE_UP_EVERY_SECONDS: Final = 10.0
 _GIVE_UP_AT_ONCE: Final = 500
 _REMOVED_EVERY_SECONDS: Final = 60.0
+_THREADS_OF_OTHERS: Final = 32
 
 
 @dataclass(frozen=True, slots=True)
@@ -112,6 +114,15 @@ async def _give_up(database: Database, target: str | None, known: Sequence[str],
     ended = await database.write(write)
     names = {"target": target or "one that was removed from MAYFLY_CONFIG", "deliveries": len(ended)}
     log.error("forward.given_up", **names, what_now="not sent again, unless you say: mayfly forwards replay")
+
+
+def reserve_threads(targets: Sequence[Target]) -> None:
+    """Give each attempt a thread to look up its host in: a name server that hangs must keep no other one waiting.
+
+    asyncio looks up names in its default threads. It has few, six on two cores, and the calls to sync.so use them, too.
+    """
+    count = _THREADS_OF_OTHERS + sum(target.concurrency for target in targets)
+    asyncio.get_running_loop().set_default_executor(ThreadPoolExecutor(count, "lookups"))
 
 
 @asynccontextmanager

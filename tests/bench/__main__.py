@@ -99,13 +99,13 @@ def measure_lag(order: Order) -> list[Row]:
 
 def measure_budget(order: Order) -> list[Row]:
     """How much of a budget of calls is used while more is due, and that it is never exceeded."""
-    order.raw["budget"] = figures = draining.budget(order.folder, count=1000, seconds=60.0)
+    order.raw["budget"] = figures = draining.budget(order.folder, count=1000, seconds=120.0)
     return report.budget_rows(figures)
 
 
 def measure_forwarding(order: Order) -> list[Row]:
     """Whether a dead target with 5000 webhooks waiting delays another target or the intake."""
-    order.raw["forwarding"] = results = isolation(order.folder, seconds=60.0)
+    order.raw["forwarding"] = results = isolation(order.folder, rounds=ROUNDS, seconds=60.0)
     return report.forwarding_rows(results)
 
 

@@ -1,6 +1,7 @@
 """The attempts of one target: jobs, circuit, safety net, stop, and a ledger that does not answer."""
 
 import asyncio
+import threading
 from dataclasses import replace
 from datetime import timedelta
 
@@ -19,7 +20,7 @@ from tests.support.ledger import HOUR, utc_now
 from tests.support.waiting import eventually
 from workers.forward import AWAY, Forwards, lease_of
 from workers.net import Net
-from workers.target import DeliveryLedger, RemovedTargets
+from workers.target import DeliveryLedger, RemovedTargets, reserve_threads
 
 LATE = timedelta(seconds=2)
 OK, AWAY_REPLY = Reply(200, "ok"), Reply(None, error="not reached: ConnectError: Connection refused")
@@ -292,6 +293,18 @@ async def test_without_redis_one_slow_webhook_holds_up_no_other(database, metric
     worker.stopping.set()
     await running
     assert await worker.forwards.attempts.wait(5)
+
+
+async def test_lookups_that_hang_leave_a_thread_for_all_others():
+    loop, held = asyncio.get_running_loop(), threading.Event()
+    targets = [replace(CRM, concurrency=100), FILMS]
+    reserve_threads(targets)
+    hanging = [loop.run_in_executor(None, held.wait) for _ in range(108)]
+    try:
+        assert await asyncio.wait_for(loop.getaddrinfo("127.0.0.1", 80), 5)
+    finally:
+        held.set()
+        await asyncio.gather(*hanging)
 
 
 def test_a_lease_is_longer_than_its_attempt_and_two_commits():
