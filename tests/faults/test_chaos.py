@@ -45,16 +45,21 @@ async def test_under_random_faults_nothing_is_lost_deleted_early_or_without_a_re
 async def survives(system: System, seed: int, postgres: Postgres | None = None) -> None:
     """Do harm to *system* and let the judge look at what is left."""
     name = f"seed {seed} on {type(system.ledger).__name__}"
-    chaos = Chaos(system, random.Random(name), postgres)  # noqa: S311 - faults, not secrets
+    chaos = Chaos(system, random.Random(name), postgres, has_apps=True)  # noqa: S311 - faults, not secrets
     await chaos.run(SECONDS)
     verdict = await system.judged()
     accepted = {sent.id for sent in system.sent if sent.is_accepted}
+    assert chaos.apps is not None
+    attempts = [len(app.requests) for app in chaos.apps.apps]
     print(
-        f"{name}: {len(system.sent)} webhooks, {len(accepted)} generations accepted, {len(chaos.told)} faults, "
-        f"healed in {chaos.healing_seconds:.1f} s, {system.health_monitor.asked} looks at its health"
+        f"{name}: {len(system.told)} webhooks, {len(accepted)} generations accepted, {len(chaos.told)} faults, "
+        f"healed in {chaos.healing_seconds:.1f} s, {system.health_monitor.asked} looks at its health, "
+        f"{attempts} attempts at {len(await system.ledger.deliveries())} deliveries, {chaos.apps.replays} replays"
     )
 
     assert not verdict.all, f"{name}: {chaos.told}; {verdict.all}"
+    assert not chaos.apps.stuck
+    assert await chaos.apps.is_over()
     assert len(accepted) > SECONDS * 3
     assert accepted <= set(system.simulator.removed)
     assert system.health_monitor.asked > SECONDS
