@@ -4,6 +4,7 @@ import asyncio
 import os
 import random
 import secrets
+from collections import Counter
 from functools import partial
 from pathlib import Path
 
@@ -50,11 +51,12 @@ async def survives(system: System, seed: int, postgres: Postgres | None = None) 
     verdict = await system.judged()
     accepted = {sent.id for sent in system.sent if sent.is_accepted}
     assert chaos.apps is not None
-    attempts = [len(app.requests) for app in chaos.apps.apps]
+    answers = [Counter(str(one.begun) for one in app.requests) for app in chaos.apps.apps]
     print(
         f"{name}: {len(system.told)} webhooks, {len(accepted)} generations accepted, {len(chaos.told)} faults, "
         f"healed in {chaos.healing_seconds:.1f} s, {system.health_monitor.asked} looks at its health, "
-        f"{attempts} attempts at {len(await system.ledger.deliveries())} deliveries, {chaos.apps.replays} replays"
+        f"{len(await system.ledger.deliveries())} deliveries, answers {[dict(one) for one in answers]}, "
+        f"{chaos.apps.replays} replays of failed ones"
     )
 
     assert not verdict.all, f"{name}: {chaos.told}; {verdict.all}"
@@ -86,9 +88,27 @@ async def test_the_verdict_on_the_same_chaos_fails_without_one_part(starter: Pro
     assert [*careless.lost, *careless.uninvited, *careless.leaked] == []
 
 
-async def condemned(without: str, system: System) -> Verdict:
+@pytest.mark.timeout(120)
+async def test_the_verdict_on_forwarding_fails_without_one_part(starter: ProcessStarter, tmp_path: Path):
+    parts = ("requirements", "net of deliveries", "posts")
+    verdicts = await at_once(starter, tmp_path, {one: partial(condemned, one, has_apps=True) for one in parts})
+
+    hasty, lost, silent = (verdicts[part].forwards for part in parts)
+    # Deleted before the app had the webhook.
+    assert len(hasty.unasked) >= 5
+    assert len({one.partition(" before ")[0] for one in hasty.unasked}) >= 3
+    # Left where they were when Redis lost their jobs.
+    assert len(lost.undelivered) >= 10
+    assert lost.unasked == []
+    # Called delivered.
+    assert len([one for one in silent.undelivered if "is called delivered" in one]) > 50
+    assert len(silent.unasked) > 10
+    assert [*hasty.changed, *lost.changed, *silent.changed, *lost.disordered, *silent.disordered] == []
+
+
+async def condemned(without: str, system: System, *, has_apps: bool = False) -> Verdict:
     """Do harm to *system*, whose workers are *without* a part, heal what can be, and return what the judge says."""
-    chaos = Chaos(system, random.Random(without), without=without)  # noqa: S311 - faults, not secrets
+    chaos = Chaos(system, random.Random(without), without=without, has_apps=has_apps)  # noqa: S311 - faults, not secrets
     await chaos.run(CONTROL_SECONDS, healed_within=CONTROL_HEALED_WITHIN)
     return await system.judged()
 
