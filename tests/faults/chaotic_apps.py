@@ -129,7 +129,7 @@ class ChaoticApps:
 
     async def _misbehave(self) -> None:
         app = self.random.choice(self.apps)
-        app.script(*self.random.choices((Answer(), *_ANSWERS), k=self.random.randint(3, 12)))
+        app.script(*self.random.choices((Answer(), *_ANSWERS), k=self.random.randint(5, 50)))
 
     async def _refuse(self) -> None:
         app = self.random.choice(self.apps)
