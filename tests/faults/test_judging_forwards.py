@@ -95,7 +95,7 @@ def test_a_webhook_accepted_after_the_copy_is_too_late_for_its_delete():
     assert run.judged().all == []
 
 
-def test_a_delete_waits_for_no_target_that_is_not_required_and_no_running_generation():
+def test_a_delete_waits_for_no_running_webhook_and_no_target_not_required():
     early = [Deletion("g-1", at=4, copied_at=3)]
 
     assert Run(deletions=early).judged().all == []
