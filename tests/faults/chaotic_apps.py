@@ -121,6 +121,10 @@ class ChaoticApps:
     async def hasten(self) -> None:
         """End the leases of workers that were killed, and replay what has failed."""
         await expire_leases(self.system)
+        # arq blocks the id of a killed worker's job for longer than its lease.
+        async with self.system.redis.client() as client:
+            if keys := [key async for key in client.scan_iter("arq:in-progress:forward:*")]:
+                await client.delete(*keys)
         await self._replay_failed()
 
     async def is_over(self) -> bool:
