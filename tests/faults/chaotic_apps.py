@@ -81,6 +81,8 @@ class ChaoticApps:
                 yield
             finally:
                 watching.cancel()
+                with contextlib.suppress(asyncio.CancelledError):
+                    await watching  # raises what has ended it before
 
     @property
     def apps(self) -> Sequence[App]:

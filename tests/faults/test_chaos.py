@@ -59,8 +59,8 @@ async def survives(system: System, seed: int, postgres: Postgres | None = None) 
         f"{chaos.apps.replays} replays of failed ones"
     )
 
-    assert not verdict.all, f"{name}: {chaos.told}; {verdict.all}"
-    assert not chaos.apps.stuck
+    breaches = [*verdict.all, *chaos.apps.stuck]
+    assert not breaches, f"{name}: {chaos.told}; {breaches}"
     assert await chaos.apps.is_over()
     assert len(accepted) > SECONDS * 3
     assert accepted <= set(system.simulator.removed)
