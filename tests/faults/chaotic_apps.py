@@ -106,14 +106,13 @@ class ChaoticApps:
             *(self._answer_410, self._steal_leases, self._hurry, self._hurry, self._replay_failed, self._replay_one),
         ]
 
-    async def slow_down(self) -> App:
-        """Let one of them take long over what comes next, and return it once it has a request."""
+    async def slow_down(self) -> None:
+        """Let one of them take long over what comes next; return once it has a request."""
         app = self.random.choice(self.apps)
         before = len(app.requests)
         with contextlib.suppress(TimeoutError, OSError, ValueError):  # it may have been killed
             app.script(*[Answer(delay=1)] * 4)
             await eventually(lambda: len(app.requests) > before, seconds=1.5)
-        return app
 
     def heal(self) -> None:
         """Let them answer again, all with 200."""
