@@ -119,18 +119,20 @@ class ChaoticApps:
         for app in self.apps:
             app.forget_scripts()
 
-    async def hasten(self) -> None:
-        """End the leases of workers that were killed, and replay what has failed."""
-        await expire_leases(self.system)
-        # arq blocks the id of a killed worker's job for longer than its lease.
+    async def unblock(self) -> None:
+        """Let jobs start again whose worker was killed: arq blocks their ids for longer than a lease."""
         async with self.system.redis.client() as client:
             if keys := [key async for key in client.scan_iter("arq:in-progress:forward:*")]:
                 await client.delete(*keys)
+
+    async def hasten(self) -> None:
+        """End the leases of workers that were killed, and replay what has failed."""
+        await expire_leases(self.system)
         await self._replay_failed()
 
     async def is_over(self) -> bool:
         """Whether no delivery waits, or has failed."""
-        return all(row.state == "delivered" for row in await self.system.ledger.deliveries())
+        return await self.system.ledger.number("SELECT count(*) FROM deliveries WHERE state <> 'delivered'") == 0
 
     async def _misbehave(self) -> None:
         app = self.random.choice(self.apps)
