@@ -24,7 +24,7 @@ from tests.faults.processes import Reach
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # What a connection says whose server is gone.
-GONE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+GONE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _SELECT = (
     "SELECT id, state, outcome, status, attempts, failures, refusals, last_error, due_at, wake_at, copied_at, "
     "deleted_at, notification, copy, receipt, synthesized_audio_url, rule, hold_reason FROM records"
