@@ -144,8 +144,12 @@ class SqliteLedger:
     async def execute(self, statement: str) -> None:
         """See Ledger."""
         now = (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
+        await asyncio.to_thread(self._execute, statement.replace(":now", str(now)))
+
+    def _execute(self, statement: str) -> None:
+        # Within the thread: whoever closes a connection that another thread uses ends the process.
         with contextlib.closing(self._connect()) as connection:
-            await asyncio.to_thread(connection.execute, statement.replace(":now", str(now)))
+            connection.execute(statement)
 
     @contextlib.asynccontextmanager
     async def without_looks(self) -> AsyncIterator[None]:
@@ -169,11 +173,14 @@ class SqliteLedger:
     async def lock(self, table: str = "records") -> AsyncIterator[None]:  # noqa: ARG002 - it has one for all
         """See Ledger."""
         with contextlib.closing(self._connect()) as connection:
-            await asyncio.to_thread(connection.execute, "BEGIN IMMEDIATE")
+            beginning = asyncio.ensure_future(asyncio.to_thread(connection.execute, "BEGIN IMMEDIATE"))
             try:
+                await asyncio.shield(beginning)
                 yield
             finally:
-                connection.execute("ROLLBACK")
+                await asyncio.wait([beginning])
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
 
     def copied_at(self, generation_id: str) -> datetime | None:
         """See Ledger."""
