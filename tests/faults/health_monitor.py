@@ -56,14 +56,16 @@ class HealthMonitor:
                     await self._ask(process, f"http://127.0.0.1:{port}{path}")
 
     async def _ask(self, process: Process, url: str) -> None:
-        begun, stalled = time.monotonic(), self._stalled
+        begun, stalled, waited = time.monotonic(), self._stalled, process.seconds_without_a_core
         try:
             answer = await self.client.get(url, timeout=_PATIENCE_SECONDS)
         except httpx.HTTPError as error:
             found = [f"I7 {url} gave no answer: {type(error).__name__}"]
         else:
             seconds = time.monotonic() - begun - (self._stalled - stalled)
-            found = [f"I7 {url} answered after {seconds:.2f} s"] if seconds > LIMIT_SECONDS else []
+            waited = process.seconds_without_a_core - waited
+            late = f"I7 {url} answered after {seconds:.2f} s, in {waited:.2f} s of which it had no core"
+            found = [late] if seconds > LIMIT_SECONDS else []
             found += [f"I7 {url} {error}" for error in self._errors_in(url, answer, begun)]
         if process.is_left_alone and process.signalled_at < begun:
             self.asked += 1
