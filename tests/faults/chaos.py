@@ -5,20 +5,20 @@ import contextlib
 import random
 import signal
 import time
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 
 import redis.asyncio as redis
 
 from service.simulator import Generation, Operation
+from tests.faults.chaotic_apps import ChaoticApps, Harm
 from tests.faults.databases import Postgres
+from tests.faults.forwarding import hurry
 from tests.faults.judging import FINAL
 from tests.faults.processes import Process, ProcessError
 from tests.faults.system import System
 from tests.support.ports import free_port
-
-Harm = Callable[[], Awaitable[None]]
 
 FAULTS_OF_GET: Mapping[str, float] = {
     "500": 0.04, "409": 0.02, "reset": 0.04, "drop": 0.03, "html": 0.03, "truncated": 0.03, "processing": 0.02,
@@ -45,7 +45,8 @@ class Member:
 class Chaos:
     """A run: processes and servers die and freeze while webhooks come in without a pause.
 
-    *postgres* is the ledger's server where the run may harm it; *without* is the part that its workers lack.
+    *postgres* is the ledger's server where the run may harm it; *without* is the part that its workers lack. With
+    *has_apps* webhooks are forwarded, and the apps are harmed as well.
     """
 
     system: System
@@ -55,19 +56,28 @@ class Chaos:
     members: list[Member] = field(default_factory=list)
     told: list[str] = field(default_factory=list)
     healing_seconds: float = 0.0
+    has_apps: bool = False
+    apps: ChaoticApps | None = None
 
     async def run(self, seconds: float, *, apis: int = 2, workers: int = 2, healed_within: float = 45) -> None:
         """Do harm for so many *seconds*, heal, and bring everything to its end, but for no longer than that may take.
 
         No job is enqueued for it: whoever begins what is left does so by itself.
         """
+        if self.has_apps:
+            self.apps = ChaoticApps(self.system, self.random, lambda: self.ports)
+        async with self.apps.running() if self.apps else contextlib.nullcontext():
+            await self._run(seconds, apis, workers, healed_within)
+
+    async def _run(self, seconds: float, apis: int, workers: int, healed_within: float) -> None:
         self.system.simulator.plan.mix("GET", FAULTS_OF_GET)
         self.system.simulator.plan.mix("DELETE", FAULTS_OF_DELETE)
         for command, number in (("api", apis), ("worker", workers)):
             self.members += [Member(command, free_port(), Process(0, self.system.folder)) for _ in range(number)]
         await asyncio.gather(*map(self._start, self.members))
         end = time.monotonic() + seconds
-        await asyncio.gather(self._send(end), self._harm(self._to_processes, end), self._harm(self._to_servers, end))
+        kinds = [self._to_processes, self._to_servers, *([self.apps.harms] if self.apps else [])]
+        await asyncio.gather(self._send(end), *(self._harm(one, end) for one in kinds))
         await self._strike_last()
         begun = time.monotonic()
         await self._heal(healed_within)
@@ -88,14 +98,19 @@ class Chaos:
     async def _send(self, end: float) -> None:
         async with asyncio.TaskGroup() as group:
             while time.monotonic() < end:
-                generation = self.system.generation()
-                group.create_task(self._announce(generation))
+                status = self.random.choice(("COMPLETED", "COMPLETED", "COMPLETED", "FAILED"))
+                group.create_task(self._announce(self.system.generation(status=status)))
                 await asyncio.sleep(self.random.uniform(0.01, 0.06))
 
     async def _announce(self, generation: Generation) -> None:
-        at = datetime.now(UTC)
-        for _ in range(self.random.choice((1, 1, 1, 2))):  # some are told twice, by the same webhook
-            await self.system.announce(generation, seconds=12, port=self.random.choice(self.ports), at=at)
+        bodies = self.apps.webhooks_of(generation) if self.apps else [None]
+        for place, body in enumerate(bodies):
+            if place:
+                await asyncio.sleep(self.random.uniform(0, 1.5))
+            at = datetime.now(UTC)
+            for _ in range(self.random.choice((1, 1, 1, 2))):  # some are told twice, by the same webhook
+                port = self.random.choice(self.ports)
+                await self.system.announce(generation, seconds=12, port=port, at=at, body=body)
 
     @property
     def ports(self) -> list[int]:
@@ -115,7 +130,8 @@ class Chaos:
             await asyncio.sleep(self.random.uniform(0.1, 0.4))
 
     def _to_processes(self) -> list[Harm]:
-        return [self._kill, self._kill, self._stop, self._freeze, self._freeze]
+        in_an_attempt = [self._kill_in_an_attempt] if self.apps else []
+        return [self._kill, self._kill, self._stop, self._freeze, self._freeze, *in_an_attempt]
 
     def _to_servers(self) -> list[Harm]:
         return [
@@ -128,6 +144,14 @@ class Chaos:
         member = self.random.choice(self.members)
         await member.process.kill()
         await asyncio.sleep(self.random.uniform(0, 0.3))
+        await self._start(member)
+
+    async def _kill_in_an_attempt(self) -> None:
+        """Kill a worker while an app takes long over its answer."""
+        assert self.apps is not None
+        await self.apps.slow_down()
+        member = self.random.choice([one for one in self.members if one.command == "worker"])
+        await member.process.kill()
         await self._start(member)
 
     async def _stop(self) -> None:
@@ -178,7 +202,8 @@ class Chaos:
             await self.system.redis.command(*words)
 
     async def _lock(self) -> None:
-        async with self.system.ledger.lock():
+        tables = ("records", "deliveries") if self.apps else ("records",)
+        async with self.system.ledger.lock(self.random.choice(tables)):
             await asyncio.sleep(self.random.uniform(0.2, 1))
 
     async def _steal_leases(self) -> None:
@@ -212,12 +237,31 @@ class Chaos:
         """Let everything run again and wait until nothing is under way; the waits for leases are cut short."""
         for operation in (Operation.GET, Operation.DELETE):
             self.system.simulator.plan.mix(operation, {})
+        if self.apps is not None:
+            self.apps.heal()
+            await self.apps.unblock()
         for member in self.members:
             if member.process.exit_code is not None:
                 await self._start(member)
         end = time.monotonic() + seconds
         while (left := end - time.monotonic()) > 0:
             await self.system.expire_leases()
-            await self.system.drain(seconds=min(left, _LEASES_END_EVERY_SECONDS))
-            if all(row.state in FINAL for row in await self.system.ledger.rows()):
+            if self.apps is not None:
+                await self.apps.hasten()
+            await self._drain(min(left, _LEASES_END_EVERY_SECONDS))
+            if await self._is_over():
                 return
+
+    async def _drain(self, seconds: float) -> None:
+        """Cut waits short until all has come to its end, but no longer than *seconds*."""
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not await self._is_over():
+            await self.system.hurry()
+            if self.apps is not None:
+                await hurry(self.system)
+            await asyncio.sleep(0.3)
+
+    async def _is_over(self) -> bool:
+        final = ", ".join(f"'{one}'" for one in FINAL)
+        left = await self.system.ledger.number(f"SELECT count(*) FROM records WHERE state NOT IN ({final})")  # noqa: S608
+        return left == 0 and (self.apps is None or await self.apps.is_over())

@@ -24,11 +24,13 @@ from tests.faults.processes import Reach
 
 _EPOCH = datetime(1970, 1, 1, tzinfo=UTC)
 # What a connection says whose server is gone.
-_GONE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError)
+GONE = (OSError, TimeoutError, asyncpg.PostgresError, asyncpg.InterfaceError, asyncpg.InternalClientError)
 _SELECT = (
     "SELECT id, state, outcome, status, attempts, failures, refusals, last_error, due_at, wake_at, copied_at, "
     "deleted_at, notification, copy, receipt, synthesized_audio_url, rule, hold_reason FROM records"
 )
+_SELECT_COPIED = "SELECT copied_at FROM records WHERE copy IS NOT NULL AND account = 'default'"
+_SELECT_DELIVERIES = "SELECT id, target, generation, state, attempts, last_error, body FROM deliveries"
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +57,23 @@ class Row:
     hold_reason: str | None
 
 
+@dataclass(frozen=True, slots=True)
+class DeliveryRow:
+    """One delivery."""
+
+    id: str
+    target: str
+    generation: str
+    state: str
+    attempts: int
+    last_error: str | None
+    body: bytes
+
+
+class UnseenError(Exception):
+    """The database did not answer at that moment."""
+
+
 class Ledger(Protocol):
     """A ledger's database, whichever it is."""
 
@@ -67,6 +86,9 @@ class Ledger(Protocol):
 
     async def rows(self) -> list[Row]:
         """Return all records, as a second connection sees them."""
+
+    async def deliveries(self) -> list[DeliveryRow]:
+        """Return all deliveries."""
 
     async def execute(self, statement: str) -> None:
         """Run a statement of the test's own; ``:now`` stands for the present."""
@@ -83,8 +105,11 @@ class Ledger(Protocol):
     def lock(self, table: str = "records") -> contextlib.AbstractAsyncContextManager[None]:
         """Hold the write lock, of *table* where each has its own, until the block ends: gate G1."""
 
-    def has_copy(self, generation_id: str) -> bool | None:
-        """Whether the record's copy can be read at this moment; None when the database does not answer."""
+    def copied_at(self, generation_id: str) -> datetime | None:
+        """Return when the copy was made that can be read at this moment; None without one.
+
+        Raises: UnseenError.
+        """
 
 
 class SqliteLedger:
@@ -110,11 +135,21 @@ class SqliteLedger:
             found = connection.execute(_SELECT).fetchall()
         return [_row(dict(one), _from_microseconds) for one in found]
 
+    async def deliveries(self) -> list[DeliveryRow]:
+        """See Ledger."""
+        with contextlib.closing(self._connect()) as connection:
+            found = connection.execute(_SELECT_DELIVERIES).fetchall()
+        return [DeliveryRow(**dict(one)) for one in found]
+
     async def execute(self, statement: str) -> None:
         """See Ledger."""
         now = (datetime.now(UTC) - _EPOCH) // timedelta(microseconds=1)
+        await asyncio.to_thread(self._execute, statement.replace(":now", str(now)))
+
+    def _execute(self, statement: str) -> None:
+        # Within the thread: whoever closes a connection that another thread uses ends the process.
         with contextlib.closing(self._connect()) as connection:
-            await asyncio.to_thread(connection.execute, statement.replace(":now", str(now)))
+            connection.execute(statement)
 
     @contextlib.asynccontextmanager
     async def without_looks(self) -> AsyncIterator[None]:
@@ -138,23 +173,24 @@ class SqliteLedger:
     async def lock(self, table: str = "records") -> AsyncIterator[None]:  # noqa: ARG002 - it has one for all
         """See Ledger."""
         with contextlib.closing(self._connect()) as connection:
-            await asyncio.to_thread(connection.execute, "BEGIN IMMEDIATE")
+            beginning = asyncio.ensure_future(asyncio.to_thread(connection.execute, "BEGIN IMMEDIATE"))
             try:
+                await asyncio.shield(beginning)
                 yield
             finally:
-                connection.execute("ROLLBACK")
+                await asyncio.wait([beginning])
+                if connection.in_transaction:
+                    connection.execute("ROLLBACK")
 
-    def has_copy(self, generation_id: str) -> bool | None:
+    def copied_at(self, generation_id: str) -> datetime | None:
         """See Ledger."""
         if self._observer is None:
             self._observer = self._connect()
         try:
-            found = self._observer.execute(
-                "SELECT copy IS NOT NULL FROM records WHERE account = 'default' AND id = ?", (generation_id,)
-            )
-            return bool((found.fetchone() or (0,))[0])
-        except sqlite3.Error:
-            return None
+            found = self._observer.execute(f"{_SELECT_COPIED} AND id = ?", (generation_id,)).fetchone()
+        except sqlite3.Error as error:
+            raise UnseenError from error
+        return None if found is None else _from_microseconds(found[0])
 
     def close(self) -> None:
         """Close the observer's connection."""
@@ -303,6 +339,14 @@ class PostgresLedger:
         finally:
             await connection.close()
 
+    async def deliveries(self) -> list[DeliveryRow]:
+        """See Ledger."""
+        connection = await self._connect()
+        try:
+            return [DeliveryRow(**dict(one)) for one in await connection.fetch(_SELECT_DELIVERIES)]
+        finally:
+            await connection.close()
+
     async def execute(self, statement: str) -> None:
         """See Ledger."""
         connection = await self._connect()
@@ -351,7 +395,7 @@ class PostgresLedger:
             await connection.execute(f"BEGIN; LOCK TABLE {table} IN EXCLUSIVE MODE")
             yield
         finally:
-            with contextlib.suppress(*_GONE):  # its server may have been killed meanwhile
+            with contextlib.suppress(*GONE):  # its server may have been killed meanwhile
                 await connection.execute("ROLLBACK")
                 await connection.close()
 
@@ -366,15 +410,14 @@ class PostgresLedger:
         finally:
             await connection.close()
 
-    def has_copy(self, generation_id: str) -> bool | None:
+    def copied_at(self, generation_id: str) -> datetime | None:
         """See Ledger."""
         if self.server is not None and not self.server.reach.is_there:
-            return None  # it would be waited for in the middle of a call
+            raise UnseenError  # it would be waited for in the middle of a call
         if self._watch is None:
             self._watch = _Watch(self.host, self.name)
-        return self._watch.ask(
-            "SELECT copy IS NOT NULL FROM records WHERE account = 'default' AND id = $1", generation_id
-        )
+        found: datetime | None = self._watch.ask(f"{_SELECT_COPIED} AND id = $1", generation_id)
+        return found
 
     def close(self) -> None:
         """Close the observer's connection."""
@@ -402,8 +445,8 @@ class _Watch:
         self._thread = threading.Thread(target=self._loop.run_forever, daemon=True)
         self._thread.start()
 
-    def ask(self, statement: str, *arguments: str) -> bool | None:
-        """Return the answer's one value; None when there is none."""
+    def ask(self, statement: str, *arguments: str) -> Any:  # noqa: ANN401 - whatever it selects
+        """Return the answer's one value. Raises: UnseenError."""
         answer = asyncio.run_coroutine_threadsafe(self._ask(statement, *arguments), self._loop)
         return answer.result(timeout=10)
 
@@ -414,14 +457,14 @@ class _Watch:
         self._thread.join(5)
         self._loop.close()
 
-    async def _ask(self, statement: str, *arguments: str) -> bool | None:
+    async def _ask(self, statement: str, *arguments: str) -> Any:  # noqa: ANN401
         try:
             if self._connection is None:
                 self._connection = await asyncpg.connect(**self._options)
-            return bool(await self._connection.fetchval(statement, *arguments, timeout=2))
-        except _GONE:
+            return await self._connection.fetchval(statement, *arguments, timeout=2)
+        except GONE as error:
             await self._forget()
-            return None
+            raise UnseenError from error
 
     async def _forget(self) -> None:
         if self._connection is not None:

@@ -1,4 +1,4 @@
-"""The verdict on a run: compares input and output, seen from outside only (invariants I1 to I8)."""
+"""The verdict on a run: compares input and output, seen from outside only (I1 to I8; see judging_forwards, too)."""
 
 import asyncio
 from collections.abc import Callable, Iterable, Sequence
@@ -7,7 +7,8 @@ from datetime import datetime
 from pathlib import Path
 
 from service.simulator import Call, Operation, Simulator
-from tests.faults.databases import Row
+from tests.faults.databases import Row, UnseenError
+from tests.faults.judging_forwards import Deletion, Findings
 
 FINAL = frozenset({"deleted", "failed", "held", "kept"})
 
@@ -30,33 +31,38 @@ class Sent:
 class WatchedCalls(list[Call]):
     """The simulator's log, which looks at the ledger while a DELETE stands at the API's door."""
 
-    def __init__(self, has_copy: Callable[[str], bool | None]) -> None:
+    def __init__(self, copied_at: Callable[[str], datetime | None]) -> None:
         super().__init__()
-        self._has_copy = has_copy
+        self._copied_at = copied_at
         self.without_copy: list[str] = []
-        self.unseen: list[str] = []  # the database did not answer at that moment: it is asked as soon as it does
+        self.unseen: list[Call] = []  # the database did not answer at that moment: it is asked as soon as it does
+        self.deletions: list[Deletion] = []
 
     def append(self, call: Call) -> None:
         """Log *call*."""
         super().append(call)
         if call.operation is not Operation.DELETE:
             return
-        self._check_copy(call.generation_id)
+        self._check_copy(call)
 
     async def keep_looking(self) -> None:
         """Ask, for ever, about what could not be seen: long before another attempt could make up for its copy."""
         while True:
             await asyncio.sleep(0.05)
             unseen, self.unseen = self.unseen, []
-            for generation_id in unseen:
-                self._check_copy(generation_id)
+            for call in unseen:
+                self._check_copy(call)
 
-    def _check_copy(self, generation_id: str) -> None:
-        is_there = self._has_copy(generation_id)
-        if is_there is None:
-            self.unseen.append(generation_id)
-        elif not is_there:
-            self.without_copy.append(generation_id)
+    def _check_copy(self, call: Call) -> None:
+        try:
+            copied_at = self._copied_at(call.generation_id)
+        except UnseenError:
+            self.unseen.append(call)
+            return
+        if copied_at is None:
+            self.without_copy.append(call.generation_id)
+        else:
+            self.deletions.append(Deletion(call.generation_id, call.at.timestamp(), copied_at.timestamp()))
 
 
 @dataclass(slots=True)
@@ -70,11 +76,13 @@ class Verdict:
     leaked: list[str] = field(default_factory=list)  # I6
     unhealthy: list[str] = field(default_factory=list)  # I7
     untrue: list[str] = field(default_factory=list)  # I8
+    forwards: Findings = field(default_factory=Findings)  # I9 to I12
 
     @property
     def all(self) -> list[str]:
         """Every breach."""
-        return [*self.lost, *self.early, *self.unrecorded, *self.uninvited, *self.leaked, *self.unhealthy, *self.untrue]
+        records = [*self.lost, *self.early, *self.unrecorded, *self.uninvited, *self.untrue]
+        return [*records, *self.leaked, *self.unhealthy, *self.forwards.all]
 
 
 def judge(
@@ -86,12 +94,14 @@ def judge(
     secrets: Sequence[str] = (),
     may_fail: frozenset[str] = frozenset(),
     unhealthy: Sequence[str] = (),
+    forwards: Findings | None = None,
 ) -> Verdict:
     """Judge a run after it was drained; *may_fail* are the ids that may need an operator.
 
-    *unhealthy* are the late and wrong answers about health that the health_monitor met.
+    *unhealthy* are the late and wrong answers about health that the health_monitor met, *forwards* what judge_forwards
+    found.
     """
-    verdict = Verdict(unhealthy=list(unhealthy))
+    verdict = Verdict(unhealthy=list(unhealthy), forwards=forwards or Findings())
     _judge_rows(verdict, sent, rows, simulator, may_fail)
     _judge_calls(verdict, sent, rows, simulator)
     for log in logs:
@@ -133,7 +143,7 @@ def _judge_calls(verdict: Verdict, sent: Sequence[Sent], rows: Sequence[Row], si
     if isinstance(calls, WatchedCalls):
         verdict.unrecorded += [f"I2 DELETE of {one} before its copy could be read" for one in calls.without_copy]
         verdict.unrecorded += [
-            f"I2 DELETE of {one}, and nobody could see whether its copy was kept" for one in calls.unseen
+            f"I2 DELETE of {one.generation_id}, and nobody could see whether its copy was kept" for one in calls.unseen
         ]
     for call in calls:
         if call.operation is Operation.COLLECTION_DELETE:

@@ -2,7 +2,8 @@
 
 import asyncio
 import signal
-from collections.abc import Callable, Sequence
+from collections.abc import AsyncIterator, Callable, Sequence
+from contextlib import asynccontextmanager
 from datetime import UTC, datetime, timedelta
 from typing import Any
 
@@ -11,6 +12,9 @@ import structlog
 import workers.account
 import workers.target
 from service import cli
+from service.core.forwarding import Reply
+from service.forwarding.posting import Outgoing
+from service.ledger import requiring
 from service.ledger.outcomes import Copy, CopyResult
 from workers.attempt import Cleaner
 
@@ -34,6 +38,25 @@ async def no_copy(_copy: Copy) -> CopyResult:
 def without_copy(**parts: Any) -> Cleaner:  # noqa: ANN401
     """Return a cleaner without its copy step."""
     return Cleaner(**(parts | {"copy": no_copy}))
+
+
+class NoPoster:
+    """In place of a poster: all is well, and nothing is sent."""
+
+    async def post(self, _webhook: Outgoing) -> Reply:
+        """Answer for the target."""
+        return Reply(200)
+
+
+@asynccontextmanager
+async def without_posts(*_parts: Any) -> AsyncIterator[NoPoster]:  # noqa: ANN401
+    """Open a poster that sends nothing."""
+    yield NoPoster()
+
+
+def no_requirements(*_parts: Any, **_others: Any) -> set[int]:  # noqa: ANN401
+    """Let no record wait."""
+    return set()
 
 
 def crashing_at(generation_id: str) -> Callable[..., Cleaner]:
@@ -73,10 +96,17 @@ def main(arguments: Sequence[str]) -> None:
     command, left_out = arguments
     parts: Any = workers.account
     targets: Any = workers.target
+    requirements: Any = requiring
     if left_out == "safety net":
         parts.Overdue = NoSafetyNet
     elif left_out == "copy":
         parts.Cleaner = without_copy
+    elif left_out == "net of deliveries":
+        targets.Net = NoSafetyNet
+    elif left_out == "posts":
+        targets.open_poster = without_posts
+    elif left_out == "requirements":
+        requirements.keep_waiting = no_requirements
     elif left_out.startswith("crash"):
         parts.Cleaner = crashing_at(left_out.removeprefix("crash"))
     elif left_out == "a steady clock":

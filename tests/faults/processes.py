@@ -116,6 +116,13 @@ class Process:
         return self.log.read_text()[-3000:]
 
     @property
+    def seconds_without_a_core(self) -> float:
+        """For how long its event loop could have run while other processes had all cores."""
+        with contextlib.suppress(OSError):
+            return int(Path(f"/proc/{self.pid}/schedstat").read_text().split()[1]) / 1e9
+        return 0.0
+
+    @property
     def resident_megabytes(self) -> float:
         """How much memory it holds."""
         return float(psutil.Process(self.pid).memory_info().rss / 2**20)

@@ -20,10 +20,11 @@ from service.simulator import Call, Generation, Operation, Simulator
 from tests.faults.databases import Ledger, Row, migrated_sqlite
 from tests.faults.health_monitor import HealthMonitor
 from tests.faults.judging import FINAL, Sent, Verdict, WatchedCalls, judge
+from tests.faults.judging_forwards import FINAL_STATUSES, Inbox, Told, judge_forwards
 from tests.faults.processes import Process, ProcessStarter, RedisServer
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
-from tests.support.webhooks import SECRET
+from tests.support.webhooks import SECRET, signature
 
 T = TypeVar("T")
 
@@ -52,6 +53,8 @@ class System:
     environment: dict[str, str] = field(default_factory=dict)
     port: int = field(default_factory=free_port)
     sent: list[Sent] = field(default_factory=list)
+    told: list[Told] = field(default_factory=list)  # all webhooks, also those that schedule nothing
+    inboxes: list[Inbox] = field(default_factory=list)
     processes: list[Process] = field(default_factory=list)
     # Whether hurry() enqueues jobs as well. For tests of what an attempt leads to alone: where it is judged whether
     # there is one at all, a job of the test's own would do the repair that it is to see.
@@ -118,10 +121,23 @@ class System:
         return self.simulator.add(faults={name: script for name, script in faults.items() if script}, **options)
 
     async def announce(
-        self, generation: Generation, *, seconds: float = 15, port: int | None = None, at: datetime | None = None
+        self,
+        generation: Generation,
+        *,
+        seconds: float = 15,
+        port: int | None = None,
+        at: datetime | None = None,
+        body: bytes | None = None,
     ) -> Sent:
-        """Send the webhook of *generation*, signed *at*, to the web side at *port*; note how it was answered."""
-        body, headers = self.simulator.webhook(generation.id, at=at)
+        """Send a webhook of *generation*, signed *at*, to the web side at *port*; note how it was answered.
+
+        Its *body* is that of its present status unless given.
+        """
+        begun = datetime.now(UTC)
+        own, headers = self.simulator.webhook(generation.id, at=at)
+        if body is not None:
+            headers |= {"Sync-Signature": signature(body, at=(at or begun).timestamp())}
+        body = own if body is None else body
         url = f"http://127.0.0.1:{port or self.port}/webhooks/sync"
         try:
             answer = await self.client.post(url, content=body, headers=headers, timeout=seconds)
@@ -131,7 +147,12 @@ class System:
             due_at = answer.json().get("dueAt") if answer.status_code == 202 else None
             due_at = datetime.fromisoformat(due_at) if due_at else None
             sent = Sent(generation.id, answer.status_code, datetime.now(UTC), due_at)
-        self.sent.append(sent)
+        status, instants = json.loads(body)["status"], (begun.timestamp(), sent.answered_at.timestamp())
+        self.told.append(
+            Told(generation.id, status, body, headers["Sync-Signature"], *instants, is_accepted=sent.is_accepted)
+        )
+        if status in FINAL_STATUSES:
+            self.sent.append(sent)
         return sent
 
     async def accepted(self, generation: Generation) -> Generation:
@@ -219,6 +240,13 @@ class System:
 
     async def judged(self, *, may_fail: Sequence[Generation] = ()) -> Verdict:
         """Judge all that happened so far."""
+        calls = self.simulator.calls
+        forwards = judge_forwards(
+            told=self.told,
+            inboxes=self.inboxes,
+            rows=await self.ledger.deliveries() if self.inboxes else (),
+            deletions=calls.deletions if isinstance(calls, WatchedCalls) else (),
+        )
         return judge(
             sent=self.sent,
             rows=await self.ledger.rows(),
@@ -227,6 +255,7 @@ class System:
             secrets=SECRETS,
             may_fail=frozenset(one.id for one in may_fail),
             unhealthy=self.health_monitor.breaches,
+            forwards=forwards,
         )
 
     async def held(self, generation: Generation) -> None:
@@ -274,7 +303,7 @@ async def running(
     Without *is_looking* the ledger wants no early look of any record: the API's calls are those of attempts alone.
     """
     simulator = Simulator(api_key=API_KEY, webhook_secret=SECRET, seed=0)
-    simulator.calls = calls = WatchedCalls(ledger.has_copy)
+    simulator.calls = calls = WatchedCalls(ledger.copied_at)
     server = RedisServer(folder / "redis", options=options)
     await server.start()
     async with (

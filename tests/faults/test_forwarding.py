@@ -2,39 +2,24 @@
 
 import asyncio
 import json
-import re
 import signal
 from collections import Counter
 from collections.abc import Sequence
 from datetime import UTC, datetime, timedelta
 
 import pytest
-import standardwebhooks
 
 from service.simulator import Generation, Operation
+from tests.faults import judging_forwards
 from tests.faults.databases import Postgres
+from tests.faults.forwarding import count, expire_leases, forward, hurry, target
 from tests.faults.processes import Process
 from tests.faults.proxy import Proxy
-from tests.faults.system import SIGNING, TOKEN, URL_SECRET, System, on_both
+from tests.faults.system import SIGNING, TOKEN, System, on_both
 from tests.support.app import Answer, App, Received
 from tests.support.ports import free_port
 from tests.support.waiting import eventually
-from tests.support.webhooks import SECRET, Webhook, batch, signature, webhook
-
-_SIGNATURE = re.compile(r"t=([0-9]+),v1=[0-9a-f]{64}")
-
-
-def target(name: str, port: int, *lines: str) -> str:
-    """Return a ``[[forward]]`` to the app at *port*, with further *lines*."""
-    url = f'url = "http://127.0.0.1:{port}/{name}?token={URL_SECRET}"'
-    return "\n".join(["[[forward]]", f'id = "{name}"', url, 'secret_env = "CRM_SECRET"', *lines, ""])
-
-
-def forward(system: System, *tables: str) -> None:
-    """Let the processes of *system* forward to the targets of *tables*."""
-    path = system.folder / "forward.toml"
-    path.write_text("\n".join(tables))
-    system.environment |= {"MAYFLY_CONFIG": str(path), "CRM_SECRET": SIGNING, "MAYFLY_TTL": "2s"}
+from tests.support.webhooks import Webhook, batch, webhook
 
 
 async def begun(system: System, app: App, *lines: str) -> tuple[Generation, Process]:
@@ -49,23 +34,6 @@ async def send(system: System, sent: Webhook, *, port: int | None = None) -> Non
     url = f"http://127.0.0.1:{port or system.port}/webhooks/sync"
     answer = await system.client.post(url, content=sent.body, headers=sent.headers)
     assert answer.status_code == 202
-
-
-async def expire_leases(system: System) -> None:
-    """End the leases of workers that were killed, as waiting a minute would."""
-    await system.ledger.execute(
-        "UPDATE deliveries SET wake_at = :now, leased_until = :now WHERE leased_until IS NOT NULL"
-    )
-
-
-async def hurry(system: System) -> None:
-    """Bring the next attempts forward to now, as waiting would."""
-    await system.ledger.execute("UPDATE deliveries SET wake_at = :now WHERE leased_until IS NULL AND wake_at > :now")
-
-
-async def count(system: System, state: str) -> int:
-    """Count the deliveries in *state*."""
-    return await system.ledger.number(f"SELECT count(*) FROM deliveries WHERE state = '{state}'")  # noqa: S608
 
 
 async def are(system: System, number: int, state: str = "delivered", *, seconds: float = 15) -> None:
@@ -85,15 +53,10 @@ async def check(system: System) -> None:
 
 
 def verify(received: Received) -> None:
-    """Verify as the documentation of sync.so says, and as the library of Standard Webhooks does."""
-    header = received.header("sync-signature") or ""
-    match = _SIGNATURE.fullmatch(header)
-    assert match is not None
-    assert header == signature(received.body, secret=SECRET, at=float(match[1]))
-    assert abs(datetime.now(UTC).timestamp() - float(match[1])) < 300
-    standardwebhooks.Webhook(SIGNING).verify(received.body, dict(received.headers))
-    assert received.header("webhook-id") == received.delivery
-    assert received.header("content-type") == "application/json"
+    """Verify as both an app of sync.so's documentation and one of Standard Webhooks do."""
+    judging_forwards.verify(received, signing=SIGNING)
+    sent_at = (received.header("sync-signature") or "").removeprefix("t=").partition(",")[0]
+    assert abs(datetime.now(UTC).timestamp() - float(sent_at)) < 300
 
 
 def check_repeats(requests: Sequence[Received], *, times: int) -> None:

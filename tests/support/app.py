@@ -69,6 +69,8 @@ class Received:
     headers: tuple[tuple[str, str], ...]  # names in the case received
     body: bytes
     number: int = 0  # its place among all requests, from 0
+    begun: int | None = None  # the status, just before the first byte of the answer is sent
+    begun_at: float | None = None
     answered: int | None = None  # the status, once the answer was sent whole
 
     def header(self, name: str) -> str | None:
@@ -226,6 +228,8 @@ class App:
             writer.get_extra_info("socket").setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, linger)
         if answer.end in ("reset", "close"):
             return False
+        request.begun, request.begun_at = answer.status, time.time()
+        self._note(request)
         await _write(writer, answer)
         if answer.end == "cut":
             return False
@@ -242,7 +246,7 @@ class App:
         return self.default
 
     def _note(self, request: Received) -> None:
-        """A request came, or was answered; for the process, which tells its parent."""
+        """A request came, or its answer begins or has ended; for the process, which tells its parent."""
 
 
 class AppProcess(App):
@@ -348,7 +352,8 @@ class AppProcess(App):
                 headers = tuple((name, value) for name, value in found.pop("headers"))
                 self._requests.append(Received(headers=headers, body=base64.b64decode(found.pop("body")), **found))
             else:
-                self._requests[found["number"]].answered = found["answered"]
+                request = self._requests[found["number"]]
+                request.begun, request.begun_at, request.answered = found["begun"]
 
 
 class _Child(App):
@@ -361,8 +366,9 @@ class _Child(App):
         self._first = sum(b'"method"' in line for line in before)
 
     def _note(self, request: Received) -> None:
-        line: dict[str, object] = {"number": request.number, "answered": request.answered}
-        if request.answered is None:
+        begun = (request.begun, request.begun_at, request.answered)
+        line: dict[str, object] = {"number": request.number, "begun": begun}
+        if request.begun is None:
             line = asdict(request) | {"body": base64.b64encode(request.body).decode()}
         self._lines.write(json.dumps(line).encode() + b"\n")
 
