@@ -27,6 +27,9 @@ AT_ONCE: Final = 200
 # How long a target must have been away, as this worker sees it, before what has waited for days is given up: after a
 # time without a worker it is tried first.
 AWAY: Final = timedelta(hours=1)
+# What is due for so long while no attempt is made has a job that does not start: arq blocks the id of a job whose
+# worker was killed before its claim, for as long as a job may take.
+_STUCK: Final = timedelta(seconds=10)
 _SETTLE_AGAIN_SECONDS: Final = 1.0
 # Below these the target itself works: what it says is about this one webhook, or about how it is set up.
 _TOO_LATE: Final = 408
@@ -100,6 +103,11 @@ class Forwards:
     async def run_without_queue(self, due: Sequence[Due]) -> None:
         """Begin the first attempts of those that are *due*, as many as there is room for, without jobs."""
         await asyncio.gather(*(self._begin(one) for one in due[: self.attempts.room]))
+
+    async def take_over(self) -> None:
+        """Begin attempts whose jobs do not start."""
+        if self.attempts.running == 0 and self._circuit.allows(self._now()):
+            await self.run_without_queue(await self._ledger.find_due(_STUCK, self.target.concurrency))
 
     async def _begin(self, due: Due) -> asyncio.Task[object] | None:
         if self._stopping.is_set() or not self._circuit.begin(self._now()):

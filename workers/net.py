@@ -28,7 +28,8 @@ _AT_ONCE: Final = 20
 class Net(Generic[T]):
     """Looks each second for what is due for longer than *late*, up to *at_once*, and enqueues the job of each.
 
-    *name* is what they are, for log and metrics. *without_queue* does some of them where Redis cannot be used.
+    *name* is what they are, for log and metrics. *without_queue* does some of them where Redis cannot be used, and
+    *take_over* what has a job that does not start; without either, both wait.
     """
 
     def __init__(
@@ -44,6 +45,7 @@ class Net(Generic[T]):
         late: timedelta = LATE,
         at_once: int = _AT_ONCE,
         without_queue: Callable[[Sequence[T]], Awaitable[object]] | None = None,
+        take_over: Callable[[], Awaitable[object]] | None = None,
     ) -> None:
         self._name = name
         self._find_due = find_due
@@ -55,6 +57,7 @@ class Net(Generic[T]):
         self._late = late
         self._at_once = at_once
         self._without_queue = without_queue
+        self._take_over = take_over
 
     async def run(self) -> None:
         """Check the ledger every second until the worker stops."""
@@ -82,3 +85,5 @@ class Net(Generic[T]):
             if self._without_queue is not None:
                 await self._without_queue(due)
             raise
+        if self._take_over is not None:
+            await self._take_over()

@@ -162,6 +162,7 @@ async def open_target(
             late=_LATE,
             at_once=AT_ONCE,
             without_queue=forwards.run_without_queue,
+            take_over=forwards.take_over,
         )
         yield TargetParts(forwards, net)
 

@@ -321,3 +321,20 @@ async def test_a_worker_that_died_is_followed_by_the_next_attempt(worker, databa
     assert [(one.id, one.attempt) for one in worker.sent] == [(name, 2)]
     assert (await ours.row_of(database, name)).state == "delivered"
     assert worker.clock.off < HOUR
+
+
+async def test_what_is_due_for_long_is_begun_without_its_job_once_nothing_runs(worker, database):
+    name = await insert_one(database, received_at=utc_now() - timedelta(seconds=20))
+    fresh = await insert_one(database)  # its job may start any moment
+    worker.is_answering.clear()
+    await worker.forwards.take_over()
+    await asyncio.sleep(0.05)
+    assert [one.id for one in worker.sent] == [name]
+    await worker.forwards.take_over()  # an attempt runs, so jobs do start
+    worker.is_answering.set()
+    await worker.forwards.attempts.wait(5)
+    await worker.forwards.take_over()
+
+    assert [one.id for one in worker.sent] == [name]
+    assert (await ours.row_of(database, name)).state == "delivered"
+    assert (await ours.row_of(database, fresh)).attempts == 0
