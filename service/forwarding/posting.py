@@ -53,8 +53,8 @@ def make_headers(target: Target, webhook: Outgoing, *, at: datetime) -> dict[byt
         **standard_headers(webhook.id, webhook.body, secrets=target.secrets, at=at),
     }
     came = {"Content-Type": webhook.content_type, "Sync-Signature": webhook.signature}
-    # Bytes, as they came: httpx encodes texts as it sees fit. Blanks after a value, which uvicorn leaves, are no part of
-    # it, and with them httpx would send nothing at all.
+    # Bytes, as they came: httpx encodes texts as it sees fit. Blanks after a value, which uvicorn leaves, are not part
+    # of it, and with them httpx would send nothing at all.
     values = {name: value.encode("latin-1").strip(b" \t") for name, value in (came | ours).items()}
     return {name.encode(): value for name, value in values.items() if value}
 

@@ -162,8 +162,8 @@ def replay_failed(connection: Connection, key: Key, *, now: datetime) -> int:
     failed = (
         select(deliveries.c.seq)
         .where(deliveries.c.seq.in_(required), deliveries.c.state == DeliveryState.FAILED)
-        # In one order for all, to avoid deadlocks.
-        .order_by(deliveries.c.seq)
+        # In the order of settle_deliveries(), to avoid deadlocks.
+        .order_by(deliveries.c.id)
         .with_for_update()
     )
     seqs = list(connection.scalars(failed))
