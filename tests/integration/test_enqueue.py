@@ -224,12 +224,12 @@ async def test_a_redis_has_one_mark_until_it_is_emptied(pool):
 
 
 async def test_no_account_and_no_target_has_a_queue_where_another_has_its_mark(pool):
-    of_account = [CleanupJob(Key(name, "g1"), 1, utc_now()) for name in (ACCOUNT, "mark", "forward")]
-    of_target = ForwardJob("mark", "d1", 1, utc_now())
-    for one in [*of_account, of_target, *of_account, of_target]:
+    jobs: list[enqueue.Job] = [CleanupJob(Key(name, "g1"), 1, utc_now()) for name in (ACCOUNT, "mark", "forward")]
+    jobs.append(ForwardJob("mark", "d1", 1, utc_now()))
+    for one in jobs * 2:
         await enqueue.enqueue_jobs(pool, one.queue, [one], now=utc_now())
 
-    assert [await pool.zcard(one.queue) for one in [*of_account, of_target]] == [1, 1, 1, 1]
+    assert [await pool.zcard(one.queue) for one in jobs] == [1, 1, 1, 1]
 
 
 async def test_a_full_redis_refuses_even_no_jobs(pool):
