@@ -4,6 +4,7 @@ import asyncio
 import threading
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -15,7 +16,7 @@ from service.jobs.enqueue import ForwardJob, Job
 from service.ledger.database import LedgerUnavailableError, UnknownOutcomeError
 from service.ledger.delivering import Due
 from tests.support import attempts as ours
-from tests.support.attempts import CRM, FILMS, insert_one
+from tests.support.attempts import CRM, FILMS, forwarding, insert_one
 from tests.support.ledger import HOUR, utc_now
 from tests.support.waiting import eventually
 from workers.forward import AWAY, Forwards, lease_of
@@ -180,6 +181,31 @@ async def test_nothing_is_given_up_before_the_target_was_tried_for_an_hour(worke
     assert (await ours.row_of(database, old)).state == "failed"
     assert next(entry for entry in logs if entry["event"] == "forward.given_up")["deliveries"] == 1
     assert sum(row.state == "waiting" for row in await ours.rows(database)) == FAILURES
+
+
+class Noted:
+    """A database that notes what its writes return."""
+
+    def __init__(self, database):
+        self._database = database
+        self.read = database.read
+        self.written: list[Any] = []
+
+    async def write(self, function):
+        self.written.append(await self._database.write(function))
+        return self.written[-1]
+
+
+async def test_many_are_given_up_in_steps_as_each_may_be_of_a_batch_with_a_thousand_records(database):
+    old = utc_now() - GIVE_UP_AFTER
+    await ours.insert(database, *(forwarding(received_at=old) for _ in range(23)))
+    noted = Noted(database)
+    with capture_logs() as logs:
+        await DeliveryLedger(noted, CRM, now=utc_now).give_up()
+
+    assert [row.state for row in await ours.rows(database)] == ["failed"] * 23
+    assert max(len(seqs) for seqs in noted.written) <= 5
+    assert [entry["deliveries"] for entry in logs] == [23]
 
 
 async def test_what_was_for_a_removed_target_is_ended_although_no_target_is_left(database, metrics):
