@@ -186,7 +186,7 @@ async def test_nothing_is_given_up_before_the_target_was_tried_for_an_hour(worke
 class Noted:
     """A database that notes what its writes return."""
 
-    def __init__(self, database):
+    def __init__(self, database) -> None:
         self._database = database
         self.read = database.read
         self.written: list[Any] = []
