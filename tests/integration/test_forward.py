@@ -188,7 +188,7 @@ class Noted:
 
     def __init__(self, database) -> None:
         self._database = database
-        self.read = database.read
+        self.read, self.close = database.read, database.close
         self.written: list[Any] = []
 
     async def write(self, function):
