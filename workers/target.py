@@ -65,8 +65,9 @@ class DeliveryLedger:
     async def give_up(self) -> None:
         """End what has waited for days."""
         if time.monotonic() >= self._give_up_again_at:
-            await _give_up(self._database, self._target.id, (), self._now())
+            # First: while it fails, the target must still be tried in the rounds between.
             self._give_up_again_at = time.monotonic() + _GIVE_UP_EVERY_SECONDS
+            await _give_up(self._database, self._target.id, (), self._now())
 
     async def _claim(self, wanted: Sequence[Due]) -> Sequence[ClaimedDelivery | None]:
         lease = lease_of(self._target)
