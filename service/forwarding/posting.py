@@ -72,8 +72,11 @@ class Poster:
 
         Raises: httpx.InvalidURL.
         """
-        headers = make_headers(self._target, webhook, at=self._now())
-        return self._client.build_request("POST", self._target.url.reveal(), content=webhook.body, headers=headers)
+        headers, url = make_headers(self._target, webhook, at=self._now()), self._target.url.reveal()
+        try:
+            return self._client.build_request("POST", url, content=webhook.body, headers=headers)
+        except UnicodeError:  # httpx does not translate what is wrong with a label that begins with xn--
+            raise httpx.InvalidURL("a label of its host cannot be decoded") from None
 
     async def post(self, webhook: Outgoing) -> Reply:
         """Make one attempt, within the target's timeout until its answer begins."""

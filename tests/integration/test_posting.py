@@ -356,8 +356,9 @@ async def test_whatever_is_answered_is_a_reply(raw):
     assert (reply.status is None) == (reply.error is not None)
 
 
-async def test_a_url_that_is_no_url_is_a_reply():
-    assert await post_to("http://300.1.1.1/?token=s3cr3t") == Reply(
+@pytest.mark.parametrize("host", ["300.1.1.1", "xn--a-.example"])
+async def test_a_url_that_is_no_url_is_a_reply(host):
+    assert await post_to(f"http://{host}/?token=s3cr3t") == Reply(
         None, error="not reached: its url in MAYFLY_CONFIG is invalid"
     )
 
