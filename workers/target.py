@@ -31,7 +31,9 @@ log = structlog.get_logger()
 # The jobs of new webhooks come from the web side, at once.
 _LATE: Final = timedelta(seconds=2)
 _GIVE_UP_EVERY_SECONDS: Final = 10.0
-_GIVE_UP_AT_ONCE: Final = 500
+# In one transaction: for each of them all records of a batch may wait, a thousand.
+_GIVE_UP_AT_ONCE: Final = 5
+_GIVE_UP_TIMES: Final = 100
 _REMOVED_EVERY_SECONDS: Final = 60.0
 _THREADS_OF_OTHERS: Final = 32
 
@@ -63,8 +65,9 @@ class DeliveryLedger:
     async def give_up(self) -> None:
         """End what has waited for days."""
         if time.monotonic() >= self._give_up_again_at:
-            await _give_up(self._database, self._target.id, (), self._now())
+            # First: while it fails, the target must still be tried in the rounds between.
             self._give_up_again_at = time.monotonic() + _GIVE_UP_EVERY_SECONDS
+            await _give_up(self._database, self._target.id, (), self._now())
 
     async def _claim(self, wanted: Sequence[Due]) -> Sequence[ClaimedDelivery | None]:
         lease = lease_of(self._target)
@@ -107,13 +110,18 @@ class RemovedTargets:
 
 async def _give_up(database: Database, target: str | None, known: Sequence[str], now: datetime) -> None:
     """End what has waited for days for *target*, or for those that are not *known*. Raises: LedgerUnavailableError."""
-    # Mostly there is nothing, and a read locks out no one.
-    if not await database.read(partial(delivering.has_given_up, target=target, known=known, now=now)):
-        return
+    is_any = partial(delivering.has_given_up, target=target, known=known, now=now)
     write = partial(delivering.give_up, limit=_GIVE_UP_AT_ONCE, target=target, known=known, now=now)
-    ended = await database.write(write)
-    names = {"target": target or "one that was removed from MAYFLY_CONFIG", "deliveries": len(ended)}
-    log.error("forward.given_up", **names, what_now="not sent again, unless you say: mayfly forwards replay")
+    number = 0
+    for _ in range(_GIVE_UP_TIMES):
+        # Mostly there is nothing, and a read locks out no one.
+        ended = await database.write(write) if await database.read(is_any) else []
+        number += len(ended)
+        if not ended:
+            break
+    if number:
+        names = {"target": target or "one that was removed from MAYFLY_CONFIG", "deliveries": number}
+        log.error("forward.given_up", **names, what_now="not sent again, unless you say: mayfly forwards replay")
 
 
 def reserve_threads(targets: Sequence[Target]) -> None:

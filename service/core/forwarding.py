@@ -16,7 +16,7 @@ from service.core.matchers import Facts, Texts
 from service.core.overrides import InvalidOverrideError, read_overrides
 from service.core.secret import Secret
 
-# The waits before the second, third, … attempt: some 75 hours in all.
+# The waits before the second, third, … attempt: 72 hours in all, and up to 86 with jitter.
 WAITS: Final = (
     timedelta(seconds=5),
     timedelta(minutes=1),

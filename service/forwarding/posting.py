@@ -52,9 +52,11 @@ def make_headers(target: Target, webhook: Outgoing, *, at: datetime) -> dict[byt
         "Mayfly-Attempt": str(webhook.attempt),
         **standard_headers(webhook.id, webhook.body, secrets=target.secrets, at=at),
     }
-    # Bytes, as they came: httpx encodes texts as it sees fit.
     came = {"Content-Type": webhook.content_type, "Sync-Signature": webhook.signature}
-    return {name.encode(): value.encode("latin-1") for name, value in (came | ours).items() if value}
+    # Bytes, as they came: httpx encodes texts as it sees fit. Blanks after a value, which uvicorn leaves, are not part
+    # of it, and with them httpx would send nothing at all.
+    values = {name: value.encode("latin-1").strip(b" \t") for name, value in (came | ours).items()}
+    return {name.encode(): value for name, value in values.items() if value}
 
 
 class Poster:
@@ -70,8 +72,11 @@ class Poster:
 
         Raises: httpx.InvalidURL.
         """
-        headers = make_headers(self._target, webhook, at=self._now())
-        return self._client.build_request("POST", self._target.url.reveal(), content=webhook.body, headers=headers)
+        headers, url = make_headers(self._target, webhook, at=self._now()), self._target.url.reveal()
+        try:
+            return self._client.build_request("POST", url, content=webhook.body, headers=headers)
+        except UnicodeError:  # httpx does not translate what is wrong with a label that begins with xn--
+            raise httpx.InvalidURL("a label of its host cannot be decoded") from None
 
     async def post(self, webhook: Outgoing) -> Reply:
         """Make one attempt, within the target's timeout until its answer begins."""

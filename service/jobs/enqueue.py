@@ -36,8 +36,9 @@ _JOBS_AT_ONCE: Final = 1000
 _MAX_WAITING: Final = 10_000
 _GATHER_SECONDS: Final = 0.05
 # Written before any job, so that a Redis that takes no writes shows it. Whoever writes first gives it its value, which
-# stays: all others see by another one that Redis was emptied.
-_MARK: Final = "mark"
+# stays: all others see by another one that Redis was emptied. No account and no target can be called that: their
+# queues have names as this key has.
+_MARK: Final = "_mark"
 
 
 def queue_of(account: str) -> str:

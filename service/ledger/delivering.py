@@ -7,6 +7,7 @@ it, and learn its outcome in the same transaction.
 
 from collections.abc import Sequence
 from datetime import datetime, timedelta
+from operator import attrgetter
 from typing import Any, Final
 
 import msgspec
@@ -107,8 +108,12 @@ def claim_deliveries(
     None: it has ended, is not due, is at another attempt, or an earlier webhook of its generation comes first.
     """
     values = {"b_now": now, "b_until": now + lease}
-    rows = [connection.execute(_claim, values | {"b_id": one.id, "b_attempt": one.attempt}).first() for one in wanted]
-    return [None if row is None else _claimed(row) for row in rows]
+    rows = {
+        one: connection.execute(_claim, values | {"b_id": one.id, "b_attempt": one.attempt}).first()
+        for one in sorted(set(wanted), key=attrgetter("id"))  # see settle_deliveries()
+    }
+    # Of two jobs for one attempt the first gets the claim.
+    return [None if (row := rows.pop(one, None)) is None else _claimed(row) for one in wanted]
 
 
 def _claimed(row: Any) -> ClaimedDelivery:  # noqa: ANN401 - a row
@@ -130,7 +135,10 @@ def _claimed(row: Any) -> ClaimedDelivery:  # noqa: ANN401 - a row
 def settle_deliveries(connection: Connection, ended: Sequence[Ended], *, now: datetime) -> list[Settlement]:
     """Store what attempts led to; the result has the order of *ended*."""
     lock_required(connection, *(one.claimed.seq for one in ended if one.claimed.is_required))
-    return [_settle(connection, one, now) for one in ended]
+    # Whoever waits for several deliveries takes them in the order of their ids, to avoid deadlocks.
+    places = sorted(range(len(ended)), key=lambda place: ended[place].claimed.id)
+    settled = {place: _settle(connection, ended[place], now) for place in places}
+    return [settled[place] for place in range(len(ended))]
 
 
 def _settle(connection: Connection, ended: Ended, now: datetime) -> Settlement:

@@ -41,8 +41,8 @@ def forget_of_records(connection: Connection, seqs: Sequence[int]) -> None:
     rows = connection.execute(select(records.c.account, records.c.id).where(records.c.seq.in_(seqs)))
     for mine in group_by_account(Key(row.account, row.id) for row in rows):
         theirs = (deliveries.c.account == mine["account"], deliveries.c.generation.in_(mine["ids"]))
-        # In one order for all, to avoid deadlocks.
-        found = select(deliveries.c.seq).where(*theirs).order_by(deliveries.c.seq).with_for_update()
+        # In the order of settle_deliveries(), to avoid deadlocks.
+        found = select(deliveries.c.seq).where(*theirs).order_by(deliveries.c.id).with_for_update()
         if gone := list(connection.scalars(found)):
             connection.execute(delete(deliveries).where(deliveries.c.seq.in_(gone)))
         required = (requirements.c.account == mine["account"], requirements.c.generation.in_(mine["ids"]))

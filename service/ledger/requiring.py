@@ -154,6 +154,17 @@ def inherit_requirements(connection: Connection, batch: Key, keys: Sequence[Key]
         connection.execute(_inherit[connection.dialect.name], rows)
 
 
+def inherit_again(connection: Connection, batch: Key) -> None:
+    """Let the generations that wait for a webhook of *batch* wait for all of them: another one came."""
+    mine = (requirements.c.account == batch.account, requirements.c.generation == batch.id)
+    theirs = select(requirements.c.generation).where(
+        requirements.c.account == batch.account,
+        requirements.c.generation != batch.id,
+        requirements.c.delivery.in_(select(requirements.c.delivery).where(*mine)),
+    )
+    inherit_requirements(connection, batch, [Key(batch.account, one) for one in connection.scalars(theirs.distinct())])
+
+
 def replay_failed(connection: Connection, key: Key, *, now: datetime) -> int:
     """Begin anew with the failed deliveries that the record of *key*, which is locked, waits for; return how many."""
     required = select(requirements.c.delivery).where(
@@ -162,8 +173,8 @@ def replay_failed(connection: Connection, key: Key, *, now: datetime) -> int:
     failed = (
         select(deliveries.c.seq)
         .where(deliveries.c.seq.in_(required), deliveries.c.state == DeliveryState.FAILED)
-        # In one order for all, to avoid deadlocks.
-        .order_by(deliveries.c.seq)
+        # In the order of settle_deliveries(), to avoid deadlocks.
+        .order_by(deliveries.c.id)
         .with_for_update()
     )
     seqs = list(connection.scalars(failed))

@@ -8,6 +8,7 @@ from sqlalchemy import Connection
 from service.ledger.batches import BatchArrival, receive_batch
 from service.ledger.deliveries import Forwarding, NewDelivery, insert_deliveries
 from service.ledger.receiving import Arrival, Receipt, receive
+from service.ledger.requiring import inherit_again
 
 
 class Webhook(msgspec.Struct, frozen=True, gc=False):
@@ -32,4 +33,7 @@ def take(connection: Connection, webhooks: Sequence[Webhook]) -> Taken:
     receipts = [None if one.arrival is None else next(received) for one in webhooks]
     are_new = [one.batch is not None and receive_batch(connection, one.batch)[1] for one in webhooks]
     deliveries = insert_deliveries(connection, [one.forwarding for one in webhooks if one.forwarding is not None])
+    for one, is_new in zip(webhooks, are_new, strict=True):
+        if one.batch is not None and not is_new:
+            inherit_again(connection, one.batch.key)
     return Taken(receipts, are_new, deliveries)

@@ -195,6 +195,20 @@ async def test_everything_else_is_refused_with_401_and_not_stored(example, clien
     assert stored(app) == []
 
 
+@pytest.mark.parametrize("name", ["receive", "relay"])
+@pytest.mark.parametrize("length", [-1, 2**40])
+async def test_a_body_without_a_sensible_length_is_not_read(example, name, length):
+    app = example(name, MAYFLY_PUBLIC_URL="http://127.0.0.1:9", FORWARD_SECRET=FORWARD_SECRET)
+    await app.start()
+    url = httpx.URL(app.url)
+    reader, writer = await asyncio.open_connection(url.host, url.port)
+    writer.write(f"POST / HTTP/1.1\r\nHost: app\r\nContent-Length: {length}\r\n\r\n".encode())
+    answer = await asyncio.wait_for(reader.readline(), 10)
+    writer.close()
+
+    assert b" 4" in answer[:13]
+
+
 async def test_a_webhook_is_signed_by_either_secret_while_sync_sos_is_rotated(example, client):
     app = example("receive", SYNC_WEBHOOK_SECRET=f"whsec_new,{SECRET}")
     await app.start()

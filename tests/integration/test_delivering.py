@@ -13,7 +13,7 @@ from sqlalchemy import select, text
 
 from service.core.forwarding import GIVE_UP_AFTER, WAITS, DeliveryState, Reply
 from service.core.lifecycle import State
-from service.ledger import taking
+from service.ledger import delivering, taking
 from service.ledger.database import RefusedDataError
 from service.ledger.delivering import Due
 from service.ledger.delivery_schema import requirements
@@ -466,3 +466,16 @@ async def test_a_success_after_it_was_given_up_counts(database):
     await settle(database, claimed, OK)
 
     assert (await ours.row_of(database, name)).state == "delivered"
+
+
+async def test_attempts_that_begin_and_end_in_other_orders_do_not_deadlock(database):
+    names = [await insert_one(database) for _ in range(30)]
+    wanted = [(name, 1) for name in names]
+    both = await asyncio.gather(claim(database, *wanted), claim(database, *reversed(wanted)))
+    claimed = [one for claims in both for one in claims if one is not None]
+    ends = [ours.ended(one, OK) for one in claimed]
+    write = partial(delivering.settle_deliveries, now=utc_now())
+    await asyncio.gather(*(database.write(partial(write, ended=some)) for some in (ends, ends[::-1])))
+
+    assert sorted(one.id for one in claimed) == sorted(names)
+    assert await ours.states(database) == [DeliveryState.DELIVERED] * 30

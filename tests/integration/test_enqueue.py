@@ -19,7 +19,7 @@ from service.core.key import Key
 from service.core.secret import Secret
 from service.jobs import connection, enqueue
 from service.jobs.connection import QueueError
-from service.jobs.enqueue import CleanupJob
+from service.jobs.enqueue import CleanupJob, ForwardJob
 from service.runtime.tasks import cancel_and_wait
 from tests.support.ledger import ACCOUNT, HOUR, utc_now
 from tests.support.redis import redis_server
@@ -221,6 +221,15 @@ async def test_a_redis_has_one_mark_until_it_is_emptied(pool):
 
     assert other != mark
     assert await put(pool) == other
+
+
+async def test_no_account_and_no_target_has_a_queue_where_another_has_its_mark(pool):
+    jobs: list[enqueue.Job] = [CleanupJob(Key(name, "g1"), 1, utc_now()) for name in (ACCOUNT, "mark", "forward")]
+    jobs.append(ForwardJob("mark", "d1", 1, utc_now()))
+    for one in jobs * 2:
+        await enqueue.enqueue_jobs(pool, one.queue, [one], now=utc_now())
+
+    assert [await pool.zcard(one.queue) for one in jobs] == [1, 1, 1, 1]
 
 
 async def test_a_full_redis_refuses_even_no_jobs(pool):

@@ -4,6 +4,7 @@ import asyncio
 import threading
 from dataclasses import replace
 from datetime import timedelta
+from typing import Any
 
 import pytest
 from structlog.testing import capture_logs
@@ -12,10 +13,10 @@ from service.core.circuit import FAILURES, PROBE_EVERY
 from service.core.forwarding import GIVE_UP_AFTER, Reply
 from service.forwarding.posting import Outgoing
 from service.jobs.enqueue import ForwardJob, Job
-from service.ledger.database import LedgerUnavailableError, UnknownOutcomeError
+from service.ledger.database import LedgerUnavailableError, RowLockedError, UnknownOutcomeError
 from service.ledger.delivering import Due
 from tests.support import attempts as ours
-from tests.support.attempts import CRM, FILMS, insert_one
+from tests.support.attempts import CRM, FILMS, forwarding, insert_one
 from tests.support.ledger import HOUR, utc_now
 from tests.support.waiting import eventually
 from workers.forward import AWAY, Forwards, lease_of
@@ -180,6 +181,47 @@ async def test_nothing_is_given_up_before_the_target_was_tried_for_an_hour(worke
     assert (await ours.row_of(database, old)).state == "failed"
     assert next(entry for entry in logs if entry["event"] == "forward.given_up")["deliveries"] == 1
     assert sum(row.state == "waiting" for row in await ours.rows(database)) == FAILURES
+
+
+class Noted:
+    """A database that notes what its writes return, or raises *error*."""
+
+    def __init__(self, database) -> None:
+        self._database = database
+        self.read, self.close = database.read, database.close
+        self.written: list[Any] = []
+        self.error: Exception | None = None
+
+    async def write(self, function):
+        if self.error is not None:
+            raise self.error
+        self.written.append(await self._database.write(function))
+        return self.written[-1]
+
+
+async def test_many_are_given_up_in_steps_as_each_may_be_of_a_batch(database):
+    old = utc_now() - GIVE_UP_AFTER
+    await ours.insert(database, *(forwarding(received_at=old) for _ in range(23)))
+    noted = Noted(database)
+    with capture_logs() as logs:
+        await DeliveryLedger(noted, CRM, now=utc_now).give_up()
+
+    assert [row.state for row in await ours.rows(database)] == ["failed"] * 23
+    assert max(len(seqs) for seqs in noted.written) <= 5
+    assert [entry["deliveries"] for entry in logs] == [23]
+
+
+async def test_a_target_is_tried_although_what_is_old_cannot_be_given_up(database, metrics):
+    noted = Noted(database)
+    worker = Worker(noted, metrics)
+    name = await insert_one(database, received_at=utc_now() - GIVE_UP_AFTER)
+    await worker.open_circuit()
+    worker.clock.off = AWAY + timedelta(minutes=1)
+    noted.error = RowLockedError("a record that waits for it")
+    with pytest.raises(RowLockedError):
+        await worker.forwards.find_due(LATE, 200)
+
+    assert [one.id for one in await worker.forwards.find_due(LATE, 200)] == [name]
 
 
 async def test_what_was_for_a_removed_target_is_ended_although_no_target_is_left(database, metrics):

@@ -124,6 +124,15 @@ async def test_bytes_of_the_headers_are_passed_on_whatever_they_are(app):
     assert request.header("sync-signature") is None
 
 
+async def test_blanks_after_a_header_do_not_keep_a_webhook_from_its_target(app):
+    reply = await post(app, outgoing(content_type="application/json \t", signature=" t=5,v1=ab "))
+    (request,) = app.requests
+
+    assert reply.is_success
+    assert request.header("content-type") == "application/json"
+    assert request.header("sync-signature") == "t=5,v1=ab"
+
+
 async def test_a_target_with_secrets_can_verify_each_attempt_with_each_of_them(app):
     other = Secret("whsec_" + "B" * 43 + "=")
     sent = webhook()
@@ -347,8 +356,9 @@ async def test_whatever_is_answered_is_a_reply(raw):
     assert (reply.status is None) == (reply.error is not None)
 
 
-async def test_a_url_that_is_no_url_is_a_reply():
-    assert await post_to("http://300.1.1.1/?token=s3cr3t") == Reply(
+@pytest.mark.parametrize("host", ["300.1.1.1", "xn--a-.example"])
+async def test_a_url_that_is_no_url_is_a_reply(host):
+    assert await post_to(f"http://{host}/?token=s3cr3t") == Reply(
         None, error="not reached: its url in MAYFLY_CONFIG is invalid"
     )
 

@@ -6,6 +6,7 @@ from datetime import timedelta
 from functools import partial
 
 import pytest
+from msgspec.structs import replace
 from sqlalchemy import event, update
 
 from service.core.forwarding import DeliveryState
@@ -560,6 +561,20 @@ async def test_a_batch_that_failed_before_its_generations_were_found_fails_them_
     assert await claim(database) == []
     assert {(await row_of(database, key)).state for key in keys} == {State.FAILED}
     assert len(await delivered(database)) == 2
+
+
+async def test_another_webhook_of_a_batch_counts_for_the_generations_that_are_known(database):
+    first = batch_webhook(CRM)
+    await database.write(partial(take, webhooks=[first, batch_webhook(CRM, batch_id="b2")]))
+    (key,) = await adopt(database, "g1")
+    await delivered(database, seq=(await rows_of_deliveries(database))[0].seq)
+    other = await announce(database, id="g2")
+    assert first.forwarding is not None
+    again = replace(first.forwarding, body=b'{"another": "body"}')
+    await database.write(partial(take, webhooks=[replace(first, forwarding=again)]))
+
+    assert [one.key for one in await claim(database)] == [other]
+    assert [one.key for one in await delivered(database, seq=(await rows_of_deliveries(database))[-1].seq)] == [key]
 
 
 async def test_adopting_twice_requires_once(database):
