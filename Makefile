@@ -33,10 +33,10 @@ up: setup ## the service, all in one process on embedded defaults
 demo: setup ## the whole story in under a minute, without keys or servers
 	$(BIN)/mayfly demo
 
-test: test-fast ## every test, on a real Redis, SQLite and PostgreSQL; under six minutes
+test: test-fast ## every test, on a real Redis, SQLite and PostgreSQL; about fifteen minutes
 	$(PYTEST) $(PARALLEL) tests/e2e tests/faults
 
-test-fast: setup ## unit and integration tests; under two minutes
+test-fast: setup ## unit and integration tests; about six minutes
 	$(PYTEST) tests/unit tests/test_*.py tests/deploy
 	$(PYTEST) $(PARALLEL) tests/integration
 
