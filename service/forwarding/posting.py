@@ -6,7 +6,6 @@ import ssl
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from datetime import UTC, datetime
-from http.cookiejar import CookieJar
 from typing import Final
 
 import httpx
@@ -17,6 +16,7 @@ from service.core.forwarding import Reply, Target
 from service.core.retry_after import parse_retry_after
 from service.core.standard_webhooks import standard_headers
 from service.runtime.causes import describe_cause
+from service.runtime.cookies import NoCookies
 
 # The most of an answer that is read and stored.
 ANSWER_BYTES: Final = 1024
@@ -36,13 +36,6 @@ class Outgoing(msgspec.Struct, frozen=True, gc=False):
     body: bytes
     content_type: str
     signature: str
-
-
-class _NoCookies(CookieJar):
-    """Keeps no cookies."""
-
-    def extract_cookies(self, response: object, request: object) -> None:
-        """Do nothing."""
 
 
 def make_headers(target: Target, webhook: Outgoing, *, at: datetime) -> dict[bytes, bytes]:
@@ -129,7 +122,7 @@ async def open_poster(
     """Open the client of *target*: no redirects, no cookies, no proxy of the environment."""
     async with httpx.AsyncClient(
         headers={"accept": "*/*", "accept-encoding": "identity", "user-agent": f"Mayfly/{__version__}"},
-        cookies=_NoCookies(),
+        cookies=NoCookies(),
         timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),  # the whole attempt has a timeout of its own
         limits=httpx.Limits(
             max_connections=target.concurrency,

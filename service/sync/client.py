@@ -7,7 +7,6 @@ import asyncio
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
 from functools import partial
-from http.cookiejar import CookieJar
 from typing import Final
 from urllib.parse import quote
 
@@ -17,6 +16,7 @@ from service import __version__
 from service.core.attempts import Verdict
 from service.core.secret import Secret
 from service.runtime.causes import describe_cause
+from service.runtime.cookies import NoCookies
 from service.runtime.metrics import Metrics
 from service.sync.answers import (
     MAX_BYTES,
@@ -48,13 +48,6 @@ _HEADERS: Final = {
     "accept-encoding": "identity",
     "user-agent": f"mayfly/{__version__}",
 }
-
-
-class _NoCookies(CookieJar):
-    """Keeps no cookies."""
-
-    def extract_cookies(self, response: object, request: object) -> None:
-        """Do nothing."""
 
 
 class SyncApi:
@@ -154,7 +147,7 @@ async def open_sync_api(
     async with httpx.AsyncClient(
         base_url=base_url,
         headers=_HEADERS | {"x-api-key": key.reveal()},
-        cookies=_NoCookies(),
+        cookies=NoCookies(),
         timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),  # the whole call has a timeout of its own
         follow_redirects=False,  # the key goes to no other host
         trust_env=False,

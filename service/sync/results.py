@@ -11,7 +11,6 @@ from collections.abc import AsyncIterator, Awaitable, Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from http import HTTPStatus
-from http.cookiejar import CookieJar
 from typing import Final
 
 import httpx
@@ -20,6 +19,7 @@ from service import __version__
 from service.core.batch import MAX_LINES, Line, is_public, read_line
 from service.core.generation import Generation
 from service.runtime.causes import describe_cause
+from service.runtime.cookies import NoCookies
 from service.sync.answers import REDIRECTS
 
 # For all of it: httpx's timeouts are per read, and a file that drips never exceeds them.
@@ -199,13 +199,6 @@ async def resolve_host(host: str, port: int) -> Sequence[str]:
     return list(dict.fromkeys(str(address[0]) for *_, address in found))
 
 
-class _NoCookies(CookieJar):
-    """Keeps no cookies."""
-
-    def extract_cookies(self, response: object, request: object) -> None:
-        """Do nothing."""
-
-
 def make_results_reader(base_url: str) -> ResultsReader:
     """Return a reader of results for the API at *base_url*; it opens a client for each file."""
     tls = httpx.create_ssl_context()
@@ -213,7 +206,7 @@ def make_results_reader(base_url: str) -> ResultsReader:
     open_client = partial(
         httpx.AsyncClient,
         headers=_HEADERS,
-        cookies=_NoCookies(),
+        cookies=NoCookies(),
         timeout=httpx.Timeout(None, connect=_CONNECT_SECONDS),  # the whole has a timeout of its own
         follow_redirects=False,  # each URL is checked first
         trust_env=False,
